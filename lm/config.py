@@ -1,0 +1,181 @@
+"""An experiment as data: a frozen dataclass, one YAML file, dotted overrides; refused before anything loads.
+
+`parse_config` turns command-line words into one checked dataclass (jsonargparse does the type work); `script` wraps a
+`main(config)` so that whatever the user can mend ends in one line and exit status 2. This module knows nothing of
+any particular experiment: an *axis* (a base dataclass marked with `config_axis = True`, such as the objective) is
+chosen by class name, every other field by value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from lm.errors import UserError
+
+T = TypeVar("T")
+
+_UNKNOWN = (
+    r"[Oo]ption '([^']+)' is not accepted",
+    r"does not accept option '([^']+)'",
+    r"[Uu]nrecognized arguments: --([\w.\-]+)",
+    r"Expected a dot import path string: (\S+)",
+    r"Got value: (\S+)",
+)
+
+
+def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, description: str = "") -> T:
+    """Read `--config FILE.yaml` and dotted overrides (`--trainer.steps 50`) into `cls`, later words winning.
+
+    Args:
+        cls: a frozen, keyword-only dataclass; nested dataclasses and axes allowed.
+        argv: the words; None takes the command line.
+        description: the first lines of `--help`.
+
+    Raises:
+        UserError: a wrong key, type, value or combination, with the nearest known name.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(cls, description)
+    try:
+        namespace = parser.parse_args(words)
+        values = parser.instantiate(namespace)
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+    except UserError:
+        raise
+    except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        raise UserError(_explain(error, cls)) from error
+
+
+def script(main: Callable[[T], None], cls: type[T], *, description: str) -> None:
+    """Run `main` on the parsed config; a `UserError` prints one line on stderr and exits with status 2."""
+    try:
+        main(parse_config(cls, description=description))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped: finished work is kept; the same command with --resume true goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def as_dict(config: Any) -> Any:
+    """The config as plain data that YAML can hold and `parse_config` reads back; an axis keeps its class name."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        values = {field.name: as_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        if getattr(config, "config_axis", False):
+            return {"class_path": f"{type(config).__module__}.{type(config).__qualname__}", "init_args": values}
+        return values
+    if isinstance(config, (list, tuple)):
+        return [as_dict(item) for item in config]
+    if isinstance(config, dict):
+        return {str(key): as_dict(value) for key, value in config.items()}
+    return str(config) if isinstance(config, Path) else config
+
+
+def dump_yaml(config: Any) -> str:
+    """The config as YAML text, in field order."""
+    return str(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`" (did you mean 'x'?)"`, or the whole list when nothing is near and it is short, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not near:  # a dotted key may be right but for its prefix
+        tails = {name.rsplit(".", 1)[-1]: name for name in known}
+        tail = word.rsplit(".", 1)[-1]
+        near = [tails[name] for name in difflib.get_close_matches(tail, list(tails), n=1, cutoff=0.75)]
+    if near:
+        return f" (did you mean '{near[0]}'?)"
+    return f" (known: {', '.join(known)})" if 0 < len(known) <= 16 else ""
+
+
+def _parser(cls: type[Any], description: str) -> jsonargparse.ArgumentParser:
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
+    about = _attribute_docs(cls)
+    for field, hint in _fields(cls):
+        default: Any = field.default if field.default is not dataclasses.MISSING else None
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        axis = _axis(hint)
+        if axis is not None:
+            jsonargparse.set_parsing_settings(subclasses_enabled=[axis])
+            chosen: type[Any] = type(default)
+            values = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+            parser.add_subclass_arguments(
+                axis,
+                field.name,
+                default={"class_path": f"{chosen.__module__}.{chosen.__qualname__}", "init_args": values},
+                help=f"{about.get(field.name, '')} One of: {', '.join(sorted(_subclasses(axis)))}.",
+            )
+        else:
+            parser.add_argument(f"--{field.name}", type=hint, default=default, help=about.get(field.name))
+    return parser
+
+
+def _fields(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(cls)
+    return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+
+
+def _axis(hint: Any) -> type[Any] | None:
+    return hint if isinstance(hint, type) and getattr(hint, "config_axis", False) else None
+
+
+def _subclasses(axis: type[Any]) -> dict[str, type[Any]]:
+    found: dict[str, type[Any]] = {}
+    for sub in axis.__subclasses__():
+        found[sub.__name__] = sub
+        found.update(_subclasses(sub))
+    return found
+
+
+def _attribute_docs(cls: type[Any]) -> dict[str, str]:
+    """The string that stands under each field in the class body."""
+    from docstring_parser import parse_from_object  # comes with jsonargparse[signatures]
+
+    parsed = parse_from_object(cls)
+    return {item.arg_name: " ".join((item.description or "").split()) for item in parsed.params}
+
+
+def _known(cls: type[Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for field, hint in _fields(cls):
+        name = prefix + field.name
+        names.append(name)
+        axis = _axis(hint)
+        if axis is not None:
+            names += list(_subclasses(axis))
+            for sub in _subclasses(axis).values():
+                names += _known(sub, name + ".")
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part) and isinstance(part, type) and axis is None:
+                names += _known(part, name + ".")
+            if typing.get_origin(part) is typing.Literal:
+                names += [str(value) for value in typing.get_args(part)]
+        if typing.get_origin(hint) is typing.Literal:
+            names += [str(value) for value in typing.get_args(hint)]
+    return list(dict.fromkeys(names))
+
+
+def _explain(error: Exception, cls: type[Any]) -> str:
+    text = " ".join(str(error).split())
+    for pattern in _UNKNOWN:
+        found = re.search(pattern, text)
+        if found:
+            hint = did_you_mean(found.group(1).removeprefix("init_args."), _known(cls))
+            if "Got value" in pattern and hint.startswith(" (known"):
+                hint = ""  # a free value that is near no name
+            return text.rstrip(".") + hint + "."
+    return text if text.endswith(".") else text + "."
