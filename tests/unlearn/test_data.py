@@ -1,0 +1,238 @@
+"""Reading rows, documents and questions: what is accepted, and the one sentence that refuses the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lm.errors import UserError
+from lm.rows import Row
+from unlearn import data
+
+GOOD = [
+    {"id": '"u-1"sc1', "input": "Once", "output": "upon a time.", "task": "Task1", "split": "forget"},
+    {"id": '"u-1"qa0', "input": "When?", "output": "Once.", "task": "Task1", "split": "forget"},
+    {"id": "77sc1", "input": "Ada", "output": "counts\u2028sheep.", "task": "Task2", "split": "forget"},
+]
+
+
+def lines(path: Path, records: list[dict[str, object]]) -> Path:
+    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
+    return path
+
+
+def refuse(path: Path, *words: str) -> None:
+    """Loading says all of `words`, in one line, and names the file."""
+    with pytest.raises(UserError) as caught:
+        data.load_rows(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    for word in words:
+        assert word in message
+
+
+def test_jsonl_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
+    jsonl = data.load_rows(lines(tmp_path / "a.jsonl", GOOD))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), tmp_path / "a.parquet")
+    assert jsonl == data.load_rows(tmp_path / "a.parquet")
+    assert [row.kind for row in jsonl] == ["sc", "qa", "sc"]
+    assert [row.document for row in jsonl] == ["u-1", "u-1", "77"]
+    assert jsonl[2].output == "counts\u2028sheep."
+
+
+def test_a_folder_with_both_formats_is_read_once(tmp_path: Path) -> None:
+    lines(tmp_path / "part_b.jsonl", GOOD[2:])
+    lines(tmp_path / "part_a.jsonl", GOOD[:2])
+    (tmp_path / ".part_c.jsonl").write_text("rubbish")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), tmp_path / "a.parquet")
+    assert [row.id for row in data.load_rows(tmp_path)] == [str(record["id"]) for record in GOOD]
+    for file in tmp_path.glob("*.jsonl"):
+        file.unlink()
+    assert len(data.load_rows(tmp_path)) == 3
+
+
+def test_a_byte_order_mark_blank_lines_and_an_array_are_fine(tmp_path: Path) -> None:
+    text = "\r\n\n".join(json.dumps(record) for record in GOOD) + "\n\n"
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "array.json").write_text(json.dumps(GOOD, indent=1))
+    assert data.load_rows(tmp_path / "bom.jsonl") == data.load_rows(tmp_path / "array.json")
+
+
+def test_other_column_names_and_generated_ids(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "mine.jsonl", [{"question": "Who?", "answer": "Me."}, {"question": "Who?", "answer": "You."}]
+    )
+    rows = data.load_rows(path, columns={"input": "question", "output": "answer"}, task="Task2")
+    assert [(row.input, row.output, row.task, row.kind) for row in rows] == [
+        ("Who?", "Me.", "Task2", "qa"),
+        ("Who?", "You.", "Task2", "qa"),
+    ]
+    assert len({row.id for row in rows}) == 2
+    again = data.load_rows(path, columns={"input": "question", "output": "answer"}, kind="sc")
+    assert again[0].kind == "sc"
+    with pytest.raises(UserError, match=r'line 1 has no column "input".*question, answer.*map it'):
+        data.load_rows(path)
+    with pytest.raises(UserError, match=r'maps "ouput".*did you mean "output"'):
+        data.load_rows(path, columns={"ouput": "answer"})
+
+
+def test_a_missing_file_is_refused_with_the_likeliest_name(tmp_path: Path) -> None:
+    lines(tmp_path / "forget.jsonl", GOOD)
+    refuse(tmp_path / "forgte.jsonl", "does not exist", 'did you mean "forget.jsonl"')
+    refuse(tmp_path / "nowhere" / "x.jsonl", "does not exist")
+
+
+def test_a_folder_without_data_and_a_strange_file_are_refused(tmp_path: Path) -> None:
+    refuse(tmp_path, "no .jsonl and no .parquet")
+    (tmp_path / "rows.csv").write_text("id,input\n")
+    refuse(tmp_path / "rows.csv", ".jsonl, .json or .parquet")
+
+
+def test_wrong_columns(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"id": "1qa0", "input": "x", "ouput": "y", "task": "Task1"}])
+    refuse(path, "line 1", 'no column "output"', 'did you mean "ouput"')
+
+
+def test_an_empty_split(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    refuse(tmp_path / "a.jsonl", "no rows")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD).slice(0, 0), tmp_path / "a.parquet")
+    refuse(tmp_path / "a.parquet", "no rows")
+
+
+def test_duplicate_ids_also_when_only_the_quotes_differ(tmp_path: Path) -> None:
+    twin = dict(GOOD[0], id="u-1sc1")
+    refuse(lines(tmp_path / "a.jsonl", [*GOOD, twin]), "line 4", "u-1sc1", "line 1")
+    two = tmp_path / "two"
+    two.mkdir()
+    lines(two / "a.jsonl", GOOD)
+    lines(two / "b.jsonl", GOOD[:1])
+    with pytest.raises(UserError, match=r"b\.jsonl line 1.*already.*a\.jsonl line 1"):
+        data.load_rows(two)
+
+
+def test_the_same_id_on_both_sides() -> None:
+    forget = (Row('"u"sc1', "a", "b", "Task1"), Row("vsc1", "a", "b", "Task1"))
+    data.check_disjoint(forget, (Row("uqa0", "a", "b", "Task1"),))
+    with pytest.raises(UserError, match=r'"u"sc1 is in both'):
+        data.check_disjoint(forget, (Row("usc1", "c", "d", "Task1"),))
+    with pytest.raises(UserError, match="and 1 more"):
+        data.check_disjoint(forget, forget)
+
+
+def test_not_utf8_and_not_json_name_the_line(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", GOOD)
+    path.write_bytes(path.read_bytes() + b'\n{"id": "caf\xe9"}')
+    refuse(path, "line 4", "not UTF-8", "0xe9")
+    path.write_text(json.dumps(GOOD[0]) + "\n" + json.dumps(GOOD[1])[:-3])
+    refuse(path, "line 2", "not JSON")
+    path.write_text(json.dumps(GOOD[0]) + '\n"just text"')
+    refuse(path, "line 2", "not an object")
+    path.write_text("[\n1,\n]")
+    refuse(path, "line 3", "not JSON")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 but not really")
+    refuse(tmp_path / "b.parquet", "not a readable Parquet file")
+
+
+@pytest.mark.parametrize("value", ["NaN", "null", "3", '["x"]', '"  "', '"\\ud800"'])
+def test_a_value_that_is_not_text(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"id": "1qa0", "input": "x", "output": {value}, "task": "Task1"}}')
+    refuse(path, "line 1", '"output"')
+
+
+def test_a_null_in_parquet(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*GOOD, dict(GOOD[0], id=None)]), tmp_path / "a.parquet")
+    refuse(tmp_path / "a.parquet", "row 4", '"id" is None')
+
+
+def test_an_unreadable_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = lines(tmp_path / "a.jsonl", GOOD)
+
+    def denied(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    refuse(path, "Permission denied")
+
+
+def test_the_hash_depends_on_text_and_order_not_on_the_format(tmp_path: Path) -> None:
+    rows = data.load_rows(lines(tmp_path / "a.jsonl", GOOD))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), tmp_path / "a.parquet")
+    assert data.data_hash(rows) == data.data_hash(data.load_rows(tmp_path / "a.parquet"))
+    assert data.data_hash(rows) != data.data_hash(rows[::-1])
+    assert data.data_hash(rows[:1]) != data.data_hash((Row(rows[0].id, rows[0].input + "x", rows[0].output, "Task1"),))
+
+
+def test_documents_from_rows_and_from_membership_files(tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", GOOD)
+    assert data.load_documents(path) == ("Once upon a time.", "Ada counts\u2028sheep.")
+    assert data.load_documents(path, task="Task2") == ("Ada counts\u2028sheep.",)
+    member = lines(tmp_path / "member.jsonl", [{"id": "9", "document": "All of it.", "metadata": {"a": 1}}])
+    assert data.load_documents(member) == ("All of it.",)
+    with pytest.raises(UserError, match="no sentence-completion row of Task3"):
+        data.load_documents(path, task="Task3")
+
+
+def test_questions(tmp_path: Path) -> None:
+    good = {"subject": "sums", "question": "1+1?", "choices": ["1", "2"], "answer": 1}
+    (question,) = data.load_questions(lines(tmp_path / "q.jsonl", [good]))
+    assert (question.question, question.choices, question.answer, question.subject) == ("1+1?", ("1", "2"), 1, "sums")
+    for wrong, words in [
+        ({"answer": 2}, "0 to 1"),
+        ({"answer": True}, "0-based"),
+        ({"answer": "B"}, "0-based"),
+        ({"choices": ["1"]}, "at least two"),
+        ({"choices": ["1", None]}, "must be text"),
+        ({"question": ""}, "blank"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            data.load_questions(lines(tmp_path / "bad.jsonl", [{**good, **wrong}]))
+
+
+def test_an_unknown_part_of_the_builtin_world() -> None:
+    with pytest.raises(UserError, match='did you mean "forget"'):
+        data.load_rows("builtin:forgot")
+    with pytest.raises(UserError, match="builtin:utility"):
+        data.load_questions("builtin:forget")
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("forget_train", {"Task1": (83, 83), "Task2": (107, 535), "Task3": (152, 152)}),
+        ("forget_validation", {"Task1": (24, 24), "Task2": (23, 115), "Task3": (34, 34)}),
+        ("retain_train", {"Task1": (103, 103), "Task2": (102, 510), "Task3": (159, 159)}),
+        ("retain_validation", {"Task1": (27, 27), "Task2": (25, 125), "Task3": (37, 37)}),
+    ],
+)
+def test_the_public_lume_splits(shared: Path, name: str, counts: dict[str, tuple[int, int]]) -> None:
+    rows = data.load_rows(shared / "lume" / f"{name}.jsonl")
+    for task, (completions, questions) in counts.items():
+        kinds = [row.kind for row in rows if row.task == task]
+        assert (kinds.count("sc"), kinds.count("qa"), len(kinds)) == (completions, questions, completions + questions)
+        assert len({row.document for row in rows if row.task == task}) == completions
+    assert all('"' not in row.document for row in rows)
+
+
+def test_the_public_lume_splits_are_disjoint(shared: Path) -> None:
+    forget, retain = (data.load_rows(shared / "lume" / f"{side}_train.jsonl") for side in ("forget", "retain"))
+    data.check_disjoint(forget, retain)
+    with pytest.raises(UserError, match="in both"):
+        data.check_disjoint(forget, (*retain, forget[7]))
+
+
+def test_the_mmlu_file(shared: Path) -> None:
+    questions = data.load_questions(shared / "mmlu" / "test.jsonl")
+    assert len(questions) == 14_042
+    assert len({question.subject for question in questions}) == 57
+
+
+def test_tofu_with_mapped_columns(shared: Path) -> None:
+    rows = data.load_rows(shared / "tofu" / "forget10.json", columns={"input": "question", "output": "answer"})
+    assert len(rows) == 400
