@@ -1,0 +1,120 @@
+"""Where the work runs: one process, several CPU processes (gloo), or GPUs; whole copies (DDP) or shards (FSDP2).
+
+`accelerate launch --config_file configs/accelerate/<name>.yaml script.py …` decides; `accelerator()` reads that
+decision from the environment. This module holds the two things accelerate does not do by itself (FSDP2 over CPU
+processes, and a plain sum over processes); it knows nothing of what is trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lm.errors import UserError
+
+MixedPrecision = Literal["no", "bf16", "fp16"]
+
+
+def accelerator(
+    *,
+    mixed_precision: MixedPrecision = "no",
+    cpu: bool = False,
+    block_class: str | None = None,
+    trackers: tuple[str, ...] = (),
+    folder: Path | None = None,
+) -> Accelerator:
+    """The `Accelerator` for this process, as the launch configuration says.
+
+    Args:
+        mixed_precision: autocast type; parameters keep their own (master weights).
+        cpu: stay on the CPU although a GPU is there.
+        block_class: the class name of the model's blocks, which FSDP2 wraps one by one.
+        trackers: `tensorboard`, `wandb`, …, beside the run's own metric log.
+        folder: where trackers write.
+
+    Raises:
+        UserError: fp16 without a GPU (there is no loss scaling on the CPU), or an unknown tracker.
+    """
+    cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+    if mixed_precision == "fp16" and cpu:
+        raise UserError("fp16 autocast needs a GPU; on a CPU choose precision fp32 or bf16_autocast")
+    plugin = None
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=True,
+            auto_wrap_policy="transformer_based_wrap" if block_class else "no_wrap",
+            transformer_cls_names_to_wrap=[block_class] if block_class else None,
+            state_dict_type="FULL_STATE_DICT",
+        )
+        if cpu:  # accelerate turns FSDP on for GPU process groups only; this is the group it would have found
+            PartialState(cpu=True)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    try:
+        return Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=cpu,
+            fsdp_plugin=plugin,
+            log_with=list(trackers) or None,
+            project_config=ProjectConfiguration(project_dir=str(folder) if folder else None),
+        )
+    except ValueError as error:
+        raise UserError(f"cannot set up the devices: {error}") from error
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True if the parameters are shards (FSDP2), so that every process must take part in every forward."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The elementwise sum of `values` over all processes, in float64, the same on each."""
+    total = values.detach().to(torch.float64)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole tensor on the CPU, whether it is a shard or not. Every process must call it, in the same order."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to("cpu", copy=True)
+
+
+def scatter_into(target: Tensor, whole: Tensor) -> None:
+    """Set `target` (a shard or not) from the whole tensor, in place."""
+    with torch.no_grad():
+        if isinstance(target, DTensor):
+            source = whole.to(target.device, target.dtype)
+            target.copy_(distribute_tensor(source, target.device_mesh, target.placements))
+        else:
+            target.copy_(whole.to(target.device, target.dtype))
+
+
+@contextmanager
+def without_gradient_sync(acc: Accelerator, model: nn.Module, *, skip: bool) -> Iterator[None]:
+    """Leave gradients unsynchronised for this micro-batch (DDP). Shards are always reduced: their gradient lives there."""
+    if skip and not is_sharded(model):
+        with acc.no_sync(model):
+            yield
+    else:
+        yield
+
+
+def launch_facts(acc: Accelerator) -> dict[str, Any]:
+    """What the manifest records about the devices."""
+    return {
+        "processes": acc.num_processes,
+        "device": str(acc.device),
+        "distributed": str(acc.distributed_type).removeprefix("DistributedType."),
+        "threads": torch.get_num_threads(),
+    }
