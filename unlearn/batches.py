@@ -1,0 +1,145 @@
+"""Which rows each step trains on: a pure function of the seed and the step, the same for any number of processes.
+
+"Batch" means the global batch. `step(i)` needs no history, so a resumed run asks for step i and gets what an unbroken
+one got; process r of n takes every n-th row of it. Turning rows into tensors is here too; models are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm.errors import UserError
+from lm.prompts import Encoded
+
+T = TypeVar("T")
+Pairing = Literal["paired", "mixed_shuffle"]
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of one global batch in sampling order: (is it a forget row, index among the rows of its side)."""
+
+    order: tuple[tuple[bool, int], ...]
+
+    @property
+    def forget(self) -> tuple[int, ...]:
+        """Indices of the forget rows; may be empty when batches are mixed."""
+        return tuple(index for is_forget, index in self.order if is_forget)
+
+    @property
+    def retain(self) -> tuple[int, ...]:
+        """Indices of the retain rows; may be empty when batches are mixed."""
+        return tuple(index for is_forget, index in self.order if not is_forget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedBatches:
+    """A deterministic order of global batches.
+
+    `paired`: every step has `batch // 2` forget and as many retain rows, each side reshuffled whenever it is used up
+    (an epoch is one pass over the larger side). `mixed_shuffle`: one shuffled list of both, as the authors' sampler
+    gives (an epoch is one pass over all rows; a batch may lack a side). With `retain == 0` only forget rows are drawn.
+    """
+
+    forget: int
+    retain: int
+    batch: int
+    pairing: Pairing = "paired"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.forget < 1:
+            raise UserError("there are no forget rows: nothing to unlearn")
+        if self.batch < (2 if self.pairing == "paired" and self.retain else 1):
+            raise UserError(f"batch is {self.batch}: a paired batch needs at least one forget and one retain row")
+
+    @property
+    def per_side(self) -> int:
+        """Rows of each side in a paired step."""
+        return self.batch // 2 if self.retain else self.batch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one epoch."""
+        if self.pairing == "mixed_shuffle":
+            return -(-(self.forget + self.retain) // self.batch)
+        return -(-max(self.forget, self.retain) // self.per_side)
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, that `step`, from 0, belongs to."""
+        return step // self.steps_per_epoch
+
+    def step(self, step: int) -> StepRows:
+        """The rows of `step`, from 0."""
+        if self.pairing == "mixed_shuffle":
+            epoch, place = divmod(step, self.steps_per_epoch)
+            order = _permutation(self.seed, 2, epoch, self.forget + self.retain)
+            chosen = order[place * self.batch : (place + 1) * self.batch]
+            return StepRows(tuple((True, i) if i < self.forget else (False, i - self.forget) for i in chosen))
+        forget = [(True, index) for index in self._draw(0, self.forget, step)]
+        retain = [(False, index) for index in self._draw(1, self.retain, step)] if self.retain else []
+        alternating = [row for pair in zip(forget, retain, strict=True) for row in pair] if retain else forget
+        return StepRows(tuple(alternating))
+
+    def _draw(self, side: int, size: int, step: int) -> tuple[int, ...]:
+        first = step * self.per_side
+        return tuple(
+            _permutation(self.seed, side, place // size, size)[place % size]
+            for place in range(first, first + self.per_side)
+        )
+
+
+@lru_cache(maxsize=64)
+def _permutation(seed: int, side: int, epoch: int, size: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng((seed, side, epoch)).permutation(size).tolist())
+
+
+def micro_batches(rows: Sequence[T], size: int, process: int, processes: int) -> list[list[T]]:
+    """This process's part of a global batch, cut in micro-batches of at most `size` rows.
+
+    Every process gets the same *number* of micro-batches (the last ones may be empty), at least one: collective
+    operations then meet. The rows of all processes together are exactly `rows`, none repeated.
+    """
+    longest = -(-len(rows) // processes)
+    count = max(1, -(-longest // size))
+    mine = list(rows[process::processes])
+    return [mine[i * size : (i + 1) * size] for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A right-padded micro-batch.
+
+    Attributes:
+        ids, attention: (rows, tokens) token ids, and 1 on real tokens.
+        targets: (rows, tokens - 1) the next token at each position.
+        mask: (rows, tokens - 1) True where that target is supervised.
+    """
+
+    ids: Tensor
+    attention: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
+def collate(rows: Sequence[Encoded], pad: int, device: torch.device) -> Inputs:
+    """Pad rows to one length. No rows at all gives one row of padding with nothing supervised, so that every process works."""
+    if not rows:
+        ids = torch.full((1, 2), pad, dtype=torch.long, device=device)
+        return Inputs(ids, torch.ones_like(ids), ids[:, 1:], torch.zeros((1, 1), dtype=torch.bool, device=device))
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    attention = torch.zeros((len(rows), longest), dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        attention[index, : len(row.ids)] = 1
+        mask[index, row.answer_start : len(row.ids)] = True
+    return Inputs(ids.to(device), attention.to(device), ids[:, 1:].to(device), mask[:, 1:].to(device))

@@ -1,0 +1,42 @@
+"""The preference family: negative preference optimisation, bounded where gradient ascent is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn.functional import logsigmoid
+
+from lm.errors import UserError
+from unlearn.objectives.base import Objective, RetainMemory, Term, TokenStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPO(Objective):
+    """`L = -(2/beta) * mean_rows logsigmoid(-beta * (log p - log p_original)) + retain_factor * CE(retain)`.
+
+    `log p` is summed over the supervised tokens of a row. Source: Zhang et al. 2024 (arXiv 2404.05868), equation 3; with
+    `retain_factor: 0` it is NPO alone, with 1 its retain version. Badge: **faithful**.
+    """
+
+    needs_forget_reference: ClassVar[bool] = True
+
+    beta: float = 0.1
+    """Inverse temperature; gradient ascent in the limit 0."""
+    retain_factor: float = 1.0
+    """The fixed weight of the retain cross-entropy."""
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise UserError(f"beta is {self.beta}: give a positive number (0.1 is usual)")
+
+    def forget_term(self, stats: TokenStats) -> Term:
+        """The preference loss, summed over rows; a row without supervised tokens does not count."""
+        assert stats.reference_logprob is not None
+        change = ((stats.logprob - stats.reference_logprob) * stats.mask).sum(dim=1)
+        loss = -(2.0 / self.beta) * logsigmoid(-self.beta * change)
+        return Term((loss * stats.mask.any(dim=1)).sum(), unit="row")
+
+    def retain_weight(self, memory: RetainMemory, retain_cross_entropy: float) -> float:
+        """Fixed."""
+        return self.retain_factor

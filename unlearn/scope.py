@@ -1,0 +1,156 @@
+"""The axis "scope": which parameters may change. Everything else is frozen, and stays bit-identical.
+
+A scope is named by layers x modules (by hand, or from a `LayerPlan` that tracing wrote, or from one of its controls).
+It switches gradients on and off; it does not train. LoRA inside a scope is `unlearn.lora`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from lm.anatomy import Anatomy, Module
+from lm.errors import UserError
+from tracing.plan import LayerPlan
+
+Use = Literal["chosen", "random", "inverse", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters on the linear layers inside the scope, merged into plain weights when saved."""
+
+    rank: int = 8
+    """Rank of the update."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"lora rank is {self.rank}; give at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """Which layers x modules may change. Give `layers`, or a `plan`; the defaults are the paper's: MLPs of layers 0 to 5."""
+
+    layers: tuple[int, ...] | Literal["all", "model"] | None = None
+    """Layer numbers from 0; `all` blocks; or the whole `model` with embeddings and head. Default 0 to 5."""
+    modules: tuple[Module, ...] | None = None
+    """`mlp`, `attn`, or `all` (the whole block). Default: mlp, or what the plan says."""
+    plan: str | None = None
+    """A LayerPlan JSON file; replaces `layers`."""
+    use: Use = "chosen"
+    """The plan's chosen layers, or one of its controls: random layers of equal size, the inverse, all."""
+    lora: Lora | None = None
+    """Train low-rank adapters instead of the weights themselves."""
+
+    def __post_init__(self) -> None:
+        if self.plan is not None and self.layers is not None:
+            raise UserError("scope.layers and scope.plan both name layers: give one of them")
+        if self.plan is None and self.use != "chosen":
+            raise UserError(
+                f"scope.use is {self.use!r} but there is no scope.plan to take it from: give the plan's file"
+            )
+        if self.layers == () or self.modules == ():
+            raise UserError("scope.layers or scope.modules is empty, so nothing would be trained: name at least one")
+
+    def resolve(self, anatomy: Anatomy) -> ResolvedScope:
+        """Fix the layers for one model.
+
+        Raises:
+            UserError: a layer the model does not have, or a plan that was made for another depth.
+        """
+        modules: tuple[Module, ...] = self.modules or ("mlp",)
+        layers: tuple[int, ...]
+        if self.plan is not None:
+            plan = LayerPlan.load(Path(self.plan))
+            layers = plan.layers if self.use == "chosen" else plan.controls[self.use]
+            modules = self.modules or plan.modules
+        elif self.layers in ("all", "model"):
+            layers = tuple(range(anatomy.layers))
+        elif self.layers is None:
+            layers = tuple(range(min(6, anatomy.layers)))
+        else:
+            layers = tuple(sorted(set(self.layers)))
+        beyond = [layer for layer in layers if not 0 <= layer < anatomy.layers]
+        if beyond:
+            raise UserError(
+                f"layer {beyond[0]} is not in this model, which has layers 0 to {anatomy.layers - 1}: "
+                "change scope.layers, or trace this model for a plan of its own"
+            )
+        return ResolvedScope(layers=layers, modules=modules, whole_model=self.layers == "model", lora=self.lora)
+
+
+@dataclass(frozen=True)
+class ResolvedScope:
+    """A scope fixed for one model."""
+
+    layers: tuple[int, ...]
+    modules: tuple[Module, ...]
+    whole_model: bool = False
+    lora: Lora | None = None
+
+    def contains(self, anatomy: Anatomy, name: str) -> bool:
+        """Whether the parameter `name` may change."""
+        if self.whole_model:
+            return True
+        return any(
+            name.startswith(anatomy.weight_prefix(layer, module)) for layer in self.layers for module in self.modules
+        )
+
+    def apply(self, model: nn.Module, anatomy: Anatomy) -> list[str]:
+        """Switch gradients on inside the scope and off elsewhere; returns the names that may change."""
+        names = []
+        for name, parameter in model.named_parameters():
+            inside = self.contains(anatomy, name)
+            parameter.requires_grad_(inside)
+            if inside:
+                names.append(name)
+        if not names:
+            raise UserError(
+                f"no parameter lies in layers {self.layers}, modules {self.modules}: nothing would be trained"
+            )
+        return names
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training a scope costs in memory, before it is paid."""
+
+    trainable: int
+    total: int
+    optimiser_bytes: int
+    gradient_bytes: int
+
+    def sentence(self, processes: int = 1) -> str:
+        """One line for a person."""
+        each = "" if processes == 1 else f" (over {processes} processes, if sharded)"
+        return (
+            f"trainable {self.trainable:,} of {self.total:,} parameters ({self.trainable / self.total:.1%}); "
+            f"AdamW states {_size(self.optimiser_bytes)}, gradients {_size(self.gradient_bytes)}{each}"
+        )
+
+
+def cost(model: nn.Module) -> Cost:
+    """Counts parameters (tied ones once); AdamW keeps two values a trainable parameter, in the parameter's own type."""
+    parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    gradient = sum(p.numel() * p.element_size() for p in trainable)
+    return Cost(
+        trainable=sum(p.numel() for p in trainable),
+        total=sum(p.numel() for p in parameters),
+        optimiser_bytes=2 * gradient,
+        gradient_bytes=gradient,
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,195 @@
+"""One optimiser step's gradient: token-weighted over the global batch, however it is cut into micro-batches or processes.
+
+The adaptive weight needs the whole batch's retain cross-entropy, which is known only after the retain rows went through.
+So the retain rows go first with weight 1, their accumulated gradient is scaled by the weight (it is linear), and the
+forget rows follow: exact, with one pass over each row and no second gradient buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lm.devices import sum_over_processes, without_gradient_sync
+from lm.prompts import Encoded
+from unlearn.batches import Inputs, StepRows, collate, micro_batches
+from unlearn.objectives import Objective, RetainMemory, TokenStats
+from unlearn.objectives.base import Term
+from unlearn.reference import Original
+from unlearn.statistics import token_divergence, token_logprobs
+
+Weighting = Literal["global_tokens", "micro_batch_mean"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured, over the global batch."""
+
+    loss: float
+    forget_cross_entropy: float
+    retain_cross_entropy: float
+    retain_weight: float
+    forgotten_share: float
+    """Share of forget tokens beyond the objective's cap (0 if it has none)."""
+    tokens: int
+    """Real tokens, prompt and answer, that went through the model in the global batch."""
+
+
+class Stepper:
+    """Computes gradients for global batches of encoded rows; it holds no optimiser and takes no step."""
+
+    def __init__(
+        self,
+        acc: Accelerator,
+        model: nn.Module,
+        objective: Objective,
+        forget: Sequence[Encoded],
+        retain: Sequence[Encoded],
+        *,
+        original: Original | None,
+        pad: int,
+        micro_batch: int,
+        weighting: Weighting,
+    ) -> None:
+        self.acc, self.model, self.objective, self.original = acc, model, objective, original
+        self.forget, self.retain = forget, retain
+        self.pad, self.micro_batch, self.weighting = pad, micro_batch, weighting
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient(self, rows: StepRows, memory: RetainMemory) -> StepResult:
+        """Add this step's gradient to the parameters' `.grad`, and epoch-0 sums to `memory`."""
+        if self.weighting == "global_tokens":
+            return self._global(rows, memory)
+        return self._micro(rows, memory)
+
+    def _global(self, rows: StepRows, memory: RetainMemory) -> StepResult:
+        retain_ce = weight = retain_loss = 0.0
+        if self.objective.uses_retain and rows.retain:
+            divisor = _Counts.of([self.retain[i] for i in rows.retain])
+            sums = torch.zeros(2, dtype=torch.float64, device=self.acc.device)
+            for micro in self._micro_batches(rows.retain):
+                with without_gradient_sync(self.acc, self.model, skip=True):
+                    stats = self._stats([self.retain[i] for i in micro], forget=False)
+                    loss = self._share(self.objective.retain_term(stats), divisor)
+                    self.acc.backward(loss * self.acc.num_processes)
+                sums += torch.stack([stats.cross_entropy.detach().sum(), loss.detach()])
+            ce_sum, retain_loss = sum_over_processes(sums).tolist()
+            retain_ce = ce_sum / divisor.tokens
+            weight = self.objective.retain_weight(memory, retain_ce)
+            memory.add(cross_entropy=ce_sum, tokens=divisor.tokens, batch_means=retain_ce, rows=divisor.rows)
+            with torch.no_grad():
+                for parameter in self.parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(weight)
+
+        divisor = _Counts.of([self.forget[i] for i in rows.forget])
+        sums = torch.zeros(3, dtype=torch.float64, device=self.acc.device)
+        micros = self._micro_batches(rows.forget)
+        for place, micro in enumerate(micros):
+            with without_gradient_sync(self.acc, self.model, skip=place + 1 < len(micros)):
+                stats = self._stats([self.forget[i] for i in micro], forget=True)
+                loss = self._share(self.objective.forget_term(stats), divisor)
+                self.acc.backward(loss * self.acc.num_processes)
+            sums += torch.stack([stats.cross_entropy.detach().sum(), loss.detach(), self._beyond_cap(stats)])
+        ce_sum, forget_loss, beyond = sum_over_processes(sums).tolist()
+        return StepResult(
+            loss=forget_loss + weight * retain_loss,
+            forget_cross_entropy=ce_sum / divisor.tokens,
+            retain_cross_entropy=retain_ce,
+            retain_weight=weight,
+            forgotten_share=beyond / divisor.tokens,
+            tokens=self._tokens(rows),
+        )
+
+    def _micro(self, rows: StepRows, memory: RetainMemory) -> StepResult:
+        """The authors' scaling: each mixed micro-batch has its own means and its own weight; the step is their average."""
+        micros = micro_batches(rows.order, self.micro_batch, self.acc.process_index, self.acc.num_processes)
+        sums = torch.zeros(9, dtype=torch.float64, device=self.acc.device)
+        for place, micro in enumerate(micros):
+            forget = [self.forget[i] for is_forget, i in micro if is_forget]
+            retain = [self.retain[i] for is_forget, i in micro if not is_forget] if self.objective.uses_retain else []
+            with without_gradient_sync(self.acc, self.model, skip=place + 1 < len(micros)):
+                stats = self._stats(forget, forget=True)
+                loss = self._share(self.objective.forget_term(stats), _Counts.of(forget))
+                seen = [float(stats.cross_entropy.detach().sum()), float(self._beyond_cap(stats)), float(stats.tokens)]
+                mean = weight = 0.0
+                other = self._stats(retain, forget=False)
+                if retain:
+                    mean = float(other.cross_entropy.detach().sum()) / other.tokens
+                    weight = self.objective.retain_weight(memory, mean)
+                    loss = loss + weight * self._share(self.objective.retain_term(other), _Counts.of(retain))
+                else:
+                    loss = loss + other.logprob.sum() * 0.0
+                self.acc.backward(loss / len(micros))
+            held = [float(loss.detach()), mean * other.tokens, float(other.tokens), mean, float(len(retain)), weight]
+            sums += torch.tensor([*seen, *held], dtype=torch.float64, device=sums.device)
+        forget_ce, beyond, forget_tokens, loss_sum, retain_ce, retain_tokens, means, count, weights = (
+            sum_over_processes(sums).tolist()
+        )
+        memory.add(cross_entropy=retain_ce, tokens=retain_tokens, batch_means=means, rows=count)
+        number = len(micros) * self.acc.num_processes
+        return StepResult(
+            loss=loss_sum / number,
+            forget_cross_entropy=forget_ce / max(forget_tokens, 1.0),
+            retain_cross_entropy=retain_ce / max(retain_tokens, 1.0),
+            retain_weight=weights / number,
+            forgotten_share=beyond / max(forget_tokens, 1.0),
+            tokens=self._tokens(rows),
+        )
+
+    def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
+        return micro_batches(rows, self.micro_batch, self.acc.process_index, self.acc.num_processes)
+
+    def _stats(self, rows: Sequence[Encoded], *, forget: bool) -> TokenStats:
+        inputs = collate(rows, self.pad, self.acc.device)
+        reference = self._original(inputs) if self._needs_original(forget) else None
+        logits = self._logits(inputs)
+        return TokenStats(
+            logprob=token_logprobs(logits, inputs),
+            mask=inputs.mask,
+            reference_logprob=token_logprobs(reference, inputs) if reference is not None and forget else None,
+            divergence=token_divergence(reference, logits, inputs) if reference is not None and not forget else None,
+        )
+
+    def _needs_original(self, forget: bool) -> bool:
+        return self.objective.needs_forget_reference if forget else self.objective.needs_retain_divergence
+
+    def _original(self, inputs: Inputs) -> Tensor:
+        assert self.original is not None  # the trainer keeps it for every objective that says it needs one
+        with self.original.restored():
+            return self._logits(inputs)
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        logits: Tensor = self.model(input_ids=inputs.ids, attention_mask=inputs.attention, use_cache=False).logits
+        return logits
+
+    def _beyond_cap(self, stats: TokenStats) -> Tensor:
+        cap = getattr(self.objective, "forget_cap", None)
+        if cap is None:
+            return torch.zeros((), device=stats.logprob.device)
+        beyond: Tensor = (stats.cross_entropy.detach() > cap).sum().float()
+        return beyond
+
+    def _share(self, term: Term, divisor: _Counts) -> Tensor:
+        return term.total / (divisor.tokens if term.unit == "token" else divisor.rows)
+
+    def _tokens(self, rows: StepRows) -> int:
+        used = sum(len(self.forget[i].ids) for i in rows.forget)
+        return used + (sum(len(self.retain[i].ids) for i in rows.retain) if self.objective.uses_retain else 0)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What a sum over rows is divided by; at least 1, so that an empty side gives 0."""
+
+    tokens: int
+    rows: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Encoded]) -> _Counts:
+        return cls(max(sum(len(row.ids) - row.answer_start for row in rows), 1), max(len(rows), 1))

@@ -1,0 +1,346 @@
+"""The unlearning loop: deterministic batches, one gradient a step, checkpoints, periodic scoring, exact resume.
+
+It runs on whatever `lm.devices` set up. It does not read data, choose layers or know any metric: rows arrive encoded,
+the scope is already applied, and `validate` is a function that returns named numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lm.errors import UserError
+from lm.prompts import Encoded
+from lm.run import RunFolder, progress
+from unlearn import state
+from unlearn.batches import PairedBatches, Pairing
+from unlearn.objectives import Objective, RetainMemory
+from unlearn.reference import Original
+from unlearn.step import Stepper, StepResult, Weighting
+
+Checkpoint = Literal["last", "lowest_joint_loss", "best_task_aggregate"]
+Validate = Callable[[], dict[str, float]]
+
+_RULES: dict[str, tuple[str, float]] = {
+    "lowest_joint_loss": ("joint_loss", -1.0),
+    "best_task_aggregate": ("task_aggregate", 1.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How the loop runs. The defaults are the published ones where they are known; docs/method.md says why each is so."""
+
+    epochs: int = 8
+    """Passes over the larger side (paired) or over all rows (mixed). Ignored if `steps` is given."""
+    steps: int | None = None
+    """Optimiser steps, instead of `epochs`."""
+    batch: int = 120
+    """Rows in a global batch, forget and retain together, over all processes."""
+    micro_batch: int = 12
+    """Rows that go through the model at once on one process: memory, not mathematics."""
+    learning_rate: float = 1.5e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls to 0."""
+    warmup: int = 0
+    """Steps over which it first rises."""
+    clip: float | None = 1.0
+    """Largest gradient norm; null for none."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    pairing: Pairing = "paired"
+    """Equal numbers of forget and retain rows a step, or one mixed shuffle as the authors do."""
+    weighting: Weighting = "global_tokens"
+    """Each token of the global batch counts alike, or the authors' mean of micro-batch means."""
+    autocast: Literal["no", "bf16", "fp16"] = "no"
+    """Compute in this type over float32 master weights. (Pure bfloat16 is model.dtype: bfloat16 with autocast no.)"""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 42
+    """Order of the batches."""
+    save_every: int = 50
+    """Steps between checkpoints to resume from."""
+    evaluate_every: int | None = None
+    """Steps between scorings on the validation split."""
+    checkpoint: Checkpoint = "last"
+    """Which weights are the result."""
+    max_seconds: float | None = None
+    """Stop, and keep the result so far, after this much training time."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "epochs",
+            "steps",
+            "batch",
+            "micro_batch",
+            "learning_rate",
+            "save_every",
+            "evaluate_every",
+            "max_seconds",
+        )
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"trainer.{name} is {value}: give a positive number")
+        if self.checkpoint != "last" and self.evaluate_every is None:
+            raise UserError(
+                f"trainer.checkpoint is {self.checkpoint!r}, which needs scores: set trainer.evaluate_every"
+            )
+        if self.weighting == "micro_batch_mean" and self.pairing == "paired" and self.micro_batch < 2:
+            raise UserError("trainer.micro_batch is 1: with micro_batch_mean a paired micro-batch needs both sides")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything here is in the checkpoint."""
+
+    step: int = 0
+    memory: RetainMemory = dataclasses.field(default_factory=RetainMemory)
+    best: dict[str, float] | None = None
+    seconds: float = 0.0
+    tokens: int = 0
+    scaler: dict[str, Any] | None = None
+
+
+def train(
+    acc: Accelerator,
+    model: nn.Module,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    objective: Objective,
+    config: TrainerConfig,
+    *,
+    pad: int,
+    run: RunFolder,
+    prepare: Callable[[nn.Module, torch.optim.Optimizer], tuple[nn.Module, torch.optim.Optimizer]] | None = None,
+    validate: Validate | None = None,
+    resume: bool = False,
+) -> tuple[nn.Module, Progress]:
+    """Train the parameters that require gradients; returns the (wrapped) model with the result in it, and the closing facts.
+
+    Args:
+        model: with the scope applied. Dropout stays off: one, two and N processes give the same numbers.
+        forget, retain: encoded rows; `retain` may be empty if the objective does not use it.
+        prepare: wraps model and optimiser; None takes `acc.prepare`.
+        validate: returns `task_aggregate` and/or `joint_loss`, on every process; called every `evaluate_every` steps.
+        resume: go on from the newest checkpoint in `run`, if there is one.
+
+    Raises:
+        UserError: the objective needs retain rows and there are none; the loss became NaN; the disk is full.
+    """
+    if objective.uses_retain and not retain:
+        raise UserError(f"{type(objective).__name__} needs retain rows and there are none: give a retain set")
+    if config.checkpoint != "last" and validate is None:
+        raise UserError(
+            f"trainer.checkpoint is {config.checkpoint!r} but there is no validation split: give one, or use last"
+        )
+    batches = PairedBatches(
+        forget=len(forget),
+        retain=len(retain) if objective.uses_retain else 0,
+        batch=config.batch,
+        pairing=config.pairing,
+        seed=config.seed,
+    )
+    steps = config.steps or config.epochs * batches.steps_per_epoch
+    model.eval()
+    if config.gradient_checkpointing:
+        _enable_gradient_checkpointing(model)
+    optimiser: torch.optim.Optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    wrapped, optimiser = (prepare or acc.prepare)(model, optimiser)
+    loop = _Loop(acc, wrapped, optimiser, objective, config, batches, steps, run, validate)
+    loop.stepper = Stepper(
+        acc,
+        wrapped,
+        objective,
+        forget,
+        retain,
+        original=Original(wrapped) if objective.needs_forget_reference or objective.needs_retain_divergence else None,
+        pad=pad,
+        micro_batch=config.micro_batch,
+        weighting=config.weighting,
+    )
+    return wrapped, loop.run_all(resume=resume)
+
+
+class _Loop:
+    """The state of one call of `train`."""
+
+    stepper: Stepper
+
+    def __init__(
+        self,
+        acc: Accelerator,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        objective: Objective,
+        config: TrainerConfig,
+        batches: PairedBatches,
+        steps: int,
+        run: RunFolder,
+        validate: Validate | None,
+    ) -> None:
+        self.acc, self.model, self.optimiser, self.objective = acc, model, optimiser, objective
+        self.config, self.batches, self.steps, self.run, self.validate = config, batches, steps, run, validate
+        self.plain = acc.unwrap_model(model)
+        self.at = Progress()
+
+    def run_all(self, *, resume: bool) -> Progress:
+        if resume:
+            self._load_newest()
+        self.run.forget_after(self.at.step)
+        self.acc.wait_for_everyone()
+        shown = self.acc.is_main_process
+        with progress(self.steps, label="unlearn", unit="steps", done=self.at.step, enabled=shown) as advance:
+            while self.at.step < self.steps and not self._out_of_time():
+                started = time.perf_counter()
+                result, norm = self._step()
+                self.at.seconds += time.perf_counter() - started
+                self.at.tokens += result.tokens
+                self._log(result, norm)
+                advance(
+                    forget=result.forget_cross_entropy,
+                    retain=result.retain_cross_entropy,
+                    alpha=result.retain_weight,
+                    tok_s=self.at.tokens / self.at.seconds,
+                )
+                self._milestones()
+        if self.config.checkpoint != "last" and self.at.best is not None:
+            state.restore(self.run.path / "best", self.plain, None)
+        return self.at
+
+    def _step(self) -> tuple[StepResult, float]:
+        self.at.memory.epoch = self.batches.epoch(self.at.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.learning_rate * learning_rate_factor(
+                self.at.step, self.steps, self.config.schedule, self.config.warmup
+            )
+        result = self.stepper.gradient(self.batches.step(self.at.step), self.at.memory)
+        if not math.isfinite(result.loss):
+            raise UserError(
+                f"the loss became {result.loss} at step {self.at.step + 1}: lower trainer.learning_rate, or set a forget_cap; "
+                "earlier checkpoints are kept"
+            )
+        limit = self.config.clip if self.config.clip is not None else float("inf")
+        norm = self.acc.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.at.step += 1
+        return result, _number(norm)
+
+    def _milestones(self) -> None:
+        step, every = self.at.step, self.config.evaluate_every
+        if every is not None and self.validate is not None and (step % every == 0 or step == self.steps):
+            scores = self.validate()
+            self.run.log(step, {f"validation/{name}": value for name, value in scores.items()})
+            self._keep_if_best(scores)
+        if step % self.config.save_every == 0 and step < self.steps:
+            self._save(self.run.checkpoint_name(step), with_moments=True)
+            self.run.prune_checkpoints(keep=2)
+
+    def _keep_if_best(self, scores: dict[str, float]) -> None:
+        if self.config.checkpoint == "last":
+            return
+        name, sign = _RULES[self.config.checkpoint]
+        if name not in scores:
+            raise UserError(
+                f"trainer.checkpoint is {self.config.checkpoint!r}, but validation gives only {', '.join(scores)}"
+            )
+        if self.at.best is None or sign * scores[name] > sign * self.at.best["value"]:
+            self.at.best = {"value": scores[name], "step": float(self.at.step)}
+            self._save("best", with_moments=False)
+
+    def _save(self, name: str, *, with_moments: bool) -> None:
+        main = self.acc.is_main_process
+        weights, moments = state.collect(self.plain, self._inner_optimiser() if with_moments else None, main=main)
+        if self.acc.scaler is not None:
+            self.at.scaler = self.acc.scaler.state_dict()
+        if main:
+            with self.run.writing(name) as folder:
+                state.write(folder, weights, moments, dataclasses.asdict(self.at))
+        self.acc.wait_for_everyone()
+
+    def _load_newest(self) -> None:
+        saved = self.run.checkpoints()
+        if not saved:
+            return
+        folder: Path = saved[-1][1]
+        state.restore(folder, self.plain, self._inner_optimiser())
+        facts = state.read_facts(folder)
+        facts["memory"] = RetainMemory(**facts["memory"])
+        self.at = Progress(**facts)
+        if self.acc.scaler is not None and self.at.scaler:
+            self.acc.scaler.load_state_dict(self.at.scaler)
+
+    def _inner_optimiser(self) -> torch.optim.Optimizer:
+        inner = getattr(self.optimiser, "optimizer", self.optimiser)
+        assert isinstance(inner, torch.optim.Optimizer)
+        return inner
+
+    def _out_of_time(self) -> bool:
+        limit = self.config.max_seconds
+        if limit is None:
+            return False
+        from accelerate.utils import broadcast_object_list
+
+        (stop,) = broadcast_object_list([self.at.seconds >= limit])
+        return bool(stop)
+
+    def _log(self, result: StepResult, norm: float) -> None:
+        values = {
+            "loss": result.loss,
+            "forget_ce": result.forget_cross_entropy,
+            "retain_ce": result.retain_cross_entropy,
+            "alpha": result.retain_weight,
+            "forgotten_share": result.forgotten_share,
+            "grad_norm": norm,
+            "lr": float(self.optimiser.param_groups[0]["lr"]),
+        }
+        self.run.log(self.at.step, values)
+        if self.acc.trackers:
+            self.acc.log(values, step=self.at.step)
+
+
+def learning_rate_factor(step: int, steps: int, schedule: str, warmup: int) -> float:
+    """The share of the peak learning rate at `step`, from 0: a linear warm-up, then linear, cosine or constant.
+
+    As in transformers' schedulers, step 0 of a warm-up has factor 0 and a linear decay would reach 0 at `steps`.
+    """
+    if step < warmup:
+        return step / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    if schedule == "constant":
+        return 1.0
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _number(norm: Any) -> float:
+    if norm is None:
+        return float("nan")
+    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return float(full)
+
+
+def _enable_gradient_checkpointing(model: nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise UserError("this model has no gradient checkpointing: set trainer.gradient_checkpointing: false")
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # transformers recomputes in training mode only, so dropout is switched off by its rates
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for rate in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
