@@ -1,0 +1,51 @@
+"""The language model under study: load it, name its parts, watch and edit its activations, prompt it.
+
+This room knows nothing of tracing, unlearning or autoencoders; they build on it. The names below are the public ones.
+"""
+
+from lm.anatomy import EMBEDDING, KNOWN, Anatomy, Architecture, Kind, Site, anatomy_of
+from lm.check import check_anatomy, check_weights
+from lm.errors import UserError
+from lm.hooks import Captured, Edit, capture, patch
+from lm.load import LanguageModel, ModelSpec, load
+from lm.prompts import (
+    Encoded,
+    PromptSpec,
+    encode_pair,
+    encode_prompt,
+    labels,
+    render,
+    subject_span,
+    token_span,
+)
+from lm.rows import Question, Row
+
+__all__ = [
+    "EMBEDDING",
+    "KNOWN",
+    "Anatomy",
+    "Architecture",
+    "Captured",
+    "Edit",
+    "Encoded",
+    "Kind",
+    "LanguageModel",
+    "ModelSpec",
+    "PromptSpec",
+    "Question",
+    "Row",
+    "Site",
+    "UserError",
+    "anatomy_of",
+    "capture",
+    "check_anatomy",
+    "check_weights",
+    "encode_pair",
+    "encode_prompt",
+    "labels",
+    "load",
+    "patch",
+    "render",
+    "subject_span",
+    "token_span",
+]

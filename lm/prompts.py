@@ -1,0 +1,179 @@
+"""Prompts, spans and supervised masks: one place, so that tracing, training and evaluation see the very same tokens.
+
+Raw prompts are tokenised as the official SemEval-2025 Task 4 evaluation does it (plain `tokenizer(text)`); chat
+prompts go through the tokenizer's template. The prompt's tokens never depend on the answer: they are what
+generation is given. Spans come from the fast tokenizer's character offsets, never from decoding tokens one at a
+time. Padding and batching are not done here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lm.errors import UserError
+
+Format = Literal["raw", "chat"]
+IGNORED = -100
+"""The label of a token that is not trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSpec:
+    """How a prompt becomes text and how its answer is joined to it.
+
+    `answer_prefix` stands between prompt and answer; None means one space for raw prompts and nothing for chat, as the
+    authors of the joint method train. `system` is a system message for chat.
+    """
+
+    format: Format = "raw"
+    append_eos: bool = True
+    answer_prefix: str | None = None
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in ("raw", "chat"):
+            raise UserError(f"the prompt format {self.format!r} is unknown: use raw or chat")
+        if self.system is not None and self.format == "raw":
+            raise UserError("a raw prompt has no system message: leave system out, or use format: chat")
+
+    @property
+    def prefix(self) -> str:
+        """What stands between prompt and answer, with the default filled in."""
+        if self.answer_prefix is not None:
+            return self.answer_prefix
+        return " " if self.format == "raw" else ""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt and its answer as token ids; `ids[answer_start:]` is the answer, with EOS if the spec asks for it."""
+
+    ids: list[int]
+    answer_start: int
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: str, spec: PromptSpec) -> str:
+    """The text whose continuation is the answer. Raises UserError for chat without a chat template."""
+    if spec.format == "raw":
+        return prompt
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: use format: raw, or a tokenizer that has one")
+    messages = [{"role": "user", "content": prompt}]
+    if spec.system is not None:
+        messages.insert(0, {"role": "system", "content": spec.system})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    return text
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, spec: PromptSpec) -> list[int]:
+    """The ids that generation is given: raw ones with the BOS a tokenizer may add but without an EOS it may add."""
+    return _prompt_ids(tokenizer, render(tokenizer, prompt, spec), spec)
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, spec: PromptSpec) -> Encoded:
+    """Prompt ids exactly as `encode_prompt` gives them, then the answer's ids, then EOS if the spec asks for it.
+
+    Where tokenising prompt and answer together keeps the prompt's tokens, the rest of that tokenisation is the
+    answer. Where they would merge at the seam, the answer is tokenised alone.
+    """
+    text = render(tokenizer, prompt, spec)
+    head = _prompt_ids(tokenizer, text, spec)
+    tail = _answer_ids(tokenizer, text, head, spec.prefix + answer, spec)
+    if spec.append_eos:
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token: set append_eos: false, or use a tokenizer that has one")
+        tail = [*tail, int(tokenizer.eos_token_id)]
+    if not tail:
+        raise UserError(f"the answer to {prompt!r} is empty: give it at least one character")
+    return Encoded([*head, *tail], len(head))
+
+
+def labels(encoded: Encoded) -> list[int]:
+    """The ids with everything before the answer replaced by -100."""
+    return [IGNORED] * encoded.answer_start + encoded.ids[encoded.answer_start :]
+
+
+def token_span(
+    tokenizer: PreTrainedTokenizerBase, text: str, start_char: int, end_char: int, *, add_special_tokens: bool = True
+) -> tuple[int, int]:
+    """`[start, end)`: the tokens of `tokenizer(text)` that overlap the characters `[start_char, end_char)`.
+
+    A token that reaches over either edge (a merged neighbour, a leading space) counts, and so does every token of a
+    character that was split into bytes. Raises UserError if no token does.
+    """
+    if not 0 <= start_char < end_char <= len(text):
+        raise UserError(f"characters {start_char} to {end_char} are not inside a text of {len(text)} characters")
+    encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    inside = [
+        index
+        for index, (start, end) in enumerate(encoding["offset_mapping"])
+        if start < end and start < end_char and end > start_char
+    ]
+    if not inside:
+        raise UserError(f"no token covers {text[start_char:end_char]!r}: the tokenizer drops these characters")
+    return inside[0], inside[-1] + 1
+
+
+def subject_span(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    subject: str,
+    spec: PromptSpec,
+    occurrence: Literal["first", "last"] = "last",
+) -> tuple[int, int]:
+    """`[start, end)`: where the subject stands in `encode_prompt`'s ids, at its first or last occurrence in the prompt.
+
+    Only the prompt is searched, never the system message or the template. Raises UserError if it is not there.
+    """
+    name = subject.strip()
+    inside = prompt.find(name) if occurrence == "first" else prompt.rfind(name)
+    if not name or inside < 0:
+        raise UserError(f"the subject {subject!r} is not in the prompt {prompt!r}: spell it exactly as the prompt does")
+    text = render(tokenizer, prompt, spec)
+    shown = prompt
+    if shown not in text:  # many templates trim what they are given
+        shown = prompt.strip()
+        inside -= len(prompt) - len(prompt.lstrip())
+    if shown not in text:
+        raise UserError(f"the chat template rewrites the prompt {prompt!r}, its subject is lost: use format: raw")
+    start = text.rfind(shown) + inside
+    return token_span(tokenizer, text, start, start + len(name), add_special_tokens=spec.format == "raw")
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    return [int(index) for index in tokenizer(text, add_special_tokens=special)["input_ids"]]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, spec: PromptSpec) -> list[int]:
+    """Ids of a rendered prompt, without an EOS that the tokenizer appended; one that the text itself holds stays."""
+    if spec.format == "chat":
+        return _plain_ids(tokenizer, text, special=False)
+    ids = _plain_ids(tokenizer, text, special=True)
+    if ids and ids[-1] == tokenizer.eos_token_id and _appends_eos(tokenizer):
+        ids.pop()
+    if not ids:
+        raise UserError("the prompt is empty and the tokenizer adds no BOS token: write at least one character")
+    return ids
+
+
+def _appends_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    bare, full = (_plain_ids(tokenizer, "a", special=special) for special in (False, True))
+    return len(full) > len(bare) and full[-1] == tokenizer.eos_token_id and full[-len(bare) :] != bare
+
+
+def _answer_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, head: list[int], answer: str, spec: PromptSpec
+) -> list[int]:
+    """Ids of `answer` as they continue `head`."""
+    joint = _prompt_ids(tokenizer, text + answer, spec)
+    if joint[: len(head)] == head:
+        return joint[len(head) :]
+    # Tokenizers of the SentencePiece kind put a space before any text they see: then the answer without its own space
+    # is the right one, and decoding tells.
+    candidates = [_plain_ids(tokenizer, each, special=False) for each in (answer, answer.removeprefix(" "))]
+    wanted = tokenizer.decode(joint)
+    return next((ids for ids in candidates if tokenizer.decode([*head, *ids]) == wanted), candidates[0])
