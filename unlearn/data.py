@@ -55,7 +55,7 @@ def load_questions(source: str | Path) -> tuple[Question, ...]:
     perhaps `subject`, which is the layout of the MMLU file."""
     if is_builtin(source):
         _builtin_name(str(source), BUILTIN_QUESTIONS)
-        from lm.builtin import world  # noqa: PLC0415
+        from lm.builtin import world
 
         return tuple(world.build().utility)
     return questions_from_records(_records(source), str(source))
@@ -96,7 +96,7 @@ def _builtin_name(source: str, known: Sequence[str]) -> str:
 
 def _builtin_rows(source: str) -> tuple[Row, ...]:
     name = _builtin_name(source, BUILTIN_ROWS)
-    from lm.builtin import world  # noqa: PLC0415
+    from lm.builtin import world
 
     built = world.build()
     parts: dict[str, Sequence[Row]] = {

@@ -98,8 +98,8 @@ def _parse_array(text: str, name: str) -> tuple[Record, ...]:
 
 def parse_parquet(data: bytes, name: str) -> tuple[Record, ...]:
     """All rows of a Parquet file, nested lists as Python lists."""
-    import pyarrow  # noqa: PLC0415 - only Parquet needs it
-    import pyarrow.parquet  # noqa: PLC0415
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()

@@ -1,0 +1,99 @@
+"""Membership inference by loss: can the model's losses tell documents it was trained on from documents it never saw?
+
+`document_losses` asks the model; `auc` and `score` are the arithmetic of SemEval-2025 Task 4. Badge: faithful
+(mean token loss over the whole document, no truncation). No other attack is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+
+from lm.errors import UserError
+from lm.load import LanguageModel
+from unlearn.evaluation.batching import evaluating, max_positions, sorted_batches
+
+
+def auc(member_losses: ArrayLike, nonmember_losses: ArrayLike) -> float:
+    """Area under the ROC curve of `-loss` with members positive: the chance that a member has the lower loss.
+
+    Computed from ranks: `(R - m(m+1)/2) / (m n)`, R the sum of the members' ranks among all `-loss` values. A tie
+    counts one half. 0.5: losses tell nothing. Near 1: members are still recognised. Near 0: they are conspicuous
+    for their *high* loss, which also betrays them.
+
+    Args:
+        member_losses, nonmember_losses: shapes (m,), (n,), in nats; at least one each, none NaN.
+    """
+    members, others = _losses(member_losses, "member"), _losses(nonmember_losses, "non-member")
+    ranks = rankdata(-np.concatenate([members, others]), method="average")
+    m, n = len(members), len(others)
+    return float((ranks[:m].sum() - m * (m + 1) / 2) / (m * n))
+
+
+def score(auc: float) -> float:
+    """The official membership score `1 - 2 |auc - 0.5|`: 1 is best, 0 under-unlearned or over-unlearned."""
+    return 1 - abs(auc - 0.5) * 2
+
+
+def document_losses(
+    model: LanguageModel,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> NDArray[np.float64]:
+    """Mean token loss of each whole document, in nats: what `model(ids, labels=ids).loss` is for one document alone.
+
+    The text is tokenised as the tokenizer does by default (with a BOS if it adds one), and never cut. Documents are
+    batched by length and padded on the right, which under causal attention changes no earlier position.
+
+    Args:
+        texts: documents of at least two tokens.
+        batch_size: documents a forward pass.
+        progress: called with the number of documents done since the last call.
+
+    Returns:
+        shape (len(texts),), in the order of `texts`.
+
+    Raises:
+        UserError: a document of fewer than two tokens, or longer than the model's context.
+    """
+    ids = [list(model.tokenizer(text)["input_ids"]) for text in texts]
+    limit = max_positions(model)
+    for number, (text, tokens) in enumerate(zip(texts, ids, strict=True), start=1):
+        if len(tokens) < 2:
+            raise UserError(f'document {number} ("{text[:40]}") has fewer than two tokens; leave it out.')
+        if limit is not None and len(tokens) > limit:
+            raise UserError(
+                f'document {number} ("{text[:40]}...") has {len(tokens)} tokens, more than the {limit} that '
+                f"{model.name} can read; cutting it would change its loss, so leave it out or shorten it yourself."
+            )
+    losses = np.zeros(len(texts))
+    with evaluating(model):
+        for batch in sorted_batches([len(tokens) for tokens in ids], batch_size):
+            width = max(len(ids[row]) for row in batch)
+            padded = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
+            for place, row in enumerate(batch):
+                padded[place, : len(ids[row])] = torch.tensor(ids[row])
+            logits = model.model(input_ids=padded, use_cache=False).logits
+            for place, row in enumerate(batch):  # one row at a time: the float32 copy is the largest tensor here
+                count = len(ids[row])
+                losses[row] = torch.nn.functional.cross_entropy(
+                    logits[place, : count - 1].float(), padded[place, 1:count]
+                ).item()
+            if progress is not None:
+                progress(len(batch))
+    return losses
+
+
+def _losses(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    losses = np.asarray(values, dtype=np.float64)
+    if losses.ndim != 1 or not len(losses):
+        raise UserError(f"there are no {name} losses; membership needs at least one document on each side.")
+    if np.isnan(losses).any():
+        raise UserError(f"{int(np.isnan(losses).sum())} of {len(losses)} {name} losses are NaN; the model is broken.")
+    return losses
