@@ -105,11 +105,13 @@ def _parser(cls: type[Any], description: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
     about = _attribute_docs(cls)
     for field, hint in _fields(cls):
-        default: Any = field.default if field.default is not dataclasses.MISSING else None
+        default: Any = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         axis = _axis(hint)
-        if axis is not None:
+        if default is dataclasses.MISSING:
+            parser.add_argument(f"--{field.name}", type=hint, required=True, help=about.get(field.name))
+        elif axis is not None:
             jsonargparse.set_parsing_settings(subclasses_enabled=[axis])
             chosen: type[Any] = type(default)
             values = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}

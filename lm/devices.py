@@ -28,7 +28,6 @@ def accelerator(
     *,
     mixed_precision: MixedPrecision = "no",
     cpu: bool = False,
-    block_class: str | None = None,
     trackers: tuple[str, ...] = (),
     folder: Path | None = None,
 ) -> Accelerator:
@@ -37,7 +36,6 @@ def accelerator(
     Args:
         mixed_precision: autocast type; parameters keep their own (master weights).
         cpu: stay on the CPU although a GPU is there.
-        block_class: the class name of the model's blocks, which FSDP2 wraps one by one.
         trackers: `tensorboard`, `wandb`, …, beside the run's own metric log.
         folder: where trackers write.
 
@@ -52,8 +50,7 @@ def accelerator(
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=True,
-            auto_wrap_policy="transformer_based_wrap" if block_class else "no_wrap",
-            transformer_cls_names_to_wrap=[block_class] if block_class else None,
+            auto_wrap_policy="transformer_based_wrap",  # block by block, as the model's class names them
             state_dict_type="FULL_STATE_DICT",
         )
         if cpu:  # accelerate turns FSDP on for GPU process groups only; this is the group it would have found

@@ -184,7 +184,8 @@ class RunFolder:
     def prune_checkpoints(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints."""
         if self.main:
-            for _, path in self.checkpoints()[:-keep]:
+            saved = self.checkpoints()
+            for _, path in saved[: max(len(saved) - keep, 0)]:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _refuse_other_config(self, config: dict[str, Any]) -> None:

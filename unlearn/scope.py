@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -25,7 +25,7 @@ class Lora:
 
     rank: int = 8
     """Rank of the update."""
-    alpha: float = 16.0
+    alpha: int = 16
     """The update is scaled by alpha / rank."""
 
     def __post_init__(self) -> None:
@@ -69,11 +69,11 @@ class Scope:
         if self.plan is not None:
             plan = LayerPlan.load(Path(self.plan))
             layers = plan.layers if self.use == "chosen" else plan.controls[self.use]
-            modules = self.modules or plan.modules
-        elif self.layers in ("all", "model"):
-            layers = tuple(range(anatomy.layers))
+            modules = self.modules or tuple(name for name in get_args(Module) if name in plan.modules)
         elif self.layers is None:
             layers = tuple(range(min(6, anatomy.layers)))
+        elif isinstance(self.layers, str):
+            layers = tuple(range(anatomy.layers))
         else:
             layers = tuple(sorted(set(self.layers)))
         beyond = [layer for layer in layers if not 0 <= layer < anatomy.layers]

@@ -216,6 +216,8 @@ class _Loop:
                     tok_s=self.at.tokens / self.at.seconds,
                 )
                 self._milestones()
+        if not self.run.checkpoints() or self.run.checkpoints()[-1][0] < self.at.step:
+            self._save(self.run.checkpoint_name(self.at.step), with_moments=True)  # the export may meet a full disk
         if self.config.checkpoint != "last" and self.at.best is not None:
             state.restore(self.run.path / "best", self.plain, None)
         return self.at
@@ -244,6 +246,7 @@ class _Loop:
         if every is not None and self.validate is not None and (step % every == 0 or step == self.steps):
             scores = self.validate()
             self.run.log(step, {f"validation/{name}": value for name, value in scores.items()})
+            self.objective.observe_validation(self.at.memory, scores)
             self._keep_if_best(scores)
         if step % self.config.save_every == 0 and step < self.steps:
             self._save(self.run.checkpoint_name(step), with_moments=True)

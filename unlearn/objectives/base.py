@@ -90,6 +90,9 @@ class Objective:
         """The factor of the retain term at this step, from the batch's mean retain cross-entropy (nats a token)."""
         return 1.0
 
+    def observe_validation(self, memory: RetainMemory, scores: dict[str, float]) -> None:
+        """Told of every scoring on the validation split. Nothing is learnt from it unless an objective says so."""
+
 
 def ascent(stats: TokenStats, cap: float | None) -> Tensor:
     """Minus the forget cross-entropy, summed: `-sum(min(CE, cap))`.

@@ -65,6 +65,13 @@ class Joint(Objective):
         value = round(value, 1) if self.round_alpha else value
         return min(max(value, self.alpha_min), self.alpha_max)
 
+    def observe_validation(self, memory: RetainMemory, scores: dict[str, float]) -> None:
+        """The published code also adds the evaluation passes of epoch 0 to its reference."""
+        if self.reference == "authors_sum_over_rows":
+            memory.add(
+                cross_entropy=0.0, tokens=0.0, batch_means=scores["retain_batch_means"], rows=scores["retain_rows"]
+            )
+
     def reference_value(self, memory: RetainMemory) -> float:
         """The retain cross-entropy that counts as undisturbed (nats a token)."""
         if self.reference == "epoch0_mean":

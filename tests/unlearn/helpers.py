@@ -1,0 +1,68 @@
+"""What several unlearning tests need: a small config, and running a script as a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from lm.load import ModelSpec
+from unlearn.config import UnlearnConfig
+from unlearn.objectives import Joint, Objective
+from unlearn.scope import Scope
+from unlearn.trainer import TrainerConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = TrainerConfig(steps=6, batch=8, micro_batch=4, learning_rate=3e-3, save_every=2)
+
+
+def small_config(tiny: Path, out: Path, *, objective: Objective | None = None, trainer: TrainerConfig = SMALL, **changes: object) -> UnlearnConfig:
+    """A few steps on the tiny model, MLPs of layer 1."""
+    config = UnlearnConfig(
+        model=ModelSpec(path=str(tiny / "model"), device="cpu"),
+        forget=str(tiny / "forget.jsonl"),
+        retain=str(tiny / "retain.jsonl"),
+        scope=Scope(layers=(1,)),
+        objective=objective or Joint(),
+        trainer=trainer,
+        out=str(out),
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def command(script: str, *words: str, launch: str | None = None) -> list[str]:
+    """The words a user would type, with this Python."""
+    path = str(ROOT / "scripts" / f"{script}.py")
+    if launch is None:
+        return [sys.executable, path, *words]
+    config = str(ROOT / "configs" / "accelerate" / f"{launch}.yaml")
+    port = str(20000 + os.getpid() % 20000)
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", port, path, *words]
+
+
+def run_script(script: str, *words: str, launch: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run to the end, with output captured and one thread a process."""
+    return subprocess.run(
+        command(script, *words, launch=launch),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=environment(),
+    )
+
+
+def environment() -> dict[str, str]:
+    """One thread a process: the numbers of a sum then do not depend on how busy the machine is."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+
+
+def config_words(config: UnlearnConfig, folder: Path) -> list[str]:
+    """`--config` for a file that holds this config."""
+    from lm.config import dump_yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_yaml(config))
+    return ["--config", str(folder / "config.yaml")]

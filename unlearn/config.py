@@ -1,0 +1,75 @@
+"""One unlearning experiment as data: model x data x scope x objective x trainer, each an independent axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lm.errors import UserError
+from lm.load import ModelSpec
+from lm.prompts import PromptSpec
+from unlearn.objectives import Joint, Objective
+from unlearn.scope import Scope
+from unlearn.trainer import TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Rows that choose the checkpoint: never trained on. Both or neither."""
+
+    forget: str | None = None
+    """Forget rows to score on: a file, a folder, or a part of the built-in world."""
+    retain: str | None = None
+    """Retain rows to score on."""
+    max_new_tokens: int = 256
+    """Longest answer that is generated."""
+    batch_size: int = 32
+    """Prompts generated at once on one process."""
+
+    def __post_init__(self) -> None:
+        if (self.forget is None) != (self.retain is None):
+            raise UserError("validation.forget and validation.retain belong together: give both, or neither")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlearnConfig:
+    """What to forget, what to keep, where in the model, how hard, and where the result goes."""
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The model that has memorised the forget rows."""
+    forget: str = "builtin:forget"
+    """Rows to forget: a JSONL or Parquet file, a folder of them, or a part of the built-in world."""
+    retain: str = "builtin:retain"
+    """Rows to keep: likewise."""
+    columns: dict[str, str] | None = None
+    """For files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Rows for periodic scoring and for choosing the checkpoint."""
+    prompt: PromptSpec = field(default_factory=PromptSpec)
+    """How rows become tokens: raw as the official evaluation sees them, or chat."""
+    scope: Scope = field(default_factory=Scope)
+    """Which parameters may change."""
+    objective: Objective = field(default_factory=Joint)
+    """What is minimised."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How the loop runs."""
+    out: str = "runs/unlearn"
+    """The run folder; the result is in its sub-folder `model`."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the saved weights; null keeps the one trained in."""
+    trackers: tuple[str, ...] = ()
+    """Also log to these through accelerate, e.g. ["tensorboard"]."""
+    resume: bool = False
+    """Go on with the run in `out`, from its newest checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.trainer.autocast != "no" and self.model.dtype != "float32":
+            raise UserError(
+                f"trainer.autocast is {self.trainer.autocast} over model.dtype {self.model.dtype}: autocast needs float32 "
+                "master weights; set model.dtype: float32, or trainer.autocast: no for pure low precision"
+            )
+        if self.trainer.checkpoint != "last" and self.validation.forget is None:
+            raise UserError(
+                f"trainer.checkpoint is {self.trainer.checkpoint}, which is judged on validation rows: "
+                "set validation.forget and validation.retain, or trainer.checkpoint: last"
+            )

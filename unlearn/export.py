@@ -1,0 +1,47 @@
+"""The result as a plain Hugging Face folder: whatever was sharded, wrapped or adapted, `from_pretrained` reads it."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lm.devices import gather
+from lm.run import RunFolder, write_json
+from unlearn import lora
+
+MODEL = "model"
+
+
+def gather_weights(model: nn.Module, *, main: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every parameter and saved buffer, whole, on the main process's CPU (tied ones once). Every process must call it."""
+    saved = set(model.state_dict().keys())
+    weights: dict[str, Tensor] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in saved:
+            whole = gather(tensor)
+            if main:
+                floats = dtype is not None and whole.is_floating_point()
+                weights[name] = whole.to(dtype).contiguous() if floats else whole.contiguous()
+    return lora.merge(model, weights) if main else {}
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: RunFolder, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write `model/` in the run folder, atomically: config, safetensors, tokenizer. Every process must call it.
+
+    Args:
+        dtype: the type on disk; None keeps the type that was trained in. In that type frozen weights are bit-identical.
+    """
+    weights = gather_weights(model, main=run.main, dtype=dtype)
+    if run.main:
+        with run.writing(MODEL) as folder:
+            model.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+            if dtype is not None:  # save_pretrained writes the type of the model in memory
+                config = json.loads((folder / "config.json").read_text())
+                key = "dtype" if "dtype" in config else "torch_dtype"
+                write_json(folder / "config.json", {**config, key: str(dtype).removeprefix("torch.")})

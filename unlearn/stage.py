@@ -1,0 +1,182 @@
+"""The unlearning stage from files to files: read rows, load the model, apply the scope, train, save a plain checkpoint.
+
+This is wiring; every decision is in the config, every computation in the modules it calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lm.config import as_dict
+from lm.devices import accelerator, launch_facts, sum_over_processes
+from lm.errors import UserError
+from lm.load import DTYPES, LanguageModel, load
+from lm.prompts import Encoded, PromptSpec, encode_pair
+from lm.rows import Row
+from lm.run import RunFolder, peak_memory_bytes
+from unlearn import export, lora
+from unlearn.batches import collate, micro_batches
+from unlearn.config import UnlearnConfig
+from unlearn.data import check_disjoint, data_hash, load_rows
+from unlearn.evaluation.batching import Workers
+from unlearn.evaluation.generate import generate
+from unlearn.evaluation.lume import score
+from unlearn.objectives import RetainMemory
+from unlearn.scope import cost
+from unlearn.statistics import token_logprobs
+from unlearn.trainer import train
+
+
+def run_unlearning(config: UnlearnConfig) -> Path:
+    """Unlearn as the config says; returns the folder of the resulting checkpoint (`<out>/model`).
+
+    Raises:
+        UserError: whatever the user can mend, before the model is loaded wherever that is possible.
+    """
+    forget, retain = load_rows(config.forget, columns=config.columns), load_rows(config.retain, columns=config.columns)
+    check_disjoint(forget, retain)
+    validation: tuple[Sequence[Row], Sequence[Row]] | None = None
+    if config.validation.forget is not None and config.validation.retain is not None:
+        validation = (load_rows(config.validation.forget), load_rows(config.validation.retain))
+        trained = {row.id for row in (*forget, *retain)}
+        twice = [row.id for rows in validation for row in rows if row.id in trained]
+        if twice:
+            raise UserError(
+                f"validation row {twice[0]} is also trained on: the checkpoint would be chosen on training rows"
+            )
+
+    acc = accelerator(
+        mixed_precision=config.trainer.autocast,
+        trackers=config.trackers,
+        folder=Path(config.out),
+        cpu=config.model.device == "cpu",
+    )
+    run = RunFolder(config.out, main=acc.is_main_process)
+    if acc.is_main_process:
+        facts = {
+            "seed": config.trainer.seed,
+            "data": {"forget": data_hash(forget), "retain": data_hash(retain)},
+            "devices": launch_facts(acc),
+        }
+        run = RunFolder.create(config.out, config, resume=config.resume, facts=facts)
+    acc.wait_for_everyone()
+    result = run.path / export.MODEL
+    if result.exists():
+        acc.print(f"already finished: {result}")
+        return result
+
+    model = load(config.model, device="cpu")
+    scope = config.scope.resolve(model.anatomy)
+    scope.apply(model.model, model.anatomy)
+    if scope.lora is not None:
+        lora.inject(model.model, model.anatomy, scope, scope.lora, seed=config.trainer.seed)
+    price = cost(model.model)
+    acc.print(price.sentence(acc.num_processes))
+    if config.trackers:
+        acc.init_trackers("unlearn", config={"config": str(as_dict(config))})
+    pad = int(model.tokenizer.pad_token_id)
+
+    started = time.perf_counter()
+    scorer = None if validation is None else Validation(acc, model, config, validation)
+    wrapped, at = train(
+        acc,
+        model.model,
+        encode_rows(model, forget, config.prompt),
+        encode_rows(model, retain, config.prompt),
+        config.objective,
+        config.trainer,
+        pad=pad,
+        run=run,
+        validate=scorer,
+        resume=config.resume,
+    )
+    plain = acc.unwrap_model(wrapped)
+    export.save(plain, model.tokenizer, run, dtype=DTYPES[config.save_dtype] if config.save_dtype else None)
+    run.finish(
+        steps=at.step,
+        train_seconds=round(at.seconds, 3),
+        wall_seconds=round(time.perf_counter() - started, 3),
+        tokens_per_second=round(at.tokens / max(at.seconds, 1e-9), 1),
+        peak_memory_bytes=peak_memory_bytes(),
+        peak_gpu_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        trainable_parameters=price.trainable,
+        layers=list(scope.layers),
+        modules=list(scope.modules),
+        best=at.best,
+    )
+    acc.end_training()
+    run.prune_checkpoints(keep=0)
+    acc.wait_for_everyone()
+    return result
+
+
+class Validation:
+    """Scores the model in training on rows it is not trained on: official task aggregate, and the joint loss."""
+
+    def __init__(
+        self, acc: Accelerator, model: LanguageModel, config: UnlearnConfig, rows: tuple[Sequence[Row], Sequence[Row]]
+    ) -> None:
+        self.acc, self.model, self.config, self.rows = acc, model, config, rows
+
+    def __call__(self) -> dict[str, float]:
+        """`task_aggregate`, `joint_loss` (forget and retain cross-entropy with the objective's weight) and its parts."""
+        with torch.no_grad():
+            workers = Workers(self.acc.process_index, self.acc.num_processes)
+            sides = [self._generate(rows, workers) for rows in self.rows]
+            forget_ce, _ = self._cross_entropy(self.rows[0])
+            retain_ce, batch_means = self._cross_entropy(self.rows[1])
+        weight = self.config.objective.retain_weight(RetainMemory(), retain_ce)
+        return {
+            "task_aggregate": score(sides[0], sides[1]).task_aggregate,
+            "joint_loss": -forget_ce + weight * retain_ce,
+            "forget_ce": forget_ce,
+            "retain_ce": retain_ce,
+            "retain_batch_means": batch_means,
+            "retain_rows": float(len(self.rows[1])),
+        }
+
+    def _generate(self, rows: Sequence[Row], workers: Workers) -> list[dict[str, str]]:
+        said = generate(
+            self.model,
+            [row.input for row in rows],
+            prompt=self.config.prompt,
+            max_new_tokens=self.config.validation.max_new_tokens,
+            batch_size=self.config.validation.batch_size,
+            workers=workers,
+        )
+        return [
+            {"id": row.id, "task": row.task, "expected_output": row.output, "model_output": text}
+            for row, text in zip(rows, said, strict=True)
+        ]
+
+    def _cross_entropy(self, rows: Sequence[Row]) -> tuple[float, float]:
+        pad, size = int(self.model.tokenizer.pad_token_id), self.config.trainer.micro_batch
+        return mean_cross_entropy(
+            self.acc, self.model.model, encode_rows(self.model, rows, self.config.prompt), pad, size
+        )
+
+
+def encode_rows(model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> list[Encoded]:
+    """Rows as token ids, in order."""
+    return [encode_pair(model.tokenizer, row.input, row.output, prompt) for row in rows]
+
+
+def mean_cross_entropy(
+    acc: Accelerator, model: nn.Module, rows: Sequence[Encoded], pad: int, size: int
+) -> tuple[float, float]:
+    """Mean cross-entropy over the supervised tokens of all rows (nats a token), and the sum of micro-batch means."""
+    sums = torch.zeros(3, dtype=torch.float64, device=acc.device)
+    for micro in micro_batches(range(len(rows)), size, acc.process_index, acc.num_processes):
+        inputs = collate([rows[i] for i in micro], pad, acc.device)
+        with torch.no_grad():
+            logits = model(input_ids=inputs.ids, attention_mask=inputs.attention, use_cache=False).logits
+        loss, tokens = -token_logprobs(logits, inputs).sum(), inputs.mask.sum()
+        sums += torch.stack([loss, tokens, loss / tokens.clamp(min=1)]).to(sums)
+    total, count, means = sum_over_processes(sums).tolist()
+    return total / max(count, 1.0), means
