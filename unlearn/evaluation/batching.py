@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from lm.devices import is_sharded
 from lm.load import LanguageModel
 
 T = TypeVar("T")
@@ -81,6 +82,11 @@ class Workers:
 
 
 ONE_PROCESS = Workers()
+
+
+def unless_sharded(workers: Workers, model: LanguageModel) -> Workers:
+    """These workers; but with sharded parameters each works on everything, because every forward needs them all."""
+    return ONE_PROCESS if is_sharded(model.model) else workers
 
 
 def merge(shares: Sequence[Sequence[T]]) -> list[T]:

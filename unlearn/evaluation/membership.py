@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from lm.errors import UserError
 from lm.load import LanguageModel
-from unlearn.evaluation.batching import evaluating, max_positions, sorted_batches
+from unlearn.evaluation.batching import ONE_PROCESS, Workers, evaluating, max_positions, sorted_batches, unless_sharded
 
 
 def auc(member_losses: ArrayLike, nonmember_losses: ArrayLike) -> float:
@@ -45,6 +45,7 @@ def document_losses(
     *,
     batch_size: int = 8,
     progress: Callable[[int], object] | None = None,
+    workers: Workers = ONE_PROCESS,
 ) -> NDArray[np.float64]:
     """Mean token loss of each whole document, in nats: what `model(ids, labels=ids).loss` is for one document alone.
 
@@ -55,6 +56,7 @@ def document_losses(
         texts: documents of at least two tokens.
         batch_size: documents a forward pass.
         progress: called with the number of documents done since the last call.
+        workers: which process this is; each takes a share of the documents and all return all losses.
 
     Returns:
         shape (len(texts),), in the order of `texts`.
@@ -72,7 +74,10 @@ def document_losses(
                 f'document {number} ("{text[:40]}...") has {len(tokens)} tokens, more than the {limit} that '
                 f"{model.name} can read; cutting it would change its loss, so leave it out or shorten it yourself."
             )
-    losses = np.zeros(len(texts))
+    workers = unless_sharded(workers, model)
+    mine = workers.share(len(ids))
+    ids = [ids[place] for place in mine]
+    losses = [0.0] * len(ids)
     with evaluating(model):
         for batch in sorted_batches([len(tokens) for tokens in ids], batch_size):
             width = max(len(ids[row]) for row in batch)
@@ -87,7 +92,7 @@ def document_losses(
                 ).item()
             if progress is not None:
                 progress(len(batch))
-    return losses
+    return np.array(workers.gather(losses), dtype=np.float64)
 
 
 def _losses(values: ArrayLike, name: str) -> NDArray[np.float64]:
