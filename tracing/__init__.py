@@ -1,0 +1,26 @@
+"""Where is it stored? Causal mediation analysis of facts, from prompts to a plan of layers to train.
+
+`trace(model, facts)` gives `Effects`; `choose_layers(effects, size=...)` gives a `LayerPlan`, which training consumes.
+"""
+
+from tracing.choose import choose_layers
+from tracing.corruption import GaussianNoise
+from tracing.effects import ROLES, Effects, EffectTable, Skipped
+from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts
+from tracing.plan import LayerPlan
+from tracing.tracer import trace
+
+__all__ = [
+    "ROLES",
+    "EffectTable",
+    "Effects",
+    "Fact",
+    "GaussianNoise",
+    "LayerPlan",
+    "Skipped",
+    "choose_layers",
+    "facts_from_rows",
+    "find_subjects",
+    "load_known_facts",
+    "trace",
+]

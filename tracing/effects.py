@@ -1,0 +1,239 @@
+"""What tracing found, as arrays: every restored cell of every fact, and their means over token roles with intervals.
+
+An *indirect effect* is what restoring one activation brings back: the score with it restored minus the corrupted
+score. Nothing is chosen here (`tracing.plan`) and nothing is drawn (`tracing.plots`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.anatomy import Kind
+from lm.errors import UserError
+from lm.run import write_atomic
+from tracing.arrays import Array, pack
+from tracing.facts import Fact
+from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, weighted_means
+
+ROLES = ("before", "first_subject", "middle_subject", "last_subject", "first_after", "further", "last")
+SUBJECT_ROLES = ("first_subject", "middle_subject", "last_subject")
+_VERSION = 1
+
+
+def token_roles(tokens: int, span: tuple[int, int]) -> dict[str, list[int]]:
+    """The prompt positions of each role; every position has exactly one.
+
+    A one-token subject is `last_subject` (it ends there, and that row carries the claim about subjects). The last
+    prompt token is `last` unless it belongs to the subject; `first_after` is the token after the subject unless it
+    is the last one.
+
+    Args:
+        tokens: how many tokens the prompt has.
+        span: `[start, end)` of the subject.
+    """
+    start, end = span
+    if not 0 <= start < end <= tokens:
+        raise UserError(f"a subject span of {start}:{end} does not lie in a prompt of {tokens} tokens.")
+    last = [tokens - 1] if end < tokens else []
+    return {
+        "before": list(range(start)),
+        "first_subject": [start] if end - start > 1 else [],
+        "middle_subject": list(range(start + 1, end - 1)),
+        "last_subject": [end - 1],
+        "first_after": [end] if end < tokens - 1 else [],
+        "further": list(range(end + 1, tokens - 1)),
+        "last": last,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A fact that was left out, and why."""
+
+    fact: Fact
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EffectTable:
+    """Mean indirect effects by token role and layer.
+
+    Attributes:
+        mean, low, high: (roles, layers); NaN where no fact has such a token (intervals also with fewer than two).
+        facts: (roles,), how many facts each row is the mean of.
+    """
+
+    kind: Kind
+    roles: tuple[str, ...]
+    mean: Array
+    low: Array
+    high: Array
+    facts: np.ndarray[Any, np.dtype[np.int64]]
+    confidence: float
+    metric: str
+    window: int
+    sigma: float
+    total_facts: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Effects:
+    """Scores of all facts: clean, corrupted, and with each activation restored.
+
+    Attributes:
+        facts: the facts the model knows, in order; everything below is aligned with them.
+        skipped: the facts left out, with reasons.
+        clean, corrupted: (facts,), the score on the clean prompt and the mean over noise samples without restoring.
+        restored: for each kind one (prompt tokens, layers) array a fact: the mean score over noise samples with that
+            activation restored. NaN where a position was not asked for. With a window the layer is its centre.
+        tokens: the text of each prompt token, a tuple a fact.
+        subject_spans: `[start, end)` of the subject, a pair a fact.
+        sigma: the absolute standard deviation of the noise.
+        window: how many layers were restored together (mlp and attn; resid is always one).
+        provenance: model, fingerprint, prompt format, noise, positions, engine.
+    """
+
+    facts: tuple[Fact, ...]
+    clean: Array
+    corrupted: Array
+    restored: Mapping[Kind, Sequence[Array]]
+    tokens: tuple[tuple[str, ...], ...]
+    subject_spans: tuple[tuple[int, int], ...]
+    sigma: float
+    metric: str
+    window: int
+    skipped: tuple[Skipped, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return int(next(iter(self.restored.values()))[0].shape[1])
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The traced kinds."""
+        return tuple(self.restored)
+
+    @property
+    def total(self) -> Array:
+        """(facts,): the total effect, clean minus corrupted."""
+        return np.asarray(self.clean - self.corrupted)
+
+    def indirect(self, kind: Kind) -> list[Array]:
+        """Restored minus corrupted: one (prompt tokens, layers) array a fact."""
+        return [cells - low for cells, low in zip(self._of(kind), self.corrupted, strict=True)]
+
+    def by_role(self, kind: Kind, roles: Sequence[str] = ROLES) -> Array:
+        """(facts, roles, layers): the mean indirect effect over each fact's tokens of each role; NaN where it has none."""
+        check_roles(roles)
+        out = np.full((len(self.facts), len(roles), self.layers), np.nan)
+        for index, (cells, span) in enumerate(zip(self.indirect(kind), self.subject_spans, strict=True)):
+            positions = token_roles(len(cells), span)
+            for row, role in enumerate(roles):
+                traced = [p for p in positions[role] if not np.isnan(cells[p]).any()]
+                if traced:
+                    out[index, row] = cells[traced].mean(axis=0)
+        return out
+
+    def table(
+        self,
+        kind: Kind,
+        *,
+        roles: Sequence[str] = ROLES,
+        confidence: float = 0.95,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> EffectTable:
+        """Means over facts by role and layer with percentile bootstrap intervals; facts of a group are drawn together."""
+        check_confidence(confidence)
+        values = self.by_role(kind, roles)
+        groups = [fact.group for fact in self.facts]
+        low, high = interval(weighted_means(values, resample_counts(groups, resamples, seed)), confidence)
+        facts = (~np.isnan(values).all(axis=2)).sum(axis=0)
+        few = facts < 2
+        low[few], high[few] = np.nan, np.nan
+        return EffectTable(
+            kind=kind,
+            roles=tuple(roles),
+            mean=mean_over_facts(values),
+            low=low,
+            high=high,
+            facts=facts.astype(np.int64),
+            confidence=confidence,
+            metric=self.metric,
+            window=1 if kind == "resid" else self.window,
+            sigma=self.sigma,
+            total_facts=len(self.facts),
+        )
+
+    def _of(self, kind: Kind) -> Sequence[Array]:
+        if kind not in self.restored:
+            raise UserError(f"{kind!r} was not traced; trace it too, or use one of {', '.join(self.restored)}.")
+        return self.restored[kind]
+
+    def save(self, path: str | Path) -> None:
+        """Write one `.npz` file, atomically: arrays, and a JSON text named `about`. Nothing is pickled."""
+        about = {
+            "version": _VERSION,
+            "facts": [asdict(fact) for fact in self.facts],
+            "skipped": [{"fact": asdict(one.fact), "reason": one.reason} for one in self.skipped],
+            "tokens": self.tokens,
+            "subject_spans": self.subject_spans,
+            "sigma": self.sigma,
+            "metric": self.metric,
+            "window": self.window,
+            "kinds": self.kinds,
+            "provenance": dict(self.provenance),
+        }
+        arrays: dict[str, np.ndarray[Any, Any]] = {"clean": self.clean, "corrupted": self.corrupted}
+        for kind in self.kinds:
+            arrays |= {f"{kind}_{index}": cells for index, cells in enumerate(self.restored[kind])}
+        arrays["about"] = np.array(json.dumps(about, ensure_ascii=False))
+        write_atomic(Path(path), pack(arrays))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Effects:
+        """Read what `save` wrote. Raises UserError for a missing or broken file, or one of another version."""
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                about = json.loads(str(stored["about"]))
+                if about["version"] != _VERSION:
+                    raise UserError(
+                        f"{path} has effects of version {about['version']}, this program reads {_VERSION}; trace again."
+                    )
+                facts = tuple(Fact(**one) for one in about["facts"])
+                return cls(
+                    facts=facts,
+                    clean=stored["clean"],
+                    corrupted=stored["corrupted"],
+                    restored={
+                        kind: [stored[f"{kind}_{index}"] for index in range(len(facts))] for kind in about["kinds"]
+                    },
+                    tokens=tuple(tuple(one) for one in about["tokens"]),
+                    subject_spans=tuple((int(start), int(end)) for start, end in about["subject_spans"]),
+                    sigma=about["sigma"],
+                    metric=about["metric"],
+                    window=about["window"],
+                    skipped=tuple(Skipped(fact=Fact(**one["fact"]), reason=one["reason"]) for one in about["skipped"]),
+                    provenance=about["provenance"],
+                )
+        except FileNotFoundError as error:
+            raise UserError(f"there is no effects file {path}; give the effects.npz that tracing wrote.") from error
+        except UserError:
+            raise
+        except Exception as error:  # zip, npy, JSON and key errors have no common base
+            raise UserError(f"{path} is not a readable effects file ({error}); trace again.") from error
+
+
+def check_roles(roles: Sequence[str]) -> None:
+    """Raise UserError for no roles or one that does not exist."""
+    wrong = [role for role in roles if role not in ROLES]
+    if wrong or not roles:
+        raise UserError(f"the token roles {tuple(wrong or roles)} are not usable; choose of {', '.join(ROLES)}.")

@@ -1,0 +1,90 @@
+"""One fact as the model sees it: token ids, where the subject is, and whether the model gives the answer.
+
+The prompt's tokens come from `lm.prompts`, so that what is traced is what is trained. Nothing is corrupted here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lm.errors import UserError
+from lm.load import LanguageModel
+from lm.prompts import PromptSpec, encode_pair, subject_span
+from tracing.facts import Fact
+from tracing.metrics import Metric, scored_tokens
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A tokenised fact.
+
+    Attributes:
+        prompt_ids: what the model is asked; equal to training's ids before the answer.
+        answer_ids: the tokens the metric scores (the whole answer without EOS, or its first token).
+        span: `[start, end)` of the subject in `prompt_ids`.
+        tokens: the text of each prompt token.
+    """
+
+    fact: Fact
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    span: tuple[int, int]
+    tokens: tuple[str, ...]
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The teacher-forced input: the prompt and all scored answer tokens but the last."""
+        return [*self.prompt_ids, *self.answer_ids[:-1]]
+
+
+def make_probe(model: LanguageModel, fact: Fact, prompt: PromptSpec, metric: Metric) -> Probe:
+    """Tokenise a fact. Raises UserError if the subject's tokens cannot be found in the rendered prompt."""
+    encoded = encode_pair(model.tokenizer, fact.prompt, fact.answer, replace(prompt, append_eos=False))
+    ids = encoded.ids[: encoded.answer_start]
+    span = subject_span(model.tokenizer, fact.prompt, fact.subject, prompt, occurrence="first")
+    return Probe(
+        fact=fact,
+        prompt_ids=tuple(ids),
+        answer_ids=tuple(scored_tokens(encoded.ids[encoded.answer_start :], metric)),
+        span=span,
+        tokens=tuple(str(model.tokenizer.decode([index])) for index in ids),
+    )
+
+
+def forward(model: LanguageModel, embeddings: Tensor, keep: int) -> Tensor:
+    """Logits (batch, keep, vocabulary) at the last `keep` positions of embedded prompts (batch, tokens, hidden)."""
+    logits: Tensor = model.model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=keep).logits
+    return logits[:, -keep:]
+
+
+def embed(model: LanguageModel, ids: list[int]) -> Tensor:
+    """The output of the embedding layer, (tokens, hidden)."""
+    layer = model.model.get_input_embeddings()
+    assert layer is not None
+    hidden: Tensor = layer(torch.tensor(ids, device=next(layer.parameters()).device))
+    return hidden
+
+
+@torch.inference_mode()
+def why_unknown(model: LanguageModel, probe: Probe) -> str | None:
+    """None if greedy decoding gives exactly the scored answer tokens; else a sentence with what the model said instead.
+
+    Raises:
+        UserError: the model's logits are not finite.
+    """
+    keep = len(probe.answer_ids)
+    logits = forward(model, embed(model, probe.input_ids)[None], keep)[0]
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(
+            f"{model.name} gives NaN or infinite logits for fact {probe.fact.label!r}; load it in float32 or bfloat16."
+        )
+    if logits.argmax(-1).tolist() == list(probe.answer_ids):
+        return None
+    said: list[int] = []
+    for _ in range(keep):
+        said.append(int(forward(model, embed(model, [*probe.prompt_ids, *said])[None], 1)[0, -1].argmax()))
+    asked = model.tokenizer.decode(list(probe.answer_ids))
+    return f"the model says {model.tokenizer.decode(said)!r} instead of {asked!r}"

@@ -1,0 +1,65 @@
+"""Which cells a trace computes: kinds, window, metric and prompt positions. No model, no numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lm.anatomy import Kind
+from lm.errors import UserError
+from tracing.metrics import Metric, check_metric
+from tracing.probe import Probe
+
+Positions = Literal["all", "subject_and_after", "subject_and_last"]
+"""Which prompt tokens are restored: all; from the subject on (what lies before it cannot matter, by causality, and is
+filled in with the corrupted score); or the subject and the last token only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Which cells are computed and how they are scored.
+
+    `window` layers around each layer are restored together for mlp and attn: from l - window // 2 to
+    l + ceil(window / 2) - 1, clipped to the model, as the published script does it (10: from l - 5 to l + 4; its paper
+    says l - 4 to l + 5). Windows at the edges therefore hold fewer layers. `resid` is always a single layer.
+    """
+
+    kinds: tuple[Kind, ...] = ("resid", "mlp", "attn")
+    window: int = 1
+    metric: Metric = "probability"
+    positions: Positions = "all"
+
+    def __post_init__(self) -> None:
+        wrong = [kind for kind in self.kinds if kind not in get_args(Kind)]
+        if wrong or not self.kinds or len(set(self.kinds)) != len(self.kinds):
+            raise UserError(
+                f"the kinds {tuple(self.kinds)} are not usable; choose of {', '.join(get_args(Kind))}, once each."
+            )
+        check_metric(self.metric)
+        if self.window < 1:
+            raise UserError(f"the window is {self.window}; give at least 1 layer.")
+        if self.positions not in get_args(Positions):
+            raise UserError(
+                f"the positions {self.positions!r} are unknown; use one of {', '.join(get_args(Positions))}."
+            )
+
+
+def window_layers(layer: int, window: int, layers: int, kind: Kind) -> range:
+    """The layers that are restored together when the sweep stands at `layer` of `layers`."""
+    if kind == "resid":
+        return range(layer, layer + 1)
+    return range(max(0, layer - window // 2), min(layers, layer + (window + 1) // 2))
+
+
+def swept_positions(tokens: int, span: tuple[int, int], positions: Positions) -> list[int]:
+    """The prompt positions whose cells are computed."""
+    if positions == "all":
+        return list(range(tokens))
+    if positions == "subject_and_after":
+        return list(range(span[0], tokens))
+    return sorted({*range(*span), tokens - 1})
+
+
+def count_cells(probe: Probe, layers: int, sweep: Sweep) -> int:
+    """How many forward passes a fact takes, but for the first."""
+    return len(sweep.kinds) * layers * len(swept_positions(len(probe.prompt_ids), probe.span, sweep.positions))

@@ -1,0 +1,171 @@
+"""`trace`: ask which activations bring a corrupted answer back, for many facts, and keep what is finished.
+
+This checks which facts the model knows, measures the noise, and hands one fact at a time to an engine. The arithmetic
+of a cell is the engine's (`tracing.reference`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from lm.anatomy import Kind
+from lm.config import did_you_mean
+from lm.errors import UserError
+from lm.load import LanguageModel
+from lm.prompts import PromptSpec
+from lm.run import progress as progress_bar
+from tracing.cache import FactCache, fingerprint
+from tracing.corruption import GaussianNoise
+from tracing.effects import Effects, Skipped
+from tracing.facts import Fact
+from tracing.metrics import Metric
+from tracing.probe import Probe, make_probe, why_unknown
+from tracing.reference import Traced, trace_fact
+from tracing.sweep import Positions, Sweep, count_cells
+
+ENGINES = ("reference",)
+
+
+def trace(
+    model: LanguageModel,
+    facts: Sequence[Fact],
+    corruption: GaussianNoise = GaussianNoise(),  # noqa: B008 (frozen)
+    kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
+    window: int = 1,
+    metric: Metric = "probability",
+    engine: str = "reference",
+    prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
+    positions: Positions = "all",
+    *,
+    max_facts: int | None = None,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> Effects:
+    """Causal mediation analysis of facts: which restored activation brings the answer back?
+
+    A fact the model does not answer by greedy decoding (the whole answer, or its first token for
+    `first_token_probability`) is left out and listed with its reason in `Effects.skipped`.
+
+    Args:
+        model: from `lm.load`; it is put in eval mode meanwhile.
+        facts: what is asked. The noise is measured on the subjects of all of them, known or not, as published.
+        corruption: how the subject is made unreadable.
+        kinds: which activations are restored: `resid` (the stream after a block), `mlp`, `attn` (what they add to it).
+        window: how many layers of mlp and attn are restored together; see `tracing.sweep.Sweep`.
+        metric: what is read off; see `tracing.metrics`.
+        engine: `reference`, the published procedure, one forward pass a cell.
+        prompt: raw or chat, as in training; `append_eos` is ignored (EOS is not part of the scored answer).
+        positions: which prompt tokens are restored: `all`, `subject_and_after`, or `subject_and_last`.
+        max_facts: trace only so many of the known facts, the first ones; the others are listed as left out.
+        cache: a folder for finished facts. A trace that was interrupted goes on there and ends in the same numbers.
+        progress: show cells done, rate and time left.
+
+    Raises:
+        UserError: nothing to trace, no fact is known, a subject that cannot be found, NaN, a wrong setting.
+    """
+    if engine not in ENGINES:
+        raise UserError(
+            f"the engine {engine!r} is unknown{did_you_mean(engine, ENGINES)}; use one of {', '.join(ENGINES)}."
+        )
+    sweep = Sweep(kinds=tuple(kinds), window=window, metric=metric, positions=positions)
+    if max_facts is not None and max_facts < 1:
+        raise UserError(f"max_facts is {max_facts}; give at least 1, or leave it out for all.")
+    facts = list(facts)
+    if not facts:
+        raise UserError("there are no facts to trace; give at least one.")
+
+    with _evaluating(model):
+        sigma = corruption.measure(model, [fact.subject for fact in facts])
+        probes = [make_probe(model, fact, prompt, metric) for fact in facts]
+        known, skipped = _sort_out(model, probes, max_facts, progress)
+        weights = fingerprint(model)
+        store = FactCache(None if cache is None else Path(cache), weights, corruption, sigma, sweep, engine)
+        traced = _trace_all(model, known, corruption, sigma, sweep, store, progress)
+
+    return Effects(
+        facts=tuple(probe.fact for probe in known),
+        clean=np.array([one.clean for one in traced]),
+        corrupted=np.array([one.corrupted for one in traced]),
+        restored={kind: [one.restored[kind] for one in traced] for kind in sweep.kinds},
+        tokens=tuple(probe.tokens for probe in known),
+        subject_spans=tuple(probe.span for probe in known),
+        sigma=sigma,
+        metric=metric,
+        window=window,
+        skipped=tuple(skipped),
+        provenance={
+            "model": model.name,
+            "architecture": model.anatomy.architecture,
+            "weights": weights,
+            "engine": engine,
+            "corruption": asdict(corruption),
+            "prompt": asdict(prompt),
+            "positions": positions,
+            "facts_given": len(facts),
+        },
+    )
+
+
+def _sort_out(
+    model: LanguageModel, probes: Sequence[Probe], max_facts: int | None, show: bool
+) -> tuple[list[Probe], list[Skipped]]:
+    """The facts that the model knows, up to `max_facts`, and all others with reasons."""
+    known: list[Probe] = []
+    skipped: list[Skipped] = []
+    with progress_bar(len(probes), label="known facts", unit="facts", enabled=show) as advance:
+        for probe in probes:
+            if max_facts is not None and len(known) >= max_facts:
+                reason: str | None = f"not needed: max_facts is {max_facts}"
+            else:
+                reason = why_unknown(model, probe)
+            if reason is None:
+                known.append(probe)
+            else:
+                skipped.append(Skipped(fact=probe.fact, reason=reason))
+            advance(1)
+    if not known:
+        first = skipped[0]
+        raise UserError(
+            f"{model.name} knows none of the {len(probes)} facts (the first, {first.fact.label!r}: {first.reason}); "
+            "trace facts it answers word for word, with the prompt format it was trained on."
+        )
+    return known, skipped
+
+
+def _trace_all(
+    model: LanguageModel,
+    probes: Sequence[Probe],
+    corruption: GaussianNoise,
+    sigma: float,
+    sweep: Sweep,
+    cache: FactCache,
+    show: bool,
+) -> list[Traced]:
+    """Every fact's cells, from the cache where it has them."""
+    found = [cache.load(probe) for probe in probes]
+    cells = [count_cells(probe, model.anatomy.layers, sweep) for probe in probes]
+    done = sum(count for count, one in zip(cells, found, strict=True) if one is not None)
+    traced: list[Traced] = []
+    with progress_bar(sum(cells), label="trace", unit="cells", done=done, enabled=show) as advance:
+        for probe, one in zip(probes, found, strict=True):
+            if one is None:
+                one = trace_fact(model, probe, corruption, sigma, sweep, advance)  # noqa: PLW2901
+                cache.store(probe, one)
+            traced.append(one)
+    return traced
+
+
+@contextmanager
+def _evaluating(model: LanguageModel) -> Iterator[None]:
+    """Eval mode while the context is open, then what it was."""
+    training = model.model.training
+    model.model.train(False)
+    try:
+        yield
+    finally:
+        model.model.train(training)
