@@ -59,13 +59,31 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, description
 def script(main: Callable[[T], None], cls: type[T], *, description: str) -> None:
     """Run `main` on the parsed config; a `UserError` prints one line on stderr and exits with status 2."""
     try:
-        main(parse_config(cls, description=description))
+        config = parse_config(cls, description=description)
+        _quiet()
+        main(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped: finished work is kept; the same command with --resume true goes on", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        _leave_process_group()
+
+
+def _quiet() -> None:
+    """One progress bar is enough: transformers' own for loading and writing are off in scripts."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _leave_process_group() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def as_dict(config: Any) -> Any:

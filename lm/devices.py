@@ -68,6 +68,11 @@ def accelerator(
         raise UserError(f"cannot set up the devices: {error}") from error
 
 
+def is_main() -> bool:
+    """True on the one process that prints and writes (as the launcher numbered them)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def is_sharded(model: nn.Module) -> bool:
     """True if the parameters are shards (FSDP2), so that every process must take part in every forward."""
     return any(isinstance(p, DTensor) for p in model.parameters())

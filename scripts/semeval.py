@@ -5,9 +5,14 @@ python scripts/semeval.py --input_model_path MODEL --output_path OUT --forget_di
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/unlearn.py must not hide the package
 
 from lm.config import script
+from lm.devices import is_main
 from unlearn.contract import unlearn
 
 
@@ -31,7 +36,8 @@ def main(paths: Contract) -> None:
     output = unlearn(
         paths.input_model_path, paths.output_path, paths.forget_dir, paths.retain_dir, tokenizer=paths.tokenizer
     )
-    print(f"wrote {output}")
+    if is_main():
+        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,21 @@ python scripts/unlearn.py --config configs/unlearn/builtin.yaml --out runs/mine
 accelerate launch --config_file configs/accelerate/cpu2_ddp.yaml scripts/unlearn.py --config configs/unlearn/builtin.yaml
 """
 
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/unlearn.py must not hide the package
+
 from lm.config import script
+from lm.devices import is_main
 from unlearn.config import UnlearnConfig
 from unlearn.stage import run_unlearning
 
 
 def main(config: UnlearnConfig) -> None:
-    print(f"wrote {run_unlearning(config)}")
+    result = run_unlearning(config)
+    if is_main():
+        print(f"wrote {result}")
 
 
 if __name__ == "__main__":

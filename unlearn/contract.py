@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from lm.devices import is_main
 from lm.errors import UserError
 from lm.load import ModelSpec
 from unlearn.config import UnlearnConfig
@@ -58,7 +59,7 @@ def unlearn(
         resume=work.exists(),
     )
     model = run_unlearning(config)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main():
         for file in sorted(
             model.iterdir(), key=lambda f: f.name == "config.json"
         ):  # the config last: it marks a whole model

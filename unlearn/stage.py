@@ -110,7 +110,8 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         modules=list(scope.modules),
         best=at.best,
     )
-    acc.end_training()
+    for tracker in acc.trackers:
+        tracker.finish()
     run.prune_checkpoints(keep=0)
     acc.wait_for_everyone()
     return result
