@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = TrainerConfig(steps=6, batch=8, micro_batch=4, learning_rate=3e-3, save_every=2)
 
 
-def small_config(tiny: Path, out: Path, *, objective: Objective | None = None, trainer: TrainerConfig = SMALL, **changes: object) -> UnlearnConfig:
+def small_config(
+    tiny: Path, out: Path, *, objective: Objective | None = None, trainer: TrainerConfig = SMALL, **changes: object
+) -> UnlearnConfig:
     """A few steps on the tiny model, MLPs of layer 1."""
     config = UnlearnConfig(
         model=ModelSpec(path=str(tiny / "model"), device="cpu"),
@@ -39,10 +41,22 @@ def command(script: str, *words: str, launch: str | None = None) -> list[str]:
         return [sys.executable, path, *words]
     config = str(ROOT / "configs" / "accelerate" / f"{launch}.yaml")
     port = str(20000 + os.getpid() % 20000)
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", port, path, *words]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "--main_process_port",
+        port,
+        path,
+        *words,
+    ]
 
 
-def run_script(script: str, *words: str, launch: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_script(
+    script: str, *words: str, launch: str | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Run to the end, with output captured and one thread a process."""
     return subprocess.run(
         command(script, *words, launch=launch),
