@@ -37,7 +37,7 @@ def choose_layers(
     roles: Sequence[str] = SUBJECT_ROLES,
     seed: int = 0,
     confidence: float = 0.95,
-    stability: float = 0.8,
+    stability: float = 0.9,
     resamples: int = 1000,
 ) -> LayerPlan:
     """The contiguous band of `size` layers that brings the answers back most, and whether the evidence singles it out.
@@ -56,7 +56,8 @@ def choose_layers(
        1, on those not drawn; that too is above zero in at least `stability` of the resamples. The band is the best
        of many on these very facts, which alone makes 1 too kind.
 
-    Otherwise the plan still names the best band, with `singled_out` False and a verdict that says why.
+    Otherwise the plan still names the best band, with `singled_out` False and a verdict that says why. On made-up
+    effects without any preference among layers the defaults single a band out in fewer than 5 % of the draws (a test).
 
     Args:
         size: how many layers.
@@ -140,7 +141,7 @@ def _check(effects: Effects, size: int, kind: str, confidence: float, stability:
         )
     check_confidence(confidence)
     if not 0 < stability <= 1:
-        raise UserError(f"the plan's stability is {stability}; give a share above 0 and up to 1 (0.8 is usual).")
+        raise UserError(f"the plan's stability is {stability}; give a share above 0 and up to 1 (0.9 is usual).")
 
 
 def _parts(kind: PlanKind) -> tuple[Kind, ...]:
@@ -218,11 +219,13 @@ def _reasons(found: Mapping[str, Any], layers: int, size: int, stability: float,
 
 
 def _verdict(chosen: tuple[int, ...], reasons: Sequence[str], found: Mapping[str, Any], confidence: float) -> str:
-    name = f"layers {chosen[0]}-{chosen[-1]}" if len(chosen) > 1 else f"layer {chosen[0]}"
+    several = len(chosen) > 1
+    name = f"layers {chosen[0]}-{chosen[-1]}" if several else f"layer {chosen[0]}"
     if reasons:
-        return f"The evidence does not single out layers: {name} have the largest effect, but {'; '.join(reasons)}."
+        has = "have" if several else "has"
+        return f"The evidence does not single out layers: {name} {has} the largest effect, but {'; '.join(reasons)}."
     return (
-        f"The evidence singles out {name}: their effect exceeds the mean of the other bands by {found['margin']:.3g} "
+        f"The evidence singles out {name}: {'their' if several else 'its'} effect exceeds the mean of the other bands by {found['margin']:.3g} "
         f"({confidence:.0%} interval {found['margin_low']:.3g} to {found['margin_high']:.3g}), a like band wins in "
         f"{found['stable_share']:.0%} of the resamples, and {found['held_out_share']:.0%} agree on held-out facts "
         f"({found['facts']} facts)."

@@ -14,23 +14,19 @@ from lm.load import LanguageModel
 from tracing import Fact, GaussianNoise, trace
 from tracing.reference import swept_positions, window_layers
 
-PARTS: dict[str, dict[str, str]] = {
-    "gpt2": {
-        "embed": "transformer.wte",
-        "resid": "transformer.h.{}",
-        "mlp": "transformer.h.{}.mlp",
-        "attn": "transformer.h.{}.attn",
-    },
-    **dict.fromkeys(
-        ("olmo", "olmo2", "llama"),
-        {
-            "embed": "model.embed_tokens",
-            "resid": "model.layers.{}",
-            "mlp": "model.layers.{}.mlp",
-            "attn": "model.layers.{}.self_attn",
-        },
-    ),
+_LLAMA_LIKE = {
+    "embed": "model.embed_tokens",
+    "resid": "model.layers.{}",
+    "mlp": "model.layers.{}.mlp",
+    "attn": "model.layers.{}.self_attn",
 }
+_GPT2 = {
+    "embed": "transformer.wte",
+    "resid": "transformer.h.{}",
+    "mlp": "transformer.h.{}.mlp",
+    "attn": "transformer.h.{}.attn",
+}
+PARTS: dict[str, dict[str, str]] = {"olmo": _LLAMA_LIKE, "olmo2": _LLAMA_LIKE, "llama": _LLAMA_LIKE, "gpt2": _GPT2}
 
 
 def published_noise_level(model: LanguageModel, family: str, subjects: list[str]) -> float:

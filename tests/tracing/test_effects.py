@@ -1,0 +1,184 @@
+"""Effects: roles index the right tokens, baselines are subtracted, intervals are right, files come back whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_tracing import known, made_up, tiny
+
+from lm.errors import UserError
+from tracing import ROLES, Effects, Fact, GaussianNoise, Skipped, trace
+from tracing.effects import token_roles
+from tracing.statistics import interval, resample_counts, units, weighted_means
+
+
+def roles(tokens: int, span: tuple[int, int]) -> list[str]:
+    """The role of each position."""
+    found = token_roles(tokens, span)
+    assert tuple(found) == ROLES
+    out = [""] * tokens
+    for role, positions in found.items():
+        for position in positions:
+            assert out[position] == "", f"position {position} has two roles"
+            out[position] = role
+    assert "" not in out
+    return out
+
+
+def test_every_position_has_one_role() -> None:
+    b, f, m, e, a, u, z = ROLES
+    assert roles(9, (2, 6)) == [b, b, f, m, m, e, a, u, z]
+    assert roles(6, (0, 2)) == [f, e, a, u, u, z]
+    assert roles(4, (1, 3)) == [b, f, e, z]  # one token after the subject is the last one
+    assert roles(3, (1, 3)) == [b, f, e]  # the subject ends the prompt
+    assert roles(5, (1, 2)) == [b, e, a, u, z]  # a one-token subject is its own last token
+    assert roles(1, (0, 1)) == [e]
+    for tokens in range(1, 9):
+        for start in range(tokens):
+            for end in range(start + 1, tokens + 1):
+                assert len(roles(tokens, (start, end))) == tokens
+    with pytest.raises(UserError, match="3:3"):
+        token_roles(5, (3, 3))
+
+
+def numbered() -> Effects:
+    """Two facts of different lengths; the score at (token, layer) is 100 * fact + 10 * token + layer, baseline 1000."""
+    spans = ((1, 4), (0, 1))
+    restored = [
+        np.add.outer(10.0 * np.arange(count), np.arange(2.0)) + 100 * index for index, count in enumerate((7, 3))
+    ]
+    return Effects(
+        facts=(Fact("a b", "a", "c", id="x"), Fact("a b", "a", "c", id="y")),
+        clean=np.array([5000.0, 6000.0]),
+        corrupted=np.array([1000.0, 1000.0]),
+        restored={"mlp": restored},
+        tokens=(tuple("abcdefg"), tuple("abc")),
+        subject_spans=spans,
+        sigma=0.5,
+        metric="probability",
+        window=3,
+        skipped=(Skipped(fact=Fact("a b", "b", "c"), reason="no"),),
+        provenance={"model": "m"},
+    )
+
+
+def test_rows_average_the_right_tokens_minus_the_corrupted_score() -> None:
+    values = numbered().by_role("mlp") + 1000
+    assert values[0, :, 0].tolist() == [0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
+    expected = {"last_subject": 100.0, "first_after": 110.0, "last": 120.0}
+    for row, role in enumerate(ROLES):
+        if role in expected:
+            assert values[1, row, 0] == expected[role]
+            assert values[1, row, 1] == expected[role] + 1
+        else:
+            assert np.isnan(values[1, row]).all()
+    table = numbered().table("mlp")
+    assert table.facts.tolist() == [1, 1, 1, 2, 2, 1, 2]
+    assert table.mean[3].tolist() == [65 - 1000, 66 - 1000]
+    assert table.mean[1].tolist() == [10 - 1000, 11 - 1000]  # over the one fact that has such a token
+    assert np.isnan(table.low[1]).all()
+    assert not np.isnan(table.low[3]).any()
+    assert (table.window, table.sigma, table.total_facts) == (3, 0.5, 2)
+    assert numbered().total.tolist() == [4000.0, 5000.0]
+
+
+def test_positions_that_were_not_traced_do_not_count() -> None:
+    effects = numbered()
+    effects.restored["mlp"][0][4:6] = np.nan
+    values = effects.by_role("mlp")
+    assert np.isnan(values[0, ROLES.index("first_after")]).all()
+    assert effects.table("mlp").facts.tolist() == [1, 1, 1, 2, 1, 0, 2]
+    assert np.isnan(effects.table("mlp").mean[ROLES.index("further")]).all()
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
+    hits = []
+    for seed in range(60):
+        table = made_up([0.2, 0.4], facts=40, noise=0.3, seed=seed).table("mlp", confidence=0.9, seed=seed)
+        row = ROLES.index("last_subject")
+        hits += [
+            low <= true <= high for low, high, true in zip(table.low[row], table.high[row], [0.2, 0.4], strict=True)
+        ]
+    assert 0.8 < np.mean(hits) < 0.97
+
+
+def test_intervals_repeat_with_the_seed_and_differ_without() -> None:
+    effects = made_up([0.2, 0.4], noise=0.3)
+    first, again, other = (effects.table("mlp", seed=seed) for seed in (3, 3, 4))
+    assert np.array_equal(first.low, again.low, equal_nan=True)
+    assert not np.array_equal(first.low, other.low, equal_nan=True)
+
+
+def test_people_are_resampled_whole() -> None:
+    assert units(["a", "", "a", "", "b"]).tolist() == [0, 1, 0, 2, 3]
+    counts = resample_counts(["a", "a", "", "b", "b"], 200, seed=0)
+    assert np.array_equal(counts[:, 0], counts[:, 1])
+    assert np.array_equal(counts[:, 3], counts[:, 4])
+    assert (counts[:, 0] + counts[:, 2] + counts[:, 3] == 3).all()
+    # Copies of the same four people are no new evidence: the interval must not shrink.
+    people = np.array([0.1, 0.3, 0.5, 0.9])
+    apart = interval(weighted_means(people, resample_counts(["", "", "", ""], 2000, 0)), 0.95)
+    copied = interval(weighted_means(np.tile(people, 9), resample_counts(list("abcd") * 9, 2000, 0)), 0.95)
+    assert np.subtract(*copied) == pytest.approx(np.subtract(*apart), rel=1e-9)
+
+
+def test_resampled_means_leave_out_missing_values() -> None:
+    values = np.array([[1.0, np.nan], [3.0, np.nan], [np.nan, 5.0]])
+    means = weighted_means(values, np.array([[1.0, 1.0, 1.0], [2.0, 1.0, 0.0]]))
+    assert means[0].tolist() == [2.0, 5.0]
+    assert means[1, 0] == pytest.approx(5 / 3)
+    assert np.isnan(means[1, 1])
+    low, high = interval(np.full((5, 1), np.nan), 0.9)
+    assert np.isnan(low).all()
+    assert np.isnan(high).all()
+
+
+def test_saved_effects_come_back_whole(tmp_path: Path) -> None:
+    model = tiny()
+    facts = [*known(model), Fact("w3 w9 ada byron does live", "ada", "w20 w21 w22", id="odd")]
+    effects = trace(model, facts, positions="subject_and_last", progress=False)
+    effects.save(tmp_path / "sub" / "effects.npz")
+    again = Effects.load(tmp_path / "sub" / "effects.npz")
+    assert again.facts == effects.facts
+    assert again.skipped == effects.skipped
+    assert [one.fact.id for one in again.skipped] == ["odd"]
+    for name in ("tokens", "subject_spans", "sigma", "metric", "window", "provenance", "kinds", "layers"):
+        assert getattr(again, name) == getattr(effects, name), name
+    for name in ("clean", "corrupted"):
+        assert np.array_equal(getattr(again, name), getattr(effects, name))
+    for kind in effects.kinds:
+        for one, other in zip(again.restored[kind], effects.restored[kind], strict=True):
+            assert np.array_equal(one, other, equal_nan=True)
+
+
+def test_broken_effects_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "effects.npz"
+    with pytest.raises(UserError, match="no effects file"):
+        Effects.load(path)
+    path.write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(UserError, match="not a readable effects file"):
+        Effects.load(path)
+    np.savez(path, clean=np.zeros(1))
+    with pytest.raises(UserError, match="not a readable effects file"):
+        Effects.load(path)
+    np.savez(path, about=np.array('{"version": 99}'))
+    with pytest.raises(UserError, match="version 99"):
+        Effects.load(path)
+
+
+def test_wrong_questions_are_refused() -> None:
+    effects = numbered()
+    with pytest.raises(UserError, match="'attn' was not traced"):
+        effects.table("attn")
+    with pytest.raises(UserError, match="first_subjet"):
+        effects.table("mlp", roles=["first_subjet"])
+    with pytest.raises(UserError, match="confidence is 95"):
+        effects.table("mlp", confidence=95)
+    with pytest.raises(UserError, match="sigmas is -1"):
+        GaussianNoise(sigmas=-1)
+    with pytest.raises(UserError, match="samples is 0"):
+        GaussianNoise(samples=0)
+    with pytest.raises(UserError, match="seed is -1"):
+        GaussianNoise(seed=-1)
