@@ -69,21 +69,16 @@ def script(main: Callable[[T], None], cls: type[T], *, description: str) -> None
         print("stopped: finished work is kept; the same command with --resume true goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        _leave_process_group()
+        from lm.devices import leave_process_group
+
+        leave_process_group()
 
 
 def _quiet() -> None:
     """One progress bar is enough: transformers' own for loading and writing are off in scripts."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-
-
-def _leave_process_group() -> None:
-    import torch.distributed
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def as_dict(config: Any) -> Any:

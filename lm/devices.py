@@ -8,6 +8,8 @@ processes, and a plain sum over processes); it knows nothing of what is trained.
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -56,6 +59,7 @@ def accelerator(
         if cpu:  # accelerate turns FSDP on for GPU process groups only; this is the group it would have found
             PartialState(cpu=True)
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    AcceleratorState._reset_state()  # a notebook may run one precision after another; the process group stays
     try:
         return Accelerator(
             mixed_precision=mixed_precision,
@@ -110,6 +114,23 @@ def without_gradient_sync(acc: Accelerator, model: nn.Module, *, skip: bool) -> 
             yield
     else:
         yield
+
+
+def leave_process_group(timeout: float = 60.0) -> None:
+    """Close the process group once every process is past its last collective; without one, do nothing.
+
+    A process that closes its connections while another still waits in a barrier would make that one fail, so they meet
+    in the launcher's store, which is not one of them. After an error of one process the others give up waiting.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    arrived = store.add("palimpsest/leaving", 1)
+    deadline = time.monotonic() + (timeout if sys.exc_info()[0] is None else 0.0)
+    while arrived < torch.distributed.get_world_size() and time.monotonic() < deadline:
+        time.sleep(0.02)
+        arrived = store.add("palimpsest/leaving", 0)
+    torch.distributed.destroy_process_group()
 
 
 def launch_facts(acc: Accelerator) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lm.load import ModelSpec
 from unlearn.config import UnlearnConfig
@@ -22,16 +22,16 @@ def small_config(
     tiny: Path, out: Path, *, objective: Objective | None = None, trainer: TrainerConfig = SMALL, **changes: object
 ) -> UnlearnConfig:
     """A few steps on the tiny model, MLPs of layer 1."""
-    config = UnlearnConfig(
-        model=ModelSpec(path=str(tiny / "model"), device="cpu"),
-        forget=str(tiny / "forget.jsonl"),
-        retain=str(tiny / "retain.jsonl"),
-        scope=Scope(layers=(1,)),
-        objective=objective or Joint(),
-        trainer=trainer,
-        out=str(out),
-    )
-    return replace(config, **changes)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        "model": ModelSpec(path=str(tiny / "model"), device="cpu"),
+        "forget": str(tiny / "forget.jsonl"),
+        "retain": str(tiny / "retain.jsonl"),
+        "scope": Scope(layers=(1,)),
+        "objective": objective or Joint(),
+        "trainer": trainer,
+        "out": str(out),
+    }
+    return UnlearnConfig(**{**settings, **changes})
 
 
 def command(script: str, *words: str, launch: str | None = None) -> list[str]:

@@ -109,7 +109,7 @@ def test_kl_gradient_is_the_full_vocabulary_divergence_from_the_original(model, 
             model.model(input_ids=inputs.ids, attention_mask=inputs.attention).logits[:, :-1][inputs.mask], -1
         )
         for parameter in model.model.parameters():
-            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.01)
     stepper = Stepper(
         Accelerator(cpu=True),
         model.model,

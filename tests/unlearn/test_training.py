@@ -1,0 +1,309 @@
+"""The loop from files to files: what changes, what does not, and what survives an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm.errors import UserError
+from lm.load import ModelSpec, load
+from lm.prompts import PromptSpec
+from lm.run import RunFolder
+from tests.unlearn.helpers import SMALL, command, config_words, environment, run_script, small_config
+from unlearn.config import UnlearnConfig, ValidationConfig
+from unlearn.objectives import NPO, GradientAscent, GradientDifference, Joint, KLMinimisation, Objective
+from unlearn.scope import Lora, Scope
+from unlearn.stage import run_unlearning
+from unlearn.trainer import learning_rate_factor
+
+OBJECTIVES: list[Objective] = [Joint(), GradientAscent(), GradientDifference(), KLMinimisation(), NPO()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in RunFolder(run).metrics() if "loss" in line]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+def test_only_the_scope_changes_and_the_rest_is_bit_identical(tiny: Path, tmp_path: Path, objective: Objective) -> None:
+    after = weights(run_unlearning(small_config(tiny, tmp_path / "run", objective=objective)))
+    before = weights(tiny / "model")
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) != name.startswith("model.layers.1.mlp."), name
+
+
+@pytest.mark.parametrize(
+    ("scope", "prefixes"),
+    [
+        (Scope(layers=(0, 2), modules=("attn",)), ("model.layers.0.self_attn.", "model.layers.2.self_attn.")),
+        (Scope(layers=(1,), modules=("all",)), ("model.layers.1.",)),
+        (Scope(layers="all", modules=("mlp",)), tuple(f"model.layers.{i}.mlp." for i in range(3))),
+        (Scope(layers="model"), ("model.",)),
+    ],
+)
+def test_each_scope_trains_what_it_names(tiny: Path, tmp_path: Path, scope: Scope, prefixes: tuple[str, ...]) -> None:
+    after, before = weights(run_unlearning(small_config(tiny, tmp_path / "run", scope=scope))), weights(tiny / "model")
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
+    assert changed == {name for name in before if name.startswith(prefixes)}
+
+
+def test_the_checkpoint_is_a_plain_one(tiny: Path, tmp_path: Path) -> None:
+    folder = run_unlearning(small_config(tiny, tmp_path / "run"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("Ada Brill was born", return_tensors="pt").input_ids
+    ours = load(str(folder), device="cpu")
+    assert torch.equal(model(ids).logits, ours.model(ids).logits)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(), "tied weights stay tied"
+
+
+def test_lora_is_merged_into_its_scope(tiny: Path, tmp_path: Path) -> None:
+    scope = Scope(layers=(1,), lora=Lora(rank=2, alpha=4))
+    after, before = weights(run_unlearning(small_config(tiny, tmp_path / "run", scope=scope))), weights(tiny / "model")
+    assert after.keys() == before.keys()
+    for name in before:
+        update = after[name] - before[name]
+        if name.startswith("model.layers.1.mlp."):
+            assert 1 <= torch.linalg.matrix_rank(update, rtol=1e-3) <= 2, name
+        else:
+            assert torch.equal(after[name], before[name]), name
+
+
+def test_lora_in_memory_and_on_disk_say_the_same(tiny: Path, tmp_path: Path) -> None:
+    from unlearn import export, lora
+
+    model = load(str(tiny / "model"), device="cpu")
+    scope = Scope(layers=(0, 1, 2), modules=("all",)).resolve(model.anatomy)
+    lora.inject(model.model, model.anatomy, scope, Lora(rank=3), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    ids = torch.arange(12).view(1, 12)
+    adapted = model.model(ids).logits
+    export.save(model.model, model.tokenizer, RunFolder(tmp_path))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(plain(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_killed_and_resumed_equals_uninterrupted(tiny: Path, tmp_path: Path, stop: int) -> None:
+    config = small_config(tiny, tmp_path / "whole", trainer=replace(SMALL, steps=8))
+    words = config_words(config, tmp_path)
+    assert run_script("unlearn", *words).returncode == 0
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("unlearn", *words, "--out", str(killed)),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _wait_for_step(killed, stop, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = run_script("unlearn", *words, "--out", str(killed), "--resume", "true")
+    assert again.returncode == 0, again.stderr
+    one, two = weights(tmp_path / "whole" / "model"), weights(killed / "model")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert RunFolder(tmp_path / "whole").metrics() == RunFolder(killed).metrics(), (
+        "the log of a resumed run has no seam"
+    )
+
+
+def _wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(6000):
+        if process.poll() is not None or len(losses(run) if run.exists() else []) >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError("the run did not get there in time")
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+@pytest.mark.parametrize("objective", [Joint(), NPO()], ids=["joint", "npo"])
+def test_going_on_from_every_checkpoint_is_exact(tiny: Path, tmp_path: Path, objective: Objective, at: int) -> None:
+    """Every kept checkpoint in turn is made the newest one, and the rest of the run repeated."""
+    trainer = replace(SMALL, steps=8, batch=4, evaluate_every=3)
+    config = small_config(tiny, tmp_path / "whole", objective=objective, trainer=trainer)
+    whole = weights(run_unlearning(config))
+    part = replace(config, out=str(tmp_path / "part"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unlearn.trainer._Loop._milestones", _stop_after(at))
+        with pytest.raises(_Stop):
+            run_unlearning(part)
+    resumed = weights(run_unlearning(replace(part, resume=True)))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stop_after(step: int):  # type: ignore[no-untyped-def]
+    from unlearn.trainer import _Loop
+
+    original = _Loop._milestones
+
+    def milestones(loop: _Loop) -> None:
+        original(loop)
+        if loop.at.step == step:
+            raise _Stop
+
+    return milestones
+
+
+@pytest.mark.parametrize("launch", ["cpu2_ddp", "cpu2_fsdp"])
+@pytest.mark.parametrize("objective", [Joint(), KLMinimisation()], ids=["joint", "kl"])
+def test_two_processes_give_the_losses_and_weights_of_one(
+    tiny: Path, tmp_path: Path, launch: str, objective: Objective
+) -> None:
+    trainer = replace(SMALL, batch=10, micro_batch=2)  # 5 rows a side: the processes' shares differ in size
+    one = small_config(tiny, tmp_path / "one", objective=objective, trainer=trainer)
+    expected = weights(run_unlearning(one))
+    done = run_script("unlearn", *config_words(one, tmp_path), "--out", str(tmp_path / "two"), launch=launch)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert RunFolder(tmp_path / "two").manifest["devices"]["processes"] == 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-6, abs=2e-6)
+    got = weights(tmp_path / "two" / "model")
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_best_checkpoint_by_validation_is_the_one_kept(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "v").mkdir()
+    for side in ("forget", "retain"):
+        text = (tiny / f"{side}.jsonl").read_text()
+        (tmp_path / "v" / f"{side}.jsonl").write_text(
+            text.replace('"id": "p', '"id": "v').replace("What is", "Tell me")
+        )
+    validation = ValidationConfig(
+        forget=str(tmp_path / "v/forget.jsonl"), retain=str(tmp_path / "v/retain.jsonl"), max_new_tokens=4
+    )
+    trainer = replace(SMALL, steps=6, evaluate_every=2, checkpoint="best_task_aggregate", schedule="constant")
+    given = iter([0.1, 0.7, 0.3])
+    monkeypatch.setattr("unlearn.stage.score", lambda *_: type("S", (), {"task_aggregate": next(given)}))
+    best = run_unlearning(small_config(tiny, tmp_path / "best", trainer=trainer, validation=validation))
+    assert RunFolder(tmp_path / "best").manifest["best"] == {"value": 0.7, "step": 4.0}
+    four = replace(SMALL, steps=4, schedule="constant")
+    expected = weights(run_unlearning(small_config(tiny, tmp_path / "four", trainer=four)))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(best).items())
+
+
+def test_bf16_autocast_keeps_float32_masters_and_pure_bf16_does_not(tiny: Path, tmp_path: Path) -> None:
+    auto = run_unlearning(small_config(tiny, tmp_path / "auto", trainer=replace(SMALL, autocast="bf16")))
+    assert {t.dtype for t in weights(auto).values()} == {torch.float32}
+    pure = small_config(
+        tiny, tmp_path / "pure", model=ModelSpec(path=str(tiny / "model"), dtype="bfloat16", device="cpu")
+    )
+    assert {t.dtype for t in weights(run_unlearning(pure)).values()} == {torch.bfloat16}
+
+
+def test_saving_in_another_type_says_so_in_the_config(tiny: Path, tmp_path: Path) -> None:
+    folder = run_unlearning(small_config(tiny, tmp_path / "run", save_dtype="bfloat16"))
+    assert {t.dtype for t in weights(folder).values()} == {torch.bfloat16}
+    assert "bfloat16" in (folder / "config.json").read_text()
+
+
+def test_gradient_checkpointing_changes_memory_not_numbers(tiny: Path, tmp_path: Path) -> None:
+    run_unlearning(small_config(tiny, tmp_path / "a"))
+    run_unlearning(small_config(tiny, tmp_path / "b", trainer=replace(SMALL, gradient_checkpointing=True)))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-6)
+
+
+def test_a_time_limit_stops_early_and_keeps_the_result(tiny: Path, tmp_path: Path) -> None:
+    folder = run_unlearning(small_config(tiny, tmp_path / "run", trainer=replace(SMALL, steps=500, max_seconds=0.05)))
+    assert (folder / "model.safetensors").exists()
+    assert 0 < RunFolder(tmp_path / "run").manifest["steps"] < 500
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(tiny: Path, tmp_path: Path) -> None:
+    trainer = replace(SMALL, steps=30, learning_rate=1e25, clip=None)
+    with pytest.raises(UserError, match=r"loss became .* at step \d+"):
+        run_unlearning(small_config(tiny, tmp_path / "run", trainer=trainer))
+
+
+def test_chat_rows_are_trained_in_the_chat_format(tiny: Path, tmp_path: Path) -> None:
+    from lm.prompts import render
+    from unlearn.data import load_rows
+    from unlearn.stage import encode_rows
+
+    model = load(str(tiny / "model"), device="cpu")
+    model.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    chat = PromptSpec(format="chat", append_eos=False)
+    row = load_rows(str(tiny / "forget.jsonl"))[0]
+    (encoded,) = encode_rows(model, [row], chat)
+    assert model.tokenizer.decode(encoded.ids) == render(model.tokenizer, row.input, chat) + row.output
+
+
+def test_the_plan_that_tracing_wrote_names_the_layers(tiny: Path, tmp_path: Path) -> None:
+    from tracing.plan import LayerPlan
+
+    plan = LayerPlan(
+        layers=(2,), modules=("mlp",), rule="by hand", singled_out=False, verdict="by hand", evidence={},
+        controls={"random": (0,), "inverse": (1,), "all": (0, 1, 2)}, provenance={},
+    )  # fmt: skip
+    plan.save(tmp_path / "plan.json")
+    for use, layers in (("chosen", [2]), ("random", [0]), ("inverse", [1]), ("all", [0, 1, 2])):
+        run_unlearning(small_config(tiny, tmp_path / use, scope=Scope(plan=str(tmp_path / "plan.json"), use=use)))
+        assert RunFolder(tmp_path / use).manifest["layers"] == layers
+
+
+def test_the_contract_reads_the_published_folders_and_leaves_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    import pandas
+
+    for side in ("forget", "retain"):
+        (tmp_path / side).mkdir()
+        rows = [json.loads(line) for line in (tiny / f"{side}.jsonl").read_text().splitlines()]
+        frame = pandas.DataFrame(rows)
+        frame["split"] = side
+        frame.to_parquet(tmp_path / side / f"{side}.parquet")
+        if side == "forget":
+            frame.to_json(tmp_path / side / f"{side}.jsonl", orient="records", lines=True)
+    from unlearn.contract import unlearn
+
+    out = unlearn(
+        str(tiny / "model"), str(tmp_path / "out"), str(tmp_path / "forget"), str(tmp_path / "retain"), trainer=SMALL
+    )
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 3
+    with pytest.raises(UserError, match="already holds a model"):
+        unlearn(str(tiny / "model"), str(out), str(tmp_path / "forget"), str(tmp_path / "retain"))
+
+
+def test_the_contract_is_a_script(tiny: Path, tmp_path: Path) -> None:
+    for side in ("forget", "retain"):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "rows.jsonl").write_text((tiny / f"{side}.jsonl").read_text())
+    done = run_script(
+        "semeval",
+        f"--input_model_path={tiny / 'model'}",
+        f"--output_path={tmp_path / 'out'}",
+        f"--forget_dir={tmp_path / 'forget'}",
+        f"--retain_dir={tmp_path / 'retain'}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
+
+
+def test_schedules() -> None:
+    assert [learning_rate_factor(i, 4, "linear", 0) for i in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [learning_rate_factor(i, 4, "constant", 2) for i in range(4)] == [0.0, 0.5, 1.0, 1.0]
+    assert learning_rate_factor(2, 4, "cosine", 0) == pytest.approx(0.5)
+
+
+def test_the_default_config_is_complete() -> None:
+    assert UnlearnConfig().objective == Joint()
