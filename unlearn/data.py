@@ -61,18 +61,21 @@ def load_questions(source: str | Path) -> tuple[Question, ...]:
     return questions_from_records(_records(source), str(source))
 
 
-def load_documents(source: str | Path, *, task: str | None = None) -> tuple[str, ...]:
+def load_documents(
+    source: str | Path, *, task: str | None = None, columns: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
     """Whole documents for membership inference.
 
     A file with a `document` column (the challenge's membership files) gives that column. Anything that
-    `load_rows` reads gives the sentence-completion rows as `input + " " + output`, of one task if asked.
+    `load_rows` reads (with the same `columns`) gives the sentence-completion rows as `input + " " + output`, of one
+    task if asked.
     """
     if is_builtin(source):
         return documents(_builtin_rows(str(source)), str(source), task=task)
     records = _records(source)
     if records and "document" in records[0].values:
         return tuple(text_column(record, "document") for record in records)
-    return documents(rows_from_records(records, str(source)), str(source), task=task)
+    return documents(rows_from_records(records, str(source), columns=columns), str(source), task=task)
 
 
 def _records(source: str | Path) -> list[Record]:

@@ -1,0 +1,61 @@
+"""One evaluation as data: a model, the rows it is asked, and how. What is done with it is `unlearn.evaluation.stage`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lm.errors import UserError
+from lm.load import ModelSpec
+from lm.prompts import PromptSpec
+from unlearn.evaluation.utility import Style
+
+LM_EVAL = "lm_eval:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Which model is asked what, and where the answers go."""
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The model to score: base, unlearned, or any other."""
+    forget: str = "builtin:forget"
+    """Rows it should have forgotten: a JSONL or Parquet file, a folder of them, or a part of the built-in world."""
+    retain: str = "builtin:retain"
+    """Rows it should still know: likewise."""
+    columns: dict[str, str] | None = None
+    """For files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
+    members: str | None = "builtin:forget"
+    """Documents it was trained on: rows (completions are taken), or a file with a `document` column. Null: no membership."""
+    nonmembers: str | None = "builtin:held_out"
+    """Documents it was never trained on: likewise."""
+    membership_task: str | None = "Task3"
+    """Take member and non-member rows of this task only, as officially; null takes all tasks."""
+    utility: str | None = "builtin:utility"
+    """Questions (builtin:utility, a file in MMLU's layout), or lm_eval:TASK such as lm_eval:mmlu; null leaves it out."""
+    utility_style: Style = "sentence"
+    """sentence scores whole answers after "Question: ... Answer:"; letter scores A, B, C, D under MMLU's headline."""
+    utility_per_subject: int | None = None
+    """Only the first so many questions of each subject."""
+    prompt: PromptSpec = field(default_factory=PromptSpec)
+    """How prompts are rendered; raw is the official way."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens; officially 256."""
+    batch_size: int = 32
+    """Sequences at once on each process."""
+    out: str = "runs/evaluate"
+    """The run folder; the numbers are in its scores.json, every answer in forget.jsonl and retain.jsonl."""
+    resume: bool = False
+    """Go on with the evaluation in `out`: parts that are done are not computed again."""
+
+    def __post_init__(self) -> None:
+        if (self.members is None) != (self.nonmembers is None):
+            raise UserError("members and nonmembers belong together: give both, or set both to null")
+        for name in ("max_new_tokens", "batch_size", "utility_per_subject"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.utility is not None and self.utility.startswith(LM_EVAL):
+            if self.utility_style != "sentence":
+                raise UserError(f"utility is {self.utility}, which has its own style: leave utility_style at sentence")
+            if self.utility_per_subject is not None:
+                raise UserError(f"utility is {self.utility}, which takes all questions: leave utility_per_subject out")

@@ -1,0 +1,113 @@
+"""The evaluation stage from files to files: read what is asked, load the model, ask, write scores and every answer.
+
+This is wiring; the measuring is `unlearn.evaluation.evaluate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from lm.devices import accelerator, launch_facts
+from lm.load import load
+from lm.rows import Question
+from lm.run import RunFolder, peak_memory_bytes, write_json
+from unlearn.data import data_hash, load_documents, load_questions, load_rows
+from unlearn.evaluation.batching import Workers
+from unlearn.evaluation.config import LM_EVAL, EvaluateConfig
+from unlearn.evaluation.evaluate import Evaluation, EvaluationSet, evaluate
+from unlearn.evaluation.harness import BUILTIN_TASK
+from unlearn.evaluation.lume import SCORES, SIDES, TASKS
+
+
+def run_evaluation(config: EvaluateConfig) -> Evaluation:
+    """Evaluate as the config says; writes `scores.json`, `forget.jsonl`, `retain.jsonl` and parts into `config.out`.
+
+    Raises:
+        UserError: whatever the user can mend, before the model is loaded wherever that is possible.
+    """
+    asked = read_set(config)
+    acc = accelerator(cpu=config.model.device == "cpu")
+    if acc.is_main_process:
+        facts = {
+            "data": {"forget": data_hash(asked.forget), "retain": data_hash(asked.retain)},
+            "devices": launch_facts(acc),
+        }
+        RunFolder.create(config.out, config, resume=config.resume, facts=facts)
+    acc.wait_for_everyone()
+    run = RunFolder(config.out, main=acc.is_main_process)
+    model = load(config.model, device=config.model.device or str(acc.device))
+    result = evaluate(
+        model,
+        asked,
+        prompt=config.prompt,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        store=run.path,
+        workers=Workers(acc.process_index, acc.num_processes),
+        show=True,
+    )
+    if acc.is_main_process:
+        write_json(run.path / "scores.json", {"model": config.model.path, **result.to_json()})
+        run.finish(seconds=dict(result.seconds), peak_memory_bytes=peak_memory_bytes())
+    acc.wait_for_everyone()
+    return result
+
+
+def read_set(config: EvaluateConfig) -> EvaluationSet:
+    """Everything the config names, read and checked; no model is touched."""
+    lm_eval = config.utility.removeprefix(LM_EVAL) if config.utility and config.utility.startswith(LM_EVAL) else None
+    questions: tuple[Question, ...] = ()
+    if lm_eval == BUILTIN_TASK:
+        questions = load_questions("builtin:utility")
+    elif config.utility is not None and lm_eval is None:
+        questions = first_of_each_subject(load_questions(config.utility), config.utility_per_subject)
+    members, nonmembers = (
+        () if source is None else load_documents(source, task=config.membership_task, columns=config.columns)
+        for source in (config.members, config.nonmembers)
+    )
+    return EvaluationSet(
+        forget=load_rows(config.forget, columns=config.columns),
+        retain=load_rows(config.retain, columns=config.columns),
+        members=members,
+        nonmembers=nonmembers,
+        questions=questions,
+        style=config.utility_style,
+        lm_eval=lm_eval,
+    )
+
+
+def first_of_each_subject(questions: tuple[Question, ...], count: int | None) -> tuple[Question, ...]:
+    """The first `count` questions of each subject, in their order; all of them if `count` is None."""
+    if count is None:
+        return questions
+    seen: Counter[str] = Counter()
+    kept = []
+    for question in questions:
+        seen[question.subject] += 1
+        if seen[question.subject] <= count:
+            kept.append(question)
+    return tuple(kept)
+
+
+def table(result: Evaluation) -> str:
+    """The scores as a few lines of text: a row a side and task, then the aggregates."""
+    lines = [f"{'':<16}{SCORES[0]:>14}{SCORES[1]:>12}   (forget: 1 - value; higher is better everywhere)"]
+    terms = list(result.scores.terms)
+    for place, (side, task) in enumerate((side, task) for side in SIDES for task in TASKS):
+        first, second = terms[2 * place : 2 * place + 2]
+        lines.append(f"{side + ' ' + task:<16}{_number(first):>14}{_number(second):>12}")
+    scores = result.scores
+    for name, value in (
+        ("task aggregate", scores.task_aggregate),
+        ("membership", scores.mia),
+        ("utility", result.utility),
+        ("final", scores.final),
+    ):
+        extra = f"   (AUC {scores.mia_auc:.4f})" if name == "membership" and scores.mia_auc is not None else ""
+        lines.append(f"{name:<16}{_number(value):>14}{extra}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
