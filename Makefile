@@ -1,0 +1,46 @@
+# Two commands do everything, each making its own environment first (quick the second time):
+#   make demo   the main job on the built-in model: trace, choose layers, unlearn, score, report
+#   make test   the tests
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint types floors check builtin clean
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py --config configs/demo.yaml $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+floors: $(READY)
+	$(BIN)/lint-imports
+
+check: lint types floors test
+
+# Build the built-in model and its retain-only twin again (about 15 minutes on two idle cores).
+builtin: $(READY)
+	$(BIN)/python -m lm.builtin.build --out runs/builtin $(ARGS)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; found " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tests]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
