@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from lm.load import ModelSpec
 from unlearn.config import UnlearnConfig
@@ -66,6 +71,21 @@ def run_script(
         check=False,
         env=environment(),
     )
+
+
+def run_here(script: str, *words: str) -> tuple[int, str]:
+    """Run a script inside this process; returns its exit status and the last line it wrote to stderr."""
+    path = str(ROOT / "scripts" / f"{script}.py")
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(sys, "argv", [path, *words])
+        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+        try:
+            runpy.run_path(path, run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    return status, (said.getvalue().strip().splitlines() or [""])[-1]
 
 
 def environment() -> dict[str, str]:
