@@ -4,6 +4,7 @@ from unlearn.objectives.ascent import GradientAscent, GradientDifference
 from unlearn.objectives.base import Objective, RetainMemory, Term, TokenStats
 from unlearn.objectives.divergence import KLMinimisation
 from unlearn.objectives.joint import Joint
+from unlearn.objectives.learn import Learn
 from unlearn.objectives.preference import NPO
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "GradientDifference",
     "Joint",
     "KLMinimisation",
+    "Learn",
     "Objective",
     "RetainMemory",
     "Term",

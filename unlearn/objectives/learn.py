@@ -1,0 +1,19 @@
+"""The opposite of unlearning: memorise rows, to make a target model to unlearn from, or its retain-only twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unlearn.objectives.base import Objective, Term, TokenStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn(Objective):
+    """`L = CE(forget) + CE(retain)`: ordinary supervised fine-tuning on both sides. Nothing is unlearned with it.
+
+    A retain-only twin is learnt from the same start by giving half of the retain rows on each side.
+    """
+
+    def forget_term(self, stats: TokenStats) -> Term:
+        """`+CE`: the rows to be forgotten later are learnt now."""
+        return Term(stats.cross_entropy.sum())
