@@ -202,6 +202,22 @@ def test_an_unknown_part_of_the_builtin_world() -> None:
         data.load_questions("builtin:forget")
 
 
+def test_the_builtin_world_is_a_source() -> None:
+    forget, retain, held_out = (data.load_rows(f"builtin:{side}") for side in ("forget", "retain", "held_out"))
+    data.check_disjoint(forget, retain)
+    data.check_disjoint((*forget, *retain), held_out)
+    assert {row.task for row in forget} == {"Task1", "Task2", "Task3"} == {row.task for row in retain}
+    for side, rows in (("forget", forget), ("retain", retain)):
+        again = data.load_rows(f"builtin:{side}_paraphrase")
+        assert [(row.task, row.kind) for row in again] == [(row.task, row.kind) for row in rows]
+        data.check_disjoint(again, rows)
+    members, others = (data.load_documents(f"builtin:{side}", task="Task3") for side in ("forget", "held_out"))
+    assert len(members) >= 20
+    assert len(others) >= 20
+    assert not set(members) & set(others)
+    assert len(data.load_questions("builtin:utility")) >= 50
+
+
 @pytest.mark.parametrize(
     ("name", "counts"),
     [

@@ -13,6 +13,7 @@ from families import TEXT, byte_level, tiny
 from lm.errors import UserError
 from lm.load import LanguageModel
 from lm.rows import Question
+from unlearn.data import load_questions
 from unlearn.evaluation import utility
 from unlearn.evaluation.batching import Workers
 from unlearn.evaluation.harness import BUILTIN_TASK, run_lm_eval, write_task
@@ -66,6 +67,14 @@ def test_the_sentence_style_is_what_lm_eval_does(tmp_path: Path) -> None:
         assert theirs[BUILTIN_TASK]["acc"] == ours.accuracy
     half = run_lm_eval(model, [BUILTIN_TASK], task_dir=tmp_path, limit=20)
     assert half[BUILTIN_TASK]["acc"] == np.mean(ours.right[:20])
+
+
+def test_lm_eval_agrees_on_the_builtin_questions(tmp_path: Path) -> None:
+    asked = load_questions("builtin:utility")
+    model = tiny("olmo", seed=7, max_position_embeddings=256)
+    write_task(tmp_path, asked)
+    theirs = run_lm_eval(model, [BUILTIN_TASK], task_dir=tmp_path)
+    assert theirs[BUILTIN_TASK]["acc"] == utility.multiple_choice(model, asked).accuracy
 
 
 def test_lm_eval_leaves_the_generators_and_the_model_as_they_were(tmp_path: Path) -> None:
