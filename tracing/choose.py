@@ -224,8 +224,9 @@ def _verdict(chosen: tuple[int, ...], reasons: Sequence[str], found: Mapping[str
     if reasons:
         has = "have" if several else "has"
         return f"The evidence does not single out layers: {name} {has} the largest effect, but {'; '.join(reasons)}."
+    its = "their" if several else "its"
     return (
-        f"The evidence singles out {name}: {'their' if several else 'its'} effect exceeds the mean of the other bands by {found['margin']:.3g} "
+        f"The evidence singles out {name}: {its} effect exceeds the mean of the other bands by {found['margin']:.3g} "
         f"({confidence:.0%} interval {found['margin_low']:.3g} to {found['margin_high']:.3g}), a like band wins in "
         f"{found['stable_share']:.0%} of the resamples, and {found['held_out_share']:.0%} agree on held-out facts "
         f"({found['facts']} facts)."

@@ -6,9 +6,9 @@ of a cell is the engine's (`tracing.reference`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,15 @@ from tracing.sweep import Positions, Sweep, count_cells
 ENGINES = ("reference",)
 
 
+@dataclass(frozen=True)
+class Workers:
+    """The processes that share a trace, each with the whole model: this one's number, how many, and how to wait for all."""
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
 def trace(
     model: LanguageModel,
     facts: Sequence[Fact],
@@ -44,6 +53,7 @@ def trace(
     *,
     max_facts: int | None = None,
     cache: str | Path | None = None,
+    workers: Workers = Workers(),
     progress: bool = True,
 ) -> Effects:
     """Causal mediation analysis of facts: which restored activation brings the answer back?
@@ -63,6 +73,8 @@ def trace(
         positions: which prompt tokens are restored: `all`, `subject_and_after`, or `subject_and_last`.
         max_facts: trace only so many of the known facts, the first ones; the others are listed as left out.
         cache: a folder for finished facts. A trace that was interrupted goes on there and ends in the same numbers.
+        workers: other processes that run this same call: every so-manieth fact is traced by each, through `cache`, and
+            all return the same effects.
         progress: show cells done, rate and time left.
 
     Raises:
@@ -75,17 +87,20 @@ def trace(
     sweep = Sweep(kinds=tuple(kinds), window=window, metric=metric, positions=positions)
     if max_facts is not None and max_facts < 1:
         raise UserError(f"max_facts is {max_facts}; give at least 1, or leave it out for all.")
+    if workers.count > 1 and cache is None:
+        raise UserError("several processes trace through a cache folder that all of them see; give cache.")
     facts = list(facts)
     if not facts:
         raise UserError("there are no facts to trace; give at least one.")
 
+    show = progress and workers.index == 0
     with _evaluating(model):
         sigma = corruption.measure(model, [fact.subject for fact in facts])
         probes = [make_probe(model, fact, prompt, metric) for fact in facts]
-        known, skipped = _sort_out(model, probes, max_facts, progress)
+        known, skipped = _sort_out(model, probes, max_facts, show)
         weights = fingerprint(model)
         store = FactCache(None if cache is None else Path(cache), weights, corruption, sigma, sweep, engine)
-        traced = _trace_all(model, known, corruption, sigma, sweep, store, progress)
+        traced = _trace_all(model, known, corruption, sigma, sweep, store, workers, show)
 
     return Effects(
         facts=tuple(probe.fact for probe in known),
@@ -144,20 +159,28 @@ def _trace_all(
     sigma: float,
     sweep: Sweep,
     cache: FactCache,
+    workers: Workers,
     show: bool,
 ) -> list[Traced]:
-    """Every fact's cells, from the cache where it has them."""
+    """Every fact's cells, from the cache where it has them; with several workers each adds its share to the cache."""
     found = [cache.load(probe) for probe in probes]
-    cells = [count_cells(probe, model.anatomy.layers, sweep) for probe in probes]
-    done = sum(count for count, one in zip(cells, found, strict=True) if one is not None)
-    traced: list[Traced] = []
-    with progress_bar(sum(cells), label="trace", unit="cells", done=done, enabled=show) as advance:
-        for probe, one in zip(probes, found, strict=True):
-            if one is None:
-                one = trace_fact(model, probe, corruption, sigma, sweep, advance)  # noqa: PLW2901
-                cache.store(probe, one)
-            traced.append(one)
-    return traced
+    mine = range(workers.index, len(probes), workers.count)
+    cells = {index: count_cells(probes[index], model.anatomy.layers, sweep) for index in mine}
+    done = sum(count for index, count in cells.items() if found[index] is not None)
+    with progress_bar(sum(cells.values()), label="trace", unit="cells", done=done, enabled=show) as advance:
+        for index in mine:
+            if found[index] is None:
+                fresh = trace_fact(model, probes[index], corruption, sigma, sweep, advance)
+                cache.store(probes[index], fresh)
+                found[index] = fresh
+    workers.wait()
+    traced = [one or cache.load(probe) for one, probe in zip(found, probes, strict=True)]
+    lost = [probe.fact.label for probe, one in zip(probes, traced, strict=True) if one is None]
+    if lost:
+        raise UserError(
+            f"another process did not leave fact {lost[0]!r} in {cache.folder}; give a folder that all can see."
+        )
+    return [one for one in traced if one is not None]
 
 
 @contextmanager

@@ -10,10 +10,9 @@ import pytest
 import torch
 from tiny_tracing import known, say, tiny
 
-import tracing.tracer as tracer
 from lm.errors import UserError
 from lm.prompts import PromptSpec, encode_pair, encode_prompt
-from tracing import Fact, GaussianNoise, trace
+from tracing import Fact, GaussianNoise, trace, tracer
 from tracing.cache import fingerprint
 from tracing.corruption import embedding_std
 from tracing.probe import make_probe, why_unknown

@@ -1,0 +1,89 @@
+"""Heat maps: PNGs that show the effects on one shared scale, and say what is missing."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib._pylab_helpers import Gcf
+from matplotlib.image import imread
+from tiny_tracing import made_up
+
+from lm.errors import UserError
+from tracing import plots
+from tracing.plots import figure, heatmap
+
+BUMP = [0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.1, 0.0]
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """(height, width, 3) from 0 to 1."""
+    return np.asarray(imread(io.BytesIO(data)))[..., :3]
+
+
+def blue_ink(image: np.ndarray) -> np.ndarray:
+    """How much of the scale's dark blue each column of pixels holds."""
+    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    return ((blue - red > 0.15) & (blue > green)).sum(axis=0)
+
+
+def test_a_heat_map_is_a_png_and_the_same_each_time(tmp_path: Path) -> None:
+    table = made_up(BUMP, noise=0.1).table("mlp")
+    data = heatmap(table, tmp_path / "maps" / "mlp.png", band=[3, 4, 5])
+    assert data.startswith(b"\x89PNG\r\n")
+    assert (tmp_path / "maps" / "mlp.png").read_bytes() == data
+    assert heatmap(table, band=[3, 4, 5]) == data
+    assert heatmap(table) != data
+    assert heatmap(table, band=[3, 4, 5], tentative=True) != data
+    height, width, _ = pixels(data).shape
+    assert width > height > 200
+
+
+def test_the_dark_cells_are_where_the_effects_are() -> None:
+    left = blue_ink(pixels(heatmap(made_up([0.9, 0.9, 0, 0, 0, 0, 0, 0]).table("mlp"))))
+    right = blue_ink(pixels(heatmap(made_up([0, 0, 0, 0, 0, 0, 0.9, 0.9]).table("mlp"))))
+    bar = int(0.85 * len(left))  # the colour bar stands right of the cells
+    assert left[:bar].argmax() < len(left) * 0.5 < right[:bar].argmax()
+
+
+def test_panels_share_one_scale() -> None:
+    strong, weak = made_up(BUMP).table("mlp"), replace(made_up(np.array(BUMP) / 50).table("mlp"), kind="attn")
+    together = pixels(figure([strong, weak]))
+    width = together.shape[1]
+    ink = blue_ink(together)
+    assert ink[: width // 2].max() > 50
+    assert ink[int(width * 0.58) : int(width * 0.85)].max() == 0  # a fiftieth of the scale is nearly its palest colour
+    alone = blue_ink(pixels(figure([weak])))
+    assert alone[: int(len(alone) * 0.85)].max() > 50
+
+
+@pytest.mark.parametrize("profile", [[0.0] * 8, [-0.5] * 8, [0.3]])
+def test_flat_negative_and_single_layer_maps_can_be_drawn(profile: list[float]) -> None:
+    assert figure([made_up(profile).table("mlp")]).startswith(b"\x89PNG")
+
+
+def test_rows_that_no_fact_has_are_left_out_and_missing_cells_are_white() -> None:
+    full = pixels(heatmap(made_up(BUMP, tokens=7).table("mlp")))
+    fewer = pixels(heatmap(made_up(BUMP, tokens=5).table("mlp")))
+    assert fewer.shape[0] < full.shape[0]
+    effects = made_up(BUMP)
+    for cells in effects.restored["mlp"]:
+        cells[:] = np.nan
+    assert heatmap(effects.table("mlp")).startswith(b"\x89PNG")
+
+
+def test_tables_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(UserError, match="no table"):
+        figure([])
+    with pytest.raises(UserError, match="differ in roles, layers or metric"):
+        figure([made_up(BUMP).table("mlp"), made_up(BUMP[:4]).table("mlp")])
+
+
+def test_drawing_leaves_no_figure_in_pyplot() -> None:
+    open_before = dict(Gcf.figs)
+    heatmap(made_up(BUMP).table("mlp"))
+    assert dict(Gcf.figs) == open_before
+    assert "pyplot" not in vars(plots)

@@ -1,0 +1,185 @@
+"""The stage and its script: from rows on disk to a plan, pictures and records; several processes; mistakes in a line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_tracing import PROMPTS, known, say, tiny
+
+from lm.config import parse_config
+from lm.errors import UserError
+from lm.load import LanguageModel, ModelSpec
+from tracing import Effects, LayerPlan, trace
+from tracing.config import PlanConfig, TraceConfig
+from tracing.stage import run_tracing
+from tracing.tracer import Workers
+
+ROOT = Path(__file__).resolve().parents[2]
+SUBJECT = r"\b(ada byron king|ada byron|byron king|king|ada)\b"
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    model = tiny("olmo")
+    model.model.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_run_writes_everything_and_goes_on_when_resumed(model_folder: Path, tmp_path: Path) -> None:
+    facts = [*known(tiny("olmo"), how_many=6), *known(tiny("olmo", seed=5), answer_tokens=4, how_many=1)]
+    config = TraceConfig(model=ModelSpec(path=str(model_folder), device="cpu"), out=str(tmp_path / "run"), seed=3)
+    result = run_tracing(config, facts)
+    folder = tmp_path / "run"
+    assert LayerPlan.load(folder / "plan.json") == result.plan
+    assert len(result.plan.layers) == 2  # three eighths of four layers, rounded
+    assert Effects.load(folder / "effects.npz").facts == tuple(facts[:6])
+    about = json.loads((folder / "effects.json").read_text())
+    assert [one["answer"] for one in about["left_out"]] == [facts[6].answer]
+    assert len(about["facts"]) == 6
+    assert about["tables"]["mlp"]["last_subject"]["facts"] == 6
+    table = result.effects.table("mlp", seed=3)
+    assert about["tables"]["mlp"]["last_subject"]["mean"] == table.mean[3].tolist()
+    for name in ("effects", "resid", "mlp", "attn"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["facts"]["count"] == 7
+    assert manifest["seconds"] > 0
+    with pytest.raises(UserError, match="already holds a run"):
+        run_tracing(config, facts)
+    (folder / "plan.json").unlink()
+    again = run_tracing(
+        TraceConfig(model=ModelSpec(path=str(model_folder), device="cpu"), out=str(folder), seed=3, resume=True), facts
+    )
+    assert again.plan == result.plan
+    assert np.array_equal(again.effects.clean, result.effects.clean)
+
+
+def test_max_facts_are_drawn_with_the_seed(model_folder: Path, tmp_path: Path) -> None:
+    facts = known(tiny("olmo"), how_many=6)
+
+    def chosen(name: str, seed: int) -> list[str]:
+        config = TraceConfig(
+            model=ModelSpec(path=str(model_folder), device="cpu"),
+            kinds=("mlp",),
+            max_facts=3,
+            out=str(tmp_path / name),
+            seed=seed,
+        )
+        return [fact.id for fact in run_tracing(config, facts).effects.facts]
+
+    first = chosen("a", 0)
+    assert len(first) == 3
+    assert chosen("b", 0) == first
+    assert any(chosen(f"c{seed}", seed) != first for seed in (1, 2))
+
+
+def test_several_processes_share_the_facts_and_agree(tmp_path: Path) -> None:
+    model = tiny()
+    facts = known(model)
+    alone = trace(model, facts, kinds=["mlp"], progress=False)
+    halves: list[Effects] = []
+    stored: list[int] = []
+
+    def other_process() -> None:
+        stored.append(len(list(tmp_path.iterdir())))
+        halves.append(trace(model, facts, kinds=["mlp"], cache=tmp_path, workers=Workers(0, 2), progress=False))
+
+    halves.append(
+        trace(model, facts, kinds=["mlp"], cache=tmp_path, workers=Workers(1, 2, other_process), progress=False)
+    )
+    assert stored == [1]  # of three facts the second process traces the second
+    for half in halves:
+        assert np.array_equal(half.clean, alone.clean)
+        assert all(np.array_equal(*pair) for pair in zip(half.restored["mlp"], alone.restored["mlp"], strict=True))
+    with pytest.raises(UserError, match="give cache"):
+        trace(model, facts, workers=Workers(0, 2), progress=False)
+    with pytest.raises(UserError, match="another process did not leave fact 'fact1'"):
+        trace(model, facts, kinds=["attn"], cache=tmp_path, workers=Workers(0, 2), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kinds": ("resid",)}, "plan.kind is mlp but kinds leaves out mlp"),
+        ({"facts": ()}, "facts is empty"),
+        ({"max_facts": 0}, "max_facts is 0"),
+        ({"window": 0}, "window is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"positions": "subject_and_last", "plan": {"roles": ("further",)}}, "not traced"),
+        ({"plan": {"size": 0}}, "plan.size is 0"),
+        ({"plan": {"roles": ("lst",)}}, "lst"),
+        ({"plan": {"stability": 0}}, "stability is 0"),
+    ],
+)
+def test_impossible_configs_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    plan = settings.pop("plan", {})
+    with pytest.raises(UserError, match=message):
+        TraceConfig(**settings, plan=PlanConfig(**plan))
+
+
+def test_the_default_size_is_three_eighths_as_published() -> None:
+    assert [PlanConfig().layers(count) for count in (1, 8, 12, 16, 32)] == [1, 3, 4, 6, 12]
+    assert PlanConfig(size=5).layers(16) == 5
+
+
+def test_a_size_beyond_the_model_is_refused_before_tracing(model_folder: Path, tmp_path: Path) -> None:
+    config = TraceConfig(model=ModelSpec(path=str(model_folder)), plan=PlanConfig(size=5), out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"plan\.size is 5 but .* has 4 layers"):
+        run_tracing(config, known(tiny("olmo")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "trace").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_parse(path: Path) -> None:
+    config = parse_config(TraceConfig, ["--config", str(path), "--facts", "other.jsonl"])
+    assert config.sources == ("other.jsonl",)
+    assert parse_config(TraceConfig, ["--config", str(path)]).sources != config.sources
+
+
+def rows_file(model: LanguageModel, path: Path) -> Path:
+    rows = [
+        {"id": f"p{number}qa0", "input": prompt, "output": say(model, prompt, 2), "task": "Task2"}
+        for number, (prompt, _) in enumerate(PROMPTS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_script_traces_rows(model_folder: Path, tmp_path: Path) -> None:
+    rows = rows_file(tiny("olmo"), tmp_path / "rows.jsonl")
+    words = ["--model.path", str(model_folder), "--facts", str(rows), "--out", str(tmp_path / "run"), "--window", "2"]
+    words += ["--kinds", "[mlp,attn]", "--subject", SUBJECT]
+    command = [sys.executable, str(ROOT / "scripts" / "trace.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "traced 6 facts, left out 0" in done.stdout
+    assert "The evidence " in done.stdout
+    assert LayerPlan.load(tmp_path / "run" / "plan.json").provenance["window"] == 2
+
+
+def test_the_script_reads_rows_of_the_asked_tasks_and_known_facts(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("trace_script", ROOT / "scripts" / "trace.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.path[0]
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[0] = before
+    rows = str(rows_file(tiny("olmo"), tmp_path / "rows.jsonl"))
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([{"known_id": 7, "prompt": "Ada is a", "subject": "Ada", "attribute": "poet"}]))
+    both = module.read_facts(TraceConfig(facts=(str(facts), rows), subject=SUBJECT))
+    assert [fact.id for fact in both] == ["7", *(f"p{number}qa0" for number in range(6))]
+    assert [fact.subject for fact in both[1:]] == [subject for _, subject in PROMPTS]
+    with pytest.raises(UserError, match=r"has no rows of Task3 \(it has Task2\)"):
+        module.read_facts(TraceConfig(facts=rows, tasks=("Task3",)))

@@ -1,0 +1,109 @@
+"""One tracing experiment as data: model x facts x corruption x sweep, and the plan to draw from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lm.anatomy import Kind
+from lm.errors import UserError
+from lm.load import ModelSpec
+from lm.prompts import PromptSpec
+from tracing.choose import PlanKind
+from tracing.corruption import GaussianNoise
+from tracing.effects import SUBJECT_ROLES, check_roles
+from tracing.metrics import Metric
+from tracing.statistics import check_confidence
+from tracing.sweep import Positions, Sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """How layers are chosen from the effects: see `tracing.choose_layers`."""
+
+    size: int | None = None
+    """How many layers; null takes three eighths of them, as the authors of the joint method do (6 of 16)."""
+    kind: PlanKind = "mlp"
+    """Which effects count, and with it what is trained: mlp, attn, both, or resid (whole blocks)."""
+    roles: tuple[str, ...] = SUBJECT_ROLES
+    """The prompt tokens that count: before, first_subject, middle_subject, last_subject, first_after, further, last."""
+    confidence: float = 0.95
+    """Of the bootstrap intervals."""
+    stability: float = 0.9
+    """In how many resamples a like band must win."""
+
+    def __post_init__(self) -> None:
+        check_roles(self.roles)
+        check_confidence(self.confidence)
+        if self.size is not None and self.size < 1:
+            raise UserError(f"plan.size is {self.size}; give at least 1, or null")
+        if not 0 < self.stability <= 1:
+            raise UserError(f"plan.stability is {self.stability}; give a share above 0 and up to 1 (0.9 is usual)")
+
+    def layers(self, model_layers: int) -> int:
+        """How many layers to choose of a model that has `model_layers`."""
+        return max(1, round(model_layers * 3 / 8)) if self.size is None else self.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceConfig:
+    """Which model is asked what, how the subject is corrupted, and which layers come of it."""
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The model that has memorised the facts."""
+    facts: tuple[str, ...] | str = ("builtin:forget",)
+    """What to ask, one source or several: a JSONL or Parquet file of rows, a folder, a part of the built-in world, or a
+    known-facts JSON file (an array of objects with prompt, subject, attribute)."""
+    columns: dict[str, str] | None = None
+    """For row files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
+    tasks: tuple[str, ...] = ("Task2",)
+    """Only rows of these tasks; Task2 asks about people by name. Empty: all."""
+    subject: str | None = None
+    """A regular expression whose group `subject` (else first group, else whole match) is the subject of a question; null
+    finds the person's name by comparing rows."""
+    max_facts: int | None = None
+    """Trace only so many known facts, drawn at random with `seed`; null traces all."""
+    corruption: GaussianNoise = field(default_factory=GaussianNoise)
+    """How the subject is made unreadable."""
+    kinds: tuple[Kind, ...] = ("resid", "mlp", "attn")
+    """What is restored: the whole stream after a block, or what its MLP or attention adds."""
+    window: int = 1
+    """How many layers of mlp and attn are restored together (the published script: 10)."""
+    positions: Positions = "all"
+    """Which prompt tokens are restored: all, subject_and_after, or subject_and_last (the cheapest)."""
+    metric: Metric = "probability"
+    """What is read off: of the whole answer, its log, or of the first token as in the published script."""
+    engine: Literal["reference"] = "reference"
+    """How cells are computed."""
+    prompt: PromptSpec = field(default_factory=PromptSpec)
+    """How questions are rendered: as they are trained."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """How layers are chosen."""
+    seed: int = 0
+    """Of the drawn facts, the resampling and the random control (the noise has its own)."""
+    out: str = "runs/trace"
+    """The run folder; the plan is its plan.json."""
+    resume: bool = False
+    """Go on with the trace in `out`: finished facts are not traced again."""
+
+    def __post_init__(self) -> None:
+        Sweep(kinds=self.kinds, window=self.window, metric=self.metric, positions=self.positions)
+        if not self.sources:
+            raise UserError("facts is empty; name at least one source, such as builtin:forget")
+        if self.max_facts is not None and self.max_facts < 1:
+            raise UserError(f"max_facts is {self.max_facts}; give at least 1, or null")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; give 0 or more")
+        wanted = {"both": {"mlp", "attn"}}.get(self.plan.kind, {self.plan.kind})
+        if missing := sorted(wanted - set(self.kinds)):
+            raise UserError(f"plan.kind is {self.plan.kind} but kinds leaves out {', '.join(missing)}; add it to kinds")
+        reached = set(SUBJECT_ROLES) | {"last"}
+        if self.positions == "subject_and_last" and not set(self.plan.roles) & reached:
+            raise UserError(
+                f"plan.roles {', '.join(self.plan.roles)} are not traced with positions: subject_and_last; use positions: all"
+            )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of facts, always as a tuple."""
+        return (self.facts,) if isinstance(self.facts, str) else self.facts

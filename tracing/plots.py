@@ -1,0 +1,166 @@
+"""Heat maps of mean indirect effects, token role by layer, as PNG.
+
+Drawn on a figure of their own (Agg, no pyplot state), on a light background, with one sequential colour scale that
+begins at zero and is shared by the panels: dark is more, pale is nothing, white was not measured. Numbers are in
+`tracing.effects`.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from lm.errors import UserError
+from lm.run import write_atomic
+from tracing.effects import EffectTable
+
+_INK, _SOFT, _MISSING, _ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
+# One hue, lightness falling evenly: readable in grey and by the colour-blind.
+_SCALE = LinearSegmentedColormap.from_list(
+    "indigo", ["#f1f4f9", "#cfdbed", "#a3badd", "#7293c6", "#476cab", "#26467f", "#0f2350"]
+)
+_KINDS = {"resid": "whole stream after a block", "mlp": "MLP", "attn": "attention"}
+_ROLES = {
+    "before": "before the subject",
+    "first_subject": "first subject token",
+    "middle_subject": "middle subject tokens",
+    "last_subject": "last subject token",
+    "first_after": "first token after",
+    "further": "further tokens",
+    "last": "last token",
+}
+_METRICS = {
+    "probability": "probability of the answer",
+    "log_probability": "log-probability of the answer",
+    "first_token_probability": "probability of the answer's first token",
+}
+
+
+def heatmap(
+    table: EffectTable, path: str | Path | None = None, *, band: Sequence[int] = (), tentative: bool = False
+) -> bytes:
+    """One table as a PNG; written to `path` as well, if there is one. `band`: the layers to outline."""
+    data = figure([table], band=band, tentative=tentative)
+    if path is not None:
+        write_atomic(Path(path), data)
+    return data
+
+
+def figure(
+    tables: Sequence[EffectTable],
+    *,
+    band: Sequence[int] = (),
+    band_kinds: Sequence[str] | None = None,
+    tentative: bool = False,
+) -> bytes:
+    """Tables side by side on one colour scale, as PNG bytes.
+
+    Args:
+        tables: of the same roles and layers.
+        band: the chosen layers, outlined and named.
+        band_kinds: the kinds whose panels get the outline; None for all.
+        tentative: draw the outline dashed, for layers that the evidence does not single out.
+
+    Raises:
+        UserError: no tables, or tables that do not belong together.
+    """
+    if not tables:
+        raise UserError("there is no table to draw; give at least one.")
+    first = tables[0]
+    if any((one.roles, one.mean.shape, one.metric) != (first.roles, first.mean.shape, first.metric) for one in tables):
+        raise UserError("the tables to draw differ in roles, layers or metric; draw them apart.")
+    shown = [row for row, role in enumerate(first.roles) if any(one.facts[row] for one in tables)] or [0]
+    layers = first.mean.shape[1]
+    top = max(float(np.nanmax(np.where(np.isnan(one.mean), 0.0, one.mean))) for one in tables)
+    norm = Normalize(0, top if top > 0 else 1.0)
+
+    width = 2.6 + len(tables) * (1.1 + 0.135 * min(max(layers, 8), 40))
+    caption = textwrap.wrap(_caption(tables, band, top, tentative), int(width * 15))
+    sheet = Figure(figsize=(width, 1.15 + 0.3 * len(shown) + 0.17 * len(caption)), dpi=200, facecolor="white")
+    FigureCanvasAgg(sheet)
+    sheet.set_layout_engine("constrained", w_pad=0.06, wspace=0.03)
+    axes: Any = sheet.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    for axis, table in zip(axes, tables, strict=True):
+        _panel(axis, table, shown, norm)
+        if band_kinds is None or table.kind in band_kinds:
+            _outline(axis, band, len(shown), tentative)
+    axes[0].set_yticks([row + 0.5 for row in range(len(shown))], [_label(first, row) for row in shown])
+    for axis in axes:
+        axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=_INK)
+    bar: Any = sheet.colorbar(ScalarMappable(norm, _SCALE), ax=list(axes), pad=0.012, fraction=0.03, aspect=16)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, colors=_SOFT, length=2)
+    bar.set_label("mean indirect effect", fontsize=8.5, color=_SOFT)
+    text = sheet.supxlabel("\n".join(caption), fontsize=8.5, color=_SOFT, x=0.012, ha="left")
+    text.set_linespacing(1.35)
+    buffer = io.BytesIO()
+    sheet.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _panel(axis: Any, table: EffectTable, shown: Sequence[int], norm: Normalize) -> None:
+    rows, layers = len(shown), table.mean.shape[1]
+    values = np.ma.masked_invalid(table.mean[list(shown)])
+    scale = _SCALE.with_extremes(bad=_MISSING)
+    axis.pcolormesh(values, cmap=scale, norm=norm, edgecolors="white", linewidth=0.6)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    axis.set_xlim(0, layers)
+    axis.set_ylim(rows, 0)
+    step = next(step for step in (1, 2, 4, 5, 10, 20, 50) if layers / step <= 12 or step == 50)
+    axis.set_xticks([layer + 0.5 for layer in range(0, layers, step)], [str(layer) for layer in range(0, layers, step)])
+    axis.tick_params(axis="x", length=0, labelsize=8, colors=_SOFT)
+    window = f", {table.window} layers around" if table.window > 1 else ""
+    axis.set_xlabel(f"layer{window}", fontsize=8.5, color=_SOFT)
+    axis.set_title(_KINDS[table.kind], fontsize=10.5, color=_INK, loc="left", pad=7)
+
+
+def _outline(axis: Any, band: Sequence[int], rows: int, tentative: bool) -> None:
+    style = "--" if tentative else "-"
+    for start, end in _runs(band):
+        box = Rectangle((start, 0), end - start, rows, fill=False, edgecolor=_ACCENT, linewidth=1.8, linestyle=style)
+        box.set_clip_on(False)
+        axis.add_patch(box)
+
+
+def _label(table: EffectTable, row: int) -> str:
+    few = f" ({table.facts[row]} facts)" if table.facts[row] < table.total_facts else ""
+    return _ROLES.get(table.roles[row], table.roles[row]) + few
+
+
+def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, tentative: bool) -> str:
+    table = tables[0]
+    parts = [
+        f"Change in the {_METRICS.get(table.metric, table.metric)} when one clean activation is put back",
+        f"{table.total_facts} fact{'s' if table.total_facts != 1 else ''}",
+        f"noise σ = {table.sigma:.3g}",
+    ]
+    if band:
+        names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in _runs(band))
+        parts.append(f"outlined{' (not singled out)' if tentative else ''}: layers {names}")
+    if top <= 0:
+        parts.append("no effect is above zero")
+    elif any(np.nanmin(np.where(np.isnan(one.mean), 0.0, one.mean)) < -0.02 * top for one in tables):
+        parts.append("effects below zero are palest")
+    return " · ".join(parts)
+
+
+def _runs(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring layers as `[start, end)`."""
+    runs: list[tuple[int, int]] = []
+    for layer in sorted(set(layers)):
+        if runs and runs[-1][1] == layer:
+            runs[-1] = (runs[-1][0], layer + 1)
+        else:
+            runs.append((layer, layer + 1))
+    return runs
