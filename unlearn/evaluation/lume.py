@@ -12,9 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
-
-from rouge_score.rouge_scorer import RougeScorer
+from typing import Any, Literal
 
 from lm.errors import UserError
 from lm.rows import Row
@@ -117,7 +115,9 @@ def exact_match(expected: str, said: str) -> float:
 
 
 @cache
-def _scorer() -> RougeScorer:
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and only scoring needs it
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 

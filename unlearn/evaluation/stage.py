@@ -36,7 +36,8 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
         RunFolder.create(config.out, config, resume=config.resume, facts=facts)
     acc.wait_for_everyone()
     run = RunFolder(config.out, main=acc.is_main_process)
-    model = load(config.model, device=config.model.device or str(acc.device))
+    several = acc.num_processes > 1  # then each has its own device, and a name in the config would put all on one
+    model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
     result = evaluate(
         model,
         asked,
