@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import sys
 import typing
@@ -45,6 +46,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, description
         UserError: a wrong key, type, value or combination, with the nearest known name.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _check_yaml(words)
     parser = _parser(cls, description)
     try:
         namespace = parser.parse_args(words)
@@ -54,6 +56,23 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, description
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise UserError(_explain(error, cls)) from error
+
+
+def _check_yaml(words: Sequence[str]) -> None:
+    """Refuse a config file that is not YAML by its name and line, before anything else is said about it."""
+    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    files += [word for flag, word in itertools.pairwise(words) if flag == "--config"]
+    for name in files:
+        try:
+            yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" line {mark.line + 1}" if mark else ""
+            raise UserError(f"{name}{where} is not YAML ({getattr(error, 'problem', error)}): mend it") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} is not UTF-8 text: save it as UTF-8") from error
+        except OSError:
+            continue  # the parser says that it is not there
 
 
 def script(main: Callable[[T], None], cls: type[T], *, description: str) -> None:

@@ -7,29 +7,34 @@ is not done here (`lm.devices`).
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
 
 from lm.anatomy import Anatomy, anatomy_of, known_architecture
 from lm.check import check_anatomy, check_weights
 from lm.errors import UserError
+from lm.sources import ADAPTER, CONFIGS, TOKENIZER_FILES, WEIGHTS, find_folder, first_line, require_model_files
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-BROKEN = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, HfHubHTTPError)
-"""What transformers, safetensors and the hub raise for a model that is missing or damaged."""
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+"""What transformers, peft and safetensors raise for files that are damaged or do not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +84,9 @@ def load(
     """Load a model for study, in eval mode. Keywords that are given replace the spec's.
 
     Raises UserError for a model that is missing, damaged, incomplete, not in safetensors, of an unknown architecture or
-    without a usable tokenizer.
+    without a usable tokenizer. What can be refused cheaply is refused before the weights are read.
     """
-    given = {
+    given: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
         "attention": attention,
@@ -90,45 +95,25 @@ def load(
         "tokenizer": tokenizer,
     }
     base = ModelSpec(path=spec) if isinstance(spec, str) else spec
-    spec = replace(base, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
-    if spec.dtype not in DTYPES:
-        raise UserError(f"the dtype {spec.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    spec = replace(base, **{key: value for key, value in given.items() if value is not None})
+    for what, value, choices in (("dtype", spec.dtype, Dtype), ("attention", spec.attention, Attention)):
+        if value is not None and value not in get_args(choices):
+            raise UserError(f"the {what} {value!r} is unknown: use one of {', '.join(get_args(choices))}")
     place = _device(spec.device)
-    source = resolve(spec.path)
-    model = _load_weights(spec, source)
-    if spec.adapter is not None:
-        model = _merge_adapter(model, spec.adapter)
+    folder = find_folder(spec.path, CONFIGS + WEIGHTS, revision=spec.revision)
+    require_model_files(spec.path, folder)
+    _require_known(spec.path, folder)
+    tokens = _load_tokenizer(spec, folder)
+    adapter_folder = find_folder(spec.adapter, ADAPTER) if spec.adapter else None
+    model = _load_weights(spec, folder)
+    if spec.adapter and adapter_folder:
+        model = _merge_adapter(model, spec.adapter, adapter_folder)
     check_weights(model, spec.path)
-    tokens = _load_tokenizer(spec, source)
-    rows = model.get_input_embeddings().num_embeddings
-    # Added tokens may lie beyond the embeddings (Gemma-3's image token does); those in use may not.
-    largest = max(tokens.vocab_size - 1, tokens.eos_token_id, tokens.bos_token_id or 0)
-    if largest >= rows:
-        raise UserError(
-            f"{spec.path}: the tokenizer has ids up to {largest} but the model has only {rows} embeddings: pass the "
-            "tokenizer that belongs to it as tokenizer"
-        )
+    _require_fit(spec.path, model, tokens)
     nn.Module.to(model, place).train(False)
     loaded = LanguageModel(model, tokens, anatomy_of(model), spec.path)
     check_anatomy(loaded)
     return loaded
-
-
-def resolve(path: str) -> str:
-    """The folder or hub id behind a spec's path. Raises UserError for a path that can be neither."""
-    if path == "builtin" or path.startswith("builtin:"):
-        from lm.builtin import Variant, model_path
-
-        return str(model_path(cast(Variant, path.partition(":")[2] or "memorised")))
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if folder.exists():
-        raise UserError(f"{path} is a file: give the folder that holds config.json and the safetensors weights")
-    looks_local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1 or "\\" in path
-    if looks_local or not HUB_ID.fullmatch(path):
-        raise UserError(f"the folder {path} does not exist: check it, or give a hub id such as allenai/OLMo-1B-hf")
-    return path
 
 
 def _device(name: str | None) -> torch.device:
@@ -142,80 +127,69 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _load_weights(spec: ModelSpec, source: str) -> PreTrainedModel:
-    folder = Path(source)
-    if folder.is_dir():
-        _require_model_files(spec.path, folder)
+def _require_known(name: str, folder: Path) -> None:
     try:
-        config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=False)
-        model_type = str(config.model_type)
+        config, _ = PretrainedConfig.get_config_dict(folder)
     except BROKEN as error:
-        raise _unloadable(spec, source, error) from error
-    known_architecture(model_type)
+        raise UserError(f"{name} has a damaged config.json, restore it: {first_line(error)}") from error
+    if "model_type" not in config:
+        raise UserError(f"{name} has no model_type in its config.json: give a folder that save_pretrained wrote")
+    known_architecture(config["model_type"])
+
+
+def _load_weights(spec: ModelSpec, folder: Path) -> PreTrainedModel:
     options: dict[str, Any] = {} if spec.attention is None else {"attn_implementation": spec.attention}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=spec.revision,
-            dtype=DTYPES[spec.dtype],
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
-        model, info = loaded
-    except BROKEN as error:
-        raise _unloadable(spec, source, error) from error
-    if missing := sorted(info["missing_keys"]):
+        with _quiet():
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=DTYPES[spec.dtype],
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are listed, and refused below by name
+                **options,
+            )
+    except ImportError as error:
         raise UserError(
-            f"{spec.path}: the checkpoint lacks {len(missing)} weights, {missing[0]} first: use one saved whole"
-        )
+            f"{spec.path} needs a package that is not here, or another attention: {first_line(error)}"
+        ) from error
+    except BROKEN as error:
+        raise UserError(f"{spec.path} cannot be loaded, mend or replace its files: {first_line(error)}") from error
+    model, info = result
+    for what, names in (("lacks", info["missing_keys"]), ("has another shape for", info["mismatched_keys"])):
+        if names:
+            first = sorted(key if isinstance(key, str) else key[0] for key in names)[0]
+            raise UserError(
+                f"{spec.path}: the checkpoint {what} {len(names)} weights, {first} first: use one saved whole"
+            )
     assert isinstance(model, PreTrainedModel)
     return model
 
 
-def _require_model_files(name: str, folder: Path) -> None:
-    """The files that a model folder must have, so that a missing one is named here and not deep in a library."""
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(f"{name} is a PEFT adapter: give its base model as path and {name} as adapter")
-        raise UserError(f"{name} has no config.json: give a folder that save_pretrained wrote, or a hub id")
-    if not any(folder.glob("*.safetensors")):
-        found = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        if found:
-            raise UserError(
-                f"{name} holds its weights as {found[0]}, and a pickle can run code: convert it to safetensors "
-                "with save_pretrained(..., safe_serialization=True)"
-            )
-        raise UserError(f"{name} holds no *.safetensors weights: give a folder that save_pretrained wrote")
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of missing weights: `load` says it in a sentence."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
-def _unloadable(spec: ModelSpec, source: str, error: BaseException) -> UserError:
-    cause = _first_line(error)
-    if Path(source).is_dir():
-        return UserError(f"{spec.path} cannot be loaded, mend or replace its files: {cause}")
-    at = f" at revision {spec.revision}" if spec.revision else ""
-    return UserError(
-        f"{spec.path}{at} is neither a folder here nor a model that could be had from the hub, check the name and the "
-        f"connection: {cause}"
-    )
-
-
-def _load_tokenizer(spec: ModelSpec, source: str) -> PreTrainedTokenizerFast:
+def _load_tokenizer(spec: ModelSpec, model_folder: Path) -> PreTrainedTokenizerFast:
     name = spec.tokenizer or spec.path
-    where = resolve(spec.tokenizer) if spec.tokenizer else source
-    folder = Path(where)
-    if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    folder = find_folder(spec.tokenizer, CONFIGS) if spec.tokenizer else model_folder
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(f"{name} has no tokenizer files: pass the folder or hub id that has them as tokenizer")
     try:
-        tokens: Any = AutoTokenizer.from_pretrained(
-            where, revision=None if spec.tokenizer else spec.revision, use_fast=True, trust_remote_code=False
-        )
+        tokens: Any = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise UserError(
-            f"the tokenizer of {name} cannot be loaded, mend it or pass another as tokenizer: {_first_line(error)}"
+            f"the tokenizer of {name} cannot be loaded, mend it or pass another as tokenizer: {first_line(error)}"
         ) from error
-    if not tokens.is_fast:
+    if not isinstance(tokens, PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer of {name} is a slow one, without offsets: pass a fast one as tokenizer")
     if tokens.eos_token_id is None:
         raise UserError(
@@ -223,37 +197,39 @@ def _load_tokenizer(spec: ModelSpec, source: str) -> PreTrainedTokenizerFast:
         )
     if tokens.pad_token_id is None:
         tokens.pad_token = tokens.eos_token
-    assert isinstance(tokens, PreTrainedTokenizerFast)
     return tokens
 
 
-def _merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+def _require_fit(name: str, model: PreTrainedModel, tokens: PreTrainedTokenizerFast) -> None:
+    """Raise UserError for a tokenizer that is larger than the model's embedding matrix.
+
+    Added tokens may lie beyond it (Gemma-3's image token does); those in use may not.
+    """
+    rows = int(getattr(model.get_input_embeddings(), "num_embeddings"))  # noqa: B009  (typed as any module)
+    largest = max(tokens.vocab_size - 1, tokens.eos_token_id or 0, tokens.bos_token_id or 0)
+    if largest >= rows:
+        raise UserError(
+            f"{name}: the tokenizer has ids up to {largest} but the model has only {rows} embeddings: pass the tokenizer "
+            "that belongs to it as tokenizer"
+        )
+
+
+def _merge_adapter(model: PreTrainedModel, name: str, folder: Path) -> PreTrainedModel:
     """Merge a PEFT adapter into the weights, refusing one whose tensors do not match the model one for one."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    source = resolve(adapter)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"the adapter {name} has no adapter_model.safetensors: save it again as safetensors")
     try:
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(source, allow_patterns=["adapter_config.json", "*.safetensors"]))
-        weights = folder / "adapter_model.safetensors"
-        if not weights.is_file():
-            raise UserError(f"the adapter {adapter} has no adapter_model.safetensors: save it again as safetensors")
         with safe_open(weights, framework="pt") as file:
             stored = set(file.keys())
         wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-        expected = set(get_peft_model_state_dict(wrapped))
-        if stored != expected:
-            odd = sorted(stored ^ expected)[0]
-            raise UserError(f"the adapter {adapter} does not fit this model, {odd} first: use the base it was made for")
+        odd = sorted(stored ^ set(get_peft_model_state_dict(wrapped)))
         merged = wrapped.merge_and_unload()
-    except UserError:
-        raise
     except BROKEN as error:
-        raise UserError(f"the adapter {adapter} cannot be merged into this model: {_first_line(error)}") from error
+        raise UserError(f"the adapter {name} cannot be merged into this model: {first_line(error)}") from error
+    if odd:
+        raise UserError(f"the adapter {name} does not fit this model, {odd[0]} first: use the base it was made for")
     assert isinstance(merged, PreTrainedModel)
     return merged
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -22,16 +22,16 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSpec:
-    """How a prompt becomes text and how its answer is joined to it.
-
-    `answer_prefix` stands between prompt and answer; None means one space for raw prompts and nothing for chat, as the
-    authors of the joint method train. `system` is a system message for chat.
-    """
+    """How a prompt becomes text and how its answer is joined to it."""
 
     format: Format = "raw"
+    """raw text, as the official evaluation asks; or chat, through the tokenizer's template."""
     append_eos: bool = True
+    """End every answer with the EOS token."""
     answer_prefix: str | None = None
+    """What stands between prompt and answer; null means one space for raw and nothing for chat, as the authors train."""
     system: str | None = None
+    """A system message, for chat."""
 
     def __post_init__(self) -> None:
         if self.format not in ("raw", "chat"):

@@ -1,0 +1,181 @@
+"""Configs: files, dotted overrides, axes; and mistakes refused with the nearest right name."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+import yaml
+
+from lm.config import _attribute_docs, _fields, did_you_mean, dump_yaml, parse_config
+from lm.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flavour:
+    """An axis."""
+
+    config_axis: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweet(Flavour):
+    """Sweet."""
+
+    sugar: float = 1.0
+    """Spoons."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sour(Flavour):
+    """Sour."""
+
+    lemons: int = 2
+    """Whole lemons."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cup:
+    """A cup."""
+
+    size: Literal["small", "large"] = "small"
+    """How large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tea:
+    """A tea."""
+
+    cup: Cup = field(default_factory=Cup)
+    """The cup."""
+    flavour: Flavour = field(default_factory=Sour)
+    """The flavour."""
+    minutes: int = 3
+    """How long."""
+    layers: tuple[int, ...] | None = None
+    """Some layers."""
+
+    def __post_init__(self) -> None:
+        if self.minutes < 1:
+            raise UserError(f"minutes is {self.minutes}; give at least 1")
+
+
+def test_defaults_file_and_overrides_in_that_order(tmp_path: Path) -> None:
+    assert parse_config(Tea, []) == Tea()
+    file = tmp_path / "tea.yaml"
+    file.write_text("minutes: 5\ncup: {size: large}\nflavour: {class_path: Sweet, init_args: {sugar: 3}}\n")
+    read = parse_config(Tea, ["--config", str(file), "--minutes", "7", "--layers", "[1, 2]"])
+    assert read == Tea(cup=Cup(size="large"), flavour=Sweet(sugar=3.0), minutes=7, layers=(1, 2))
+
+
+def test_an_axis_is_chosen_by_name_and_its_fields_by_dots() -> None:
+    assert parse_config(Tea, ["--flavour", "Sweet", "--flavour.sugar", "0.5"]).flavour == Sweet(sugar=0.5)
+    assert parse_config(Tea, ["--flavour.lemons", "9"]).flavour == Sour(lemons=9)
+
+
+def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
+    tea = Tea(cup=Cup(size="large"), flavour=Sweet(sugar=2.5), layers=(3,))
+    (tmp_path / "t.yaml").write_text(dump_yaml(tea))
+    assert parse_config(Tea, ["--config", str(tmp_path / "t.yaml")]) == tea
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--minuts", "4"], "did you mean 'minutes'"),
+        (["--cup.sise", "large"], "did you mean 'cup.size'"),
+        (["--flavour", "Swet"], "did you mean 'Sweet'"),
+        (["--flavour.lemon", "1"], "did you mean 'flavour.lemons'"),
+        (["--cup.size", "larg"], "did you mean 'large'"),
+        (["--minutes", "soon"], "minutes"),
+        (["--minutes", "0"], "minutes is 0"),
+        (["--config", "no/such.yaml"], "no/such.yaml"),
+    ],
+)
+def test_mistakes_name_the_thing_and_the_remedy(words: list[str], says: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_config(Tea, words)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("minuts: 3", "did you mean 'minutes'"),
+        ("flavour: {class_path: Sour, init_args: {lemon: 3}}", "lemons"),
+        ("cup: [", "bad.yaml"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text + "\n")
+    with pytest.raises(UserError, match=says):
+        parse_config(Tea, ["--config", str(tmp_path / "bad.yaml")])
+
+
+def test_suggestions_stay_silent_when_nothing_is_near() -> None:
+    assert did_you_mean("zzz", ["alpha"] * 20) == ""
+    assert did_you_mean("alhpa", ["alpha", "beta"]) == " (did you mean 'alpha'?)"
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_every_script_has_help_that_names_its_settings(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "--out" in done.stdout
+    assert "usage:" in done.stdout
+
+
+def test_every_setting_has_a_sentence() -> None:
+    from tracing.config import TraceConfig
+    from unlearn.config import UnlearnConfig
+    from unlearn.demo import DemoConfig
+    from unlearn.evaluation.config import EvaluateConfig
+
+    silent: list[str] = []
+
+    def look(cls: type, prefix: str) -> None:
+        said = _attribute_docs(cls)
+        for item, hint in _fields(cls):
+            if not said.get(item.name):
+                silent.append(prefix + item.name)
+            for part in (hint, *typing.get_args(hint)):
+                inner = [part, *part.__subclasses__()] if getattr(part, "config_axis", False) else [part]
+                for one in inner:
+                    if dataclasses.is_dataclass(one) and isinstance(one, type):
+                        look(one, f"{prefix}{item.name}.")
+
+    for cls in (TraceConfig, UnlearnConfig, DemoConfig, EvaluateConfig):
+        look(cls, f"{cls.__name__}.")
+    assert silent == []
+
+
+def test_every_shipped_config_is_read_by_its_script() -> None:
+    from tracing.config import TraceConfig
+    from unlearn.config import UnlearnConfig
+    from unlearn.demo import DemoConfig
+    from unlearn.evaluation.config import EvaluateConfig
+
+    kinds = {"trace": TraceConfig, "unlearn": UnlearnConfig, "evaluate": EvaluateConfig}
+    read = 0
+    for file in sorted((ROOT / "configs").rglob("*.yaml")):
+        if file.parent.name == "accelerate":
+            assert yaml.safe_load(file.read_text())["num_processes"] >= 1
+            continue
+        cls = DemoConfig if file.parent.name == "configs" else kinds[file.parent.name]
+        parse_config(cls, ["--config", str(file)])
+        read += 1
+    assert read >= 4
