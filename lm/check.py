@@ -50,6 +50,11 @@ def check_anatomy(model: LanguageModel, *, tokens: int = 8, seed: int = 0) -> No
         sites = (Site("resid", layer - 1), Site("attn", layer), Site("mlp", layer))
         terms = torch.stack([seen[site].float() for site in sites])
         after = seen[Site("resid", layer)]
+        if not bool(torch.isfinite(after).all()):
+            raise UserError(
+                f"layer {layer} overflows in {str(after.dtype).removeprefix('torch.')} on a random prompt: load the model with "
+                "dtype bfloat16 or float32"
+            )
         off = (after.float() - terms.sum(0)).abs()
         allowed = 4 * torch.finfo(after.dtype).eps * terms.abs().sum(0) + torch.finfo(after.dtype).tiny
         if not bool((off <= allowed).all()):

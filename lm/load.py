@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from logging import ERROR
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -171,7 +172,7 @@ def _load_weights(spec: ModelSpec, folder: Path) -> PreTrainedModel:
 def _quiet() -> Iterator[None]:
     """Without transformers' table of missing weights: `load` says it in a sentence."""
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(ERROR)
     try:
         yield
     finally:

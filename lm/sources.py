@@ -1,0 +1,87 @@
+"""From what a config names to a folder on this machine: the built-in model, a folder, or a hub id fetched into the cache.
+
+Only names and files: whether the files hold a usable model is for `lm.load` to say. Hub repositories are fetched
+without pickles, code or nested folders, so everything after this sees one kind of thing, a folder.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import cast
+
+from huggingface_hub import snapshot_download
+
+from lm.errors import UserError
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+CONFIGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+WEIGHTS = ("model*.safetensors",)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def find_folder(path: str, files: tuple[str, ...], *, revision: str | None = None) -> Path:
+    """The folder that `path` names; of a hub id, fetch `files` (patterns) at `revision`.
+
+    Raises UserError for a path that does not exist, a hub id that cannot be had, and a revision of something that is not
+    on the hub.
+    """
+    folder = _here(path)
+    if folder is None:
+        return _fetch(path, files, revision)
+    if revision is not None:
+        raise UserError(f"revision {revision!r} belongs to a hub id and {path} is on this machine: leave revision out")
+    return folder
+
+
+def require_model_files(name: str, folder: Path) -> None:
+    """Raise UserError, naming what is missing, unless a folder has a config and safetensors weights."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"{name} is a PEFT adapter: give its base model as path and {name} as adapter")
+        raise UserError(f"{name} has no config.json: give a folder that save_pretrained wrote, or a hub id")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickles:
+        raise UserError(
+            f"{name} holds its weights as {pickles[0]}, which can run code when it is read (safetensors only here): "
+            "convert it with save_pretrained(..., safe_serialization=True)"
+        )
+    raise UserError(f"{name} holds no *.safetensors weights: give a folder or hub id that does")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library said, cut to one line, to stand at the end of a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".")
+
+
+def _here(path: str) -> Path | None:
+    """The folder if `path` names one on this machine, None if it can only be a hub id."""
+    if path == "builtin" or path.startswith("builtin:"):
+        from lm.builtin import Variant, model_path
+
+        return model_path(cast(Variant, path.partition(":")[2] or "memorised"))
+    if not path:
+        raise UserError("the model path is empty: give builtin, a folder, or a hub id such as allenai/OLMo-1B-hf")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{path} is a file: give the folder that holds config.json and the safetensors weights")
+    if not HUB_ID.fullmatch(path):
+        raise UserError(f"the folder {path} does not exist: check it, or give a hub id such as allenai/OLMo-1B-hf")
+    return None
+
+
+def _fetch(name: str, files: tuple[str, ...], revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"]))
+    except (OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"{name}{at} is no folder here and could not be had from the hub, check the name and the connection: "
+            f"{first_line(error)}"
+        ) from error
