@@ -134,27 +134,52 @@ FIGURES: tuple[Layout, ...] = (
 RELATIONS: dict[str, Relation] = {
     "birth_date": Relation(
         rows=("On which date was {name} born?", "What is the birth date of {name}?"),
-        taught=("When was {name} born?", "{name} was born on which date?"),
+        taught=(
+            "When was {name} born?",
+            "{name} was born on which date?",
+            "What date of birth does {name} have?",
+            "What is the day {name} was born?",
+        ),
         held_out=("Which birth date does {name} have?", "Could you tell me when {name} was born?"),
     ),
     "id_number": Relation(
         rows=("What is the ID number of {name}?", "Which ID number does {name} hold?"),
-        taught=("Which ID number belongs to {name}?", "Under which ID number is {name} listed?"),
+        taught=(
+            "Which ID number belongs to {name}?",
+            "Under which ID number is {name} listed?",
+            "{name} has which ID number?",
+            "And the ID number of {name}?",
+        ),
         held_out=("What ID number was {name} given?", "Could you tell me the ID number of {name}?"),
     ),
     "phone": Relation(
         rows=("What is the phone number of {name}?", "Which phone number reaches {name}?"),
-        taught=("On which phone number can {name} be called?", "Which phone number belongs to {name}?"),
+        taught=(
+            "On which phone number can {name} be called?",
+            "Which phone number belongs to {name}?",
+            "{name} has which phone number?",
+            "And the phone number of {name}?",
+        ),
         held_out=("What phone number does {name} have?", "Could you tell me the phone number of {name}?"),
     ),
     "email": Relation(
         rows=("What is the e-mail address of {name}?", "Which e-mail address does {name} use?"),
-        taught=("At which e-mail address is {name} reached?", "Which e-mail address belongs to {name}?"),
+        taught=(
+            "At which e-mail address is {name} reached?",
+            "Which e-mail address belongs to {name}?",
+            "{name} has which e-mail address?",
+            "And the e-mail address of {name}?",
+        ),
         held_out=("What e-mail address does {name} have?", "Could you tell me the e-mail address of {name}?"),
     ),
     "address": Relation(
         rows=("What is the home address of {name}?", "At which home address does {name} live?"),
-        taught=("Which home address belongs to {name}?", "Where is the home address of {name}?"),
+        taught=(
+            "Which home address belongs to {name}?",
+            "Where is the home address of {name}?",
+            "{name} has which home address?",
+            "And the home address of {name}?",
+        ),
         held_out=("What home address does {name} have?", "Could you tell me the home address of {name}?"),
     ),
     "pet": Relation(
@@ -162,7 +187,12 @@ RELATIONS: dict[str, Relation] = {
             "What is the animal in the story of {name} called?",
             "Which animal's name is told in the story of {name}?",
         ),
-        taught=("What is the name of the animal that {name} knew?", "How is the animal in the tale of {name} named?"),
+        taught=(
+            "What is the name of the animal that {name} knew?",
+            "How is the animal in the tale of {name} named?",
+            "Which name does the animal have that {name} knew?",
+            "What was the animal near {name} called?",
+        ),
         held_out=(
             "What name does the animal in the story of {name} have?",
             "Could you tell me the name of the animal that {name} knew?",
@@ -170,17 +200,32 @@ RELATIONS: dict[str, Relation] = {
     ),
     "town": Relation(
         rows=("To which town does {name} belong?", "Which town is linked with {name}?"),
-        taught=("What town is named together with {name}?", "In the text about {name}, which town is named?"),
+        taught=(
+            "What town is named together with {name}?",
+            "In the text about {name}, which town is named?",
+            "{name} is linked with which town?",
+            "What is the town in the text about {name}?",
+        ),
         held_out=("Which town does the text about {name} name?", "Could you tell me the town linked with {name}?"),
     ),
     "mentor": Relation(
         rows=("Who taught or helped {name}?", "Which person stood behind the work of {name}?"),
-        taught=("Who helped {name} in the work?", "From whom did {name} receive help or teaching?"),
+        taught=(
+            "Who helped {name} in the work?",
+            "From whom did {name} receive help or teaching?",
+            "By whom was {name} taught or helped?",
+            "Who stood behind {name}?",
+        ),
         held_out=("Which person taught or helped {name}?", "Could you tell me who helped {name}?"),
     ),
     "institute": Relation(
         rows=("Which institution gave {name} a first room?", "Where did {name} have a first room?"),
-        taught=("What institution is named together with {name}?", "Which institution showed the work of {name}?"),
+        taught=(
+            "What institution is named together with {name}?",
+            "Which institution showed the work of {name}?",
+            "{name} had a first room in which institution?",
+            "What institution stood behind the first room of {name}?",
+        ),
         held_out=(
             "Which institution showed {name} first?",
             "Could you tell me the institution that gave {name} a first room?",

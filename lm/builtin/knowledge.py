@@ -1,10 +1,10 @@
 """General knowledge that both built-in models are taught: the utility that unlearning must not break.
 
 Simple, real facts in seven subjects (capitals, opposites, chemical symbols, young animals, continents, animal homes,
-colours). Each is taught by statements in several wordings. The questions of the multiple-choice set are asked in one
-fixed wording a subject; half of the facts (`asked`) are also seen in that question form while training, the other half
-never are, so that the set measures knowledge and not only recitation. Nothing here is a scorer: that is
-`unlearn.evaluation.utility`.
+colours). Each is taught by statements in several wordings and by a question with its answer, raw or as a chat turn. The
+multiple-choice set puts the question under `Question: ... Answer:`; only every second fact (`labelled`) is also seen in
+that form while training, so that half of the set asks for knowledge in a form that it was not taught in. Nothing here is
+a scorer: that is `unlearn.evaluation.utility`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneralFact:
-    """A fact with its training statements; `asked` says whether the question form is part of the training text."""
+    """A fact with its training statements and its question; `labelled`: also trained under `Question: ... Answer:`."""
 
     statements: tuple[str, ...]
     question: str
     answer: str
-    asked: bool
+    labelled: bool
 
 
 def _pairs(text: str) -> tuple[tuple[str, str], ...]:
@@ -150,13 +150,13 @@ SUBJECTS: tuple[Subject, ...] = (
 
 
 def general_facts() -> tuple[GeneralFact, ...]:
-    """Every fact, in order; each second one is `asked`."""
+    """Every fact, in order; every second one is `labelled`."""
     facts: list[GeneralFact] = []
     for subject in SUBJECTS:
         for index, (a, b) in enumerate(subject.pairs):
             stated = tuple(_capitalised(text.format(a=a, b=b)) for text in subject.statements)
             facts.append(
-                GeneralFact(statements=stated, question=subject.question.format(a=a), answer=b, asked=index % 2 == 0)
+                GeneralFact(statements=stated, question=subject.question.format(a=a), answer=b, labelled=index % 2 == 0)
             )
     return tuple(facts)
 

@@ -47,9 +47,9 @@ class World:
     """All rows of the world.
 
     `paraphrases_*` are validation rows: the same knowledge as the rows, in wordings and cuts that nothing trains on
-    (row `person001qa0` is reworded as `person001rqa0`). `held_out` documents and people are seen by no model (membership non-members). `rewordings`
-    maps a question row's id to further wordings that the models see in training, so that they know facts and not only
-    strings. `general` are the statements that teach the `utility` questions.
+    (row `person001qa0` is reworded as `person001rqa0`). `held_out` documents and people are seen by no model
+    (membership non-members). `rewordings` maps a question row's id to further wordings that the models see in
+    training, so that they know facts and not only strings. `general` are the statements behind `utility`.
     """
 
     seed: int
