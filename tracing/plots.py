@@ -134,7 +134,8 @@ def _outline(axis: Any, band: Sequence[int], rows: int, tentative: bool) -> None
 
 
 def _label(table: EffectTable, row: int) -> str:
-    few = f" ({table.facts[row]} facts)" if table.facts[row] < table.total_facts else ""
+    count = int(table.facts[row])
+    few = f" ({count} fact{'s' if count != 1 else ''})" if count < table.total_facts else ""
     return _ROLES.get(table.roles[row], table.roles[row]) + few
 
 
