@@ -9,10 +9,10 @@ that the names are right. It never changes a model.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lm.errors import UserError
 
@@ -51,9 +51,7 @@ class Architecture:
     """
 
     blocks: str = "model.layers"
-    embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
-    head: str = "lm_head"
     attn: str = "self_attn"
     mlp: str = "mlp"
     attn_out: str = "self_attn"
@@ -78,16 +76,13 @@ KNOWN: dict[str, Architecture] = {
     "phi3": Architecture(attn_out="resid_attn_dropout", mlp_out="resid_mlp_dropout"),
     "gpt2": Architecture(
         blocks="transformer.h",
-        embedding="transformer.wte",
         norm="transformer.ln_f",
         attn="attn",
         attn_out="attn",
     ),
     "gpt_neox": Architecture(
         blocks="gpt_neox.layers",
-        embedding="gpt_neox.embed_in",
         norm="gpt_neox.final_layer_norm",
-        head="embed_out",
         attn="attention",
         attn_out="post_attention_dropout",
         mlp_out="post_mlp_dropout",
@@ -103,8 +98,12 @@ class Anatomy:
     architecture: str
     """`config.model_type`, a key of `KNOWN`."""
     names: Architecture
+    embedding: str
+    head: str
     layers: int
     hidden: int
+    vocabulary: int
+    """Rows of the embedding matrix, which may be more than the tokenizer has ids for."""
     parallel: bool
     """Attention and MLP both read the block's input (GPT-NeoX); otherwise the MLP reads the stream after attention."""
 
@@ -113,16 +112,8 @@ class Anatomy:
         return self.names.blocks
 
     @property
-    def embedding(self) -> str:
-        return self.names.embedding
-
-    @property
     def norm(self) -> str:
         return self.names.norm
-
-    @property
-    def head(self) -> str:
-        return self.names.head
 
     def block_path(self, layer: int) -> str:
         """The dotted name of a block. Raises UserError when there is no such layer."""
@@ -174,36 +165,40 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
     The names are those of the module that is passed in, so on a wrapped model they carry the wrapper's prefix.
     """
-    config = config_of(model)
-    text = config.get_text_config()
+    language_model = _language_model(model)
+    config = language_model.config
+    head: nn.Module | None = language_model.get_output_embeddings()  # type: ignore[no-untyped-call]
     names = known_architecture(config.model_type)
     blocks = full_name(model, names.blocks)
     prefix = blocks[: len(blocks) - len(names.blocks)]
-    names = replace(
-        names,
-        blocks=blocks,
-        embedding=prefix + names.embedding,
-        norm=prefix + names.norm,
-        head=prefix + names.head,
-    )
     stack = model.get_submodule(blocks)
     if not isinstance(stack, nn.ModuleList) or len(stack) == 0:
         raise UserError(f"{blocks} holds no transformer blocks: load a causal language model with at least one layer")
     return Anatomy(
         architecture=config.model_type,
-        names=names,
+        names=replace(names, blocks=blocks, norm=prefix + names.norm),
+        embedding=_name_of(model, language_model.get_input_embeddings()),
+        head=_name_of(model, head),
         layers=len(stack),
-        hidden=int(text.hidden_size),
-        parallel=bool(getattr(text, "use_parallel_residual", False)),
+        hidden=int(config.hidden_size),
+        vocabulary=len(cast(nn.Embedding, language_model.get_input_embeddings()).weight),
+        parallel=bool(getattr(config, "use_parallel_residual", False)),
     )
 
 
-def config_of(model: nn.Module) -> PretrainedConfig:
-    """The config of a transformers model, also inside a wrapper."""
+def _language_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, inside whatever wraps it."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            return module.config
+            return module
     raise UserError(f"{type(model).__name__} holds no transformers model: load one with lm.load")
+
+
+def _name_of(model: nn.Module, part: nn.Module | None) -> str:
+    for name, module in model.named_modules():
+        if module is part:
+            return str(name)
+    raise UserError(f"{type(model).__name__} has no language-model head: load it as a causal language model")
 
 
 def full_name(model: nn.Module, name: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lm.anatomy import EMBEDDING, Site, config_of
+from lm.anatomy import EMBEDDING, Site
 from lm.errors import UserError
 from lm.hooks import capture
 
@@ -36,9 +36,8 @@ def check_anatomy(model: LanguageModel, *, tokens: int = 8, seed: int = 0) -> No
     magnitudes of the three terms, element by element. Raises UserError naming the first layer where it fails.
     """
     anatomy = model.anatomy
-    vocabulary = int(config_of(model.model).get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(model.device)
+    ids = torch.randint(anatomy.vocabulary, (1, tokens), generator=generator).to(model.device)
     training = model.model.training
     model.model.train(False)
     try:
@@ -52,8 +51,8 @@ def check_anatomy(model: LanguageModel, *, tokens: int = 8, seed: int = 0) -> No
         after = seen[Site("resid", layer)]
         if not bool(torch.isfinite(after).all()):
             raise UserError(
-                f"layer {layer} overflows in {str(after.dtype).removeprefix('torch.')} on a random prompt: load the model with "
-                "dtype bfloat16 or float32"
+                f"layer {layer} overflows in {str(after.dtype).removeprefix('torch.')} on a random prompt: load the model "
+                "with dtype bfloat16 or float32"
             )
         off = (after.float() - terms.sum(0)).abs()
         allowed = 4 * torch.finfo(after.dtype).eps * terms.abs().sum(0) + torch.finfo(after.dtype).tiny

@@ -110,9 +110,9 @@ def load(
     if spec.adapter and adapter_folder:
         model = _merge_adapter(model, spec.adapter, adapter_folder)
     check_weights(model, spec.path)
-    _require_fit(spec.path, model, tokens)
     nn.Module.to(model, place).train(False)
     loaded = LanguageModel(model, tokens, anatomy_of(model), spec.path)
+    _require_fit(loaded)
     check_anatomy(loaded)
     return loaded
 
@@ -201,17 +201,17 @@ def _load_tokenizer(spec: ModelSpec, model_folder: Path) -> PreTrainedTokenizerF
     return tokens
 
 
-def _require_fit(name: str, model: PreTrainedModel, tokens: PreTrainedTokenizerFast) -> None:
+def _require_fit(model: LanguageModel) -> None:
     """Raise UserError for a tokenizer that is larger than the model's embedding matrix.
 
     Added tokens may lie beyond it (Gemma-3's image token does); those in use may not.
     """
-    rows = int(getattr(model.get_input_embeddings(), "num_embeddings"))  # noqa: B009  (typed as any module)
+    tokens = model.tokenizer
     largest = max(tokens.vocab_size - 1, tokens.eos_token_id or 0, tokens.bos_token_id or 0)
-    if largest >= rows:
+    if largest >= model.anatomy.vocabulary:
         raise UserError(
-            f"{name}: the tokenizer has ids up to {largest} but the model has only {rows} embeddings: pass the tokenizer "
-            "that belongs to it as tokenizer"
+            f"{model.name}: the tokenizer has ids up to {largest} but the model has only {model.anatomy.vocabulary} "
+            "embeddings: pass the tokenizer that belongs to it as tokenizer"
         )
 
 
