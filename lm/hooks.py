@@ -186,24 +186,24 @@ def _grid(
 
 
 def _indices(selection: Selection, size: int, name: str, site: Site, *, unique: bool) -> Tensor:
-    where = f"of {site}, which holds {name}s 0 to {size - 1}"
+    holds = f"{site} holds {name}s 0 to {size - 1}"
     if selection is None:
         return torch.arange(size)
     if isinstance(selection, slice):
         for bound, limit in ((selection.start, size - 1), (selection.stop, size)):
             if bound is not None and not -size <= bound <= limit:
-                raise UserError(f"{name} slice {selection.start}:{selection.stop} goes past the end {where}")
+                raise UserError(f"{name} slice {selection.start}:{selection.stop} goes past the end: {holds}")
         chosen = list(range(size)[selection])
     else:
         chosen = [int(index) for index in selection]
         for index in chosen:
             if not -size <= index < size:
-                raise UserError(f"{name} {index} goes past the end {where}")
+                raise UserError(f"{name} {index} is not there: {holds}")
         chosen = [index % size for index in chosen]
     if not chosen:
-        raise UserError(f"the {name} selection {selection!r} is empty: name at least one {name} {where}")
+        raise UserError(f"the {name} selection {selection} is empty: {holds}, name at least one")
     if unique and len(set(chosen)) < len(chosen):
-        raise UserError(f"the {name} selection {selection!r} names a {name} twice {where}: name each once")
+        raise UserError(f"the {name} selection {selection} names one twice: {holds}, name each once")
     return torch.tensor(chosen)
 
 
@@ -223,4 +223,6 @@ def _new_value(edit: Edit, old: Tensor) -> Tensor:
 def _require_reached(missing: Sequence[Site], verb: str) -> None:
     if missing:
         names = ", ".join(str(site) for site in missing)
-        raise UserError(f"{names} was to be {verb} but was never reached: run the model inside the context")
+        raise UserError(
+            f"no forward pass reached {names}, so nothing was {verb} there: run the model inside the context"
+        )
