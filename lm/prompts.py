@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lm.errors import UserError
@@ -18,6 +19,8 @@ from lm.errors import UserError
 Format = Literal["raw", "chat"]
 IGNORED = -100
 """The label of a token that is not trained on."""
+PLACEHOLDER = "the-prompt-goes-here"
+"""Rendered in a prompt's stead to see where a template puts it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,10 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, spec: PromptSpec) ->
     messages = [{"role": "user", "content": prompt}]
     if spec.system is not None:
         messages.insert(0, {"role": "system", "content": spec.system})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses this prompt, change it or leave system out: {error}") from error
     assert isinstance(text, str)
     return text
 
@@ -108,10 +114,11 @@ def token_span(
     if not 0 <= start_char < end_char <= len(text):
         raise UserError(f"characters {start_char} to {end_char} are not inside a text of {len(text)} characters")
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    pieces = tokenizer.convert_ids_to_tokens(encoding["input_ids"])
     inside = [
         index
         for index, (start, end) in enumerate(encoding["offset_mapping"])
-        if start < end and start < end_char and end > start_char
+        if start < end_char and end > start_char and not _is_dummy_space(pieces[index], text[start])
     ]
     if not inside:
         raise UserError(f"no token covers {text[start_char:end_char]!r}: the tokenizer drops these characters")
@@ -134,14 +141,24 @@ def subject_span(
     if not name or inside < 0:
         raise UserError(f"the subject {subject!r} is not in the prompt {prompt!r}: spell it exactly as the prompt does")
     text = render(tokenizer, prompt, spec)
-    shown = prompt
-    if shown not in text:  # many templates trim what they are given
-        shown = prompt.strip()
-        inside -= len(prompt) - len(prompt.lstrip())
-    if shown not in text:
+    start = _prompt_start(tokenizer, prompt, text, spec) + inside
+    if text[start : start + len(name)] != name:
         raise UserError(f"the chat template rewrites the prompt {prompt!r}, its subject is lost: use format: raw")
-    start = text.rfind(shown) + inside
     return token_span(tokenizer, text, start, start + len(name), add_special_tokens=spec.format == "raw")
+
+
+def _is_dummy_space(piece: str, character: str) -> bool:
+    """A token of SentencePiece-like tokenizers that stands before the text and borrows its first character's offsets."""
+    return piece == "▁" and character not in {" ", "▁"}
+
+
+def _prompt_start(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, spec: PromptSpec) -> int:
+    """Where the prompt's first character stands (or would stand, where a template trims it) in the rendered text."""
+    if spec.format == "raw":
+        return 0
+    before = max(render(tokenizer, PLACEHOLDER, spec).find(PLACEHOLDER), 0)
+    trimmed = not text.startswith(prompt, before)
+    return before - (len(prompt) - len(prompt.lstrip()) if trimmed else 0)
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
@@ -161,8 +178,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, spec: PromptSpec)
 
 
 def _appends_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    bare, full = (_plain_ids(tokenizer, "a", special=special) for special in (False, True))
-    return len(full) > len(bare) and full[-1] == tokenizer.eos_token_id and full[-len(bare) :] != bare
+    return bool(_plain_ids(tokenizer, "a", special=True)[-1] == tokenizer.eos_token_id)
 
 
 def _answer_ids(
@@ -172,8 +188,12 @@ def _answer_ids(
     joint = _prompt_ids(tokenizer, text + answer, spec)
     if joint[: len(head)] == head:
         return joint[len(head) :]
-    # Tokenizers of the SentencePiece kind put a space before any text they see: then the answer without its own space
-    # is the right one, and decoding tells.
-    candidates = [_plain_ids(tokenizer, each, special=False) for each in (answer, answer.removeprefix(" "))]
+    # Alone, tokenizers of the SentencePiece kind would put a space before it. After a line break they do not, and
+    # decoding tells which of the two continues the prompt.
+    alone = _plain_ids(tokenizer, answer, special=False)
+    line_break = _plain_ids(tokenizer, "\n", special=False)
+    after_break = _plain_ids(tokenizer, "\n" + answer, special=False)
     wanted = tokenizer.decode(joint)
-    return next((ids for ids in candidates if tokenizer.decode([*head, *ids]) == wanted), candidates[0])
+    if tokenizer.decode([*head, *alone]) != wanted and after_break[: len(line_break)] == line_break:
+        return after_break[len(line_break) :]
+    return alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -143,23 +144,33 @@ def byte_level(
     return _fast(tokenizer, chat)
 
 
-def metaspace(*, bos: bool = True, chat: str | None = CHAT) -> PreTrainedTokenizerFast:
-    """A Llama-2-like BPE: spaces become ▁, one is put before every text, unknown characters fall back to bytes."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+def metaspace(*, bos: bool = True, normalize: bool = True, chat: str | None = CHAT) -> PreTrainedTokenizerFast:
+    """A Llama-2-like BPE: spaces become ▁, one is put before every text, unknown characters fall back to bytes.
+
+    `normalize`: the normaliser does so (as Llama-2's tokenizer.json has it) and not the pre-tokenizer (as Mistral's has).
+    """
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace()
+    learner.train_from_iterator(
+        [text for text in TEXT if text.isascii()], trainers.BpeTrainer(vocab_size=200, show_progress=False)
+    )
+    learnt = json.loads(learner.to_str())["model"]
+    pieces = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
+    model = models.BPE(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=[tuple(pair) for pair in learnt["merges"]],
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    tokenizer = Tokenizer(model)
+    if normalize:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY + 100,
-        special_tokens=[*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))],
-        max_token_length=8,
-        show_progress=False,
-    )
-    # Merges within words only, as SentencePiece trains: split at ▁ for training, not for use.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    tokenizer.train_from_iterator([text for text in TEXT if text.isascii()], trainer)
-    tokenizer.pre_tokenizer = None
     if bos:
         tokenizer.post_processor = _around(True, False)
     return _fast(tokenizer, chat)
