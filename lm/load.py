@@ -45,6 +45,7 @@ class ModelSpec:
     path: str = "builtin"
     """`builtin`, `builtin:retain_only`, a folder, or a hub id."""
     dtype: Dtype = "float32"
+    """The type the weights are held in: float32, bfloat16 or float16."""
     device: str | None = None
     """None: cuda if there is one, else cpu."""
     attention: Attention | None = None
