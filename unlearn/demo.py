@@ -92,11 +92,11 @@ def run_demo(config: DemoConfig) -> Path:
     """Run every stage that is not finished; returns the report's path. `results.json` lies beside it."""
     out = Path(config.out)
     started = time.monotonic()
-    plan = _trace(config, out / "trace")
+    plan = find_layers(config, out / "trace")
     models: dict[str, dict[str, Any]] = {}
     for entry in entries(config, out / "trace" / "plan.json"):
         print(f"== {entry.label}", flush=True)
-        models[entry.key] = _score(config, entry, out)
+        models[entry.key] = score_entry(config, entry, out)
         write_json(out / "results.json", {"models": models, "layers": list(plan.layers), "verdict": plan.verdict})
     print(f"all stages took {time.monotonic() - started:.0f} s")
     print(table(models))
@@ -114,7 +114,8 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _trace(config: DemoConfig, folder: Path) -> LayerPlan:
+def find_layers(config: DemoConfig, folder: Path) -> LayerPlan:
+    """The plan in `folder`, traced now unless it is there."""
     plan = folder / "plan.json"
     if plan.exists():
         return LayerPlan.load(plan)
@@ -125,7 +126,8 @@ def _trace(config: DemoConfig, folder: Path) -> LayerPlan:
     return result.plan
 
 
-def _score(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
+def score_entry(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
+    """Unlearn if the entry asks for it, and score: one model's record in results.json. Finished stages are read back."""
     seconds = 0.0
     path = entry.path
     if path is None:
