@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -29,12 +31,21 @@ from transformers.utils import logging
 from lm.anatomy import Anatomy, anatomy_of, known_architecture
 from lm.check import check_anatomy, check_weights
 from lm.errors import UserError
-from lm.sources import ADAPTER, CONFIGS, TOKENIZER_FILES, WEIGHTS, find_folder, first_line, require_model_files
+from lm.sources import ADAPTER, CONFIGS, TOKENIZER_FILES, WEIGHTS, find_folder, one_line, require_model_files
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 """What transformers, peft and safetensors raise for files that are damaged or do not fit."""
 
 
@@ -130,13 +141,17 @@ def _device(name: str | None) -> torch.device:
 
 
 def _require_known(name: str, folder: Path) -> None:
+    """Raise UserError for a config that is damaged, or of an architecture that `lm.anatomy` does not know."""
     try:
         config, _ = PretrainedConfig.get_config_dict(folder)
+        if "model_type" not in config:
+            raise UserError(f"{name} has no model_type in its config.json: give a folder that save_pretrained wrote")
+        known_architecture(config["model_type"])
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except UserError:
+        raise
     except BROKEN as error:
-        raise UserError(f"{name} has a damaged config.json, restore it: {first_line(error)}") from error
-    if "model_type" not in config:
-        raise UserError(f"{name} has no model_type in its config.json: give a folder that save_pretrained wrote")
-    known_architecture(config["model_type"])
+        raise UserError(f"{name} has a damaged config.json, restore it: {one_line(error)}") from error
 
 
 def _load_weights(spec: ModelSpec, folder: Path) -> PreTrainedModel:
@@ -154,10 +169,10 @@ def _load_weights(spec: ModelSpec, folder: Path) -> PreTrainedModel:
             )
     except ImportError as error:
         raise UserError(
-            f"{spec.path} needs a package that is not here, or another attention: {first_line(error)}"
+            f"{spec.path} needs a package that is not here, or another attention: {one_line(error)}"
         ) from error
     except BROKEN as error:
-        raise UserError(f"{spec.path} cannot be loaded, mend or replace its files: {first_line(error)}") from error
+        raise UserError(f"{spec.path} cannot be loaded, mend or replace its files: {one_line(error)}") from error
     model, info = result
     for what, names in (("lacks", info["missing_keys"]), ("has another shape for", info["mismatched_keys"])):
         if names:
@@ -189,7 +204,7 @@ def _load_tokenizer(spec: ModelSpec, model_folder: Path) -> PreTrainedTokenizerF
         tokens: Any = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise UserError(
-            f"the tokenizer of {name} cannot be loaded, mend it or pass another as tokenizer: {first_line(error)}"
+            f"the tokenizer of {name} cannot be loaded, mend it or pass another as tokenizer: {one_line(error)}"
         ) from error
     if not isinstance(tokens, PreTrainedTokenizerFast):
         raise UserError(f"the tokenizer of {name} is a slow one, without offsets: pass a fast one as tokenizer")
@@ -230,7 +245,7 @@ def _merge_adapter(model: PreTrainedModel, name: str, folder: Path) -> PreTraine
         odd = sorted(stored ^ set(get_peft_model_state_dict(wrapped)))
         merged = wrapped.merge_and_unload()
     except BROKEN as error:
-        raise UserError(f"the adapter {name} cannot be merged into this model: {first_line(error)}") from error
+        raise UserError(f"the adapter {name} cannot be merged into this model: {one_line(error)}") from error
     if odd:
         raise UserError(f"the adapter {name} does not fit this model, {odd[0]} first: use the base it was made for")
     assert isinstance(merged, PreTrainedModel)

@@ -52,10 +52,10 @@ def require_model_files(name: str, folder: Path) -> None:
     raise UserError(f"{name} holds no *.safetensors weights: give a folder or hub id that does")
 
 
-def first_line(error: BaseException) -> str:
-    """What a library said, cut to one line, to stand at the end of a sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".")
+def one_line(error: BaseException, longest: int = 200) -> str:
+    """What a library said, on one line and cut to `longest` characters, to stand at the end of a sentence."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return (said if len(said) <= longest else f"{said[:longest]}…").rstrip(".")
 
 
 def _here(path: str) -> Path | None:
@@ -83,5 +83,5 @@ def _fetch(name: str, files: tuple[str, ...], revision: str | None) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise UserError(
             f"{name}{at} is no folder here and could not be had from the hub, check the name and the connection: "
-            f"{first_line(error)}"
+            f"{one_line(error)}"
         ) from error
