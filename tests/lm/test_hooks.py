@@ -140,9 +140,10 @@ def test_an_edit_changes_what_it_names_and_nothing_else(family: str, site: Site)
     kept = torch.ones(2, 7, dtype=torch.bool)
     kept[1, [2, -1]] = False
     assert torch.equal(after[site][kept], before[site][kept])
-    assert torch.equal(edited[0], clean[0])  # the other row
-    assert torch.equal(edited[1, :2], clean[1, :2])  # causal: what stands before is untouched
-    assert not torch.allclose(edited[1, 2], clean[1, 2])
+    # Experts may add up in another order once a token is routed elsewhere, so these are equal to rounding only.
+    torch.testing.assert_close(edited[0], clean[0])  # the other row
+    torch.testing.assert_close(edited[1, :2], clean[1, :2])  # causal: what stands before is untouched
+    assert not torch.allclose(edited[1, 2], clean[1, 2], atol=1e-3)
     assert hooks_left(model) == 0
     assert torch.equal(run(model), clean)
 

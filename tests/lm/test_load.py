@@ -260,7 +260,7 @@ def index_without_shard(folder: Path) -> None:
             r"'bert' is unknown \(known: gemma2, .*\): to add it",
         ),
         (lambda f: edit_json(f / "config.json", model_type="mystery"), "'mystery' is unknown"),
-        (lambda f: edit_json(f / "config.json", hidden_size=33), "has a damaged config.json.*33.*is not a multiple"),
+        (lambda f: edit_json(f / "config.json", hidden_size="wide"), "damaged config.json|cannot be loaded"),
         (lambda f: (f / "model.safetensors").unlink(), r"holds no \*.safetensors weights"),
         (lambda f: truncate(f / "model.safetensors"), "cannot be loaded, mend or replace its files"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be loaded, mend or replace its files"),
