@@ -126,7 +126,7 @@ def patch(model: LanguageModel, edits: Sequence[Edit], *, allow_unchanged: bool 
     for index, edit in enumerate(edits):
         if not allow_unchanged and index not in changed:
             raise UserError(
-                f"the edit of {edit.site} changed nothing: check its value, or or pass allow_unchanged=True"
+                f"the edit of {edit.site} changed nothing: check its value, or pass allow_unchanged=True"
             )
 
 
