@@ -20,6 +20,8 @@ OPEN_CARDS = 8
 """How many cards of a side are open at first; the rest is behind a fold."""
 LONG = 420
 """Characters shown of an answer before the rest is folded away."""
+LONG_PROMPT = 140
+"""Characters from which a prompt is set as text rather than as a heading."""
 _SIDES: dict[Literal["forget", "retain"], tuple[str, str]] = {
     "forget": ("To be forgotten", "Here a model should no longer say the truth."),
     "retain": ("To be kept", "Here a model should still say the truth."),
@@ -84,7 +86,8 @@ def _card(answer: Answer, report: Report) -> Html:
     rows = [el("tr", el("th", "Truth", scope="row"), _text(answer.truth, span=2), class_="truth")]
     rows += [_row(model, answer) for model in _ordered(report)]
     task = f"{answer.task} · {words.TASKS[answer.task]}" if answer.task in words.TASKS else answer.task
-    caption = el("caption", el("small", task), el("span", answer.prompt, dir="auto", class_="prompt"))
+    kind = "prompt long" if len(answer.prompt) > LONG_PROMPT else "prompt"
+    caption = el("caption", el("small", task), el("span", answer.prompt, dir="auto", class_=kind))
     columns = el("colgroup", el("col", class_="who"), el("col"), el("col", class_="kind"))
     return el("div", el("table", caption, columns, el("tbody", rows), class_="card"), class_="item")
 

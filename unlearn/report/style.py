@@ -150,6 +150,7 @@ dd{margin:0}
 .card caption{padding:0 0 .4rem}
 .card caption small{display:block}
 .card .prompt{display:block;font-size:.9375rem;color:var(--ink);font-weight:600;white-space:pre-wrap;overflow-wrap:anywhere}
+.card .long{font-size:.875rem;font-weight:400;line-height:1.5}
 .card th,.card td{text-align:left;vertical-align:top;padding:.36rem .75rem;font-weight:400}
 .card th{width:27%;color:var(--soft);overflow-wrap:anywhere;font-size:.8125rem}
 .card td.said{overflow-wrap:anywhere;white-space:pre-wrap}

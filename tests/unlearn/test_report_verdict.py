@@ -1,0 +1,119 @@
+"""What the report says about the numbers: never more than they show."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.unlearn.report_samples import BASE, NAN, PLANNED, TWIN, model, plan, report
+from tracing.plan import LayerPlan
+from unlearn.report import ReportModel
+from unlearn.report.verdict import verdict
+
+
+def said(*models: ReportModel, **other: object) -> str:
+    return " ".join(verdict(report(*models, **other)))
+
+
+def test_verdict_compares_with_floor_and_ceiling() -> None:
+    text = said(BASE, PLANNED, TWIN)
+    assert "Tracing singles out layers 2–4 of 8" in text
+    assert "task aggregate of 0.930 (before unlearning: 0.000), 96.9% of the 0.960 of a model that never saw" in text
+    assert "membership AUC is 0.530 (0.5 would tell nothing, the twin has 0.510)" in text
+    assert "Utility is 0.760, 95.0% of what it was before (0.800)" in text
+    assert "no control and no other method" in text
+
+
+def test_verdict_says_when_a_control_does_as_well() -> None:
+    text = said(BASE, PLANNED, model("joint_random", 0.9296, 0.8), TWIN)
+    assert (
+        "The control “<joint_random>” does at least as well in the task aggregate (task aggregate 0.930 against 0.930, final"
+        in text
+    )
+    assert "do not show that the choice of layers matters" in text
+    assert "does better" not in text
+
+
+def test_verdict_names_beaten_controls_without_calling_it_proof() -> None:
+    text = said(BASE, PLANNED, model("joint_random", 0.8, 0.7), model("joint_all", 0.7, 0.6), TWIN)
+    assert (
+        "It does better than as many other layers: “<joint_random>” 0.800 (final score 0.700); each is a single run."
+        in text
+    )
+    assert "It does better than training all layers: “<joint_all>” 0.700" in text
+    assert "at least as well" not in text
+
+
+def test_verdict_keeps_apart_which_layers_and_how_many() -> None:
+    text = said(BASE, PLANNED, model("joint_random", 0.8, 0.7), model("joint_all", 0.94, 0.89), TWIN)
+    assert "It does better than as many other layers" in text
+    assert "Training all layers does at least as well (task aggregate 0.940 against 0.930, final score 0.890" in text
+    assert "do not show a gain from training only the planned layers" in text
+    only_all = said(BASE, PLANNED, model("joint_all", 0.7, 0.6), TWIN)
+    assert "No control was trained in as many other layers" in only_all
+
+
+def test_verdict_says_when_another_method_does_as_well() -> None:
+    text = said(BASE, PLANNED, model("npo", 0.5, 0.9), TWIN)
+    assert (
+        "The other method “<npo>” does at least as well in the final score (task aggregate 0.500 against 0.930, final score 0.900"
+        in text
+    )
+    assert "“<npo>”" not in said(BASE, PLANNED, model("npo", 0.5, 0.5), TWIN)
+
+
+def test_verdict_does_not_praise_passing_the_ceiling() -> None:
+    assert "above the 0.960 of a model that never saw the forget rows. More than that" in said(
+        BASE, model("joint_planned", 0.99), TWIN
+    )
+    assert "equal to the 0.960" in said(BASE, model("joint_planned", 0.9601), TWIN)
+    assert "no retain-only twin" in said(BASE, PLANNED)
+
+
+def test_verdict_on_evidence_that_does_not_single_out_layers() -> None:
+    text = said(BASE, PLANNED, TWIN, plan=plan(singled=False))
+    assert text.startswith("The evidence does not single out layers: layers 2–4 had the largest effect")
+    assert "No layers were located" in said(BASE, PLANNED, TWIN, plan=None)
+    by_hand = LayerPlan(layers=(1,))
+    assert "The plan trains layer 1; it holds no evidence" in said(BASE, PLANNED, TWIN, plan=by_hand)
+
+
+def test_verdict_without_a_planned_model_is_about_the_best_method() -> None:
+    text = said(BASE, model("npo", 0.4, 0.4), model("gradient_ascent", 0.6, 0.5), TWIN)
+    assert "“<gradient_ascent>”, the best of the methods, reaches" in text
+    assert "control" not in text
+
+
+def test_verdict_survives_what_is_missing() -> None:
+    assert "nothing can be said about forgetting" in said(BASE)
+    text = said(model("joint_planned", NAN))
+    assert "has no task aggregate" in text
+    assert "Membership inference was not measured. Utility was not measured." in text
+    assert "nan" not in text.lower()
+
+
+def test_verdict_names_the_weakest_term() -> None:
+    terms = (1.0, 1.0, 0.7, *(1.0,) * 8, NAN)
+    assert "weakest term is forget Task2 (records) regurgitation, 0.700." in said(
+        dataclasses.replace(PLANNED, terms=terms)
+    )
+    assert "12 of its 12 terms are as low as 0.930" in said(PLANNED)
+    assert "All 12 terms that apply are 1.000" in said(model("joint_planned", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("base", "base"),
+        ("retain_only", "twin"),
+        ("joint_planned", "planned"),
+        ("joint_random", "control"),
+        ("npo_inverse", "control"),
+        ("joint_all", "control"),
+        ("gradient_difference", "other"),
+        ("overall", "other"),
+    ],
+)
+def test_parts_follow_from_keys(key: str, part: str) -> None:
+    assert model(key, 0.5).part == part
