@@ -61,7 +61,7 @@ def accelerator(
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     AcceleratorState._reset_state()  # a notebook may run one precision after another; the process group stays
     try:
-        return Accelerator(
+        acc = Accelerator(
             mixed_precision=mixed_precision,
             cpu=cpu,
             fsdp_plugin=plugin,
@@ -70,6 +70,10 @@ def accelerator(
         )
     except ValueError as error:
         raise UserError(f"cannot set up the devices: {error}") from error
+    for name in trackers:  # accelerate leaves out what is not installed, and says nothing
+        if name not in [str(getattr(kind, "value", kind)) for kind in acc.log_with]:
+            raise UserError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out of trackers")
+    return acc
 
 
 def is_main() -> bool:

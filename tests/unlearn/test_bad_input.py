@@ -111,6 +111,8 @@ def test_wrong_key_and_wrong_type(tiny: Path, tmp_path: Path) -> None:
         (["--trainer.batch", "-3"], "trainer.batch is -3"),
         (["--trainer.autocast", "bf16", "--model.dtype", "bfloat16"], "master"),
         (["--scope.layers", "[9]"], "layers 0 to 2"),
+        (["--trackers", "[tensorbord]"], "tensorbord"),
+        (["--trackers", "[comet_ml]"], "not installed"),
     ):
         status, last = run_here("unlearn", *words, *extra)
         assert status == 2, last
