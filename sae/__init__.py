@@ -5,6 +5,7 @@ sparse code that all of it speaks (`code`). Pure functions of tensors; nothing h
 """
 
 from sae.allocate import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice
+from sae.auxiliary import aux_k_loss, aux_zipf_loss, expected_densities, residual_variance, under_use
 from sae.budgets import (
     ZipfFit,
     ZipfLaw,
@@ -22,16 +23,21 @@ __all__ = [
     "SparseCode",
     "ZipfFit",
     "ZipfLaw",
+    "aux_k_loss",
+    "aux_zipf_loss",
     "batch_topk",
     "by_density",
     "by_threshold",
     "carried_budgets",
     "decode",
+    "expected_densities",
     "feature_choice",
     "fit_zipf",
     "mutual_choice",
     "ranks_of",
+    "residual_variance",
     "token_choice",
+    "under_use",
     "uniform_budgets",
     "zipf_budgets",
 ]
