@@ -1,11 +1,22 @@
 """Look inside: sparse autoencoders on the activations of a language model. So far the maths they rest on.
 
-Which token-feature matches are active (`allocate`, `budgets`), what is lost by it (`auxiliary`, `baselines`) and the
-sparse code that all of it speaks (`code`). Pure functions of tensors; nothing here trains or knows of a language model.
+Which token-feature matches are active (`allocate`, `budgets`, `thresholds`), which losses train them (`auxiliary`,
+`baselines`) and the sparse code that all of it speaks (`code`). Pure functions of tensors: nothing here trains.
 """
 
 from sae.allocate import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice
 from sae.auxiliary import aux_k_loss, aux_zipf_loss, expected_densities, residual_variance, under_use
+from sae.baselines import (
+    Gated,
+    gated,
+    gated_loss,
+    jumprelu,
+    l1_penalty,
+    matryoshka_loss,
+    multi_topk_loss,
+    prefix_reconstructions,
+    prefix_widths,
+)
 from sae.budgets import (
     ZipfFit,
     ZipfLaw,
@@ -17,9 +28,12 @@ from sae.budgets import (
     zipf_budgets,
 )
 from sae.code import FeatureView, SparseCode, decode
+from sae.thresholds import RunningThreshold, calibrate_features, calibrate_mutual, smallest_chosen
 
 __all__ = [
     "FeatureView",
+    "Gated",
+    "RunningThreshold",
     "SparseCode",
     "ZipfFit",
     "ZipfLaw",
@@ -28,14 +42,25 @@ __all__ = [
     "batch_topk",
     "by_density",
     "by_threshold",
+    "calibrate_features",
+    "calibrate_mutual",
     "carried_budgets",
     "decode",
     "expected_densities",
     "feature_choice",
     "fit_zipf",
+    "gated",
+    "gated_loss",
+    "jumprelu",
+    "l1_penalty",
+    "matryoshka_loss",
+    "multi_topk_loss",
     "mutual_choice",
+    "prefix_reconstructions",
+    "prefix_widths",
     "ranks_of",
     "residual_variance",
+    "smallest_chosen",
     "token_choice",
     "under_use",
     "uniform_budgets",
