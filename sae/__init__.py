@@ -1,7 +1,7 @@
 """Look inside: sparse autoencoders on the activations of a language model. So far the maths they rest on.
 
 Which token-feature matches are active (`allocate`, `budgets`, `thresholds`), which losses train them (`auxiliary`,
-`baselines`) and the sparse code that all of it speaks (`code`). Pure functions of tensors: nothing here trains.
+`baselines`, `recipe`) and the sparse code that all of it speaks (`code`). Pure functions of tensors: nothing here trains.
 """
 
 from sae.allocate import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice
@@ -28,11 +28,22 @@ from sae.budgets import (
     zipf_budgets,
 )
 from sae.code import FeatureView, SparseCode, decode
+from sae.recipe import (
+    Firings,
+    MovingAverage,
+    geometric_median,
+    input_variance,
+    reconstruction_loss,
+    unit_rows,
+    without_parallel,
+)
 from sae.thresholds import RunningThreshold, calibrate_features, calibrate_mutual, smallest_chosen
 
 __all__ = [
     "FeatureView",
+    "Firings",
     "Gated",
+    "MovingAverage",
     "RunningThreshold",
     "SparseCode",
     "ZipfFit",
@@ -51,6 +62,8 @@ __all__ = [
     "fit_zipf",
     "gated",
     "gated_loss",
+    "geometric_median",
+    "input_variance",
     "jumprelu",
     "l1_penalty",
     "matryoshka_loss",
@@ -59,10 +72,13 @@ __all__ = [
     "prefix_reconstructions",
     "prefix_widths",
     "ranks_of",
+    "reconstruction_loss",
     "residual_variance",
     "smallest_chosen",
     "token_choice",
     "under_use",
     "uniform_budgets",
+    "unit_rows",
+    "without_parallel",
     "zipf_budgets",
 ]

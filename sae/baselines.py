@@ -85,7 +85,7 @@ def gated(projection: Tensor, *, r_mag: Tensor, b_gate: Tensor, b_mag: Tensor) -
     """
     gate = projection + b_gate
     magnitude = projection * r_mag.exp() + b_mag
-    return Gated(activations=magnitude.relu() * (gate.detach() > 0), gate=gate.relu())
+    return Gated(activations=magnitude.relu() * (gate > 0), gate=gate.relu())
 
 
 def gated_loss(x: Tensor, code: Gated, w_dec: Tensor, b_dec: Tensor, *, sparsity: float) -> Tensor:
