@@ -1,7 +1,8 @@
-"""Look inside: sparse autoencoders on the activations of a language model. So far the maths they rest on.
+"""Look inside: sparse autoencoders on the activations of a language model. So far their maths and the model itself.
 
 Which token-feature matches are active (`allocate`, `budgets`, `thresholds`), which losses train them (`auxiliary`,
-`baselines`, `recipe`) and the sparse code that all of it speaks (`code`). Pure functions of tensors: nothing here trains.
+`baselines`, `recipe`), the sparse code that all of it speaks (`code`) and the module with its file (`model`). There is
+no trainer here yet, no fast kernel, and no reader of other tools' files.
 """
 
 from sae.allocate import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice
@@ -28,6 +29,7 @@ from sae.budgets import (
     zipf_budgets,
 )
 from sae.code import FeatureView, SparseCode, decode
+from sae.model import Choice, SparseAutoencoder, SparseAutoencoderConfig
 from sae.recipe import (
     Firings,
     MovingAverage,
@@ -40,11 +42,14 @@ from sae.recipe import (
 from sae.thresholds import RunningThreshold, calibrate_features, calibrate_mutual, smallest_chosen
 
 __all__ = [
+    "Choice",
     "FeatureView",
     "Firings",
     "Gated",
     "MovingAverage",
     "RunningThreshold",
+    "SparseAutoencoder",
+    "SparseAutoencoderConfig",
     "SparseCode",
     "ZipfFit",
     "ZipfLaw",
