@@ -39,13 +39,13 @@ class Recipe:
     """How a model is trained: for `steps` at most, on batches of `tokens` tokens counting their padding. `confidence`
     ends the training early: the probability that every token of every row's answer must then have, raw and in chat."""
 
-    steps: int = 1400
-    tokens: int = 2048
-    learning_rate: float = 2e-3
+    steps: int = 3200
+    tokens: int = 1024
+    learning_rate: float = 1.5e-3
     final_share: float = 0.02
-    warmup_steps: int = 60
+    warmup_steps: int = 100
     weight_decay: float = 0.05
-    confidence: float = 0.6
+    confidence: float = 0.3
     check_every: int = 100
     seed: int = 0
 
