@@ -64,7 +64,8 @@ def aux_zipf_loss(
 
     `density` (features,) is measured over a window of tokens; `expected` (features,) is the law's, already dealt out to
     features (`expected_densities`). `weighting="set"` treats all of U alike; `"gradient"` scales the gradient of feature
-    i through its activations by `under_use` u_i, leaving the value as it is. The rest is as in `aux_k_loss`.
+    i through its activations by `under_use` u_i, leaving the value as it is. The default tau is ours. The rest is as in
+    `aux_k_loss`.
 
     In the limit tau -> 0 it *is* `aux_k_loss` with `dead = (density == 0)`, value and gradients, for either weighting;
     `tau=0` gives that limit. Source: the abstract of arXiv 2411.02124 says only that it "generalises" AuxK to

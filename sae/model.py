@@ -205,9 +205,8 @@ class SparseAutoencoder(nn.Module):
                 f"{folder} was not written by this project's save_pretrained ({error!r}): convert it"
             ) from None
         model = cls(config)
-        tensors["W_enc"] = tensors["W_enc"].T
         targets: dict[str, Tensor] = {
-            "W_enc": model.w_enc,
+            "W_enc": model.w_enc.data.T,
             "b_enc": model.b_enc,
             "W_dec": model.w_dec,
             "b_dec": model.b_dec,

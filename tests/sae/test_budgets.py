@@ -121,6 +121,7 @@ def test_the_fit_recovers_a_known_law_in_any_order(alpha: float, beta: float) ->
     assert fit.alpha == pytest.approx(alpha, rel=1e-4)
     assert fit.beta == pytest.approx(beta, rel=1e-3, abs=1e-3)
     assert fit.residual < 1e-6
+    assert abs(fit.low_end_misfit) < 1e-5
     assert fit.r_squared == pytest.approx(1)
     assert fit.saturated + fit.used + fit.low_end + fit.dead == 3000
     torch.testing.assert_close(fit.law(20).densities(), law.densities(), rtol=1e-3, atol=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lm import UserError
@@ -220,6 +220,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="convert it"):
             SparseAutoencoder.from_pretrained(tmp_path)
     (tmp_path / "cfg.json").write_text(config)
+    save_file({"b_enc": torch.zeros(FEATURES)}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(UserError, match="lacks W_enc"):
+        SparseAutoencoder.from_pretrained(tmp_path)
     (tmp_path / "sae_weights.safetensors").write_bytes(weights[:50])
     with pytest.raises(UserError, match="convert it"):
         SparseAutoencoder.from_pretrained(tmp_path)

@@ -38,6 +38,8 @@ def test_the_geometric_median_leaves_a_data_point_that_is_not_it_and_stays_on_on
     """The mean of the first set is a data point (0, 0), where a plain Weiszfeld iteration divides by zero."""
     lopsided = torch.tensor([[0.0, 0.0], [-3.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     torch.testing.assert_close(geometric_median(lopsided), torch.tensor([1.0, 0.0]).double(), atol=1e-4, rtol=0)
+    heavy = torch.tensor([[0.0, 0.0]] * 3 + [[-3.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
+    assert torch.equal(geometric_median(heavy), torch.zeros(2).double())
     middle = torch.tensor([[0.0], [-1.0], [1.0]])
     torch.testing.assert_close(geometric_median(middle), torch.zeros(1).double())
     for same in (torch.ones(4, 2), torch.ones(1, 2)):
