@@ -23,7 +23,7 @@ from unlearn.objectives.base import Term
 from unlearn.reference import Original
 from unlearn.statistics import token_divergence, token_logprobs
 
-Weighting = Literal["global_tokens", "micro_batch_mean"]
+Weighting = Literal["global_tokens", "global_rows", "micro_batch_mean"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Stepper:
 
     def gradient(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         """Add this step's gradient to the parameters' `.grad`, and epoch-0 sums to `memory`."""
-        if self.weighting == "global_tokens":
-            return self._global(rows, memory)
-        return self._micro(rows, memory)
+        if self.weighting == "micro_batch_mean":
+            return self._micro(rows, memory)
+        return self._global(rows, memory)
 
     def _global(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         retain_ce = weight = retain_loss = 0.0
@@ -154,6 +154,7 @@ class Stepper:
             mask=inputs.mask,
             reference_logprob=token_logprobs(reference, inputs) if reference is not None and forget else None,
             divergence=token_divergence(reference, logits, inputs) if reference is not None and not forget else None,
+            row_weight=1.0 / inputs.mask.sum(dim=1, keepdim=True).clamp(min=1) if self._by_row else None,
         )
 
     def _needs_original(self, forget: bool) -> bool:
@@ -176,7 +177,11 @@ class Stepper:
         return beyond
 
     def _share(self, term: Term, divisor: _Counts) -> Tensor:
-        return term.total / (divisor.tokens if term.unit == "token" else divisor.rows)
+        return term.total / (divisor.rows if term.unit == "row" or self._by_row else divisor.tokens)
+
+    @property
+    def _by_row(self) -> bool:
+        return self.weighting == "global_rows"
 
     def _tokens(self, rows: StepRows) -> int:
         used = sum(len(self.forget[i].ids) for i in rows.forget)

@@ -61,7 +61,8 @@ class TrainerConfig:
     pairing: Pairing = "paired"
     """Equal numbers of forget and retain rows a step, or one mixed shuffle as the authors do."""
     weighting: Weighting = "global_tokens"
-    """Each token of the global batch counts alike, or the authors' mean of micro-batch means."""
+    """Each token of the global batch counts alike, or each row (short answers then weigh more), or the authors' mean of
+    micro-batch means."""
     autocast: Literal["no", "bf16", "fp16"] = "no"
     """Compute in this type over float32 master weights. (Pure bfloat16 is model.dtype: bfloat16 with autocast no.)"""
     gradient_checkpointing: bool = False

@@ -164,6 +164,18 @@ def test_micro_batch_mean_is_the_authors_average_of_averages(model, sides) -> No
     assert_same(got, dense(model, loss / len(pieces)))
 
 
+@pytest.mark.parametrize("micro_batch", [2, 64])
+def test_global_rows_is_the_mean_of_row_means(model, sides, micro_batch: int) -> None:  # type: ignore[no-untyped-def]
+    got, result = run(
+        model, sides, Joint(forget_cap=None), RetainMemory(), micro_batch=micro_batch, weighting="global_rows"
+    )
+    forget, retain = chosen(sides)
+    means = [torch.stack([mean_ce(model.model, [one]) for one in rows]).mean() for rows in (forget, retain)]
+    loss = -means[0] + 1.2 * means[1]
+    assert result.loss == pytest.approx(float(loss), rel=1e-5)
+    assert_same(got, dense(model, loss))
+
+
 def test_the_two_weightings_differ(model, sides) -> None:  # type: ignore[no-untyped-def]
     one, _ = run(model, sides, Joint(), RetainMemory(), micro_batch=4)
     two, _ = run(model, sides, Joint(), RetainMemory(), micro_batch=4, weighting="micro_batch_mean")

@@ -24,12 +24,19 @@ class TokenStats:
         mask: (rows, tokens) True on supervised tokens.
         reference_logprob: the same under the original model, or None if the objective does not need it.
         divergence: (rows, tokens) KL(original || model) over the whole vocabulary, or None.
+        row_weight: (rows, 1) what each row's tokens count, or None for 1 each.
     """
 
     logprob: Tensor
     mask: Tensor
     reference_logprob: Tensor | None = None
     divergence: Tensor | None = None
+    row_weight: Tensor | None = None
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of (rows, tokens) values over supervised tokens, each counted with its row's weight."""
+        kept = values * self.mask
+        return (kept if self.row_weight is None else kept * self.row_weight).sum()
 
     @property
     def tokens(self) -> int:
@@ -84,7 +91,7 @@ class Objective:
 
     def retain_term(self, stats: TokenStats) -> Term:
         """The loss on the retain rows: cross-entropy unless an objective says otherwise."""
-        return Term(stats.cross_entropy.sum())
+        return Term(stats.total(stats.cross_entropy))
 
     def retain_weight(self, memory: RetainMemory, retain_cross_entropy: float) -> float:
         """The factor of the retain term at this step, from the batch's mean retain cross-entropy (nats a token)."""
@@ -102,4 +109,4 @@ def ascent(stats: TokenStats, cap: float | None) -> Tensor:
     None is the published form.
     """
     cross_entropy = stats.cross_entropy
-    return -(cross_entropy if cap is None else torch.clamp(cross_entropy, max=cap)).sum()
+    return -stats.total(cross_entropy if cap is None else torch.clamp(cross_entropy, max=cap))

@@ -34,7 +34,7 @@ class KLMinimisation(Objective):
     def retain_term(self, stats: TokenStats) -> Term:
         """The divergence, summed over supervised tokens."""
         assert stats.divergence is not None
-        return Term((stats.divergence * stats.mask).sum())
+        return Term(stats.total(stats.divergence))
 
     def retain_weight(self, memory: RetainMemory, retain_cross_entropy: float) -> float:
         """Fixed."""

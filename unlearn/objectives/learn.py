@@ -16,4 +16,4 @@ class Learn(Objective):
 
     def forget_term(self, stats: TokenStats) -> Term:
         """`+CE`: the rows to be forgotten later are learnt now."""
-        return Term(stats.cross_entropy.sum())
+        return Term(stats.total(stats.cross_entropy))
