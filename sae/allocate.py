@@ -195,17 +195,21 @@ def _kth_largest(values: Tensor, budget: int) -> tuple[Tensor, int] | None:
     """The `budget`-th largest positive value and how many entries equal to it belong to the largest `budget`.
 
     None if there are no more positive values than the budget. Positive floats order like the integers that share their
-    bits, so counting 16 bits at a time (one pass for 16-bit floats, two for float32) finds the value exactly.
+    bits, so counting 16 bits at a time (one pass for 16-bit floats, two for float32) finds the value exactly. What is
+    not positive has, by its sign bit or as zero, a key of at most 0.
     """
     bits = 8 * values.element_size()
     prefix, wanted = 0, budget
     for shift in range(bits - 16, -1, -16):
         counts = torch.zeros(1 << 16, dtype=torch.int64, device=values.device)
         for _, chunk in _row_chunks(values):
-            keys = chunk[chunk > 0].view(_KEYS[values.dtype]).long()
-            if shift < bits - 16:
-                keys = keys[(keys >> (shift + 16)) == prefix]
-            counts += torch.bincount((keys >> shift) & 0xFFFF, minlength=1 << 16)
+            keys = chunk.contiguous().view(_KEYS[values.dtype]).clamp(min=0).flatten()
+            if shift == bits - 16:
+                counts += torch.bincount(keys >> shift, minlength=1 << 16)
+                counts[0] -= (keys == 0).sum()
+            else:
+                keys = keys[(keys >> (shift + 16)) == prefix].long()
+                counts += torch.bincount((keys >> shift) & 0xFFFF, minlength=1 << 16)
         from_top = counts.flip(0).cumsum(0)
         if shift == bits - 16 and int(from_top[-1]) <= wanted:
             return None

@@ -35,7 +35,7 @@ def affinities(draw: st.DrawFn) -> Tensor:
     elif kind == "none positive":
         noise = -noise.abs().floor()
     elif kind == "extreme":
-        choices = torch.tensor([math.inf, -math.inf, 3e-5, 3e-5, 6e4, 1.0, -0.0, 0.0, 1 + 2**-20])
+        choices = torch.tensor([math.inf, -math.inf, 3e-5, 1e-42, 3e-42, 6e4, 1.0, -0.0, 0.0, 1 + 2**-20])
         noise = choices[torch.randint(len(choices), noise.shape, generator=generator)]
     values = noise.to(dtype)
     return values.T.contiguous().T if draw(st.booleans()) else values
