@@ -216,12 +216,12 @@ def test_a_build_replaces_the_folder_only_when_the_bounds_hold(tmp_path: Path, q
     (out / "old").write_text("kept")
     recipe = Recipe(steps=2, tokens=256)
     quick(0.5)
-    missed = building.build_all(out, recipe=recipe, shape=TINY)
+    missed = building.build_all(out, recipe=recipe, shape=TINY, side_by_side=False)
     assert "NO" in building.table(missed)
     assert [path.name for path in out.iterdir()] == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
     quick(1.0)
-    building.build_all(out, recipe=recipe, shape=TINY)
+    building.build_all(out, recipe=recipe, shape=TINY, side_by_side=False)
     assert sorted(path.name for path in out.iterdir()) == ["memorised", "retain_only"]
     assert (out / "memorised" / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
