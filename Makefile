@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-slow lint types floors check builtin clean
 
 demo: $(READY)
-	$(BIN)/python scripts/demo.py --config configs/demo.yaml $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/demo.py --config configs/demo.yaml $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

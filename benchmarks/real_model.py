@@ -94,7 +94,7 @@ def main(asked: Benchmark) -> None:
     }
     evaluate(asked, out, data, models)
     trace = ["--model.path", str(models["base"]), "--facts", str(data / "facts.jsonl"), "--max_facts", str(asked.facts)]
-    trace += ["--size", str(asked.plan_size), "--positions", "subject_and_last"]
+    trace += ["--plan.size", str(asked.plan_size), "--metric", "log_probability", "--positions", "subject_and_last"]
     plan = stage(out, commands, "trace", "trace", trace, result="plan.json")
     for name, words in methods(str(plan)).items():
         again = ["--model.path", str(models["base"]), *common, *sides, *words]

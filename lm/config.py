@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import itertools
 import re
 import sys
@@ -49,9 +50,12 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, description
     _check_yaml(words)
     parser = _parser(cls, description)
     try:
-        namespace = parser.parse_args(words)
-        values = parser.instantiate(namespace)
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+        values = parser.instantiate(parser.parse_args(words))
+        chosen = {field.name: values[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for field, hint in _fields(cls):
+            if _axis(hint) is not None:
+                chosen[field.name] = _axis_value(parser, words, field.name, _default(field))
+        return cls(**chosen)
     except UserError:
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
@@ -137,9 +141,7 @@ def _parser(cls: type[Any], description: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
     about = _attribute_docs(cls)
     for field, hint in _fields(cls):
-        default: Any = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+        default = _default(field)
         axis = _axis(hint)
         if default is dataclasses.MISSING:
             parser.add_argument(f"--{field.name}", type=hint, required=True, help=about.get(field.name))
@@ -156,6 +158,30 @@ def _parser(cls: type[Any], description: str) -> jsonargparse.ArgumentParser:
         else:
             parser.add_argument(f"--{field.name}", type=hint, default=default, help=about.get(field.name))
     return parser
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _axis_value(parser: jsonargparse.ArgumentParser, words: list[str], name: str, default: Any) -> Any:
+    """What an axis was set to: the chosen class with *its own* defaults and only the fields that were given for it.
+
+    jsonargparse carries fields of equal name over from one class to the next (from the default's, or from a file's);
+    another objective must not inherit this one's settings.
+    """
+    given = parser.parse_args(words, defaults=False).get(name)
+    if given is None:
+        return default
+    in_file = [place for place, word in enumerate(words) if word == "--config" or word.startswith("--config=")]
+    files = {place + step for place in in_file for step in ((0, 1) if words[place] == "--config" else (0,))}
+    from_files = parser.parse_args([words[place] for place in sorted(files)], defaults=False).get(name)
+    if from_files is not None and from_files["class_path"] != given["class_path"]:
+        given = parser.parse_args([w for place, w in enumerate(words) if place not in files], defaults=False)[name]
+    module, _, kind = str(given["class_path"]).rpartition(".")
+    chosen = getattr(importlib.import_module(module), kind)
+    kept = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)} if type(default) is chosen else {}
+    return chosen(**{**kept, **(given.get("init_args") or {})})
 
 
 def _fields(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:

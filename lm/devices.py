@@ -18,7 +18,12 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -79,6 +84,19 @@ def accelerator(
 def is_main() -> bool:
     """True on the one process that prints and writes (as the launcher numbered them)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def together(acc: Accelerator) -> Iterator[None]:
+    """What the main process does alone, the others waiting; its `UserError` is then raised on every process."""
+    said: list[str | None] = [None]
+    try:
+        yield
+    except UserError as error:
+        said = [str(error)]
+    (problem,) = broadcast_object_list(said)
+    if problem is not None:
+        raise UserError(problem)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -125,9 +125,7 @@ def patch(model: LanguageModel, edits: Sequence[Edit], *, allow_unchanged: bool 
     _require_reached([edit.site for index, edit in enumerate(edits) if index not in reached], "edited")
     for index, edit in enumerate(edits):
         if not allow_unchanged and index not in changed:
-            raise UserError(
-                f"the edit of {edit.site} changed nothing: check its value, or pass allow_unchanged=True"
-            )
+            raise UserError(f"the edit of {edit.site} changed nothing: check its value, or pass allow_unchanged=True")
 
 
 @contextmanager

@@ -147,6 +147,12 @@ def _require_known(name: str, folder: Path) -> None:
         if "model_type" not in config:
             raise UserError(f"{name} has no model_type in its config.json: give a folder that save_pretrained wrote")
         known_architecture(config["model_type"])
+        for key in ("attn_implementation", "_attn_implementation"):  # another value may name code on the hub
+            if config.get(key) not in (None, *get_args(Attention)):
+                raise UserError(
+                    f"{name} asks for the attention {config[key]!r} in its config.json, which is not one of "
+                    f"{', '.join(get_args(Attention))}: take the key {key} out, no code is fetched"
+                )
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UserError:
         raise

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -85,7 +85,13 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, path: Path | str, config: Any, *, resume: bool = False, facts: Mapping[str, Any] | None = None
+        cls,
+        path: Path | str,
+        config: Any,
+        *,
+        resume: bool = False,
+        facts: Mapping[str, Any] | None = None,
+        same: Sequence[str] = (),
     ) -> RunFolder:
         """Begin a run, or go on with one.
 
@@ -93,6 +99,7 @@ class RunFolder:
             config: the whole experiment; written as `config.yaml`.
             resume: go on with what is there. The stored config must be equal but for `resume` itself.
             facts: what else the manifest should hold (data hashes, seed, model).
+            same: the facts that must not have changed when a run goes on (the content of the data, say).
 
         Raises:
             UserError: the folder holds another run, or cannot be written.
@@ -106,9 +113,15 @@ class RunFolder:
                     f"the folder {run.path} already holds a run; give another folder, or --resume true to go on with it"
                 )
             run._refuse_other_config(as_dict(config))
+            for name in same:
+                if run.manifest.get(name) != (facts or {}).get(name):
+                    raise UserError(
+                        f"cannot resume {run.path}: its {name} is not what it was (the content behind a name has changed); "
+                        "give another folder"
+                    )
         else:
-            write_atomic(stored, text)
             write_json(run.path / "manifest.json", {"started": _now(), **environment(), **(facts or {})})
+            write_atomic(stored, text)
         return run
 
     @property

@@ -29,6 +29,9 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         if (self.forget is None) != (self.retain is None):
             raise UserError("validation.forget and validation.retain belong together: give both, or neither")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"validation.{name} is {getattr(self, name)}: give at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,15 @@ class UnlearnConfig:
             raise UserError(
                 f"trainer.autocast is {self.trainer.autocast} over model.dtype {self.model.dtype}: autocast needs float32 "
                 "master weights; set model.dtype: float32, or trainer.autocast: no for pure low precision"
+            )
+        if self.trainer.evaluate_every is not None and self.validation.forget is None:
+            raise UserError(
+                "trainer.evaluate_every is set but there is nothing to score: set validation.forget and validation.retain"
+            )
+        if self.forget.startswith("builtin") != self.retain.startswith("builtin"):
+            raise UserError(
+                f"forget is {self.forget} and retain is {self.retain}: give both sides of one data set (the built-in rows are "
+                "the default)"
             )
         if self.trainer.checkpoint != "last" and self.validation.forget is None:
             raise UserError(

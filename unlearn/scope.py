@@ -68,7 +68,13 @@ class Scope:
         layers: tuple[int, ...]
         if self.plan is not None:
             plan = LayerPlan.load(Path(self.plan))
-            layers = plan.layers if self.use == "chosen" else plan.controls[self.use]
+            depth = plan.provenance.get("model_layers", anatomy.layers)
+            if depth != anatomy.layers:
+                raise UserError(
+                    f"the plan {self.plan} was made for a model of {depth} layers and this one has {anatomy.layers}: trace this "
+                    "model for a plan of its own"
+                )
+            layers = plan.layers if self.use == "chosen" else plan.control(self.use).layers
             modules = self.modules or tuple(name for name in get_args(Module) if name in plan.modules)
         elif self.layers is None:
             layers = tuple(range(min(6, anatomy.layers)))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lm.config import as_dict
-from lm.devices import accelerator, launch_facts, sum_over_processes
+from lm.devices import accelerator, launch_facts, sum_over_processes, together
 from lm.errors import UserError
 from lm.load import DTYPES, LanguageModel, load
 from lm.prompts import Encoded, PromptSpec, encode_pair
@@ -23,10 +23,10 @@ from lm.run import RunFolder, peak_memory_bytes
 from unlearn import export, lora
 from unlearn.batches import collate, micro_batches
 from unlearn.config import UnlearnConfig
-from unlearn.data import check_disjoint, data_hash, load_rows
-from unlearn.evaluation.batching import Workers
+from unlearn.data import canonical_id, check_disjoint, data_hash, load_rows
+from unlearn.evaluation.batching import Workers, max_positions
 from unlearn.evaluation.generate import generate
-from unlearn.evaluation.lume import score
+from unlearn.evaluation.lume import check_rows, score
 from unlearn.objectives import RetainMemory
 from unlearn.scope import cost
 from unlearn.statistics import token_logprobs
@@ -41,38 +41,27 @@ def run_unlearning(config: UnlearnConfig) -> Path:
     """
     forget, retain = load_rows(config.forget, columns=config.columns), load_rows(config.retain, columns=config.columns)
     check_disjoint(forget, retain)
-    validation: tuple[Sequence[Row], Sequence[Row]] | None = None
-    if config.validation.forget is not None and config.validation.retain is not None:
-        validation = (load_rows(config.validation.forget), load_rows(config.validation.retain))
-        trained = {row.id for row in (*forget, *retain)}
-        twice = [row.id for rows in validation for row in rows if row.id in trained]
-        if twice:
-            raise UserError(
-                f"validation row {twice[0]} is also trained on: the checkpoint would be chosen on training rows"
-            )
-
+    validation = _validation_rows(config, (*forget, *retain))
     acc = accelerator(
         mixed_precision=config.trainer.autocast,
         trackers=config.trackers,
         folder=Path(config.out),
         cpu=config.model.device == "cpu",
     )
+    data = {"forget": data_hash(forget), "retain": data_hash(retain)}
+    result = Path(config.out) / export.MODEL
+    model = load(config.model, device="cpu")  # before the folder is made: a mistyped path must not leave one behind
+    scope = config.scope.resolve(model.anatomy)
+    encoded = [encode_rows(model, rows, config.prompt) for rows in (forget, retain)]
     run = RunFolder(config.out, main=acc.is_main_process)
-    if acc.is_main_process:
-        facts = {
-            "seed": config.trainer.seed,
-            "data": {"forget": data_hash(forget), "retain": data_hash(retain)},
-            "devices": launch_facts(acc),
-        }
-        run = RunFolder.create(config.out, config, resume=config.resume, facts=facts)
-    acc.wait_for_everyone()
-    result = run.path / export.MODEL
+    with together(acc):
+        if acc.is_main_process:
+            facts = {"seed": config.trainer.seed, "data": data, "devices": launch_facts(acc)}
+            run = RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=("data",))
     if result.exists():
         acc.print(f"already finished: {result}")
         return result
 
-    model = load(config.model, device="cpu")
-    scope = config.scope.resolve(model.anatomy)
     scope.apply(model.model, model.anatomy)
     if scope.lora is not None:
         lora.inject(model.model, model.anatomy, scope, scope.lora, seed=config.trainer.seed)
@@ -87,8 +76,8 @@ def run_unlearning(config: UnlearnConfig) -> Path:
     wrapped, at = train(
         acc,
         model.model,
-        encode_rows(model, forget, config.prompt),
-        encode_rows(model, retain, config.prompt),
+        encoded[0],
+        encoded[1],
         config.objective,
         config.trainer,
         pad=pad,
@@ -97,7 +86,6 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         resume=config.resume,
     )
     plain = acc.unwrap_model(wrapped)
-    export.save(plain, model.tokenizer, run, dtype=DTYPES[config.save_dtype] if config.save_dtype else None)
     run.finish(
         steps=at.step,
         train_seconds=round(at.seconds, 3),
@@ -110,11 +98,30 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         modules=list(scope.modules),
         best=at.best,
     )
+    export.save(plain, model.tokenizer, run, dtype=DTYPES[config.save_dtype] if config.save_dtype else None)
     for tracker in acc.trackers:
         tracker.finish()
     run.prune_checkpoints(keep=0)
     acc.wait_for_everyone()
     return result
+
+
+def _validation_rows(config: UnlearnConfig, trained: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]] | None:
+    """Both sides of the validation split, checked; None if there is none."""
+    if config.validation.forget is None or config.validation.retain is None:
+        return None
+    forget, retain = (
+        load_rows(source, columns=config.columns) for source in (config.validation.forget, config.validation.retain)
+    )
+    check_disjoint(forget, retain)
+    check_rows((*forget, *retain))
+    known = {canonical_id(row.id) for row in trained}
+    twice = [row.id for row in (*forget, *retain) if canonical_id(row.id) in known]
+    if twice:
+        raise UserError(
+            f"validation row {twice[0]} is also trained on: the checkpoint would be chosen on training rows"
+        )
+    return forget, retain
 
 
 class Validation:
@@ -164,8 +171,15 @@ class Validation:
 
 
 def encode_rows(model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> list[Encoded]:
-    """Rows as token ids, in order."""
-    return [encode_pair(model.tokenizer, row.input, row.output, prompt) for row in rows]
+    """Rows as token ids, in order. Raises UserError for a row that is longer than the model can read."""
+    encoded = [encode_pair(model.tokenizer, row.input, row.output, prompt) for row in rows]
+    limit = max_positions(model)
+    for row, one in zip(rows, encoded, strict=True):
+        if limit is not None and len(one.ids) > limit:
+            raise UserError(
+                f"row {row.id} has {len(one.ids)} tokens and {model.name} reads {limit}: shorten or split it"
+            )
+    return encoded
 
 
 def mean_cross_entropy(

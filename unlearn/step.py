@@ -72,16 +72,17 @@ class Stepper:
         if self.objective.uses_retain and rows.retain:
             divisor = _Counts.of([self.retain[i] for i in rows.retain])
             sums = torch.zeros(2, dtype=torch.float64, device=self.acc.device)
+            count = divisor.rows if self._by_row else divisor.tokens
             for micro in self._micro_batches(rows.retain):
                 with without_gradient_sync(self.acc, self.model, skip=True):
                     stats = self._stats([self.retain[i] for i in micro], forget=False)
                     loss = self._share(self.objective.retain_term(stats), divisor)
                     self.acc.backward(loss * self.acc.num_processes)
-                sums += torch.stack([stats.cross_entropy.detach().sum(), loss.detach()])
+                sums += torch.stack([stats.total(stats.cross_entropy.detach()), loss.detach()])
             ce_sum, retain_loss = sum_over_processes(sums).tolist()
-            retain_ce = ce_sum / divisor.tokens
+            retain_ce = ce_sum / count
             weight = self.objective.retain_weight(memory, retain_ce)
-            memory.add(cross_entropy=ce_sum, tokens=divisor.tokens, batch_means=retain_ce, rows=divisor.rows)
+            memory.add(cross_entropy=ce_sum, tokens=count, batch_means=retain_ce, rows=divisor.rows)
             with torch.no_grad():
                 for parameter in self.parameters:
                     if parameter.grad is not None:
@@ -108,7 +109,11 @@ class Stepper:
 
     def _micro(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         """The authors' scaling: each mixed micro-batch has its own means and its own weight; the step is their average."""
-        micros = micro_batches(rows.order, self.micro_batch, self.acc.process_index, self.acc.num_processes)
+        whole = [rows.order[i : i + self.micro_batch] for i in range(0, len(rows.order), self.micro_batch)]
+        mine = micro_batches(whole, 1, self.acc.process_index, self.acc.num_processes)
+        micros = [
+            one[0] if one else () for one in mine
+        ]  # whole micro-batches are dealt out: the same ones for any number
         sums = torch.zeros(9, dtype=torch.float64, device=self.acc.device)
         for place, micro in enumerate(micros):
             forget = [self.forget[i] for is_forget, i in micro if is_forget]
@@ -125,19 +130,18 @@ class Stepper:
                     loss = loss + weight * self._share(self.objective.retain_term(other), _Counts.of(retain))
                 else:
                     loss = loss + other.logprob.sum() * 0.0
-                self.acc.backward(loss / len(micros))
+                self.acc.backward(loss * self.acc.num_processes / len(whole))
             held = [float(loss.detach()), mean * other.tokens, float(other.tokens), mean, float(len(retain)), weight]
             sums += torch.tensor([*seen, *held], dtype=torch.float64, device=sums.device)
         forget_ce, beyond, forget_tokens, loss_sum, retain_ce, retain_tokens, means, count, weights = (
             sum_over_processes(sums).tolist()
         )
         memory.add(cross_entropy=retain_ce, tokens=retain_tokens, batch_means=means, rows=count)
-        number = len(micros) * self.acc.num_processes
         return StepResult(
-            loss=loss_sum / number,
+            loss=loss_sum / len(whole),
             forget_cross_entropy=forget_ce / max(forget_tokens, 1.0),
             retain_cross_entropy=retain_ce / max(retain_tokens, 1.0),
-            retain_weight=weights / number,
+            retain_weight=weights / len(whole),
             forgotten_share=beyond / max(forget_tokens, 1.0),
             tokens=self._tokens(rows),
         )

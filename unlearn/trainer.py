@@ -93,6 +93,11 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"trainer.{name} is {value}: give a positive number")
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f"trainer.clip is {self.clip}: give a positive norm, or null for none")
+        for name in ("warmup", "seed", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"trainer.{name} is {getattr(self, name)}: give 0 or more")
         if self.checkpoint != "last" and self.evaluate_every is None:
             raise UserError(
                 f"trainer.checkpoint is {self.checkpoint!r}, which needs scores: set trainer.evaluate_every"
@@ -196,6 +201,7 @@ class _Loop:
         self.config, self.batches, self.steps, self.run, self.validate = config, batches, steps, run, validate
         self.plain = acc.unwrap_model(model)
         self.at = Progress()
+        self.saved_at: int | None = None
 
     def run_all(self, *, resume: bool) -> Progress:
         if resume:
@@ -217,7 +223,7 @@ class _Loop:
                     tok_s=self.at.tokens / self.at.seconds,
                 )
                 self._milestones()
-        if not self.run.checkpoints() or self.run.checkpoints()[-1][0] < self.at.step:
+        if self.saved_at != self.at.step:  # not a look at the disk: every process must decide alike
             self._save(self.run.checkpoint_name(self.at.step), with_moments=True)  # the export may meet a full disk
         if self.config.checkpoint != "last" and self.at.best is not None:
             state.restore(self.run.path / "best", self.plain, None)
@@ -267,6 +273,8 @@ class _Loop:
 
     def _save(self, name: str, *, with_moments: bool) -> None:
         main = self.acc.is_main_process
+        if with_moments:
+            self.saved_at = self.at.step
         weights, moments = state.collect(self.plain, self._inner_optimiser() if with_moments else None, main=main)
         if self.acc.scaler is not None:
             self.at.scaler = self.acc.scaler.state_dict()
@@ -284,6 +292,7 @@ class _Loop:
         facts = state.read_facts(folder)
         facts["memory"] = RetainMemory(**facts["memory"])
         self.at = Progress(**facts)
+        self.saved_at = self.at.step
         if self.acc.scaler is not None and self.at.scaler:
             self.acc.scaler.load_state_dict(self.at.scaler)
 

@@ -45,7 +45,7 @@ class Recipe:
     final_share: float = 0.02
     warmup_steps: int = 100
     weight_decay: float = 0.05
-    confidence: float = 0.3
+    confidence: float = 0.6
     check_every: int = 100
     seed: int = 0
 

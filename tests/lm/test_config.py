@@ -32,6 +32,8 @@ class Sweet(Flavour):
 
     sugar: float = 1.0
     """Spoons."""
+    strength: float | None = None
+    """A setting of both, with another default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Sour(Flavour):
 
     lemons: int = 2
     """Whole lemons."""
+    strength: float | None = 8.0
+    """A setting of both, with another default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,17 @@ def test_defaults_file_and_overrides_in_that_order(tmp_path: Path) -> None:
 def test_an_axis_is_chosen_by_name_and_its_fields_by_dots() -> None:
     assert parse_config(Tea, ["--flavour", "Sweet", "--flavour.sugar", "0.5"]).flavour == Sweet(sugar=0.5)
     assert parse_config(Tea, ["--flavour.lemons", "9"]).flavour == Sour(lemons=9)
+
+
+def test_another_class_does_not_inherit_the_settings_of_the_first(tmp_path: Path) -> None:
+    assert parse_config(Tea, ["--flavour", "Sweet"]).flavour == Sweet(strength=None)
+    (tmp_path / "sweet.yaml").write_text("flavour: {class_path: Sweet}\n")
+    assert parse_config(Tea, ["--config", str(tmp_path / "sweet.yaml")]).flavour == Sweet(strength=None)
+    (tmp_path / "sour.yaml").write_text("flavour: {class_path: Sour, init_args: {strength: 3}}\n")
+    sour = ["--config", str(tmp_path / "sour.yaml")]
+    assert parse_config(Tea, [*sour, "--flavour.lemons", "5"]).flavour == Sour(lemons=5, strength=3.0)
+    assert parse_config(Tea, [*sour, "--flavour", "Sweet", "--flavour.sugar", "4"]).flavour == Sweet(sugar=4.0)
+    assert parse_config(Tea, [f"--config={tmp_path / 'sour.yaml'}", "--flavour", "Sweet"]).flavour == Sweet()
 
 
 def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:

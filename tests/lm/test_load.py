@@ -357,3 +357,9 @@ def test_a_hub_id_that_cannot_be_had(error: Exception, monkeypatch: pytest.Monke
         load("someone/a-model", revision="v1")
     assert "\n" not in str(raised.value)
     assert raised.value.__cause__ is error
+
+
+def test_an_attention_that_names_code_on_the_hub_is_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", attn_implementation="somebody/kernel")
+    with pytest.raises(UserError, match="no code is fetched"):
+        load(str(folder))

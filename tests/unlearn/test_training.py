@@ -101,7 +101,7 @@ def test_lora_in_memory_and_on_disk_say_the_same(tiny: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_killed_and_resumed_equals_uninterrupted(tiny: Path, tmp_path: Path, stop: int) -> None:
-    config = small_config(tiny, tmp_path / "whole", trainer=replace(SMALL, steps=8))
+    config = small_config(tiny, tmp_path / "whole", trainer=replace(SMALL, steps=40))
     words = config_words(config, tmp_path)
     assert run_script("unlearn", *words).returncode == 0
     killed = tmp_path / "killed"
@@ -114,6 +114,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny: Path, tmp_path: Path, sto
     _wait_for_step(killed, stop, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    assert not (killed / "model").exists(), "the run was killed before its end"
     again = run_script("unlearn", *words, "--out", str(killed), "--resume", "true")
     assert again.returncode == 0, again.stderr
     one, two = weights(tmp_path / "whole" / "model"), weights(killed / "model")
@@ -135,8 +136,10 @@ def _wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> No
 @pytest.mark.parametrize("objective", [Joint(), NPO()], ids=["joint", "npo"])
 def test_going_on_from_every_checkpoint_is_exact(tiny: Path, tmp_path: Path, objective: Objective, at: int) -> None:
     """Every kept checkpoint in turn is made the newest one, and the rest of the run repeated."""
-    trainer = replace(SMALL, steps=8, batch=4, evaluate_every=3)
-    config = small_config(tiny, tmp_path / "whole", objective=objective, trainer=trainer)
+    trainer = replace(SMALL, steps=8, batch=4, evaluate_every=3, checkpoint="lowest_joint_loss")
+    config = small_config(
+        tiny, tmp_path / "whole", objective=objective, trainer=trainer, validation=reworded(tiny, tmp_path)
+    )
     whole = weights(run_unlearning(config))
     part = replace(config, out=str(tmp_path / "part"))
     with pytest.MonkeyPatch.context() as patch:
@@ -145,6 +148,17 @@ def test_going_on_from_every_checkpoint_is_exact(tiny: Path, tmp_path: Path, obj
             run_unlearning(part)
     resumed = weights(run_unlearning(replace(part, resume=True)))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def reworded(tiny: Path, folder: Path) -> ValidationConfig:
+    """The tiny rows in other words, as a validation split."""
+    (folder / "v").mkdir()
+    for side in ("forget", "retain"):
+        text = (tiny / f"{side}.jsonl").read_text()
+        (folder / "v" / f"{side}.jsonl").write_text(text.replace('"id": "p', '"id": "v').replace("What is", "Tell me"))
+    return ValidationConfig(
+        forget=str(folder / "v/forget.jsonl"), retain=str(folder / "v/retain.jsonl"), max_new_tokens=4
+    )
 
 
 class _Stop(Exception):
@@ -164,13 +178,28 @@ def _stop_after(step: int):  # type: ignore[no-untyped-def]
     return milestones
 
 
-@pytest.mark.parametrize("launch", ["cpu2_ddp", "cpu2_fsdp"])
-@pytest.mark.parametrize("objective", [Joint(), KLMinimisation()], ids=["joint", "kl"])
+AUTHORS = {"weighting": "micro_batch_mean", "pairing": "mixed_shuffle"}
+
+
+@pytest.mark.parametrize(
+    ("launch", "objective", "changes"),
+    [
+        ("cpu2_ddp", Joint(), {"weighting": "global_rows"}),
+        ("cpu2_fsdp", Joint(), {}),
+        ("cpu2_ddp", Joint(), AUTHORS),
+        ("cpu2_ddp", KLMinimisation(), {}),
+        ("cpu2_fsdp", KLMinimisation(), {}),
+    ],
+    ids=["joint-rows-ddp", "joint-fsdp", "joint-authors-ddp", "kl-ddp", "kl-fsdp"],
+)
 def test_two_processes_give_the_losses_and_weights_of_one(
-    tiny: Path, tmp_path: Path, launch: str, objective: Objective
+    tiny: Path, tmp_path: Path, launch: str, objective: Objective, changes: dict[str, str]
 ) -> None:
-    trainer = replace(SMALL, batch=10, micro_batch=2)  # 5 rows a side: the processes' shares differ in size
-    one = small_config(tiny, tmp_path / "one", objective=objective, trainer=trainer)
+    trainer = replace(SMALL, batch=10, micro_batch=2, **changes)  # 5 rows a side: the processes' shares differ in size
+    validation = {} if changes.get("pairing") else {"validation": reworded(tiny, tmp_path)}
+    if validation:
+        trainer = replace(trainer, evaluate_every=3)
+    one = small_config(tiny, tmp_path / "one", objective=objective, trainer=trainer, **validation)
     expected = weights(run_unlearning(one))
     done = run_script("unlearn", *config_words(one, tmp_path), "--out", str(tmp_path / "two"), launch=launch)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -185,15 +214,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(
 def test_the_best_checkpoint_by_validation_is_the_one_kept(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "v").mkdir()
-    for side in ("forget", "retain"):
-        text = (tiny / f"{side}.jsonl").read_text()
-        (tmp_path / "v" / f"{side}.jsonl").write_text(
-            text.replace('"id": "p', '"id": "v').replace("What is", "Tell me")
-        )
-    validation = ValidationConfig(
-        forget=str(tmp_path / "v/forget.jsonl"), retain=str(tmp_path / "v/retain.jsonl"), max_new_tokens=4
-    )
+    validation = reworded(tiny, tmp_path)
     trainer = replace(SMALL, steps=6, evaluate_every=2, checkpoint="best_task_aggregate", schedule="constant")
     given = iter([0.1, 0.7, 0.3])
     monkeypatch.setattr("unlearn.stage.score", lambda *_: type("S", (), {"task_aggregate": next(given)}))

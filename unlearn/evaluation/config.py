@@ -50,6 +50,13 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if (self.members is None) != (self.nonmembers is None):
             raise UserError("members and nonmembers belong together: give both, or set both to null")
+        if not self.forget.startswith("builtin"):
+            for name in ("retain", "members", "nonmembers", "utility"):
+                if (getattr(self, name) or "").startswith("builtin"):
+                    raise UserError(
+                        f"{name} is {getattr(self, name)} but forget is {self.forget}: the built-in {name} says nothing about "
+                        f"other data; give your own{'' if name == 'retain' else ', or null to leave it out'}"
+                    )
         for name in ("max_new_tokens", "batch_size", "utility_per_subject"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -89,6 +89,17 @@ def score(
     )
 
 
+def check_rows(rows: Iterable[Row]) -> None:
+    """Refuse rows that cannot be scored, before anything is generated for them: an unknown task, an id without a kind."""
+    for row in rows:
+        if row.task not in TASKS:
+            raise UserError(f'row {row.id} has task "{row.task}"; the score knows {", ".join(TASKS)}: use one of them.')
+        if row.kind is None:
+            raise UserError(
+                f"row {row.id} is neither a completion nor a question: end its id in sc or qa and one digit, as in {row.id}qa0."
+            )
+
+
 def row_scores(row: Mapping[str, object]) -> dict[ScoreName, float]:
     """The one score of one row, by the kind in its id: `regurgitation` of a sentence completion, `knowledge` of a
     question. Empty for a row of neither kind. On forget rows these are the raw values, not yet 1 - value."""

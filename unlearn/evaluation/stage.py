@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from lm.devices import accelerator, launch_facts
+from lm.devices import accelerator, launch_facts, together
 from lm.load import load
 from lm.rows import Question
 from lm.run import RunFolder, peak_memory_bytes, write_json
+from tracing.cache import fingerprint
 from unlearn.data import data_hash, load_documents, load_questions, load_rows
 from unlearn.evaluation.batching import Workers
 from unlearn.evaluation.config import LM_EVAL, EvaluateConfig
 from unlearn.evaluation.evaluate import Evaluation, EvaluationSet, evaluate
 from unlearn.evaluation.harness import BUILTIN_TASK
-from unlearn.evaluation.lume import SCORES, SIDES, TASKS
+from unlearn.evaluation.lume import SCORES, SIDES, TASKS, check_rows
 
 
 def run_evaluation(config: EvaluateConfig) -> Evaluation:
@@ -28,16 +29,17 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     """
     asked = read_set(config)
     acc = accelerator(cpu=config.model.device == "cpu")
-    if acc.is_main_process:
-        facts = {
-            "data": {"forget": data_hash(asked.forget), "retain": data_hash(asked.retain)},
-            "devices": launch_facts(acc),
-        }
-        RunFolder.create(config.out, config, resume=config.resume, facts=facts)
-    acc.wait_for_everyone()
-    run = RunFolder(config.out, main=acc.is_main_process)
     several = acc.num_processes > 1  # then each has its own device, and a name in the config would put all on one
     model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
+    with together(acc):
+        if acc.is_main_process:
+            facts = {
+                "data": {"forget": data_hash(asked.forget), "retain": data_hash(asked.retain)},
+                "weights": fingerprint(model),
+                "devices": launch_facts(acc),
+            }
+            RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=("data", "weights"))
+    run = RunFolder(config.out, main=acc.is_main_process)
     result = evaluate(
         model,
         asked,
@@ -67,9 +69,11 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         () if source is None else load_documents(source, task=config.membership_task, columns=config.columns)
         for source in (config.members, config.nonmembers)
     )
+    forget, retain = (load_rows(source, columns=config.columns) for source in (config.forget, config.retain))
+    check_rows((*forget, *retain))
     return EvaluationSet(
-        forget=load_rows(config.forget, columns=config.columns),
-        retain=load_rows(config.retain, columns=config.columns),
+        forget=forget,
+        retain=retain,
         members=members,
         nonmembers=nonmembers,
         questions=questions,
