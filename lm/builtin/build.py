@@ -67,12 +67,7 @@ def build_all(
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     plan = (seed, temporary, recipe or Recipe(), shape or Shape())
     try:
-        if side_by_side:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                twin = pool.submit(_build_one, "retain_only", *plan, not sys.stderr.isatty())
-                built = [_build_one("memorised", *plan), twin.result()]
-        else:
-            built = [_build_one(variant, *plan) for variant in VARIANTS]
+        built = _side_by_side(*plan) if side_by_side else [_build_one(variant, *plan) for variant in VARIANTS]
         if all(bound.holds for model in built for bound in model.bounds):
             with writable(out):
                 _replace(temporary, out)
@@ -100,6 +95,19 @@ def table(built: Sequence[Built]) -> str:
         lines.append(f"{model.variant:<12} {'(reworded questions)':<22} {model.abilities.rewordings:>8.4f}")
         lines.append(f"{model.variant:<12} {model.tokens:,} tokens, {model.seconds:.0f} s")
     return "\n".join(lines)
+
+
+def _side_by_side(seed: int, out: Path, recipe: Recipe, shape: Shape) -> list[Built]:
+    """Both models at once, the twin in a process of its own that ends with this one. A terminal shows one bar only."""
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            twin = pool.submit(_build_one, "retain_only", seed, out, recipe, shape, not sys.stderr.isatty())
+            return [_build_one("memorised", seed, out, recipe, shape), twin.result()]
+        except BaseException:
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+            raise
 
 
 def _build_one(variant: Variant, seed: int, out: Path, recipe: Recipe, shape: Shape, shown: bool = True) -> Built:
@@ -169,6 +177,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped: {options.out} was left as it was", file=sys.stderr)
+        return 130
     print(table(built))
     if all(bound.holds for model in built for bound in model.bounds):
         return 0
