@@ -43,7 +43,7 @@ class DemoConfig:
     joint: Joint = field(default_factory=Joint)
     """The joint objective."""
     difference: GradientDifference = field(default_factory=GradientDifference)
-    """The gradient-difference baseline, on the whole model as published."""
+    """The gradient-difference baseline, in the planned layers: what differs from the method is the objective alone."""
     batch_size: int = 64
     """Prompts generated at once when scoring."""
     out: str = "runs/demo"
@@ -65,7 +65,6 @@ class Entry:
 def entries(config: DemoConfig, plan: Path) -> list[Entry]:
     """The untouched model, its twin, the method, and the controls."""
     file = str(plan)
-    whole = Scope(layers="model")
     return [
         Entry("base", "Before unlearning", "The model that memorised everything: the floor.", path="builtin"),
         Entry(
@@ -84,7 +83,14 @@ def entries(config: DemoConfig, plan: Path) -> list[Entry]:
             config.joint,
         ),
         Entry("joint_all", "Joint, all layers", "Control: every MLP.", None, Scope(plan=file, use="all"), config.joint),
-        Entry("gradient_difference", "Gradient difference", "Baseline: all weights.", None, whole, config.difference),
+        Entry(
+            "gradient_difference",
+            "Gradient difference",
+            "Baseline: the same layers and steps, no cap, no adaptive weight.",
+            None,
+            Scope(plan=file),
+            config.difference,
+        ),
     ]
 
 

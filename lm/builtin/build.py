@@ -39,10 +39,9 @@ from lm.run import writable
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """One finished model: where it lies, what it can do, and what it cost."""
+    """One finished model: what it can do, and what it cost."""
 
     variant: Variant
-    folder: Path
     abilities: Abilities
     bounds: tuple[Bound, ...]
     tokens: int
@@ -133,7 +132,6 @@ def _build_one(variant: Variant, seed: int, out: Path, recipe: Recipe, shape: Sh
         torch.set_num_threads(threads)
     return Built(
         variant=variant,
-        folder=folder,
         abilities=abilities,
         bounds=bounds(variant, abilities),
         tokens=tokens,
