@@ -227,12 +227,41 @@ def test_a_broken_run_goes_on(files: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_missing_file_is_one_line_before_the_model_loads(files: Path, tmp_path: Path) -> None:
-    config = EvaluateConfig(forget=str(files / "forgte.jsonl"), out=str(tmp_path / "out"))
+    config = EvaluateConfig(
+        forget=str(files / "forgte.jsonl"),
+        retain=str(files / "retain.jsonl"),
+        members=None,
+        nonmembers=None,
+        utility=None,
+        out=str(tmp_path / "out"),
+    )
     with pytest.raises(UserError, match=r'did you mean "forget\.jsonl"'):
         read_set(config)
     with pytest.raises(UserError, match=r"forgte\.jsonl does not exist"):
         run_evaluation(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_built_in_parts_are_not_mixed_with_other_data(files: Path) -> None:
+    with pytest.raises(UserError, match="retain is builtin:retain but forget is"):
+        EvaluateConfig(forget=str(files / "forget.jsonl"))
+    with pytest.raises(UserError, match="null to leave it out"):
+        EvaluateConfig(forget=str(files / "forget.jsonl"), retain=str(files / "retain.jsonl"))
+
+
+def test_tasks_are_checked_before_anything_is_generated(tmp_path: Path) -> None:
+    for side in ("forget", "retain"):
+        row = {"id": f"{side}1qa0", "input": "Who?", "output": "Ada", "task": "privacy"}
+        (tmp_path / f"{side}.jsonl").write_text(json.dumps(row) + "\n")
+    config = EvaluateConfig(
+        forget=str(tmp_path / "forget.jsonl"),
+        retain=str(tmp_path / "retain.jsonl"),
+        members=None,
+        nonmembers=None,
+        utility=None,
+    )
+    with pytest.raises(UserError, match='task "privacy"'):
+        read_set(config)
 
 
 def test_nan_losses_end_in_a_sentence() -> None:
