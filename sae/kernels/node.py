@@ -1,0 +1,257 @@
+"""`encode_decode`: pre-activations, an opaque choice of matches, decoding, and a sparse backward pass for all of it.
+
+    affinity = (x - b_dec) W_enc^T + b_enc        x_hat   = Z W_dec        (without b_dec: add it outside)
+    Z, A = affinity at the chosen matches         aux_hat = A W_dec
+
+Gradients of any loss of the activations and of both reconstructions reach `w_enc`, `b_enc`, `w_dec`, `b_dec` (through
+the centring) and `x`, main and auxiliary matches in one backward pass. Source of the idea, one node with dense forward
+and sparse backward that auxiliary losses go through too: the released code of Gao et al. 2024 (arXiv 2406.04093).
+Badge: **faithful** to dense autograd; every backend is tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lm.errors import UserError
+from sae.code import SparseCode
+from sae.kernels import calibrate
+from sae.kernels.operations import Backend, Stack, bags, products
+from sae.kernels.preactivations import Choose, Selection, Splits, chosen, pre_activations
+
+__all__ = ["Choose", "Encoded", "Selection", "Splits", "encode_decode"]
+
+
+class Encoded(NamedTuple):
+    """What the node gives. The reconstructions are without `b_dec`, so that parts over feature shards can be summed."""
+
+    code: SparseCode
+    """The main code; gradients flow through its values."""
+    x_hat: Tensor
+    """(tokens, hidden): `Z W_dec`."""
+    aux_code: SparseCode | None
+    """The auxiliary code, if one was chosen."""
+    aux_hat: Tensor | None
+    """(tokens, hidden): the auxiliary code decoded."""
+
+
+def encode_decode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor,
+    w_dec: Tensor,
+    b_dec: Tensor,
+    choose: Choose,
+    *,
+    backend: Backend | Literal["auto"] = "auto",
+    budget_bytes: int | None = None,
+    features_first: bool = False,
+    splits: Splits | None = None,
+) -> Encoded:
+    """Encode x, let `choose` pick the matches, decode them; see the module for the equations.
+
+    `x` (tokens, hidden), of any strides and float type; `w_enc` and `w_dec` (features, hidden), `b_enc` (features,),
+    `b_dec` (hidden,), all of one float type, which the pre-activations, activations and reconstructions have too:
+    autocast is off inside.
+
+    `choose(affinity)` is called under `no_grad` with the (tokens, features) pre-activations and returns a `Selection`
+    of codes over them; the values in those codes are ignored and read off the pre-activations here. It may communicate
+    with other processes, and must keep no reference to the tensor it is given: that memory is used again.
+    `features_first` computes the pre-activations as (features, tokens) in memory (`affinity.T` is then contiguous), the
+    layout in which feature choice is fast.
+
+    Memory: `splits` says that the choice may be made part by part, and `choose` is then called as
+    `choose(part, start)` for each part in order: `"tokens"` for rows `start:start + len(part)` (token choice: no token
+    looks at another), `"features"` for columns (feature choice; budgets must be cut to the part; an auxiliary choice
+    that compares features cannot be made so). Parts are as large as `budget_bytes` allows (32 MiB on CPU and 1 GiB
+    elsewhere if it is None). Without `splits` (mutual choice, or anything that looks at the whole batch) the
+    pre-activations are whole: tokens x features numbers. Rows gathered in the backward pass keep to `budget_bytes` too.
+
+    `backend`: "cpu" (CSR and bags; other float types than float32 and float64 take the operations of "torch"), "torch"
+    (any device), "dense" (plain autograd, the oracle: it does keep dense tensors), or "auto": the cheapest as measured
+    once a process and shape class. Backends differ by rounding, so what must repeat bit for bit names one
+    (`choose_backend` says which "auto" would take). Second derivatives are not defined but for "dense".
+    """
+    _check(x, w_enc, b_enc, w_dec, b_dec, budget_bytes)
+    with torch.autocast(x.device.type, enabled=False):
+        centred = (x.detach() - b_dec.detach()).to(w_enc.dtype).contiguous()
+        parts = pre_activations(
+            centred,
+            w_enc.detach(),
+            b_enc.detach(),
+            splits=splits,
+            budget_bytes=budget_bytes,
+            features_first=features_first,
+        )
+        main, aux, share = chosen(parts, choose, splits, shape=(x.shape[0], w_enc.shape[0]))
+        del centred, parts
+        stack, values = _stacked(main, aux)
+        if backend == "auto":
+            backend = calibrate.choose_backend(
+                tokens=x.shape[0],
+                hidden=x.shape[1],
+                features=w_enc.shape[0],
+                matches=values.numel(),
+                dtype=w_enc.dtype,
+                device=x.device,
+            )
+        if backend == "dense":
+            return _dense(x, w_enc, b_enc, w_dec, b_dec, main, aux, share)
+        if backend not in ("cpu", "torch") or (backend == "cpu" and x.device.type != "cpu"):
+            raise UserError(f"the backend {backend!r} does not run on {x.device}: use 'auto', 'torch' or 'dense'")
+        got = _Node.apply(  # type: ignore[no-untyped-call]
+            x, w_enc, b_enc, w_dec, b_dec, stack, values, main.matches, share, backend, budget_bytes
+        )
+    z, x_hat = main.with_values(got[0]), got[1]
+    return Encoded(z, x_hat, None, None) if aux is None else Encoded(z, x_hat, aux.with_values(got[2]), got[3])
+
+
+class _Node(torch.autograd.Function):
+    """Forward: decode. Backward: d(activations) as sampled products, one sort, one sum of rows a weight matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_enc: Tensor,
+        b_enc: Tensor,
+        w_dec: Tensor,
+        b_dec: Tensor,
+        stack: Stack,
+        values: Tensor,
+        main: int,
+        share: Tensor | None,
+        backend: Backend,
+        budget_bytes: int | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, w_enc, w_dec, b_dec, stack.indices, stack.offsets, values, share)
+        ctx.sizes = stack.tokens, stack.features, main
+        ctx.backend, ctx.budget_bytes = backend, budget_bytes
+        ctx.set_materialize_grads(False)
+        hats = bags(stack.indices, stack.offsets, values, w_dec)
+        if stack.rows == stack.tokens:
+            return values.clone(), hats
+        return values[:main].clone(), hats[: stack.tokens], values[main:].clone(), hats[stack.tokens :]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, w_enc, w_dec, b_dec, indices, offsets, values, share = ctx.saved_tensors
+        tokens, features, main = ctx.sizes
+        with torch.autocast(x.device.type, enabled=False):
+            stack = Stack(indices, offsets, tokens, features)
+            return _gradients(ctx, x, w_enc, w_dec, b_dec, stack, values, share, main, given) + (None,) * 6
+
+
+def _gradients(
+    ctx: Any,
+    x: Tensor,
+    w_enc: Tensor,
+    w_dec: Tensor,
+    b_dec: Tensor,
+    stack: Stack,
+    values: Tensor,
+    share: Tensor | None,
+    main: int,
+    given: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, w_enc, b_enc, w_dec, b_dec, as far as they are wanted."""
+    need_x, need_w_enc, need_b_enc, need_w_dec, need_b_dec = ctx.needs_input_grad[:5]
+    both = stack.rows > stack.tokens
+    sizes = (stack.tokens, stack.tokens) if both else (stack.tokens,)
+    hats = _joined(given[1::2], sizes, values.new_zeros(0, x.shape[1]))
+    direct = _joined(given[0::2], (main, len(values) - main) if both else (main,), values[:0])
+    d_values = values.new_zeros(values.shape) if direct is None else direct
+    if hats is not None and (need_x or need_w_enc or need_b_enc or need_b_dec):
+        d_values = d_values + products(stack, hats, w_dec, backend=ctx.backend, budget_bytes=ctx.budget_bytes)
+    if share is not None:
+        d_values = torch.cat([d_values[:main], d_values[main:] * share])
+
+    order, rows, starts = stack.by_feature()
+    d_w_dec = bags(rows, starts, values[order], hats) if need_w_dec and hats is not None else None
+    d_sorted = d_values[order]
+    d_w_enc = d_b_enc = d_b_dec = d_x = None
+    if need_w_enc:
+        centred = (x - b_dec).to(w_enc.dtype).contiguous()
+        d_w_enc = bags(rows % stack.tokens if both else rows, starts, d_sorted, centred)
+        del centred
+    if need_b_enc or need_b_dec:
+        d_b_enc = bags(torch.zeros_like(rows), starts, d_sorted, d_values.new_ones(1, 1)).squeeze(1)
+    if need_b_dec:
+        assert d_b_enc is not None
+        d_b_dec = -(d_b_enc @ w_enc)
+    if need_x:
+        d_x = bags(stack.indices, stack.offsets, d_values, w_enc)
+        d_x = (d_x[: stack.tokens] + d_x[stack.tokens :] if both else d_x).to(x.dtype)
+    return d_x, d_w_enc, d_b_enc if need_b_enc else None, d_w_dec, d_b_dec
+
+
+def _joined(parts: Sequence[Tensor | None], sizes: Sequence[int], like: Tensor) -> Tensor | None:
+    """The parts one below the other, as many zero rows for those that got no gradient; None if none did."""
+    if all(part is None for part in parts):
+        return None
+    whole = [
+        like.new_zeros(size, *like.shape[1:]) if part is None else part.to(like.dtype)
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    return whole[0].contiguous() if len(whole) == 1 else torch.cat(whole)
+
+
+def _stacked(main: SparseCode, aux: SparseCode | None) -> tuple[Stack, Tensor]:
+    if aux is None:
+        return Stack(main.indices, main.offsets, main.tokens, main.features), main.values
+    offsets = torch.cat([main.offsets, aux.offsets[1:] + main.matches])
+    indices = torch.cat([main.indices, aux.indices])
+    return Stack(indices, offsets, main.tokens, main.features), torch.cat([main.values, aux.values])
+
+
+def _dense(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor,
+    w_dec: Tensor,
+    b_dec: Tensor,
+    main: SparseCode,
+    aux: SparseCode | None,
+    share: Tensor | None,
+) -> Encoded:
+    """The oracle: the equations as they stand, dense codes, plain autograd."""
+    affinity = (x - b_dec).to(w_enc.dtype) @ w_enc.T + b_enc
+    code = main.with_values(affinity[main.token_ids(), main.indices])
+    x_hat = code.to_dense() @ w_dec
+    if aux is None:
+        return Encoded(code, x_hat, None, None)
+    values = affinity[aux.token_ids(), aux.indices]
+    if share is not None:
+        values = values * share + (values * (1 - share)).detach()
+    aux_code = aux.with_values(values)
+    return Encoded(code, x_hat, aux_code, aux_code.to_dense() @ w_dec)
+
+
+def _check(x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor, budget_bytes: int | None) -> None:
+    features = w_enc.shape[0] if w_enc.ndim == 2 else -1
+    hidden = x.shape[1] if x.ndim == 2 else -1
+    wanted = {
+        "w_enc": (w_enc, (features, hidden)),
+        "b_enc": (b_enc, (features,)),
+        "w_dec": (w_dec, (features, hidden)),
+        "b_dec": (b_dec, (hidden,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape:
+            raise UserError(
+                f"{name} is {tuple(tensor.shape)} beside activations {tuple(x.shape)} and an encoder "
+                f"{tuple(w_enc.shape)}: give x (tokens, hidden), weights (features, hidden), b_enc (features,), "
+                f"b_dec (hidden,)"
+            )
+        if tensor.dtype != w_enc.dtype or not tensor.is_floating_point():
+            raise UserError(f"{name} is {tensor.dtype} and w_enc {w_enc.dtype}: give all weights one float type")
+    if not x.is_floating_point():
+        raise UserError(f"activations of type {x.dtype}: give floating-point ones")
+    if budget_bytes is not None and budget_bytes < 1:
+        raise UserError(f"budget_bytes = {budget_bytes}: give a positive number of bytes, or None")
