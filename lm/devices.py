@@ -56,8 +56,7 @@ def accelerator(
     plugin = None
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            reshard_after_forward=True,
+            fsdp_version=2,  # whether to reshard after the forward is the launch file's word
             auto_wrap_policy="transformer_based_wrap",  # block by block, as the model's class names them
             state_dict_type="FULL_STATE_DICT",
         )

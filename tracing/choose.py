@@ -15,7 +15,7 @@ import numpy.typing as npt
 from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.arrays import Array
-from tracing.effects import SUBJECT_ROLES, Effects
+from tracing.effects import SUBJECT_ROLES, Aggregation, Effects
 from tracing.plan import LayerPlan, control_layers
 from tracing.statistics import (
     check_confidence,
@@ -39,6 +39,8 @@ def choose_layers(
     confidence: float = 0.95,
     stability: float = 0.9,
     resamples: int = 1000,
+    least_share: float = 0.05,
+    aggregation: Aggregation = "fixed",
 ) -> LayerPlan:
     """The contiguous band of `size` layers that brings the answers back most, and whether the evidence singles it out.
 
@@ -54,7 +56,9 @@ def choose_layers(
     3. in at least `stability` of the resamples the best band is the same or shares three quarters of its layers, and
     4. facts that took no part agree: for each resample the best band is chosen on the facts drawn and compared, as in
        1, on those not drawn; that too is above zero in at least `stability` of the resamples. The band is the best
-       of many on these very facts, which alone makes 1 too kind.
+       of many on these very facts, which alone makes 1 too kind, and
+    5. it matters: the band's best layer alone brings back at least `least_share` of what the corruption took (the mean
+       total effect). A tiny effect can be certain too.
 
     Otherwise the plan still names the best band, with `singled_out` False and a verdict that says why. On made-up
     effects without any preference among layers the defaults single a band out in fewer than 5 % of the draws (a test).
@@ -64,6 +68,7 @@ def choose_layers(
         kind: `mlp`, `attn`, `both` (then `modules` keeps those of the two whose effect in the band is above zero at the
             lower end of its interval, or the larger one if neither is), or `resid` (whole blocks: `modules` is `all`).
         roles: the token roles that count.
+        aggregation: which positions a role has: see `tracing.effects.token_roles`.
         seed: of the resampling and of the random control.
 
     Raises:
@@ -71,7 +76,7 @@ def choose_layers(
     """
     layers = effects.layers
     _check(effects, size, kind, confidence, stability)
-    parts = {one: _layer_scores(effects, one, roles) for one in _parts(kind)}
+    parts = {one: _layer_scores(effects, one, roles, aggregation) for one in _parts(kind)}
     scores = np.sum(list(parts.values()), axis=0)
     counts = resample_counts([fact.group for fact in effects.facts], resamples, seed)
     means = mean_over_facts(scores)
@@ -81,7 +86,9 @@ def choose_layers(
     best = int(np.argmax(bands))
     chosen = tuple(range(best, best + size))
     found = _evidence(scores, drawn_bands, counts, best, size, confidence, units([f.group for f in effects.facts]))
-    reasons = _reasons(found, layers, size, stability, confidence)
+    taken = float(effects.total.mean())
+    found["share_of_total"] = float(means[list(chosen)].max()) / taken if taken > 0 else 0.0
+    reasons = _reasons(found, layers, size, stability, confidence, least_share)
     low, high = interval(drawn, confidence)
     band_low, band_high = interval(drawn_bands, confidence)
     modules = _modules(kind, parts, counts, chosen, confidence)
@@ -101,13 +108,15 @@ def choose_layers(
         "band_high": _floats(band_high),
         "confidence": confidence,
         "stability_asked": stability,
+        "least_share_asked": least_share,
+        "aggregation": aggregation,
         **found,
         "other_kinds_in_band": {
-            one: float(np.sum(mean_over_facts(_layer_scores(effects, one, roles))[list(chosen)]))
+            one: float(np.sum(mean_over_facts(_layer_scores(effects, one, roles, aggregation))[list(chosen)]))
             for one in effects.kinds
             if one not in parts
         },
-        "mean_total_effect": float(effects.total.mean()),
+        "mean_total_effect": taken,
         "caveats": _caveats(effects, size, kind),
     }
     return LayerPlan(
@@ -148,9 +157,9 @@ def _parts(kind: PlanKind) -> tuple[Kind, ...]:
     return ("mlp", "attn") if kind == "both" else (kind,)
 
 
-def _layer_scores(effects: Effects, kind: Kind, roles: Sequence[str]) -> Array:
+def _layer_scores(effects: Effects, kind: Kind, roles: Sequence[str], aggregation: Aggregation) -> Array:
     """(facts, layers): the mean over a fact's roles; a fact that has none of them is NaN."""
-    values = effects.by_role(kind, roles)
+    values = effects.by_role(kind, roles, aggregation)
     scores = np.stack([mean_over_facts(one) for one in values])
     if np.isnan(scores).all():
         raise UserError(f"no fact has traced tokens in the roles {', '.join(roles)}; choose other roles or positions.")
@@ -195,7 +204,9 @@ def _evidence(
     }
 
 
-def _reasons(found: Mapping[str, Any], layers: int, size: int, stability: float, confidence: float) -> list[str]:
+def _reasons(
+    found: Mapping[str, Any], layers: int, size: int, stability: float, confidence: float, least_share: float
+) -> list[str]:
     """Why the band is not singled out; empty if it is."""
     if size == layers:
         return [f"the plan takes all {layers} layers, so there is nothing to compare with"]
@@ -215,6 +226,11 @@ def _reasons(found: Mapping[str, Any], layers: int, size: int, stability: float,
             f"on facts held out of the choice the band wins in only {found['held_out_share']:.0%} of the resamples "
             f"({stability:.0%} asked)"
         )
+    if found["share_of_total"] < least_share:
+        reasons.append(
+            f"its best layer brings back only {found['share_of_total']:.1%} of what the corruption took "
+            f"({least_share:.0%} asked)"
+        )
     return reasons
 
 
@@ -228,8 +244,9 @@ def _verdict(chosen: tuple[int, ...], reasons: Sequence[str], found: Mapping[str
     return (
         f"The evidence singles out {name}: {its} effect exceeds the mean of the other bands by {found['margin']:.3g} "
         f"({confidence:.0%} interval {found['margin_low']:.3g} to {found['margin_high']:.3g}), a like band wins in "
-        f"{found['stable_share']:.0%} of the resamples, and {found['held_out_share']:.0%} agree on held-out facts "
-        f"({found['facts']} facts)."
+        f"{found['stable_share']:.0%} of the resamples, {found['held_out_share']:.0%} agree on held-out facts "
+        f"({found['facts']} facts), and {'the best of them alone' if several else 'it'} brings back "
+        f"{found['share_of_total']:.0%} of what the corruption took."
     )
 
 

@@ -11,7 +11,7 @@ from lm.load import ModelSpec
 from lm.prompts import PromptSpec
 from tracing.choose import PlanKind
 from tracing.corruption import GaussianNoise
-from tracing.effects import SUBJECT_ROLES, check_roles
+from tracing.effects import SUBJECT_ROLES, Aggregation, check_roles
 from tracing.metrics import Metric
 from tracing.statistics import check_confidence
 from tracing.sweep import Positions, Sweep
@@ -31,6 +31,10 @@ class PlanConfig:
     """Of the bootstrap intervals."""
     stability: float = 0.9
     """In how many resamples a like band must win."""
+    least_share: float = 0.05
+    """How much of what the corruption took the band's best layer must bring back."""
+    aggregation: Aggregation = "fixed"
+    """Which prompt tokens a role has; `authors` repeats the slips in the pictures of the joint method's authors."""
 
     def __post_init__(self) -> None:
         check_roles(self.roles)
@@ -39,6 +43,8 @@ class PlanConfig:
             raise UserError(f"plan.size is {self.size}; give at least 1, or null")
         if not 0 < self.stability <= 1:
             raise UserError(f"plan.stability is {self.stability}; give a share above 0 and up to 1 (0.9 is usual)")
+        if not 0 <= self.least_share < 1:
+            raise UserError(f"plan.least_share is {self.least_share}; give a share from 0 to below 1 (0.05 is usual)")
 
     def layers(self, model_layers: int) -> int:
         """How many layers to choose of a model that has `model_layers`."""

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,13 +21,14 @@ from tracing.arrays import Array, pack
 from tracing.facts import Fact
 from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, weighted_means
 
+Aggregation = Literal["fixed", "authors"]
 ROLES = ("before", "first_subject", "middle_subject", "last_subject", "first_after", "further", "last")
 SUBJECT_ROLES = ("first_subject", "middle_subject", "last_subject")
 _VERSION = 1
 
 
-def token_roles(tokens: int, span: tuple[int, int]) -> dict[str, list[int]]:
-    """The prompt positions of each role; every position has exactly one.
+def token_roles(tokens: int, span: tuple[int, int], aggregation: Aggregation = "fixed") -> dict[str, list[int]]:
+    """The prompt positions of each role; with `fixed`, every position has exactly one.
 
     A one-token subject is `last_subject` (it ends there, and that row carries the claim about subjects). The last
     prompt token is `last` unless it belongs to the subject; `first_after` is the token after the subject unless it
@@ -36,11 +37,24 @@ def token_roles(tokens: int, span: tuple[int, int]) -> dict[str, list[int]]:
     Args:
         tokens: how many tokens the prompt has.
         span: `[start, end)` of the subject.
+        aggregation: `authors` gives the positions that the authors of the joint method drew, to compare with their
+            pictures: their last subject token is the first one again, their first token after the subject is the one
+            after that, and `further` begins with it.
     """
     start, end = span
     if not 0 <= start < end <= tokens:
         raise UserError(f"a subject span of {start}:{end} does not lie in a prompt of {tokens} tokens.")
     last = [tokens - 1] if end < tokens else []
+    if aggregation == "authors":
+        return {
+            "before": list(range(start)),
+            "first_subject": [start],
+            "middle_subject": list(range(start + 1, end - 1)),
+            "last_subject": [start],
+            "first_after": [end + 1] if end + 1 < tokens else [],
+            "further": list(range(end + 1, tokens - 1)),
+            "last": [tokens - 1],
+        }
     return {
         "before": list(range(start)),
         "first_subject": [start] if end - start > 1 else [],
@@ -130,12 +144,12 @@ class Effects:
         """Restored minus corrupted: one (prompt tokens, layers) array a fact."""
         return [cells - low for cells, low in zip(self._of(kind), self.corrupted, strict=True)]
 
-    def by_role(self, kind: Kind, roles: Sequence[str] = ROLES) -> Array:
+    def by_role(self, kind: Kind, roles: Sequence[str] = ROLES, aggregation: Aggregation = "fixed") -> Array:
         """(facts, roles, layers): the mean indirect effect over each fact's tokens of each role; NaN where it has none."""
         check_roles(roles)
         out = np.full((len(self.facts), len(roles), self.layers), np.nan)
         for index, (cells, span) in enumerate(zip(self.indirect(kind), self.subject_spans, strict=True)):
-            positions = token_roles(len(cells), span)
+            positions = token_roles(len(cells), span, aggregation)
             for row, role in enumerate(roles):
                 traced = [p for p in positions[role] if not np.isnan(cells[p]).any()]
                 if traced:
@@ -150,10 +164,11 @@ class Effects:
         confidence: float = 0.95,
         resamples: int = 1000,
         seed: int = 0,
+        aggregation: Aggregation = "fixed",
     ) -> EffectTable:
         """Means over facts by role and layer with percentile bootstrap intervals; facts of a group are drawn together."""
         check_confidence(confidence)
-        values = self.by_role(kind, roles)
+        values = self.by_role(kind, roles, aggregation)
         groups = [fact.group for fact in self.facts]
         low, high = interval(weighted_means(values, resample_counts(groups, resamples, seed)), confidence)
         facts = (~np.isnan(values).all(axis=2)).sum(axis=0)

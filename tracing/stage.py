@@ -21,7 +21,7 @@ from lm.load import load
 from lm.run import RunFolder, peak_memory_bytes, write_atomic, write_json
 from tracing.choose import choose_layers
 from tracing.config import TraceConfig
-from tracing.effects import Effects, EffectTable
+from tracing.effects import Aggregation, Effects, EffectTable
 from tracing.facts import Fact
 from tracing.plan import LayerPlan
 from tracing.plots import figure, heatmap
@@ -49,13 +49,14 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
     started = time.monotonic()
     facts = drawn(facts, config)
     acc = accelerator(cpu=config.model.device == "cpu")
-    model = load(config.model, device=config.model.device or str(acc.device))
+    several = acc.num_processes > 1  # then each has its own device, and a name in the config would put all on one
+    model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
     size = config.plan.layers(model.anatomy.layers)
     if size > model.anatomy.layers:
         raise UserError(f"plan.size is {size} but {model.name} has {model.anatomy.layers} layers; give fewer, or null.")
     if acc.is_main_process:
         about = {"facts": {"count": len(facts), "sha256": facts_hash(facts)}, "devices": launch_facts(acc)}
-        RunFolder.create(config.out, config, resume=config.resume, facts=about)
+        RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("facts",))
     acc.wait_for_everyone()
     run = RunFolder(config.out, main=acc.is_main_process)
     effects = trace(
@@ -80,19 +81,30 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
         seed=config.seed,
         confidence=config.plan.confidence,
         stability=config.plan.stability,
+        least_share=config.plan.least_share,
+        aggregation=config.plan.aggregation,
     )
     result = TraceResult(effects=effects, plan=plan, seconds=time.monotonic() - started)
     if acc.is_main_process:
-        write_result(result, run.path, confidence=config.plan.confidence, seed=config.seed)
+        write_result(
+            result, run.path, confidence=config.plan.confidence, seed=config.seed, aggregation=config.plan.aggregation
+        )
         run.finish(seconds=result.seconds, peak_memory_bytes=peak_memory_bytes())
     acc.wait_for_everyone()
     return result
 
 
-def write_result(result: TraceResult, folder: Path, *, confidence: float = 0.95, seed: int = 0) -> None:
+def write_result(
+    result: TraceResult,
+    folder: Path,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    aggregation: Aggregation = "fixed",
+) -> None:
     """Everything but the run's own records."""
     effects, plan = result.effects, result.plan
-    tables = [effects.table(kind, confidence=confidence, seed=seed) for kind in effects.kinds]
+    tables = [effects.table(kind, confidence=confidence, seed=seed, aggregation=aggregation) for kind in effects.kinds]
     effects.save(folder / "effects.npz")
     write_json(folder / "effects.json", readable(effects, tables))
     kinds = ("mlp", "attn") if plan.evidence["kind"] == "both" else (plan.evidence["kind"],)

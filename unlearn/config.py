@@ -48,6 +48,8 @@ class UnlearnConfig:
     """For files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Rows for periodic scoring and for choosing the checkpoint."""
+    train_on_validation: bool = False
+    """Train on the validation rows too, as the authors' code does: a checkpoint is then chosen on rows it has seen."""
     prompt: PromptSpec = field(default_factory=PromptSpec)
     """How rows become tokens: raw as the official evaluation sees them, or chat."""
     scope: Scope = field(default_factory=Scope)
@@ -66,6 +68,15 @@ class UnlearnConfig:
     """Go on with the run in `out`, from its newest checkpoint."""
 
     def __post_init__(self) -> None:
+        if self.model.device not in (None, "cpu", "cuda"):
+            raise UserError(
+                f"model.device is {self.model.device}, but training runs where the launcher puts it: leave it out and set "
+                "CUDA_VISIBLE_DEVICES, or give cpu"
+            )
+        if self.train_on_validation and self.validation.forget is None:
+            raise UserError(
+                "train_on_validation is true but there are no validation rows: set validation.forget, .retain"
+            )
         if self.trainer.autocast != "no" and self.model.dtype != "float32":
             raise UserError(
                 f"trainer.autocast is {self.trainer.autocast} over model.dtype {self.model.dtype}: autocast needs float32 "

@@ -17,15 +17,14 @@ from typing import Any
 from lm.errors import UserError
 from lm.load import ModelSpec
 from lm.run import write_json
-from tracing import facts_from_rows
 from tracing.config import TraceConfig
 from tracing.effects import Effects
 from tracing.plan import LayerPlan
 from tracing.stage import run_tracing
 from unlearn.config import UnlearnConfig
-from unlearn.data import load_rows
 from unlearn.evaluation.config import EvaluateConfig
 from unlearn.evaluation.stage import run_evaluation
+from unlearn.facts import read_facts
 from unlearn.objectives import GradientDifference, Joint, Objective
 from unlearn.scope import Scope
 from unlearn.stage import run_unlearning
@@ -42,6 +41,8 @@ class DemoConfig:
     """How every unlearning run trains: equal steps, batches and rates for the method and its controls."""
     joint: Joint = field(default_factory=Joint)
     """The joint objective."""
+    twin: str = "builtin:retain_only"
+    """The model that never saw the forget rows; `trace.model` names the one that did."""
     difference: GradientDifference = field(default_factory=GradientDifference)
     """The gradient-difference baseline, in the planned layers: what differs from the method is the objective alone."""
     batch_size: int = 64
@@ -66,12 +67,12 @@ def entries(config: DemoConfig, plan: Path) -> list[Entry]:
     """The untouched model, its twin, the method, and the controls."""
     file = str(plan)
     return [
-        Entry("base", "Before unlearning", "The model that memorised everything: the floor.", path="builtin"),
+        Entry("base", "Before unlearning", "The model that memorised everything: the floor.", config.trace.model.path),
         Entry(
             "retain_only",
             "Never saw it",
             "The twin trained without the forget rows: the honest ceiling.",
-            "builtin:retain_only",
+            config.twin,
         ),
         Entry("joint_planned", "Joint, planned layers", "The method.", None, Scope(plan=file), config.joint),
         Entry(
@@ -121,13 +122,10 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def find_layers(config: DemoConfig, folder: Path) -> LayerPlan:
-    """The plan in `folder`, traced now unless it is there."""
-    plan = folder / "plan.json"
-    if plan.exists():
-        return LayerPlan.load(plan)
+    """The plan, traced into `folder`; facts that are there already (of the same model and settings) are read back."""
     print("== Where is it stored?", flush=True)
-    rows = [row for source in config.trace.sources for row in load_rows(source) if row.task in config.trace.tasks]
-    result = run_tracing(replace(config.trace, out=str(folder), resume=folder.exists()), facts_from_rows(rows))
+    asked = replace(config.trace, out=str(folder), resume=folder.exists())
+    result = run_tracing(asked, read_facts(asked))
     print(result.plan.verdict)
     return result.plan
 

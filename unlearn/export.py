@@ -23,9 +23,14 @@ def gather_weights(model: nn.Module, *, main: bool, dtype: torch.dtype | None = 
         if name in saved:
             whole = gather(tensor)
             if main:
-                floats = dtype is not None and whole.is_floating_point()
-                weights[name] = whole.to(dtype).contiguous() if floats else whole.contiguous()
-    return lora.merge(model, weights) if main else {}
+                weights[name] = whole.contiguous()
+    if not main:
+        return {}
+    merged = lora.merge(model, weights, dtype=dtype)  # before anything is rounded
+    return {
+        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        for name, tensor in merged.items()
+    }
 
 
 def save(

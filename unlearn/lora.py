@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lm.anatomy import Anatomy
 from lm.errors import UserError
@@ -20,18 +21,21 @@ _ADAPTER = "unlearn"
 def inject(model: nn.Module, anatomy: Anatomy, scope: ResolvedScope, lora: Lora, *, seed: int) -> list[str]:
     """Put an adapter on every linear layer inside the scope; returns the names of the adapter's parameters.
 
-    The first factor is drawn with `seed`, the second is 0: nothing changes until a step is taken.
+    The first factor is drawn with `seed`, the second is 0: nothing changes until a step is taken. In a `model` scope the
+    embedding, and a head that is tied to it, stay as they are.
+
+    Raises:
+        UserError: no linear layer in the scope, or a block with weights that are none (a mixture's stacked experts).
     """
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and scope.contains(anatomy, f"{name}.weight")
-    ]
-    if not targets:
-        raise UserError(
-            f"there is no linear layer in layers {scope.layers}, modules {scope.modules}: LoRA has nothing to adapt"
-        )
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    targets = _targets(model, anatomy, scope)
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # a family has one kind or the other
+    )
     inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
     generator = torch.Generator().manual_seed(seed)
     names = []
@@ -47,18 +51,56 @@ def inject(model: nn.Module, anatomy: Anatomy, scope: ResolvedScope, lora: Lora,
     return names
 
 
+def _targets(model: nn.Module, anatomy: Anatomy, scope: ResolvedScope) -> list[str]:
+    """The names of the linear layers to adapt."""
+    embedding = model.get_submodule(anatomy.embedding).weight
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and scope.contains(anatomy, f"{name}.weight")
+        and module.weight is not embedding
+    ]
+    inside = [f"{anatomy.block_path(layer)}." for layer in scope.layers]
+    left_out = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1
+        and scope.contains(anatomy, name)
+        and name.rpartition(".")[0] not in targets
+        and any(name.startswith(prefix) for prefix in inside)
+    ]
+    if left_out:
+        raise UserError(
+            f"LoRA adapts linear layers, and {left_out[0]} in the scope is none (stacked experts, for instance): "
+            "set scope.modules to attn, or scope.lora to null"
+        )
+    if not targets:
+        raise UserError(
+            f"there is no linear layer in layers {scope.layers}, modules {scope.modules}: LoRA has nothing to adapt"
+        )
+    return targets
+
+
 def merged_name(name: str) -> str | None:
     """The plain name of a parameter of an adapted model; None for the adapter's own parameters."""
     return None if ".lora_" in name else name.replace(".base_layer.", ".")
 
 
-def merge(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add each adapter's update, `alpha / rank * B @ A` in float32, to its plain weight in `weights` (whole CPU tensors)."""
+def merge(model: nn.Module, weights: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Add each adapter's update, `alpha / rank * B @ A` in float32, to its plain weight in `weights` (whole CPU tensors).
+
+    The sum is rounded once, to `dtype` or else to the weight's own type.
+    """
     merged = {plain: tensor for name, tensor in weights.items() if (plain := merged_name(name)) is not None}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and _ADAPTER in module.scaling:
             low = weights[f"{name}.lora_A.{_ADAPTER}.weight"].float()
             high = weights[f"{name}.lora_B.{_ADAPTER}.weight"].float()
+            update = high @ low
             base = merged[f"{name}.weight"]
-            merged[f"{name}.weight"] = (base.float() + module.scaling[_ADAPTER] * (high @ low)).to(base.dtype)
+            merged[f"{name}.weight"] = (
+                base.float()
+                + module.scaling[_ADAPTER] * (update.T if isinstance(module.get_base_layer(), Conv1D) else update)
+            ).to(dtype or base.dtype)
     return merged

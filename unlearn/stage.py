@@ -42,6 +42,8 @@ def run_unlearning(config: UnlearnConfig) -> Path:
     forget, retain = load_rows(config.forget, columns=config.columns), load_rows(config.retain, columns=config.columns)
     check_disjoint(forget, retain)
     validation = _validation_rows(config, (*forget, *retain))
+    if config.train_on_validation and validation is not None:
+        forget, retain = (*forget, *validation[0]), (*retain, *validation[1])
     acc = accelerator(
         mixed_precision=config.trainer.autocast,
         trackers=config.trackers,
@@ -133,15 +135,20 @@ class Validation:
         self.acc, self.model, self.config, self.rows = acc, model, config, rows
 
     def __call__(self) -> dict[str, float]:
-        """`task_aggregate`, `joint_loss` (forget and retain cross-entropy with the objective's weight) and its parts."""
+        """`task_aggregate` (not for lowest_joint_loss), and `joint_loss`, the weighted cross-entropies, with its parts."""
         with torch.no_grad():
-            workers = Workers(self.acc.process_index, self.acc.num_processes)
-            sides = [self._generate(rows, workers) for rows in self.rows]
             forget_ce, _ = self._cross_entropy(self.rows[0])
             retain_ce, batch_means = self._cross_entropy(self.rows[1])
+            answers: dict[str, float] = {}
+            if (
+                self.config.trainer.checkpoint != "lowest_joint_loss"
+            ):  # which needs no answers, and they are most of the time
+                workers = Workers(self.acc.process_index, self.acc.num_processes)
+                forget, retain = (self._generate(rows, workers) for rows in self.rows)
+                answers["task_aggregate"] = score(forget, retain).task_aggregate
         weight = self.config.objective.retain_weight(RetainMemory(), retain_ce)
         return {
-            "task_aggregate": score(sides[0], sides[1]).task_aggregate,
+            **answers,
             "joint_loss": -forget_ce + weight * retain_ce,
             "forget_ce": forget_ce,
             "retain_ce": retain_ce,

@@ -43,6 +43,15 @@ def test_every_position_has_one_role() -> None:
         token_roles(5, (3, 3))
 
 
+def test_the_slips_of_the_authors_pictures_are_a_switch() -> None:
+    found = token_roles(9, (2, 6), "authors")
+    assert found["last_subject"] == found["first_subject"] == [2], "their last subject token is the first again"
+    assert found["first_after"] == [7], "one token is left out after the subject"
+    assert found["further"] == [7], "and further starts with the same one"
+    assert found["last"] == [8]
+    assert token_roles(6, (2, 6), "authors")["first_after"] == []
+
+
 def numbered() -> Effects:
     """Two facts of different lengths; the score at (token, layer) is 100 * fact + 10 * token + layer, baseline 1000."""
     spans = ((1, 4), (0, 1))

@@ -33,6 +33,18 @@ def test_the_band_with_the_largest_sum_is_chosen_and_singled_out() -> None:
     assert choose_layers(made_up(BUMP, noise=0.2), size=1).verdict.startswith("The evidence singles out layer 3: its")
 
 
+def test_a_certain_but_tiny_effect_does_not_single_out() -> None:
+    profile = [0.0, 0.0, 0.0, 0.01, 0.01, 0.01, 0.0, 0.0, 0.0, 0.0]
+    effects = made_up(profile, noise=0.0005)
+    plan = choose_layers(effects, size=3)
+    assert plan.evidence["share_of_total"] == pytest.approx(
+        max(plan.evidence["layer_scores"]) / float(effects.total.mean())
+    )
+    assert not plan.singled_out
+    assert "of what the corruption took" in plan.verdict
+    assert choose_layers(effects, size=3, least_share=0.0).singled_out
+
+
 def test_scores_are_means_over_roles_then_summed_over_the_band_without_noise() -> None:
     effects = made_up(BUMP, facts=5)
     effects.restored["mlp"][0][1] += (

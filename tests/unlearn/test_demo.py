@@ -50,13 +50,20 @@ def test_the_page_is_whole_and_self_contained(quick: Path) -> None:
 
 def test_a_second_call_runs_nothing_again(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unlearn.stage.train", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr("tracing.stage.trace", lambda *a, **k: pytest.fail("traced again"))
+    monkeypatch.setattr("tracing.tracer.trace_fact", lambda *a, **k: pytest.fail("traced again"))
     monkeypatch.setattr("unlearn.evaluation.evaluate.generate", lambda *a, **k: pytest.fail("generated again"))
     config = shipped()
     trace = replace(config.trace, max_facts=3, kinds=("mlp",))
     before = json.loads((quick / "results.json").read_text())["models"]
     run_demo(replace(config, trace=trace, trainer=replace(config.trainer, steps=2), out=str(quick)))
     assert json.loads((quick / "results.json").read_text())["models"] == before
+
+
+def test_another_trace_in_the_same_folder_is_refused(quick: Path) -> None:
+    config = shipped()
+    trace = replace(config.trace, max_facts=3, kinds=("mlp",), window=3)
+    with pytest.raises(UserError, match="window was 1 and is now 3"):
+        run_demo(replace(config, trace=trace, trainer=replace(config.trainer, steps=2), out=str(quick)))
 
 
 def test_results_that_lack_a_number_are_refused(quick: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lm.run import RunFolder
 from tests.unlearn.helpers import SMALL, command, config_words, environment, run_script, small_config
 from unlearn.config import UnlearnConfig, ValidationConfig
 from unlearn.objectives import NPO, GradientAscent, GradientDifference, Joint, KLMinimisation, Objective
-from unlearn.scope import Lora, Scope
+from unlearn.scope import Scope
 from unlearn.stage import run_unlearning
 from unlearn.trainer import learning_rate_factor
 
@@ -68,35 +68,6 @@ def test_the_checkpoint_is_a_plain_one(tiny: Path, tmp_path: Path) -> None:
     ours = load(str(folder), device="cpu")
     assert torch.equal(model(ids).logits, ours.model(ids).logits)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(), "tied weights stay tied"
-
-
-def test_lora_is_merged_into_its_scope(tiny: Path, tmp_path: Path) -> None:
-    scope = Scope(layers=(1,), lora=Lora(rank=2, alpha=4))
-    after, before = weights(run_unlearning(small_config(tiny, tmp_path / "run", scope=scope))), weights(tiny / "model")
-    assert after.keys() == before.keys()
-    for name in before:
-        update = after[name] - before[name]
-        if name.startswith("model.layers.1.mlp."):
-            assert 1 <= torch.linalg.matrix_rank(update, rtol=1e-3) <= 2, name
-        else:
-            assert torch.equal(after[name], before[name]), name
-
-
-def test_lora_in_memory_and_on_disk_say_the_same(tiny: Path, tmp_path: Path) -> None:
-    from unlearn import export, lora
-
-    model = load(str(tiny / "model"), device="cpu")
-    scope = Scope(layers=(0, 1, 2), modules=("all",)).resolve(model.anatomy)
-    lora.inject(model.model, model.anatomy, scope, Lora(rank=3), seed=0)
-    with torch.no_grad():
-        for name, parameter in model.model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-    ids = torch.arange(12).view(1, 12)
-    adapted = model.model(ids).logits
-    export.save(model.model, model.tokenizer, RunFolder(tmp_path))
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(plain(ids).logits, adapted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
@@ -223,6 +194,38 @@ def test_the_best_checkpoint_by_validation_is_the_one_kept(
     four = replace(SMALL, steps=4, schedule="constant")
     expected = weights(run_unlearning(small_config(tiny, tmp_path / "four", trainer=four)))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(best).items())
+
+
+def test_choosing_by_loss_generates_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unlearn.stage.generate", lambda *a, **k: pytest.fail("generated answers"))
+    trainer = replace(SMALL, steps=2, evaluate_every=1, checkpoint="lowest_joint_loss")
+    run_unlearning(small_config(tiny, tmp_path / "run", trainer=trainer, validation=reworded(tiny, tmp_path)))
+    lines = [line for line in RunFolder(tmp_path / "run").metrics() if "validation/joint_loss" in line]
+    assert len(lines) == 2
+    assert all("validation/task_aggregate" not in line for line in lines)
+
+
+def test_training_on_the_validation_rows_too_is_a_switch(tiny: Path, tmp_path: Path) -> None:
+    validation = reworded(tiny, tmp_path)
+    trainer = replace(SMALL, steps=None, epochs=1)
+    runs = {
+        name: small_config(
+            tiny, tmp_path / name, trainer=trainer, validation=validation, train_on_validation=name == "with"
+        )
+        for name in ("with", "without")
+    }
+    steps = {}
+    for name, config in runs.items():
+        run_unlearning(config)
+        steps[name] = RunFolder(tmp_path / name).manifest["steps"]
+    assert steps["with"] == 2 * steps["without"], "the reworded rows are as many as the trained ones"
+    with pytest.raises(UserError, match="train_on_validation is true but"):
+        small_config(tiny, tmp_path / "x", train_on_validation=True)
+
+
+def test_a_numbered_gpu_is_refused_where_the_launcher_decides(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
+        small_config(tiny, tmp_path / "x", model=ModelSpec(path=str(tiny / "model"), device="cuda:1"))
 
 
 def test_bf16_autocast_keeps_float32_masters_and_pure_bf16_does_not(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""Facts to trace from wherever they are named: rows of a forget or retain set, or a known-facts file.
+
+Reading rows is `unlearn.data`, which stands above `tracing`; this puts the two together for every entry point.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lm.errors import UserError
+from tracing import Fact, facts_from_rows, load_known_facts
+from tracing.config import TraceConfig
+from unlearn.data import load_rows
+
+
+def read_facts(config: TraceConfig) -> list[Fact]:
+    """The facts of every source, in order."""
+    facts: list[Fact] = []
+    for source in config.sources:
+        if is_known_facts(source):
+            facts += load_known_facts(source)
+            continue
+        rows = load_rows(source, columns=config.columns)
+        kept = [row for row in rows if not config.tasks or row.task in config.tasks]
+        if not kept:
+            have = ", ".join(sorted({row.task for row in rows}))
+            raise UserError(
+                f"{source} has no rows of {', '.join(config.tasks)} (it has {have}); set tasks to what it has"
+            )
+        facts += facts_from_rows(kept, config.subject)
+    return facts
+
+
+def is_known_facts(source: str) -> bool:
+    """Whether a source is a JSON array of facts rather than rows: its first object has an `attribute`."""
+    path = Path(source)
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return '"attribute"' in file.read(4096)
