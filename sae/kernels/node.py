@@ -105,7 +105,7 @@ def encode_decode(
         if backend not in ("cpu", "torch") or (backend == "cpu" and x.device.type != "cpu"):
             raise UserError(f"the backend {backend!r} does not run on {x.device}: use 'auto', 'torch' or 'dense'")
         got = _Node.apply(  # type: ignore[no-untyped-call]
-            x, w_enc, b_enc, w_dec, b_dec, stack, values, main.matches, share, backend, budget_bytes
+            x, w_enc, b_enc, w_dec, b_dec, stack, values, main.matches, aux is not None, share, backend, budget_bytes
         )
     z, x_hat = main.with_values(got[0]), got[1]
     return Encoded(z, x_hat, None, None) if aux is None else Encoded(z, x_hat, aux.with_values(got[2]), got[3])
@@ -125,18 +125,23 @@ class _Node(torch.autograd.Function):
         stack: Stack,
         values: Tensor,
         main: int,
+        both: bool,
         share: Tensor | None,
         backend: Backend,
         budget_bytes: int | None,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, w_enc, w_dec, b_dec, stack.indices, stack.offsets, values, share)
         ctx.sizes = stack.tokens, stack.features, main
+        ctx.both = both
         ctx.backend, ctx.budget_bytes = backend, budget_bytes
         ctx.set_materialize_grads(False)
-        hats = bags(stack.indices, stack.offsets, values, w_dec)
-        if stack.rows == stack.tokens:
-            return values.clone(), hats
-        return values[:main].clone(), hats[: stack.tokens], values[main:].clone(), hats[stack.tokens :]
+        starts = stack.offsets[: stack.tokens + 1]
+        x_hat = bags(stack.indices[:main], starts, values[:main], w_dec)
+        if not both:
+            return values.clone(), x_hat
+        starts = stack.offsets[stack.tokens :] - main
+        aux_hat = bags(stack.indices[main:], starts, values[main:], w_dec)
+        return values[:main].clone(), x_hat, values[main:].clone(), aux_hat
 
     @staticmethod
     @once_differentiable
@@ -145,7 +150,7 @@ class _Node(torch.autograd.Function):
         tokens, features, main = ctx.sizes
         with torch.autocast(x.device.type, enabled=False):
             stack = Stack(indices, offsets, tokens, features)
-            return _gradients(ctx, x, w_enc, w_dec, b_dec, stack, values, share, main, given) + (None,) * 6
+            return _gradients(ctx, x, w_enc, w_dec, b_dec, stack, values, share, main, given) + (None,) * 7
 
 
 def _gradients(
@@ -162,7 +167,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, w_enc, b_enc, w_dec, b_dec, as far as they are wanted."""
     need_x, need_w_enc, need_b_enc, need_w_dec, need_b_dec = ctx.needs_input_grad[:5]
-    both = stack.rows > stack.tokens
+    both = ctx.both
     sizes = (stack.tokens, stack.tokens) if both else (stack.tokens,)
     hats = _joined(given[1::2], sizes, values.new_zeros(0, x.shape[1]))
     direct = _joined(given[0::2], (main, len(values) - main) if both else (main,), values[:0])
@@ -178,7 +183,7 @@ def _gradients(
     d_w_enc = d_b_enc = d_b_dec = d_x = None
     if need_w_enc:
         centred = (x - b_dec).to(w_enc.dtype).contiguous()
-        d_w_enc = bags(rows % stack.tokens if both else rows, starts, d_sorted, centred)
+        d_w_enc = bags(torch.where(rows < stack.tokens, rows, rows - stack.tokens), starts, d_sorted, centred)
         del centred
     if need_b_enc or need_b_dec:
         d_b_enc = bags(torch.zeros_like(rows), starts, d_sorted, d_values.new_ones(1, 1)).squeeze(1)
