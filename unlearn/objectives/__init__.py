@@ -1,8 +1,7 @@
 """The objectives, one file a family. A new one is a dataclass and its terms here; nothing else changes."""
 
-from unlearn.objectives.ascent import GradientAscent, GradientDifference
+from unlearn.objectives.ascent import GradientAscent, GradientDifference, KLMinimisation
 from unlearn.objectives.base import Objective, RetainMemory, Term, TokenStats
-from unlearn.objectives.divergence import KLMinimisation
 from unlearn.objectives.joint import Joint
 from unlearn.objectives.learn import Learn
 from unlearn.objectives.preference import NPO

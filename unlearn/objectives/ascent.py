@@ -1,4 +1,4 @@
-"""The gradient-ascent family: baselines that push the forget cross-entropy up, with or without a fixed retain term."""
+"""The gradient-ascent family: baselines that push the forget cross-entropy up, alone, or with a fixed retain term."""
 
 from __future__ import annotations
 
@@ -27,21 +27,30 @@ class GradientAscent(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientDifference(Objective):
+class GradientDifference(GradientAscent):
     """`L = -CE(forget) + CE(retain)`. Source: Liu et al. 2022 (arXiv 2203.12817), as in TOFU. Badge: **faithful**."""
 
+    uses_retain: ClassVar[bool] = True
+
     retain_factor: float = 1.0
-    """The fixed weight of the retain cross-entropy."""
-    forget_cap: float | None = None
-    """Nats a token beyond which a forget token is not pushed further; null is the published form."""
-
-    def __post_init__(self) -> None:
-        check_cap(self.forget_cap)
-
-    def forget_term(self, stats: TokenStats) -> Term:
-        """`-CE`."""
-        return Term(ascent(stats, self.forget_cap))
+    """The fixed weight of the retain term."""
 
     def retain_weight(self, memory: RetainMemory, retain_cross_entropy: float) -> float:
         """Fixed."""
         return self.retain_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLMinimisation(GradientDifference):
+    """`L = -CE(forget) + KL(original || model)(retain)`, over the whole vocabulary at each supervised token.
+
+    Source: TOFU (arXiv 2401.06121), section on KL minimisation. Badge: **variant**: the divergence is taken on supervised
+    tokens only, where TOFU's code takes all.
+    """
+
+    needs_retain_divergence: ClassVar[bool] = True
+
+    def retain_term(self, stats: TokenStats) -> Term:
+        """The divergence, summed over supervised tokens."""
+        assert stats.divergence is not None
+        return Term(stats.total(stats.divergence))
