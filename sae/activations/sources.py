@@ -1,0 +1,225 @@
+"""Where activations come from, as configs name it: text of five kinds, or activations that are already in files.
+
+Each is a frozen dataclass on one axis (`Source`, see `lm.config`); `open` gives the documents. Texts from the hub are
+read through `datasets` without code from the hub. No language model is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from lm.errors import UserError
+from lm.prompts import PromptSpec, render
+from lm.rows import Row
+from lm.sources import one_line
+from sae.activations.documents import Documents, Listed, Streamed
+from sae.activations.records import find_files, read_records, text_documents, value_of
+
+Part = Literal["forget", "retain", "held_out", "general", "all"]
+Format = Literal["raw", "chat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The axis: something that activations come from."""
+
+    config_axis: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource(Source):
+    """Something that holds documents."""
+
+    def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
+        """The documents. Raises UserError for what is missing, unreadable or empty."""
+        raise NotImplementedError(f"{type(self).__name__} has no documents")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasets(TextSource):
+    """A dataset of the hub, or a folder that `datasets` reads (a clone of one, or what `save_to_disk` wrote)."""
+
+    path: str
+    """A hub id, or a folder."""
+    name: str | None = None
+    """The configuration, where a dataset has several (`wikitext-103-raw-v1`)."""
+    split: str = "train"
+    """The split."""
+    column: str = "text"
+    """The column that holds the text."""
+    revision: str | None = None
+    """A commit, branch or tag of a hub id."""
+    streaming: bool = True
+    """Read as it goes, instead of downloading it (and writing it into the cache of `datasets`) first."""
+    shuffle_block: int = 10_000
+    """When streaming, documents are permuted within blocks of so many, which are held in memory."""
+
+    def __post_init__(self) -> None:
+        if self.shuffle_block < 1:
+            raise UserError(f"shuffle_block {self.shuffle_block} is too small: give 1 or more documents")
+
+    def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
+        import datasets
+
+        label = f"{self.path} ({self.split})"
+        with _said(f"the dataset {self.path}, split {self.split}, cannot be read, check name, split and connection"):
+            loaded = self._load(datasets)
+        if isinstance(loaded, datasets.IterableDataset):
+            return Streamed(label, lambda start: self._records(loaded, start), block=self.shuffle_block)
+        if self.column not in loaded.column_names:
+            raise _no_column(label, self.column, loaded.column_names)
+        if not len(loaded):
+            raise UserError(f"{label} holds no documents: give a split with at least one")
+        table = loaded.select_columns([self.column])
+        return Listed(label, len(table), lambda numbers: table[list(numbers)][self.column])
+
+    def _load(self, datasets: Any) -> Any:
+        folder = Path(self.path).expanduser()
+        if folder.is_dir() and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(str(folder))
+            if not isinstance(saved, datasets.DatasetDict):
+                return saved
+            if self.split not in saved:
+                raise UserError(f"{self.path} has no split {self.split!r}: it has {', '.join(saved)}")
+            return saved[self.split]
+        return datasets.load_dataset(
+            str(folder) if folder.is_dir() else self.path,
+            self.name,
+            split=self.split,
+            revision=None if folder.is_dir() else self.revision,
+            streaming=self.streaming,
+            trust_remote_code=False,
+        )
+
+    def _records(self, dataset: Any, start: int) -> Iterator[object]:
+        """The texts of a streamed dataset from one place on. Its own order is kept: `skip` is exact."""
+        label = f"{self.path} ({self.split})"
+        with _said(f"reading {self.path} from the hub failed, check the connection and resume"):
+            for record in dataset.skip(start) if start else dataset:
+                if self.column not in record:
+                    raise _no_column(label, self.column, record)
+                yield record[self.column]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles(TextSource):
+    """Local text, JSON-lines, JSON or Parquet files, read into memory (for more than that, see Datasets)."""
+
+    path: str
+    """A file, or a folder: its files of the first kind found of .jsonl, .parquet, .json and .txt, by name."""
+    column: str = "text"
+    """The column that holds the text, in files that have columns."""
+    new_document: str | None = None
+    r"""In .txt files: a line that matches this regular expression begins a document. Null: a file is one document; an
+    empty pattern: a line is. WikiText: ` = [^=].* = $`."""
+
+    def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
+        texts: list[str] = []
+        for file in find_files(Path(self.path).expanduser(), (".jsonl", ".parquet", ".json", ".txt")):
+            if file.suffix.lower() == ".txt":
+                texts += text_documents(file, self.new_document)
+            else:
+                texts += [value_of(record, where, self.column, blank=True) for where, record in read_records(file)]
+        return _listed(self.path, texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(TextSource):
+    """Rows in LUME's schema: each document is a prompt with its output, as a model is trained on it."""
+
+    path: str
+    """A .jsonl, .json or .parquet file with columns `input` and `output`, or a folder of them."""
+    format: Format = "raw"
+    """raw: `input + " " + output`; chat: the tokenizer's template round the input, then the output."""
+
+    def __post_init__(self) -> None:
+        _known(self.format, Format, "format")
+
+    def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
+        pairs = []
+        for file in find_files(Path(self.path).expanduser(), (".jsonl", ".parquet", ".json")):
+            for where, record in read_records(file):
+                pairs.append((value_of(record, where, "input"), value_of(record, where, "output")))
+        return _listed(self.path, _joined(pairs, self.format, tokenizer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Builtin(TextSource):
+    """The built-in world: its rows as documents, its general facts as statements."""
+
+    part: Part = "all"
+    """forget, retain, held_out (what no built-in model saw), general, or all that the memorising model was trained on."""
+    format: Format = "raw"
+    """Of the rows: raw, or chat."""
+
+    def __post_init__(self) -> None:
+        _known(self.part, Part, "part")
+        _known(self.format, Format, "format")
+
+    def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
+        from lm.builtin import world
+
+        built = world.build()
+        parts: Mapping[str, Sequence[Row]] = {
+            "forget": built.forget,
+            "retain": built.retain,
+            "held_out": built.held_out,
+            "all": (*built.forget, *built.retain),
+            "general": (),
+        }
+        texts = _joined([(row.input, row.output) for row in parts[self.part]], self.format, tokenizer)
+        if self.part in ("general", "all"):
+            texts += [statement for fact in built.general for statement in fact.statements]
+        return _listed(f"builtin:{self.part}", texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationFiles(Source):
+    """Activations that are there already: a cache that `write_cache` made, or plain safetensors files."""
+
+    path: str
+    """The cache's folder; or a .safetensors file, or a folder of them."""
+    site: str = "resid.0"
+    """Of plain files: the site that the values are of."""
+    key: str = "activations"
+    """Of plain files: the name of the `(tokens, hidden)` tensor."""
+
+
+def _joined(pairs: Sequence[tuple[str, str]], form: Format, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    spec = PromptSpec(format=form)
+    return [f"{render(tokenizer, prompt, spec)}{spec.prefix}{output}" for prompt, output in pairs]
+
+
+def _listed(name: str, texts: Sequence[str]) -> Listed:
+    if not any(texts):
+        raise UserError(f"{name} holds no text: give at least one document that is not empty")
+    return Listed.of(name, texts)
+
+
+def _known(value: str, choices: Any, what: str) -> None:
+    if value not in get_args(choices):
+        raise UserError(f"the {what} {value!r} is unknown: use one of {', '.join(get_args(choices))}")
+
+
+def _no_column(label: str, column: str, known: Any) -> UserError:
+    return UserError(f"{label} has no column {column!r}, it has {', '.join(known)}: set column")
+
+
+class _said:
+    """Turns what `datasets` raises while loading or reading into one sentence."""
+
+    def __init__(self, sentence: str) -> None:
+        self.sentence = sentence
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
+            return
+        raise UserError(f"{self.sentence}: {one_line(error)}") from error
