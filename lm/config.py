@@ -202,11 +202,16 @@ def _subclasses(axis: type[Any]) -> dict[str, type[Any]]:
 
 
 def _attribute_docs(cls: type[Any]) -> dict[str, str]:
-    """The string that stands under each field in the class body."""
+    """The string that stands under each field in the class body, or in that of the class it is inherited from."""
     from docstring_parser import parse_from_object  # comes with jsonargparse[signatures]
 
-    parsed = parse_from_object(cls)
-    return {item.arg_name: " ".join((item.description or "").split()) for item in parsed.params}
+    docs: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(one) and isinstance(one, type):
+            docs |= {
+                item.arg_name: " ".join((item.description or "").split()) for item in parse_from_object(one).params
+            }
+    return docs
 
 
 def _known(cls: type[Any], prefix: str = "") -> list[str]:

@@ -2,8 +2,9 @@
 
 Untied weights with the encoder started as the decoder's transpose, unit-norm decoder rows and a pre-bias that is
 subtracted before encoding and added after decoding (Gao et al. 2024). The allocation is the only thing that differs
-between TopK, feature choice and mutual choice. This is the plain form, with dense pre-activations under autograd; it
-trains nothing, talks to no hub and imports no language model.
+between TopK, feature choice and mutual choice. A fourth rule, fixed thresholds, and a normalisation of each token hold
+what other tools trained (`sae.formats` reads and writes their files). This is the plain form, with dense pre-activations
+under autograd; it trains nothing, talks to no hub and imports no language model.
 """
 
 from __future__ import annotations
@@ -27,8 +28,14 @@ from sae.code import SparseCode, decode
 from sae.recipe import geometric_median, input_variance, unit_rows, without_parallel
 
 Choice = Literal["token", "feature", "mutual"]
+Rule = Choice | Literal["threshold"]
+InputNorm = Literal["none", "layer_norm", "token_norm"]
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
-_ARCHITECTURES = {"token": "topk", "feature": "jumprelu", "mutual": "jumprelu"}
+NORMS = {"none": "none", "layer_norm": "layer_norm", "token_norm": "constant_norm_rescale"}
+"""How SAELens spells `input_norm`."""
+OWN = ("training_architecture", "autoencoder", "input_variance", "sae_lens_version")
+"""The metadata that a file of ours states itself. The version is that of SAELens' layout; without it, it reads an older."""
+_LAYOUT = "6.0.0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +47,33 @@ class SparseAutoencoderConfig:
     features: int
     """Width of the dictionary."""
     k: int
-    """Mean number of active features a token."""
-    choice: Choice = "token"
-    """Which allocation: token choice (TopK), feature choice or mutual choice (BatchTopK)."""
+    """Mean number of active features a token; 0 where only thresholds say what is active."""
+    choice: Rule = "token"
+    """Which allocation: token choice (TopK), feature choice or mutual choice (BatchTopK). `threshold` is none of them but
+    fixed thresholds in training too: ReLU (thresholds 0) and JumpReLU autoencoders of other tools."""
     seed: int = 0
     """Of the decoder's random directions."""
+    input_norm: InputNorm = "none"
+    """What is done to each token before the pre-bias and undone after decoding: `layer_norm` takes its mean off and divides
+    by its deviation over the width, `token_norm` gives it the length `sqrt(hidden)`."""
 
     def __post_init__(self) -> None:
-        if self.hidden < 1 or not 1 <= self.k <= self.features:
+        for name in ("hidden", "features", "k", "seed"):
+            if type(value := getattr(self, name)) is not int:
+                raise UserError(f"{name} = {value!r} of an autoencoder is not a whole number: give one")
+        least = 0 if self.choice == "threshold" else 1
+        if self.hidden < 1 or self.features < 1 or not least <= self.k <= self.features:
             raise UserError(
                 f"an autoencoder of {self.features} features, {self.k} active, on width {self.hidden} cannot be: "
                 f"give positive sizes and k no larger than the number of features"
             )
-        if self.choice not in get_args(Choice):
-            raise UserError(f"the allocation {self.choice!r} is unknown: use one of {', '.join(get_args(Choice))}")
+        rules = (*get_args(Choice), "threshold")
+        if self.choice not in rules:
+            raise UserError(f"the allocation {self.choice!r} is unknown: use one of {', '.join(rules)}")
+        if self.input_norm not in get_args(InputNorm):
+            raise UserError(
+                f"the input_norm {self.input_norm!r} is unknown: use one of {', '.join(get_args(InputNorm))}"
+            )
 
 
 class SparseAutoencoder(nn.Module):
@@ -65,10 +85,13 @@ class SparseAutoencoder(nn.Module):
 
     threshold: Tensor
     variance: Tensor
+    metadata: dict[str, Any]
+    """Where it comes from, as a file said: model, hook name, data. Written again by `save_pretrained`; not a weight."""
 
     def __init__(self, config: SparseAutoencoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.metadata = {}
         generator = torch.Generator().manual_seed(config.seed)
         directions = unit_rows(torch.randn(config.features, config.hidden, generator=generator))
         self.w_dec = nn.Parameter(directions)
@@ -81,9 +104,9 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def start_from(self, sample: Tensor) -> None:
         """Set the pre-bias to the geometric median of a (tokens, hidden) sample, and the loss's normaliser, once."""
-        self._rows(sample)
-        self.variance.fill_(input_variance(sample))
-        self.b_dec.copy_(geometric_median(sample))
+        inner = self._normalised(self._rows(sample))[0]
+        self.variance.fill_(input_variance(inner))
+        self.b_dec.copy_(geometric_median(inner))
 
     def affinity(self, x: Tensor) -> Tensor:
         """(tokens, features) pre-activations in float32, of x (tokens, hidden), whatever the autocast.
@@ -91,7 +114,7 @@ class SparseAutoencoder(nn.Module):
         Feature choice computes them as (features, tokens) in memory, the layout its selection is fast in.
         """
         with torch.autocast(x.device.type, enabled=False):
-            centred = self._rows(x).float() - self.b_dec
+            centred = self._normalised(self._rows(x).float())[0] - self.b_dec
             if self.config.choice == "feature":
                 return torch.addmm(self.b_enc.unsqueeze(1), self.w_enc, centred.T).T
             return torch.addmm(self.b_enc, centred, self.w_enc.T)
@@ -107,7 +130,7 @@ class SparseAutoencoder(nn.Module):
         affinity, k = self.affinity(x), self.config.k
         if self.config.choice == "token":
             return token_choice(affinity, k)
-        if not self.training:
+        if not self.training or self.config.choice == "threshold":
             self._needs_threshold("encode outside training")
             return by_threshold(affinity, self.threshold)
         if self.config.choice == "mutual":
@@ -116,13 +139,19 @@ class SparseAutoencoder(nn.Module):
             budgets = uniform_budgets(features=self.config.features, k=k, batch=x.shape[0])
         return feature_choice(affinity, budgets)
 
-    def decode(self, code: SparseCode) -> Tensor:
-        """`x_hat` (tokens, hidden)."""
-        return decode(code, self.w_dec, self.b_dec)
+    def decode(self, code: SparseCode, x: Tensor | None = None) -> Tensor:
+        """`x_hat` (tokens, hidden). With an `input_norm`, `x` (tokens, hidden) says what to undo; else it is not looked at."""
+        inner = decode(code, self.w_dec, self.b_dec)
+        if self.config.input_norm == "none":
+            return inner
+        if x is None:
+            raise UserError(f"decoding undoes the {self.config.input_norm} of the input: call decode(code, x)")
+        _, shift, scale = self._normalised(self._rows(x).float())
+        return inner * scale + shift
 
     def forward(self, x: Tensor) -> Tensor:
-        """`decode(encode(x))` for x (tokens, hidden)."""
-        return self.decode(self.encode(x))
+        """`decode(encode(x), x)` for x (tokens, hidden)."""
+        return self.decode(self.encode(x), x)
 
     @torch.no_grad()
     def set_threshold(self, threshold: Tensor | float) -> None:
@@ -150,29 +179,36 @@ class SparseAutoencoder(nn.Module):
     def save_pretrained(self, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
         """Write `sae_weights.safetensors` and `cfg.json`, each whole or not at all, in the layout SAELens uses.
 
-        TopK is written as `topk`, the other two as `jumprelu` with one threshold a feature (they must be set). Float32;
-        thresholds are rounded to it. Own facts, and `metadata` (what JSON can hold), stand under `metadata`.
+        TopK is written as `topk`, the others as `jumprelu` with one threshold a feature (they must be set), or as `standard`
+        where the rule is thresholds and all are 0. Float32; thresholds are rounded to it. Own facts, `self.metadata` and
+        `metadata` (what JSON can hold) stand under `metadata`.
         """
-        taken = {"training_architecture", "autoencoder", "input_variance"} & set(metadata or {})
+        taken = set(OWN) & set(metadata or {})
         if taken:
             raise UserError(f"the metadata names {', '.join(sorted(taken))} are the file's own: use other names")
         tensors = {"W_enc": self.w_enc.T, "b_enc": self.b_enc, "W_dec": self.w_dec, "b_dec": self.b_dec}
+        architecture = "topk"
         if self.config.choice != "token":
             self._needs_threshold("be saved")
-            tensors["threshold"] = self.threshold
+            relu = self.config.choice == "threshold" and not bool(self.threshold.any())
+            architecture = "standard" if relu else "jumprelu"
+            if not relu:
+                tensors["threshold"] = self.threshold
         variance = float(self.variance)
         config = {
-            "architecture": _ARCHITECTURES[self.config.choice],
+            "architecture": architecture,
             "d_in": self.config.hidden,
             "d_sae": self.config.features,
             "dtype": "float32",
             "device": "cpu",
             "apply_b_dec_to_input": True,
-            "normalize_activations": "none",
+            "normalize_activations": NORMS[self.config.input_norm],
             "reshape_activations": "none",
             **({"k": self.config.k, "rescale_acts_by_decoder_norm": False} if self.config.choice == "token" else {}),
             "metadata": {
+                **self.metadata,
                 **(metadata or {}),
+                "sae_lens_version": _LAYOUT,
                 "training_architecture": f"{self.config.choice}_choice",
                 "autoencoder": asdict(self.config),
                 "input_variance": None if math.isnan(variance) else variance,
@@ -188,19 +224,19 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> SparseAutoencoder:
-        """Read what `save_pretrained` wrote, in evaluation mode. Files of other tools are not read here."""
+        """Read what `save_pretrained` wrote, in evaluation mode. `sae.formats` reads the files of other tools."""
         folder = Path(folder)
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
                 raise UserError(f"{folder} has no {name}: give the folder that save_pretrained wrote")
         try:
             facts = json.loads((folder / CONFIG).read_text())["metadata"]
-            config = SparseAutoencoderConfig(
-                **{field.name: facts["autoencoder"][field.name] for field in fields(SparseAutoencoderConfig)}
-            )
+            own = facts["autoencoder"]
+            names = {field.name for field in fields(SparseAutoencoderConfig)} & set(own)
+            config = SparseAutoencoderConfig(**{name: own[name] for name in names})
             with safe_open(folder / WEIGHTS, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        except (KeyError, TypeError, UserError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
             raise UserError(
                 f"{folder} was not written by this project's save_pretrained ({error!r}): convert it"
             ) from None
@@ -211,15 +247,29 @@ class SparseAutoencoder(nn.Module):
             "W_dec": model.w_dec,
             "b_dec": model.b_dec,
         }
-        if config.choice != "token":
+        if config.choice == "threshold" and "threshold" not in tensors:
+            model.set_threshold(0.0)
+        elif config.choice != "token":
             targets["threshold"] = model.threshold
         for name, target in targets.items():
             if name not in tensors or tensors[name].shape != target.shape:
                 raise UserError(f"{folder / WEIGHTS} lacks {name} of shape {tuple(target.shape)}: the file is damaged")
             target.data.copy_(tensors[name])
-        if facts.get("input_variance") is not None:
+        if isinstance(facts.get("input_variance"), float):
             model.variance.fill_(facts["input_variance"])
+        model.metadata = {name: value for name, value in facts.items() if name not in OWN}
         return model.eval()
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """What the autoencoder sees of x (tokens, hidden), and the shift and scale that take its output back."""
+        if self.config.input_norm == "none":
+            return x, 0.0, 1.0
+        if self.config.input_norm == "token_norm":
+            scale = (x.norm(dim=1, keepdim=True) / math.sqrt(x.shape[1])).clamp(min=torch.finfo(x.dtype).tiny)
+            return x / scale, 0.0, scale
+        shift = x.mean(1, keepdim=True)
+        scale = (x - shift).std(1, keepdim=True)
+        return (x - shift) / (scale + 1e-5), shift, scale
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.config.hidden:

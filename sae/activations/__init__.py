@@ -10,8 +10,10 @@ from sae.activations.cache import ActivationCache, CachedActivations, ReadSpec, 
 from sae.activations.contexts import Context, Contexts, ContextSpec
 from sae.activations.cut import forward
 from sae.activations.harvest import Harvester, HarvestSpec, MaskSpec, harvest
-from sae.activations.live import BufferSpec, LiveActivations, merge_states
+from sae.activations.live import BufferSpec, LiveActivations
+from sae.activations.opening import open_activations
 from sae.activations.sources import ActivationFiles, Builtin, Datasets, Rows, Source, TextFiles, TextSource
+from sae.activations.state import merge_states, read_state, save_state
 from sae.activations.writer import CacheSpec, write_cache
 
 __all__ = [
@@ -40,8 +42,11 @@ __all__ = [
     "forward",
     "harvest",
     "merge_states",
+    "open_activations",
     "open_cache",
     "parse_site",
+    "read_state",
+    "save_state",
     "site_name",
     "write_cache",
 ]

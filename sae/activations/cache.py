@@ -23,8 +23,8 @@ from lm.anatomy import Site
 from lm.errors import UserError
 from lm.sources import one_line
 from sae.activations.batch import ActivationBatch, State, concatenate, parse_site, permutation, site_name
-from sae.activations.live import require_same
 from sae.activations.sources import ActivationFiles
+from sae.activations.state import require_same
 
 FORMAT = "palimpsest-activations-1"
 MANIFEST, STATISTICS = "manifest.json", "statistics.safetensors"

@@ -98,7 +98,7 @@ class Harvester:
 
     @property
     def limits(self) -> dict[Site, float]:
-        """The largest norm that is no outlier, by site."""
+        """The largest norm that is no outlier, by site; none where outliers are kept, or half of the norms are 0."""
         if self._limits is None:
             self._limits = self._calibrate() if self.spec.masks.outliers is not None else {}
         return self._limits
@@ -118,10 +118,10 @@ class Harvester:
             norms.append(torch.stack([rows[site].float().norm(dim=1) for site in self.sites]))
             kept += len(rows)
         if not kept:
-            return dict.fromkeys(self.sites, float("inf"))
+            return {}
         medians = torch.cat(norms, 1).median(1).values.tolist()
-        multiple = self.spec.masks.outliers or float("inf")
-        return {site: multiple * median or float("inf") for site, median in zip(self.sites, medians, strict=True)}
+        multiple = self.spec.masks.outliers or 0.0
+        return {site: multiple * median for site, median in zip(self.sites, medians, strict=True) if median}
 
     def _rows(self, contexts: Sequence[Context], limits: dict[Site, float]) -> tuple[ActivationBatch, Counter[str]]:
         device, masks = self.model.device, self.spec.masks

@@ -39,6 +39,7 @@ from sae.activations.contexts import Context
 from sae.activations.harvest import Harvester, HarvestSpec
 from sae.activations.identity import provenance, settings
 from sae.activations.sources import TextSource
+from sae.activations.state import require_same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,29 +239,6 @@ class LiveActivations(Iterator[ActivationBatch]):
         self.harvester.limits = {parse_site(name): float(limit) for name, limit in facts["limits"].items()}
         self._contexts = self.harvester.contexts(facts["contexts"])
         self.batches = int(facts["batches"])
-
-
-def merge_states(states: Sequence[State]) -> State:
-    """The states of all processes, taken after the same batch, as one that `load_state_dict` takes in any of them."""
-    first = min(states, key=lambda state: int(state["facts"]["contexts"]["count"]))["facts"]
-    if len({state["facts"]["batches"] for state in states}) != 1:
-        raise UserError("these states were taken after different batches: take them at the same step")
-    lanes = {number: lane for state in states for number, lane in state["facts"]["lanes"].items()}
-    tensors = {name: value for state in states for name, value in state["tensors"].items()}
-    return {"facts": {**first, "lanes": lanes}, "tensors": tensors}
-
-
-def require_same(stored: dict[str, Any], now: dict[str, Any], what: str = "the state", prefix: str = "") -> None:
-    """UserError naming the first setting that differs."""
-    for key in sorted({*stored, *now}):
-        old, new = stored.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            require_same(old, new, what, f"{prefix}{key}.")
-        elif old != new:
-            raise UserError(
-                f"{what} was made with {prefix}{key} {old!r:.200} and now it is {new!r:.200}: give the same settings, or "
-                "begin anew"
-            )
 
 
 def _waiting(tensors: dict[str, Any], prefix: str) -> deque[Context]:

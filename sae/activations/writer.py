@@ -50,9 +50,9 @@ from sae.activations.cache import (
 )
 from sae.activations.harvest import Harvester, HarvestSpec
 from sae.activations.identity import provenance, settings
-from sae.activations.live import require_same
 from sae.activations.moments import Moments
 from sae.activations.sources import TextSource
+from sae.activations.state import require_same
 
 Shuffle = Literal["auto", "global", "block"]
 

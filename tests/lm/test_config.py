@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import pytest
 import yaml
 
-from lm.config import _attribute_docs, _fields, did_you_mean, dump_yaml, parse_config
+from lm.config import _attribute_docs, _fields, _subclasses, did_you_mean, dump_yaml, parse_config
 from lm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def test_every_setting_has_a_sentence() -> None:
             if not said.get(item.name):
                 silent.append(prefix + item.name)
             for part in (hint, *typing.get_args(hint)):
-                inner = [part, *part.__subclasses__()] if getattr(part, "config_axis", False) else [part]
+                inner = [part, *_subclasses(part).values()] if getattr(part, "config_axis", False) else [part]
                 for one in inner:
                     if dataclasses.is_dataclass(one) and isinstance(one, type):
                         look(one, f"{prefix}{item.name}.")

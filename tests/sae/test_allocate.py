@@ -161,6 +161,56 @@ def test_large_bf16_batches_have_exact_counts_in_spite_of_ties() -> None:
     assert torch.equal(mutual.token_ids() * 512 + mutual.indices, by_hand)
 
 
+def first_largest(row: Tensor, budget: int) -> Tensor:
+    """Places of the `budget` largest positive entries, ties to the earlier, by a stable sort."""
+    places = torch.sort(row.double(), descending=True, stable=True).indices[:budget]
+    return places[row[places] > 0].sort().values
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", ["random", "ties", "constant", "few positive", "one token outdoes all"])
+@pytest.mark.parametrize(("tokens", "features"), [(24, 800), (301, 157)])
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_wide_batches_are_searched_by_groups_and_exact(
+    dtype: torch.dtype, kind: str, tokens: int, features: int, columns_first: bool
+) -> None:
+    values = torch.randn(tokens, features, generator=torch.Generator().manual_seed(7))
+    if kind == "ties":
+        values = values.round(decimals=1)
+    elif kind == "constant":
+        values = torch.full_like(values, 0.3)
+    elif kind == "few positive":
+        values = values - 2.5
+    elif kind == "one token outdoes all":
+        values[5] += 100
+    affinity = values.to(dtype).T.contiguous().T if columns_first else values.to(dtype)
+    for k in (1, 3, 9):
+        chosen = token_choice(affinity, k).check()
+        for token in (0, 5, tokens - 1):
+            assert torch.equal(chosen.token(token)[0], first_largest(affinity[token], k))
+        assert torch.equal(chosen.token_counts(), (affinity > 0).sum(1).clamp(max=k))
+        mutual = mutual_choice(affinity, k * 7).check()
+        assert torch.equal(mutual.token_ids() * features + mutual.indices, first_largest(affinity.flatten(), k * 7))
+    budgets = torch.tensor([0, 1, 2, 4, tokens]).repeat(features)[:features]
+    by_feature = feature_choice(affinity, budgets).check().by_feature()
+    assert torch.equal(by_feature.offsets.diff(), torch.minimum((affinity > 0).sum(0), budgets))
+    for feature in (1, 2, 3, 4, features - 1):
+        start, end = by_feature.offsets[feature : feature + 2].tolist()
+        expected = first_largest(affinity[:, feature], int(budgets[feature]))
+        assert torch.equal(by_feature.tokens[start:end], expected)
+
+
+@pytest.mark.parametrize("place", [0, 799, 800 * 12 + 400, 800 * 24 - 1])
+def test_no_group_hides_a_nan(place: int) -> None:
+    affinity = -torch.ones(24 * 800)
+    affinity[place] = math.nan
+    for choose in (token_choice, feature_choice, mutual_choice):
+        for layout in (affinity.view(24, 800), affinity.view(800, 24).T, affinity[1:].view(9, -1)):
+            if layout.isnan().any():
+                with pytest.raises(UserError, match="NaN"):
+                    choose(layout, 1)
+
+
 def test_choices_are_nested_in_the_budget() -> None:
     affinity = torch.randn(16, 32, generator=torch.Generator().manual_seed(1)).round(decimals=1)
     for choose in (token_choice, feature_choice, mutual_choice):
