@@ -290,7 +290,7 @@ def _kth_largest(values: Tensor, budget: int) -> tuple[Tensor, int] | None:
     prefix, wanted = 0, budget
     for shift in range(bits - 16, -1, -16):
         counts = torch.zeros(1 << 16, dtype=torch.int64, device=values.device)
-        for chunk in values.split(_CHUNK if values.device.type == "cpu" else _CHUNK << 6):
+        for chunk in torch.split(values, _CHUNK if values.device.type == "cpu" else _CHUNK << 6):
             keys = chunk.contiguous().view(_KEYS[values.dtype]).clamp(min=0)
             if shift == bits - 16:
                 counts += torch.bincount(keys >> shift, minlength=1 << 16)
