@@ -8,6 +8,7 @@ and "torch" the sparse ones. Which matches are chosen is not decided here (`sae.
 from sae.kernels.calibrate import choose_backend, measured_costs
 from sae.kernels.node import Choose, Encoded, Selection, Splits, encode_decode
 from sae.kernels.operations import Backend
+from sae.kernels.rows import take_parallel_, unit_rows_
 
 __all__ = [
     "Backend",
@@ -18,4 +19,6 @@ __all__ = [
     "choose_backend",
     "encode_decode",
     "measured_costs",
+    "take_parallel_",
+    "unit_rows_",
 ]

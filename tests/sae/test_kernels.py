@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lm import UserError
 from sae import SparseCode, feature_choice, mutual_choice, token_choice
-from sae.kernels import Encoded, Selection, encode_decode
+from sae.kernels import Encoded, Selection, encode_decode, take_parallel_, unit_rows_
 from sae.kernels.operations import bags, bags_by_adding
+from sae.recipe import unit_rows, without_parallel
 
 T, H, F = 9, 5, 24
 SPARSE = ["cpu", "torch"]
@@ -223,6 +224,18 @@ def test_bags_two_ways() -> None:
             bags_by_adding(numbers, offsets, weights, table, budget_bytes=budget),
             bags(numbers, offsets, weights, table),
         )
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1 << 16])
+def test_rows_in_place(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.kernels.rows._CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    gradient, w_dec = torch.randn(12, 5, generator=generator), torch.randn(12, 5, generator=generator)
+    w_dec[3] = 0
+    projected, normed = without_parallel(gradient, w_dec), unit_rows(w_dec)
+    torch.testing.assert_close(take_parallel_(gradient, w_dec), projected)
+    assert torch.equal(gradient[3], projected[3])
+    torch.testing.assert_close(unit_rows_(w_dec), normed)
 
 
 def test_refusals() -> None:
