@@ -12,7 +12,7 @@ from sae.activations.cut import forward
 from sae.activations.harvest import Harvester, HarvestSpec, MaskSpec, harvest
 from sae.activations.live import BufferSpec, LiveActivations
 from sae.activations.opening import open_activations
-from sae.activations.sources import ActivationFiles, Builtin, Datasets, Rows, Source, TextFiles, TextSource
+from sae.activations.sources import ActivationFiles, Builtin, Datasets, Rows, Source, TextFiles, Texts, TextSource
 from sae.activations.state import merge_states, read_state, save_state
 from sae.activations.writer import CacheSpec, write_cache
 
@@ -39,6 +39,7 @@ __all__ = [
     "State",
     "TextFiles",
     "TextSource",
+    "Texts",
     "forward",
     "harvest",
     "merge_states",

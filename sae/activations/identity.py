@@ -57,6 +57,6 @@ def provenance(harvester: Harvester) -> dict[str, Any]:
         "architecture": model.anatomy.architecture,
         "revision": getattr(model.model.config, "_commit_hash", None),
         "hidden": harvester.hidden,
-        "source": {"kind": type(harvester.source).__name__, **asdict(harvester.source)},
+        "source": harvester.source.described(),
         **harvester.facts(),
     }

@@ -7,7 +7,7 @@ read through `datasets` without code from the hub. No language model is touched 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -29,6 +29,10 @@ class Source:
     """The axis: something that activations come from."""
 
     config_axis: ClassVar[bool] = True
+
+    def described(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"kind": type(self).__name__, **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +180,20 @@ class Builtin(TextSource):
         if self.part in ("general", "all"):
             texts += [statement for fact in built.general for statement in fact.statements]
         return _listed(f"builtin:{self.part}", texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts(TextSource):
+    """Documents that are at hand: for notebooks and tests."""
+
+    texts: tuple[str, ...]
+    """The documents."""
+
+    def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
+        return _listed("the texts given", self.texts)
+
+    def described(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__, "documents": len(self.texts)}
 
 
 @dataclass(frozen=True, kw_only=True)

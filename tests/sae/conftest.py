@@ -1,0 +1,6 @@
+"""Makes `families` (tiny models of every architecture, from the tests of `lm`) importable by the tests of this folder."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "lm"))
