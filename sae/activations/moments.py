@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lm.errors import UserError
+
+_PART = 8192
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -17,10 +21,16 @@ class Moments:
 
     @classmethod
     def of(cls, values: Tensor) -> Moments:
-        """Of `(tokens, hidden)` with one token or more."""
-        wide = values.double()
-        mean = wide.mean(0)
-        return cls(len(wide), mean, (wide - mean).square().sum(0))
+        """Of `(tokens, hidden)` with one token or more, a part at a time, so that no wide copy of all is made."""
+        total: Moments | None = None
+        for begin in range(0, len(values), _PART):
+            wide = values[begin : begin + _PART].double()
+            mean = wide.mean(0)
+            moments = cls(len(wide), mean, (wide - mean).square().sum(0))
+            total = moments if total is None else total.merge(moments)
+        if total is None:
+            raise UserError("no token has no mean: give one or more")
+        return total
 
     def merge(self, other: Moments) -> Moments:
         """Of both together (Chan, Golub and LeVeque 1979)."""

@@ -8,9 +8,10 @@ from lm.anatomy import Site
 from lm.errors import UserError
 from lm.load import LanguageModel
 from sae.activations.batch import ActivationStream
-from sae.activations.cache import CachedActivations, ReadSpec, open_cache
+from sae.activations.cache import open_cache
 from sae.activations.harvest import HarvestSpec
 from sae.activations.live import BufferSpec, LiveActivations
+from sae.activations.reading import CachedActivations, ReadSpec
 from sae.activations.sources import ActivationFiles, Source, TextSource
 
 

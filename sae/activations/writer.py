@@ -11,80 +11,27 @@ an interrupted run are, byte for byte, those of an unbroken one. One process wri
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, NoReturn
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from lm.anatomy import Site
 from lm.errors import UserError
-from lm.load import DTYPES, Dtype, LanguageModel
-from lm.run import environment, progress, write_atomic, write_json
-from sae.activations.batch import (
-    ActivationBatch,
-    concatenate,
-    pack_batch,
-    parse_site,
-    permutation,
-    site_name,
-    unpack_batch,
-)
-from sae.activations.cache import (
-    FORMAT,
-    MANIFEST,
-    STATISTICS,
-    ActivationCache,
-    file_hash,
-    open_cache,
-    read_manifest,
-    read_tensors,
-)
+from lm.load import DTYPES, LanguageModel
+from lm.run import environment, progress, write_json
+from sae.activations.batch import ActivationBatch, concatenate, parse_site
+from sae.activations.cache import FORMAT, MANIFEST, ActivationCache, describe, open_cache, read_manifest
 from sae.activations.harvest import Harvester, HarvestSpec
 from sae.activations.identity import provenance, settings
-from sae.activations.moments import Moments
 from sae.activations.sources import TextSource
+from sae.activations.staging import CacheSpec, Staging
 from sae.activations.state import require_same
-
-Shuffle = Literal["auto", "global", "block"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheSpec:
-    """How activations are kept on disk."""
-
-    tokens: int
-    """How many tokens, after masking."""
-    shard_tokens: int = 65_536
-    """Tokens of a file."""
-    block_shards: int = 4
-    """Files' worth of tokens that are harvested into memory at a time: what a killed run may lose."""
-    dtype: Dtype | None = None
-    """float32, bfloat16 or float16; null: the model's own, which loses nothing."""
-    shuffle: Shuffle = "auto"
-    """global (a true permutation, with the room twice while it is made), block, or auto: global if the disk has room."""
-
-    def __post_init__(self) -> None:
-        if min(self.tokens, self.shard_tokens, self.block_shards) < 1:
-            raise UserError(
-                "a cache needs 1 or more tokens, shard_tokens and block_shards: change the one that is less"
-            )
-        for what, value, choices in (("shuffle", self.shuffle, Shuffle), ("dtype", self.dtype, Dtype)):
-            if value is not None and value not in get_args(choices):
-                raise UserError(f"the {what} {value!r} is unknown: use one of {', '.join(get_args(choices))}")
-
-    @property
-    def block(self) -> int:
-        """Tokens of a block."""
-        return self.shard_tokens * self.block_shards
 
 
 def write_cache(
@@ -110,19 +57,19 @@ def write_cache(
 
 class _Writer:
     def __init__(self, harvester: Harvester, folder: Path, spec: CacheSpec) -> None:
-        self.harvester, self.folder, self.spec, self.stage = harvester, folder, spec, folder / "stage"
+        self.harvester, self.folder, self.spec = harvester, folder, spec
         self.dtype = DTYPES[spec.dtype] if spec.dtype else next(harvester.model.model.parameters()).dtype
-        self.shards = -(-spec.tokens // spec.shard_tokens)
-        self.blocks = -(-spec.tokens // spec.block)
+        self.files = Staging(folder, spec, harvester.sites, harvester.spec.seed)
 
     def run(self, *, show: bool) -> ActivationCache:
         asked = {**settings(self.harvester), "cache": asdict(self.spec)}
         manifest = self._begin(asked)
         if not manifest["finished"]:
             self.harvester.limits = {parse_site(k): float(v) for k, v in manifest["outlier_limits"].items()}
-            self.mode = manifest["shuffle"]
+            self.files.spread = manifest["shuffle"] == "global"
             self._harvest(show=show)
             self._finish(manifest, show=show)
+        self.files.clear()
         return open_cache(self.folder)
 
     def _begin(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -158,20 +105,17 @@ class _Writer:
             )
         return chosen
 
-    # ------------------------------------------------------------------------------------------------ harvesting
-
     def _harvest(self, *, show: bool) -> None:
         """Stage every block that is not there yet."""
         done = 0
         state: dict[str, Any] = {"contexts": None, "skip": 0}
-        while done < self.blocks and (kept := self._staged(done)) is not None:
+        while done < self.files.blocks and (kept := self.files.staged(done)) is not None:
             state, done = kept, done + 1
         first = min(done * self.spec.block, self.spec.tokens)
-        order = permutation(self.spec.tokens, "cache", self.harvester.spec.seed) if self.mode == "global" else None
         with progress(self.spec.tokens, label="harvest", unit="tokens", done=first, enabled=show) as advance:
             passes = self._passes(state)
             held: list[ActivationBatch] = []
-            for number in range(done, self.blocks):
+            for number in range(done, self.files.blocks):
                 start = number * self.spec.block
                 size = min(self.spec.block, self.spec.tokens - start)
                 counts = Counter[str]()
@@ -189,7 +133,7 @@ class _Writer:
                 # The rest is of the last forward pass, which a killed run runs again.
                 again = {"contexts": state["before"], "skip": state["rows"] - len(rest)}
                 follows = again if held else {"contexts": state["after"], "skip": 0}
-                self._put(number, joined.select(slice(0, size)), follows, counts, order)
+                self.files.put(number, joined.select(slice(0, size)), {"state": follows, "masked": dict(counts)})
 
     def _passes(self, state: dict[str, Any]) -> Iterator[tuple[ActivationBatch, Counter[str], dict[str, Any]]]:
         """One forward pass after the other from a state on: rows, what was masked, and the states round the pass."""
@@ -216,115 +160,18 @@ class _Writer:
                 raise UserError(f"{site} does not fit into float16: set dtype: bfloat16")
         return stored
 
-    def _put(
-        self, number: int, rows: ActivationBatch, state: dict[str, Any], counts: Counter[str], order: Tensor | None
-    ) -> None:
-        """Write one block: staged for `global`; as finished shards, then a note, for `block`."""
-        tensors: dict[str, Tensor] = {}
-        for site in rows.sites:
-            moments = Moments.of(rows[site])
-            tensors |= {f"{site_name(site)}.mean": moments.mean, f"{site_name(site)}.squares": moments.squares}
-        size = self.spec.shard_tokens
-        if order is not None:
-            start = number * self.spec.block
-            targets, place = order[start : start + len(rows)].sort()
-            bounds = torch.searchsorted(targets, torch.arange(self.shards + 1) * size)
-            tensors |= pack_batch(rows.select(place)) | {"targets": targets, "bounds": bounds}
-        else:
-            mixed = rows.select(permutation(len(rows), "block", self.harvester.spec.seed, number))
-            for at in range(-(-len(rows) // size)):
-                part = mixed.select(slice(at * size, (at + 1) * size))
-                self._write(self._shard(number * self.spec.block_shards + at), pack_batch(part))
-        facts = {"state": state, "rows": len(rows), "masked": dict(counts)}
-        self._write(self._block(number), tensors, facts)
-
-    def _staged(self, number: int) -> dict[str, Any] | None:
-        """What follows a staged block; None if it is not there whole."""
-        facts = self._facts(number)
-        if facts is None:
-            return None
-        if self.mode == "block":
-            first = number * self.spec.block_shards
-            shards = range(first, min(first + self.spec.block_shards, self.shards))
-            if not all(self._shard(one).is_file() for one in shards):
-                return None
-        state: dict[str, Any] = facts["state"]
-        return state
-
-    def _facts(self, number: int) -> dict[str, Any] | None:
-        try:
-            with safe_open(self._block(number), framework="pt") as file:
-                facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-                return facts
-        except Exception:  # whatever a missing or damaged file makes safetensors raise, the block is harvested again
-            return None
-
     def _too_short(self, found: int) -> NoReturn:
         raise UserError(
             f"{self.harvester.documents.name} holds only {found} of the {self.spec.tokens} tokens asked for (after masking): "
             f"set epochs: null to read it again, or ask for {found}"
         )
 
-    # ------------------------------------------------------------------------------------------------- finishing
-
     def _finish(self, manifest: dict[str, Any], *, show: bool) -> None:
-        if self.mode == "global":
-            bounds = [read_tensors(self._block(number), ["bounds"])[0] for number in range(self.blocks)]
-            with progress(self.shards, label="shuffle", unit="shards", enabled=show) as advance:
-                for shard in range(self.shards):
-                    if not self._shard(shard).is_file():
-                        self._assemble(shard, bounds)
-                    advance()
-        listed = []
-        for number in range(self.shards):
-            path = self._shard(number)
-            rows = min(self.spec.shard_tokens, self.spec.tokens - number * self.spec.shard_tokens)
-            listed.append({"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": file_hash(path)})
-        tensors, scalars = self._statistics()
-        self._write(self.folder / STATISTICS, tensors)
-        masked: Counter[str] = Counter()
-        for number in range(self.blocks):
-            masked.update((self._facts(number) or {})["masked"])
-        done = {"finished": True, "tokens": self.spec.tokens, "masked": dict(masked), "statistics": scalars}
-        write_json(self.folder / MANIFEST, {**manifest, **done, "shards": listed})
-        shutil.rmtree(self.stage, ignore_errors=True)
-
-    def _assemble(self, shard: int, bounds: Sequence[Tensor]) -> None:
-        """Put a shard together from its slice of every block, in the permutation's order."""
-        names = [*map(site_name, self.harvester.sites), "token_ids", "documents", "positions", "targets"]
-        parts, targets = [], []
-        for number, bound in enumerate(bounds):
-            begin, end = bound[shard : shard + 2].tolist()
-            with safe_open(self._block(number), framework="pt") as file:
-                slices = {name: file.get_slice(name)[begin:end] for name in names}
-            parts.append(unpack_batch(slices, self.harvester.sites))
-            targets.append(slices["targets"])
-        self._write(self._shard(shard), pack_batch(concatenate(parts).select(torch.cat(targets).argsort())))
-
-    def _statistics(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors: dict[str, Tensor] = {}
-        scalars: dict[str, Any] = {}
-        for site in self.harvester.sites:
-            name, total = site_name(site), None
-            for number in range(self.blocks):
-                rows = int((self._facts(number) or {})["rows"])
-                mean, squares = read_tensors(self._block(number), [f"{name}.mean", f"{name}.squares"])
-                part = Moments(rows, mean, squares)
-                total = part if total is None else total.merge(part)
-            assert total is not None
-            tensors |= {f"{name}.mean": total.mean, f"{name}.variance": total.variance}
-            scalars[name] = {
-                "mean_norm": float(total.mean.norm()),
-                "variance": float(total.variance.mean()),  # over tokens and dimensions: the normaliser of a trainer
-            }
-        return tensors, scalars
-
-    def _shard(self, number: int) -> Path:
-        return self.folder / f"shard-{number:05d}.safetensors"
-
-    def _block(self, number: int) -> Path:
-        return self.stage / f"block-{number:05d}.safetensors"
-
-    def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] | None = None) -> None:
-        metadata = {"facts": json.dumps(facts)} if facts is not None else None
-        write_atomic(path, save({name: value.contiguous() for name, value in tensors.items()}, metadata))
+        """Put the shards together where that is left to do, and close the manifest."""
+        with progress(self.files.shards, label="shuffle", unit="shards", enabled=show and self.files.spread) as advance:
+            for _ in self.files.assemble():
+                advance()
+        scalars = self.files.write_statistics()
+        done = {"finished": True, "tokens": self.spec.tokens, "masked": self.files.masked(), "statistics": scalars}
+        shards = [describe(self.files.shard(number)) for number in range(self.files.shards)]
+        write_json(self.folder / MANIFEST, {**manifest, **done, "shards": shards})

@@ -28,8 +28,8 @@ from sae.activations import (
     harvest,
     open_activations,
     open_cache,
+    staging,
     write_cache,
-    writer,
 )
 
 SITES = (Site("resid", 1), Site("mlp", 0))
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_to_the_same_files(
 ) -> None:
     """Killed at every seventh file, over and over; blocks smaller than a forward pass too."""
     whole = write(model, tmp_path / "whole", shuffle=shuffle, shard_tokens=shard_tokens)
-    real, budget, passes = writer.write_atomic, [0], [0]
+    real, budget, passes = staging.write_atomic, [0], [0]
 
     def failing(path: Path, data: bytes) -> None:
         budget[0] -= 1
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_to_the_same_files(
     monkeypatch.setattr(Harvester, "rows", counted)
     kills = 0
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "write_atomic", failing)
+        patched.setattr(staging, "write_atomic", failing)
         while True:
             budget[0] = 7
             try:
