@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +184,31 @@ def test_the_script_reads_rows_of_the_asked_tasks_and_known_facts(tmp_path: Path
     assert [fact.subject for fact in both[1:]] == [subject for _, subject in PROMPTS]
     with pytest.raises(UserError, match=r"has no rows of Task3 \(it has Task2\)"):
         module.read_facts(TraceConfig(facts=rows, tasks=("Task3",)))
+
+
+def test_two_processes_write_what_one_writes(model_folder: Path, tmp_path: Path) -> None:
+    rows = str(rows_file(tiny("olmo"), tmp_path / "rows.jsonl"))
+    words = ["--model.path", str(model_folder), "--model.device", "cpu", "--facts", rows, "--subject", SUBJECT]
+    script = str(ROOT / "scripts" / "trace.py")
+    launch = ["-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu2_ddp.yaml")]
+    launch += ["--main_process_port", str(20000 + os.getpid() % 20000)]
+    for name, start in (("one", [script]), ("two", [*launch, script])):
+        done = subprocess.run(
+            [sys.executable, *start, *words, "--out", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (Effects.load(tmp_path / name / "effects.npz") for name in ("one", "two"))
+    assert one.facts == two.facts
+    for kind in one.kinds:
+        for a, b in zip(one.restored[kind], two.restored[kind], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["devices"]["processes"] == 2
+    assert (
+        LayerPlan.load(tmp_path / "two" / "plan.json").layers == LayerPlan.load(tmp_path / "one" / "plan.json").layers
+    )

@@ -308,7 +308,8 @@ def test_the_contract_reads_the_published_folders_and_leaves_a_checkpoint(tiny: 
         unlearn(str(tiny / "model"), str(out), str(tmp_path / "forget"), str(tmp_path / "retain"))
 
 
-def test_the_contract_is_a_script(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launch", [None, "cpu2_ddp"])
+def test_the_contract_is_a_script(tiny: Path, tmp_path: Path, launch: str | None) -> None:
     for side in ("forget", "retain"):
         (tmp_path / side).mkdir()
         (tmp_path / side / "rows.jsonl").write_text((tiny / f"{side}.jsonl").read_text())
@@ -318,6 +319,7 @@ def test_the_contract_is_a_script(tiny: Path, tmp_path: Path) -> None:
         f"--output_path={tmp_path / 'out'}",
         f"--forget_dir={tmp_path / 'forget'}",
         f"--retain_dir={tmp_path / 'retain'}",
+        launch=launch,
     )
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
