@@ -31,7 +31,7 @@ from lm import UserError  # noqa: E402
 from lm.config import script  # noqa: E402
 from lm.run import write_atomic, write_json  # noqa: E402
 
-NAMES = ("ours", "saelens", "saelens_sparse", "sparsify", "dictionary_learning")
+NAMES = ("ours", "saelens", "sparsify", "dictionary_learning")
 TOKEN_CHOICE_ONLY = ("sparsify",)
 
 
@@ -116,11 +116,12 @@ class Worker:
         words = {"name": name, "file": str(file), **{field: getattr(asked, field) for field in fields}}
         script_path = Path(__file__).with_name("sae_contenders.py")
         self.name = name
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self.process = subprocess.Popen(
             [asked.python, str(script_path), json.dumps(words)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.log,
             text=True,
         )
         self.about = self.read()
@@ -135,10 +136,11 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise UserError(
-                f"{self.name} stopped (status {self.process.wait()}): run benchmarks/sae_contenders.py with the same "
-                f"words to see why; the peers are installed by pip install -e '.[peers]'"
-            )
+            self.process.wait()
+            self.log.seek(0)
+            said = self.log.read().decode(errors="replace").splitlines()
+            last = next((line for line in reversed(said) if "Error" in line), "no message")
+            raise UserError(f"{self.name} stopped ({last[:200]}): is it installed (pip install -e '.[peers]')?")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
