@@ -6,7 +6,15 @@ no trainer here yet, no fast kernel, and no reader of other tools' files.
 """
 
 from sae.allocate import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice
-from sae.auxiliary import aux_k_loss, aux_zipf_loss, expected_densities, residual_variance, under_use
+from sae.auxiliary import (
+    aux_k_loss,
+    aux_zipf_loss,
+    expected_densities,
+    idle_choice,
+    residual_loss,
+    residual_variance,
+    under_use,
+)
 from sae.baselines import (
     Gated,
     gated,
@@ -68,6 +76,7 @@ __all__ = [
     "gated",
     "gated_loss",
     "geometric_median",
+    "idle_choice",
     "input_variance",
     "jumprelu",
     "l1_penalty",
@@ -78,6 +87,7 @@ __all__ = [
     "prefix_widths",
     "ranks_of",
     "reconstruction_loss",
+    "residual_loss",
     "residual_variance",
     "smallest_chosen",
     "token_choice",

@@ -18,6 +18,9 @@ from sae.allocate import token_choice
 from sae.budgets import by_density
 from sae.code import SparseCode, decode
 
+_CHUNK = 1 << 22
+"""Affinities of idle features copied together."""
+
 
 def aux_k_loss(
     residual: Tensor,
@@ -42,8 +45,9 @@ def aux_k_loss(
     Source: Gao et al. 2024 (arXiv 2406.04093), released code. Badge: **faithful** with the last three at their defaults,
     but for a single token, whose variance is 0: the released code gives the largest float there, this gives 0.
     """
-    code = _restricted(affinity, dead, k_aux)
-    return _loss(residual, code, w_dec, pre_bias, variance, _share(dead, k_aux) if scale_by_count else None)
+    code = idle_choice(affinity, dead, k_aux=k_aux)
+    share = _share(dead, k_aux) if scale_by_count else None
+    return residual_loss(residual, decode(code, w_dec), pre_bias=pre_bias, variance=variance, share=share)
 
 
 def aux_zipf_loss(
@@ -73,13 +77,14 @@ def aux_zipf_loss(
     """
     use = under_use(density, expected, tau=tau).to(affinity.device)
     idle = use > 0
-    code = _restricted(affinity, idle, k_aux)
+    code = idle_choice(affinity, idle, k_aux=k_aux)
     if weighting == "gradient":
         share = use.to(code.values.dtype)[code.indices]
         code = code.with_values(code.values * share + code.values.detach() * (1 - share))
     elif weighting != "set":
         raise UserError(f"the weighting {weighting!r} is unknown: use 'set' or 'gradient'")
-    return _loss(residual, code, w_dec, pre_bias, variance, _share(idle, k_aux) if scale_by_count else None)
+    scale = _share(idle, k_aux) if scale_by_count else None
+    return residual_loss(residual, decode(code, w_dec), pre_bias=pre_bias, variance=variance, share=scale)
 
 
 def under_use(density: Tensor, expected: Tensor, *, tau: float) -> Tensor:
@@ -111,8 +116,10 @@ def residual_variance(residual: Tensor) -> Tensor:
     return (e - e.mean(0)).square().mean()
 
 
-def _restricted(affinity: Tensor, members: Tensor, k_aux: int) -> SparseCode:
-    """Token choice among the members only: at most `k_aux` positive ones a token, ties to the lower feature."""
+def idle_choice(affinity: Tensor, members: Tensor, *, k_aux: int) -> SparseCode:
+    """Token choice among the (features,) boolean `members` only: at most `k_aux` positive ones a token, ties to the
+    lower feature. `affinity` is (tokens, features); gradients flow through the values. A few rows are looked at together.
+    """
     if members.shape != affinity.shape[1:] or members.dtype != torch.bool:
         raise UserError(
             f"the mask of features is {members.dtype} of shape {tuple(members.shape)}: "
@@ -121,25 +128,31 @@ def _restricted(affinity: Tensor, members: Tensor, k_aux: int) -> SparseCode:
     if k_aux < 1:
         raise UserError(f"k_aux = {k_aux}: give at least one auxiliary feature a token, or leave the loss out")
     numbers = torch.nonzero(members.to(affinity.device)).squeeze(1)
-    part = token_choice(affinity[:, numbers], k_aux)
-    return SparseCode(numbers[part.indices], part.values, part.offsets, affinity.shape[1])
+    rows = max(1, _CHUNK // max(len(numbers), 1))
+    pieces = torch.split(affinity.detach(), rows)
+    parts = [token_choice(piece[:, numbers], k_aux) for piece in pieces]
+    indices = numbers[torch.cat([part.indices for part in parts])]
+    counts = torch.cat([part.token_counts() for part in parts])
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    code = SparseCode(indices, indices.new_zeros(indices.shape, dtype=affinity.dtype), offsets, affinity.shape[1])
+    return code.with_values(affinity[code.token_ids(), indices])
 
 
-def _share(members: Tensor, k_aux: int) -> Tensor:
-    return (members.sum() / k_aux).clamp(max=1)
-
-
-def _loss(
+def residual_loss(
     residual: Tensor,
-    code: SparseCode,
-    w_dec: Tensor,
-    pre_bias: Tensor | None,
-    variance: Tensor | float | None,
-    share: Tensor | None,
+    aux_hat: Tensor,
+    *,
+    pre_bias: Tensor | None = None,
+    variance: Tensor | float | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
-    """The mean square of what `e_hat` leaves of the residual, over the variance; in float32 or wider."""
+    """What `aux_k_loss` and `aux_zipf_loss` take of an auxiliary reconstruction that was decoded elsewhere.
+
+    `mean((aux_hat - e)^2) / variance` with `e` the detached `residual`, both (tokens, hidden), in float32 or wider;
+    `share` multiplies it. With `idle_choice` inside `sae.kernels.encode_decode` this is the sparse form of both losses.
+    """
     target = residual.detach().to(torch.promote_types(residual.dtype, torch.float32))
-    found = decode(code, w_dec).to(target.dtype)
+    found = aux_hat.to(target.dtype)
     if pre_bias is not None:
         found = found + (pre_bias - pre_bias.detach())
     spread = residual_variance(target) if variance is None else torch.as_tensor(variance, device=target.device).detach()
@@ -149,3 +162,7 @@ def _loss(
     loss = torch.where(defined, error, torch.zeros_like(error)) / torch.where(defined, spread, torch.ones_like(spread))
     loss = torch.where(loss.isnan(), torch.zeros_like(loss), loss)
     return loss if share is None else loss * share
+
+
+def _share(members: Tensor, k_aux: int) -> Tensor:
+    return (members.sum() / k_aux).clamp(max=1)

@@ -49,7 +49,8 @@ def measured_costs(
     kind = tuple(round(math.log2(max(size, 1))) for size in (tokens, hidden, features, matches))
     key = (*kind, dtype, device.type, torch.get_num_threads(), tuple(candidates))
     if key not in _costs:
-        _costs[key] = _measure(candidates, tokens, hidden, features, matches, dtype, device)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever mode the first batch comes in
+            _costs[key] = _measure(candidates, tokens, hidden, features, matches, dtype, device)
         shown = ", ".join(f"{name} {1e6 * cost:.2f}" for name, cost in _costs[key].items())
         _LOG.info("backends for (%d, %d, %d), microseconds a token: %s", tokens, hidden, features, shown)
     return _costs[key]
@@ -87,9 +88,8 @@ def _measure(
     def once(backend: Backend) -> float:
         _wait(device)
         start = time.perf_counter()
-        with torch.enable_grad():
-            got = encode_decode(x, w_enc, b_enc, w_dec, b_dec, lambda _: Selection(code), backend=backend)
-            torch.autograd.grad(got.x_hat, weights, g)
+        got = encode_decode(x, w_enc, b_enc, w_dec, b_dec, lambda _: Selection(code), backend=backend)
+        torch.autograd.grad(got.x_hat, weights, g)
         _wait(device)
         return (time.perf_counter() - start) / tokens
 
