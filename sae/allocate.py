@@ -12,24 +12,12 @@ parameters, and nothing of size (tokens, features) is kept for the backward pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from lm.errors import UserError
 from sae.code import SparseCode
-
-_KEYS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
-_CHUNK = 1 << 22
-"""Elements looked at together on CPU, so that masks and keys stay small beside the affinities and in cache."""
-_ROW_GROUP, _FLAT_GROUP = 16, 32
-"""Affinities whose maximum is taken first: the largest n of all lie in the n groups with the largest maxima."""
+from sae.largest import KEYS, best_of_each_row, cut, in_memory_order, kth_largest, near_the_top, refuse_nan, row_chunks
 
 
 def token_choice(affinity: Tensor, budget: int) -> SparseCode:
@@ -39,7 +27,7 @@ def token_choice(affinity: Tensor, budget: int) -> SparseCode:
     """
     values = _checked(affinity)
     budgets = torch.full((values.shape[0],), _whole(budget), device=values.device)
-    tokens, features = _best_of_each_row(values, budgets)
+    tokens, features = best_of_each_row(values, budgets)
     return _code(affinity, tokens, features)
 
 
@@ -60,7 +48,7 @@ def feature_choice(affinity: Tensor, budget: int | Tensor) -> SparseCode:
         budgets = budget.to(values.device, torch.int64)
     else:
         budgets = torch.full((count,), _whole(budget), device=values.device)
-    features, tokens = _best_of_each_row(values.T, budgets)
+    features, tokens = best_of_each_row(values.T, budgets)
     return _code(affinity, tokens, features)
 
 
@@ -72,14 +60,14 @@ def mutual_choice(affinity: Tensor, budget: int) -> SparseCode:
     """
     values = _checked(affinity)
     whole = _whole(budget)
-    near = _near_the_top(values, whole)
+    near = near_the_top(values, whole)
     if near is not None:
-        return _code(affinity, *_cut(*near, whole, width=values.shape[1]))
-    _refuse_nan(values)
-    found = _kth_largest(_in_memory_order(values), whole)
+        return _code(affinity, *cut(*near, whole, width=values.shape[1]))
+    refuse_nan(values)
+    found = kth_largest(in_memory_order(values), whole)
     threshold, ties = found if found is not None else (values.new_zeros(()), 0)
     picked: list[tuple[Tensor, Tensor]] = []
-    for start, chunk in _row_chunks(values):
+    for start, chunk in row_chunks(values):
         tokens, features = torch.nonzero(chunk >= threshold if ties else chunk > threshold, as_tuple=True)
         if ties:
             tied = chunk[tokens, features] == threshold
@@ -111,7 +99,7 @@ def by_threshold(affinity: Tensor, threshold: Tensor | float) -> SparseCode:
     **reconstruction** (the paper's rule is not known).
     """
     values = _checked(affinity)
-    _refuse_nan(values)
+    refuse_nan(values)
     bound = threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float64)
     bound = bound.detach().to(values.device).clamp(min=0)
     if bound.shape not in ((), (values.shape[1],)):
@@ -129,18 +117,12 @@ def _shape(affinity: Tensor) -> tuple[int, int]:
 
 def _checked(affinity: Tensor) -> Tensor:
     """The affinities without their graph; refuses other shapes and other types."""
-    if affinity.ndim != 2 or affinity.dtype not in _KEYS:
+    if affinity.ndim != 2 or affinity.dtype not in KEYS:
         raise UserError(
             f"affinities must be a floating-point (tokens, features) tensor, not {affinity.dtype} of shape "
             f"{tuple(affinity.shape)}: flatten the batch and sequence axes into one"
         )
     return affinity.detach()
-
-
-def _refuse_nan(values: Tensor) -> None:
-    """NaN has no place in an order. The maxima of all groups serve as well as all numbers: NaN wins every maximum."""
-    if values.numel() and bool(values.max().isnan()):
-        raise UserError("the affinities hold NaN: training has diverged or the input is not finite; lower the rate")
 
 
 def _whole(budget: int) -> int:
@@ -155,155 +137,3 @@ def _code(affinity: Tensor, tokens: Tensor, features: Tensor) -> SparseCode:
     flat = (tokens * width + features).sort().values
     tokens, features = flat // max(width, 1), flat % max(width, 1)
     return SparseCode.from_matches(tokens, features, affinity[tokens, features], shape=_shape(affinity))
-
-
-def _best_of_each_row(rows: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column numbers of the `budgets[r]` largest positive entries of each row, ties to the lower column."""
-    nothing = torch.zeros(0, dtype=torch.int64, device=rows.device)
-    found = [(nothing, nothing)]
-    budgets = budgets.clamp(max=rows.shape[1])
-    for start, chunk in _row_chunks(rows):
-        part = chunk.contiguous()
-        found += [(r + start, c) for r, c in _best_of_part(part, budgets[start : start + len(part)])]
-    return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
-
-
-def _best_of_part(part: Tensor, budgets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same for a few rows, in pieces.
-
-    Rows whose budgets lie between the same powers of two share one `topk`, so a few rows with large budgets do not
-    make all of them pay. `topk` is trusted for values, and for places only where the cut is not inside a tie.
-    """
-    width = part.shape[1]
-    groups = width // _ROW_GROUP
-    maxima = part[:, : groups * _ROW_GROUP].view(len(part), _ROW_GROUP, groups).amax(1) if groups else part[:, :0]
-    _refuse_nan(maxima)
-    _refuse_nan(part[:, groups * _ROW_GROUP :])
-    sizes = torch.where(budgets > 0, (2 * budgets.double() - 1).clamp(min=1).log2().floor().long() + 1, 0)
-    for size in torch.unique(sizes).tolist():
-        if not size:
-            continue
-        members = torch.nonzero(sizes == size).squeeze(1)
-        quota = budgets[members].unsqueeze(1)
-        take = min(int(quota.max()) + 1, width)
-        best, columns = _largest(part, maxima, members, take)
-        ranks = torch.arange(take, device=part.device)
-        last = best.gather(1, quota - 1)
-        following = best.gather(1, quota.clamp(max=take - 1))
-        cut = ((quota < width) & (following == last) & (last > 0)).squeeze(1)
-        row, rank = torch.nonzero((ranks < quota) & (best > 0) & ~cut.unsqueeze(1), as_tuple=True)
-        yield members[row], columns[row, rank]
-        tied = torch.nonzero(cut).squeeze(1)
-        if len(tied):
-            entries, bound = part[members[tied]], last[tied]
-            above = entries > bound
-            equal = entries == bound
-            room = quota[tied] - above.sum(1, keepdim=True)
-            row, column = torch.nonzero(above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room)), as_tuple=True)
-            yield members[tied[row]], column
-
-
-def _largest(part: Tensor, maxima: Tensor, members: Tensor, take: int) -> tuple[Tensor, Tensor]:
-    """The `take` largest values of the rows `members`, falling, and columns that hold them; ties fall anywhere.
-
-    `maxima` are those of `_ROW_GROUP` columns each, group g holding columns g, g + groups, ... The values sought lie in the
-    `take` groups of the largest maxima (and in what is left over at the end), which is all that is looked at.
-    """
-    groups = maxima.shape[1]
-    everyone = len(members) == len(part)
-    if groups < 4 * take:
-        top = (part if everyone else part[members]).topk(take, dim=1, sorted=True)
-        return top.values, top.indices
-    chosen = (maxima if everyone else maxima[members]).topk(take, dim=1, sorted=False).indices
-    steps = groups * torch.arange(_ROW_GROUP, device=part.device)
-    columns = (chosen.unsqueeze(2) + steps).flatten(1)
-    rest = torch.arange(groups * _ROW_GROUP, part.shape[1], device=part.device)
-    if len(rest):
-        columns = torch.cat([columns, rest.expand(len(columns), -1)], dim=1)
-    entries = part.gather(1, columns) if everyone else part.take(members.unsqueeze(1) * part.shape[1] + columns)
-    top = entries.topk(take, dim=1, sorted=True)
-    return top.values, columns.gather(1, top.indices)
-
-
-def _near_the_top(values: Tensor, budget: int) -> tuple[Tensor, Tensor] | None:
-    """Flat indices and values of all entries that may be among the `budget` largest; None if that saves nothing.
-
-    The `budget`-th largest maximum of groups of entries bounds the `budget`-th largest entry from below, because each
-    of those groups holds an entry as large: so one pass for the maxima replaces several over all entries.
-    """
-    flat = _in_memory_order(values)
-    groups = flat.numel() // _FLAT_GROUP
-    if groups < 4 * max(budget, 1):
-        return None
-    maxima = flat[: groups * _FLAT_GROUP].view(_FLAT_GROUP, groups).amax(0)
-    _refuse_nan(maxima)
-    _refuse_nan(flat[groups * _FLAT_GROUP :])
-    found = _kth_largest(maxima, budget)
-    if found is None or not budget:
-        return None
-    chosen = torch.nonzero(maxima >= found[0]).squeeze(1)
-    if len(chosen) > groups // 2:
-        return None
-    steps = groups * torch.arange(_FLAT_GROUP, device=values.device).unsqueeze(1)
-    rest = torch.arange(groups * _FLAT_GROUP, flat.numel(), device=values.device)
-    places = torch.cat([(chosen + steps).flatten(), rest])
-    entries = flat[places]
-    keep = entries >= found[0]
-    places, entries = places[keep], entries[keep]
-    if not values.is_contiguous() and values.T.is_contiguous():
-        places = places % values.shape[0] * values.shape[1] + places // values.shape[0]
-    return places, entries
-
-
-def _cut(places: Tensor, entries: Tensor, budget: int, *, width: int) -> tuple[Tensor, Tensor]:
-    """Token and feature numbers of the `budget` largest of these positive entries, ties to the lower flat index."""
-    if len(places) > budget:
-        places, order = places.sort()
-        entries = entries[order]
-        found = _kth_largest(entries, budget)
-        assert found is not None
-        tied = entries == found[0]
-        places = places[(entries > found[0]) | (tied & (tied.cumsum(0) <= found[1]))]
-    return places // width, places % width
-
-
-def _in_memory_order(values: Tensor) -> Tensor:
-    """All entries in one dimension, without a copy where rows or columns are contiguous."""
-    return (values.T if not values.is_contiguous() and values.T.is_contiguous() else values).flatten()
-
-
-def _row_chunks(values: Tensor) -> Iterator[tuple[int, Tensor]]:
-    size = _CHUNK if values.device.type == "cpu" else _CHUNK << 6
-    rows = max(1, size // max(values.shape[1], 1))
-    for start in range(0, values.shape[0], rows):
-        yield start, values[start : start + rows]
-
-
-def _kth_largest(values: Tensor, budget: int) -> tuple[Tensor, int] | None:
-    """The `budget`-th largest positive value of (numbers,) and how many entries equal to it belong to the largest.
-
-    None if there are no more positive values than the budget. Positive floats order like the integers that share their
-    bits, so counting 16 bits at a time (one pass for 16-bit floats, two for float32) finds the value exactly. What is
-    not positive has, by its sign bit or as zero, a key of at most 0.
-    """
-    bits = 8 * values.element_size()
-    prefix, wanted = 0, budget
-    for shift in range(bits - 16, -1, -16):
-        counts = torch.zeros(1 << 16, dtype=torch.int64, device=values.device)
-        for chunk in torch.split(values, _CHUNK if values.device.type == "cpu" else _CHUNK << 6):
-            keys = chunk.contiguous().view(_KEYS[values.dtype]).clamp(min=0)
-            if shift == bits - 16:
-                counts += torch.bincount(keys >> shift, minlength=1 << 16)
-                counts[0] -= (keys == 0).sum()
-            else:
-                keys = keys[(keys >> (shift + 16)) == prefix].long()
-                counts += torch.bincount((keys >> shift) & 0xFFFF, minlength=1 << 16)
-        from_top = counts.flip(0).cumsum(0)
-        if shift == bits - 16 and int(from_top[-1]) <= wanted:
-            return None
-        place = int((from_top < max(wanted, 1)).sum())
-        digit = (1 << 16) - 1 - place
-        wanted -= int(from_top[place] - counts[digit])
-        prefix = (prefix << 16) | digit
-    key = torch.tensor(prefix, dtype=_KEYS[values.dtype], device=values.device)
-    return key.view(values.dtype), wanted

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from lm.errors import UserError
 from sae.code import SparseCode
 from sae.kernels import calibrate
+from sae.kernels.dense import dense
 from sae.kernels.operations import Backend, Stack, bags, products
 from sae.kernels.preactivations import Choose, Selection, Splits, chosen, pre_activations
 
@@ -101,7 +102,7 @@ def encode_decode(
                 device=x.device,
             )
         if backend == "dense":
-            return _dense(x, w_enc, b_enc, w_dec, b_dec, main, aux, share)
+            return Encoded(*dense(x, w_enc, b_enc, w_dec, b_dec, main, aux, share))
         if backend not in ("cpu", "torch") or (backend == "cpu" and x.device.type != "cpu"):
             raise UserError(f"the backend {backend!r} does not run on {x.device}: use 'auto', 'torch' or 'dense'")
         got = _Node.apply(  # type: ignore[no-untyped-call]
@@ -213,29 +214,6 @@ def _stacked(main: SparseCode, aux: SparseCode | None) -> tuple[Stack, Tensor]:
     offsets = torch.cat([main.offsets, aux.offsets[1:] + main.matches])
     indices = torch.cat([main.indices, aux.indices])
     return Stack(indices, offsets, main.tokens, main.features), torch.cat([main.values, aux.values])
-
-
-def _dense(
-    x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor,
-    w_dec: Tensor,
-    b_dec: Tensor,
-    main: SparseCode,
-    aux: SparseCode | None,
-    share: Tensor | None,
-) -> Encoded:
-    """The oracle: the equations as they stand, dense codes, plain autograd."""
-    affinity = (x - b_dec).to(w_enc.dtype) @ w_enc.T + b_enc
-    code = main.with_values(affinity[main.token_ids(), main.indices])
-    x_hat = code.to_dense() @ w_dec
-    if aux is None:
-        return Encoded(code, x_hat, None, None)
-    values = affinity[aux.token_ids(), aux.indices]
-    if share is not None:
-        values = values * share + (values * (1 - share)).detach()
-    aux_code = aux.with_values(values)
-    return Encoded(code, x_hat, aux_code, aux_code.to_dense() @ w_dec)
 
 
 def _check(x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor, budget_bytes: int | None) -> None:
