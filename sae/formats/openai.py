@@ -24,7 +24,7 @@ WEIGHTS, PICKLE, FACTS = "autoencoder.safetensors", "autoencoder.pt", "metadata.
 CONVERT = (
     "import torch, safetensors.torch as s; d = torch.load('autoencoder.pt', map_location='cpu', weights_only=True); "
     "a = {'activation': d.pop('activation', 'ReLU'), **d.pop('activation_state_dict', {})}; "
-    "s.save_file({n: t.contiguous().clone() for n, t in d.items()}, 'autoencoder.safetensors', "
+    "s.save_file({n: t.contiguous().clone() for n, t in d.items() if torch.is_tensor(t)}, 'autoencoder.safetensors', "
     "{n: str(v) for n, v in a.items()})"
 )
 """What the owner of an `autoencoder.pt` runs once, in its folder, with `python -c`."""
