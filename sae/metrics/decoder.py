@@ -50,8 +50,6 @@ def decoder_cosines(w_dec: Tensor, *, twin: float = 0.9) -> DecoderCosines:
         end = min(start + block, features)
         cosines = rows[start:end] @ rows[start:].T
         cosines[:, : end - start].triu_(1)  # every pair once, and no feature with itself
-            torch.ones_like(cosines, dtype=torch.bool).tril(), 0
-        )  # pairs once, and no feature with itself
         signed += float(cosines.sum(dtype=torch.float64))
         cosines.abs_()
         absolute += float(cosines.sum(dtype=torch.float64))
