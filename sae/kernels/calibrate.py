@@ -1,7 +1,7 @@
 """Which backend is cheapest for a shape: measured once a process and shape class, kept, and logged.
 
-The measurement is one forward and backward pass on a few hundred random tokens and features of the asked width, so it
-takes milliseconds and orders the backends; it is no benchmark (`benchmarks/sae.py` is).
+The measurement is a few forward and backward passes on at most 256 random tokens and 4096 features of the asked width:
+under a second or so, enough to order the backends. It is no benchmark (`benchmarks/sae.py` is).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def choose_backend(
 def measured_costs(
     *, tokens: int, hidden: int, features: int, matches: int, dtype: torch.dtype, device: torch.device
 ) -> dict[Backend, float]:
-    """Seconds a token of each candidate (all but the pre-activations), measured now or remembered."""
+    """Seconds a token of each candidate, forward and backward, measured now or remembered."""
     candidates: list[Backend] = ["torch"]
     if device.type == "cpu" and dtype in (torch.float32, torch.float64):
         candidates = ["cpu", "torch"]

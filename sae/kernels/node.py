@@ -69,7 +69,7 @@ def encode_decode(
     Memory: `splits` says that the choice may be made part by part, and `choose` is then called as
     `choose(part, start)` for each part in order: `"tokens"` for rows `start:start + len(part)` (token choice: no token
     looks at another), `"features"` for columns (feature choice; budgets must be cut to the part; an auxiliary choice
-    that compares features cannot be made so). Parts are as large as `budget_bytes` allows (32 MiB on CPU and 1 GiB
+    that compares features cannot be made so). Parts are as large as `budget_bytes` allows (64 MiB on CPU and 1 GiB
     elsewhere if it is None). Without `splits` (mutual choice, or anything that looks at the whole batch) the
     pre-activations are whole: tokens x features numbers. Rows gathered in the backward pass keep to `budget_bytes` too.
 

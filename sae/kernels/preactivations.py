@@ -16,7 +16,7 @@ from lm.errors import UserError
 from sae.code import SparseCode
 
 Splits = Literal["tokens", "features"]
-PART_BYTES = {"cpu": 1 << 25}
+PART_BYTES = {"cpu": 1 << 26}
 """A part's size where the caller gives no budget; 1 GiB on devices that are not named."""
 
 

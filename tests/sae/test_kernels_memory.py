@@ -111,7 +111,7 @@ def test_token_parts_equal_the_whole(budget: int | None, features_first: bool) -
 
     def part(z: Tensor, start: int) -> Selection:
         starts.append((start, len(z)))
-        assert z.numel() * z.element_size() <= max(budget or 1 << 25, 8 * F)
+        assert z.numel() * z.element_size() <= max(budget or 1 << 26, 8 * F)
         return with_auxiliary(z)
 
     whole = run(with_auxiliary, backend="cpu")
