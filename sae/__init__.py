@@ -1,8 +1,8 @@
-"""Look inside: sparse autoencoders on the activations of a language model. So far their maths and the model itself.
+"""Look inside: sparse autoencoders on the activations of a language model.
 
 Which token-feature matches are active (`allocate`, `budgets`, `thresholds`), which losses train them (`auxiliary`,
-`baselines`, `recipe`), the sparse code that all of it speaks (`code`) and the module with its file (`model`). There is
-no trainer here yet, no fast kernel, and no reader of other tools' files.
+`baselines`, `recipe`), the sparse code that all of it speaks (`code`), the module (`model`), its files and those of other
+tools (`formats`). Packages with names of their own: `sae.kernels`, `sae.activations`, `sae.metrics`.
 """
 
 from sae.allocate import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice
@@ -37,7 +37,8 @@ from sae.budgets import (
     zipf_budgets,
 )
 from sae.code import FeatureView, SparseCode, decode
-from sae.model import Choice, SparseAutoencoder, SparseAutoencoderConfig
+from sae.formats import load_autoencoder, save_autoencoder
+from sae.model import Choice, InputNorm, Rule, SparseAutoencoder, SparseAutoencoderConfig
 from sae.recipe import (
     Firings,
     MovingAverage,
@@ -54,7 +55,9 @@ __all__ = [
     "FeatureView",
     "Firings",
     "Gated",
+    "InputNorm",
     "MovingAverage",
+    "Rule",
     "RunningThreshold",
     "SparseAutoencoder",
     "SparseAutoencoderConfig",
@@ -80,6 +83,7 @@ __all__ = [
     "input_variance",
     "jumprelu",
     "l1_penalty",
+    "load_autoencoder",
     "matryoshka_loss",
     "multi_topk_loss",
     "mutual_choice",
@@ -89,6 +93,7 @@ __all__ = [
     "reconstruction_loss",
     "residual_loss",
     "residual_variance",
+    "save_autoencoder",
     "smallest_chosen",
     "token_choice",
     "under_use",

@@ -22,6 +22,7 @@ from lm.run import write_atomic, write_json
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _REQUIRED = object()
+_LARGEST = 1 << 53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +52,16 @@ class Facts:
     def whole(self, key: str, default: Any = _REQUIRED) -> int:
         """A whole number."""
         value: int = self._of(key, (int,), "a whole number", default)
+        if value is not None and abs(value) > _LARGEST:
+            raise UserError(f"{self.where} has a {key} of more than {_LARGEST}: the file is damaged")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """A finite number."""
-        value = float(self._of(key, (int, float), "a number", default))
-        if value - value != 0:
-            raise UserError(f"{self.where} has {key} = {value}, which is not finite: the file is damaged")
-        return value
+        value = self._of(key, (int, float), "a number", default)
+        if not -_LARGEST <= value <= _LARGEST:
+            raise UserError(f"{self.where} has a {key} that is not finite, or beyond {_LARGEST}: the file is damaged")
+        return float(value)
 
     def text(self, key: str, default: Any = _REQUIRED) -> str:
         """Text."""

@@ -494,6 +494,8 @@ def test_what_cannot_be_represented_is_refused_by_name(tmp_path: Path) -> None:
         {"d_in": None},
         {"d_sae": F + 1},
         {"d_sae": -1},
+        {"d_in": 10**400},
+        {"metadata": {"autoencoder": {"choice": "feature", "k": 3}, "input_variance": 10**400}},
         {"architecture": 3},
         {"architecture": "topk", "k": F + 1},
         {"architecture": "topk", "k": 0},

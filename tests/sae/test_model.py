@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lm import UserError
 from sae import (
     Choice,
+    InputNorm,
     SparseAutoencoder,
     SparseAutoencoderConfig,
     aux_k_loss,
@@ -140,6 +142,40 @@ def test_a_step_keeps_the_decoder_at_unit_norm_and_training_lowers_the_loss() ->
         assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "token_norm"])
+def test_a_normalisation_of_each_token_is_undone_after_decoding(norm: InputNorm) -> None:
+    model, x = (
+        SparseAutoencoder(SparseAutoencoderConfig(hidden=HIDDEN, features=FEATURES, k=K, input_norm=norm)),
+        sample(2),
+    )
+    if norm == "layer_norm":
+        shift, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+        inner = (x - shift) / (scale + 1e-5)
+    else:
+        shift, scale = torch.zeros(1), x.norm(dim=1, keepdim=True) / HIDDEN**0.5
+        inner = x / scale
+        torch.testing.assert_close(inner.norm(dim=1), torch.full((len(x),), HIDDEN**0.5))
+    model.start_from(x)
+    torch.testing.assert_close(model.b_dec.data, geometric_median(inner).float())
+    z = (inner - model.b_dec) @ model.w_enc.T
+    torch.testing.assert_close(model.affinity(x), z)
+    code = model.encode(x)
+    oracle = (code.to_dense() @ model.w_dec + model.b_dec) * scale + shift
+    torch.testing.assert_close(model(x), oracle)
+    with pytest.raises(UserError, match=r"decode\(code, x\)"):
+        model.decode(code)
+
+
+def test_fixed_thresholds_are_a_rule_of_their_own_in_training_too() -> None:
+    model = SparseAutoencoder(SparseAutoencoderConfig(hidden=HIDDEN, features=FEATURES, k=0, choice="threshold"))
+    with pytest.raises(UserError, match="set_threshold"):
+        model.encode(sample())
+    model.set_threshold(0.5)
+    z = model.affinity(sample())
+    torch.testing.assert_close(model.train().encode(sample()).to_dense(), z * (z > 0.5))
+    assert torch.equal(model.eval().encode(sample()).indices, model.train().encode(sample()).indices)
+
+
 def test_affinities_are_float32_under_autocast_and_for_bf16_input() -> None:
     model, x = autoencoder("token"), sample(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -187,7 +223,17 @@ def test_the_file_is_a_jumprelu_or_topk_of_the_common_layout(choice: Choice, tmp
 
 
 def test_what_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    for bad in ({"k": 0}, {"k": 25}, {"hidden": 0}, {"choice": "topk"}):
+    refused: tuple[dict[str, Any], ...] = (
+        {"k": 0},
+        {"k": 25},
+        {"k": 2.5},
+        {"k": True},
+        {"k": -1, "choice": "threshold"},
+        {"hidden": 0},
+        {"choice": "topk"},
+        {"input_norm": "batch"},
+    )
+    for bad in refused:
         with pytest.raises(UserError):
             SparseAutoencoderConfig(**{"hidden": HIDDEN, "features": FEATURES, "k": K, **bad})
     model = autoencoder("mutual")
