@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lm.config import script  # noqa: E402
+from lm.errors import UserError  # noqa: E402
 from lm.rows import Row  # noqa: E402
 from lm.run import write_atomic, write_json  # noqa: E402
 from unlearn.data import load_rows  # noqa: E402
@@ -43,7 +44,7 @@ class Benchmark:
     """Epochs of memorising."""
     learn_rate: float = 3e-4
     """Its learning rate."""
-    steps: int = 40
+    steps: int = 30
     """Optimiser steps of every unlearning run."""
     rate: float = 1e-4
     """Their learning rate."""
@@ -55,56 +56,103 @@ class Benchmark:
     """Known facts that are traced."""
     mmlu_per_subject: int = 2
     """MMLU questions of each subject."""
+    only: tuple[str, ...] = ()
+    """Run only these stages now (two calls can share the work); empty: all. The table comes when all are there."""
 
 
-JOINT = ["--objective", "Joint"]
-"""The methods: name -> the words that differ."""
+@dataclass(frozen=True)
+class Stage:
+    """One script with its words, and the file or folder that says that it is done."""
+
+    name: str
+    script: str
+    words: tuple[str, ...]
+    result: str = "model"
+
+    def command(self, out: Path) -> list[str]:
+        """What a user would type after `python`."""
+        return [f"scripts/{self.script}.py", *self.words, "--out", str(out / self.name)]
 
 
 def methods(plan: str) -> dict[str, list[str]]:
     """Every unlearning run by name, as the words that set it apart from the others."""
-    planned = ["--scope.plan", plan]
+    planned, joint, model = ["--scope.plan", plan], ["--objective", "Joint"], ["--scope.layers", "model"]
     return {
-        "joint_planned": [*planned, *JOINT],
-        "joint_random": [*planned, "--scope.use", "random", *JOINT],
-        "joint_inverse": [*planned, "--scope.use", "inverse", *JOINT],
-        "joint_all": [*planned, "--scope.use", "all", *JOINT],
-        "gradient_ascent": ["--scope.layers", "model", "--objective", "GradientAscent"],
-        "gradient_difference": ["--scope.layers", "model", "--objective", "GradientDifference"],
-        "kl_minimisation": ["--scope.layers", "model", "--objective", "KLMinimisation"],
-        "npo": ["--scope.layers", "model", "--objective", "NPO"],
+        "joint_planned": [*planned, *joint],
+        "joint_random": [*planned, "--scope.use", "random", *joint],
+        "joint_inverse": [*planned, "--scope.use", "inverse", *joint],
+        "joint_all": [*planned, "--scope.use", "all", *joint],
+        "gradient_ascent": [*model, "--objective", "GradientAscent"],
+        "gradient_difference": [*model, "--objective", "GradientDifference"],
+        "kl_minimisation": [*model, "--objective", "KLMinimisation"],
+        "npo": [*model, "--objective", "NPO"],
     }
+
+
+def stages(asked: Benchmark, out: Path) -> list[Stage]:
+    """Every stage, in an order in which each finds what it needs."""
+    data, base = out / "data", str(out / "base" / "model")
+    common = ["--model.dtype", "float32", "--trainer.autocast", "bf16", "--trainer.batch", str(asked.batch)]
+    common += ["--trainer.micro_batch", "6", "--trainer.save_every", "40"]
+    sides = ["--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl")]
+    halves = ["--forget", str(data / "retain_a.jsonl"), "--retain", str(data / "retain_b.jsonl")]
+    learn = ["--model.path", asked.model, *common, "--objective", "Learn", "--scope.layers", "model"]
+    learn += ["--trainer.learning_rate", str(asked.learn_rate), "--trainer.epochs", str(asked.learn_epochs)]
+    trace = ["--model.path", base, "--facts", str(data / "facts.jsonl"), "--max_facts", str(asked.facts)]
+    trace += ["--kinds", "[mlp]", "--metric", "log_probability", "--positions", "subject_and_last"]
+    trace += ["--plan.size", str(asked.plan_size)]
+    again = ["--model.path", base, *common, *sides]
+    again += ["--trainer.learning_rate", str(asked.rate), "--trainer.steps", str(asked.steps)]
+    trained = {"base": [*learn, *sides], "retain_only": [*learn, *halves]}
+    trained |= {name: [*again, *words] for name, words in methods(str(out / "trace" / "plan.json")).items()}
+    planned = [Stage("base", "unlearn", tuple(trained["base"])), Stage("trace", "trace", tuple(trace), "plan.json")]
+    planned += [Stage(name, "unlearn", tuple(words)) for name, words in trained.items() if name != "base"]
+    planned += [scoring(asked, name, str(out / name / "model"), data) for name in trained]
+    return sorted(planned, key=lambda stage: ["base", "trace", *trained].index(stage.name.removesuffix("-scores")))
 
 
 def main(asked: Benchmark) -> None:
     out = Path(asked.out)
-    commands: dict[str, str] = {}
-    data = prepare(asked, out / "data")
-    common = ["--model.dtype", "float32", "--trainer.autocast", "bf16", "--trainer.batch", str(asked.batch)]
-    common += ["--trainer.micro_batch", "6", "--trainer.save_every", "40"]
-    learn = ["--model.path", asked.model, *common, "--objective", "Learn", "--scope.layers", "model"]
-    learn += ["--trainer.learning_rate", str(asked.learn_rate), "--trainer.epochs", str(asked.learn_epochs)]
-    sides = ["--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl")]
-    halves = ["--forget", str(data / "retain_a.jsonl"), "--retain", str(data / "retain_b.jsonl")]
-    models = {
-        "base": stage(out, commands, "base", "unlearn", [*learn, *sides]),
-        "retain_only": stage(out, commands, "retain_only", "unlearn", [*learn, *halves]),
-    }
-    evaluate(asked, out, data, models)
-    trace = ["--model.path", str(models["base"]), "--facts", str(data / "facts.jsonl"), "--max_facts", str(asked.facts)]
-    trace += ["--plan.size", str(asked.plan_size), "--metric", "log_probability", "--positions", "subject_and_last"]
-    plan = stage(out, commands, "trace", "trace", trace, result="plan.json")
-    for name, words in methods(str(plan)).items():
-        again = ["--model.path", str(models["base"]), *common, *sides, *words]
-        again += ["--trainer.learning_rate", str(asked.rate), "--trainer.steps", str(asked.steps)]
-        models[name] = stage(out, commands, name, "unlearn", again)
-        evaluate(asked, out, data, {name: models[name]})
-    rows = [row(out, name, commands) for name in models]
-    write_json(out / "table.json", rows)
-    print(table(rows))
+    prepare(asked, out / "data")
+    todo = stages(asked, out)
+    unknown = sorted({*asked.only} - {stage.name for stage in todo})
+    if unknown:
+        raise UserError(f"there is no stage {unknown[0]}; there are {', '.join(stage.name for stage in todo)}")
+    for stage in todo:
+        if not asked.only or stage.name in asked.only:
+            run(stage, out)
+    if all((out / stage.name / stage.result).exists() for stage in todo):
+        rows = [row(out, stage) for stage in todo if stage.script == "unlearn"]
+        write_json(out / "table.json", rows)
+        print(table(rows))
 
 
-def prepare(asked: Benchmark, folder: Path) -> Path:
+def run(stage: Stage, out: Path) -> None:
+    """Run a stage unless it is done."""
+    folder = out / stage.name
+    if (folder / stage.result).exists():
+        return
+    words = stage.command(out)
+    resume = ["--resume", "true"] if (folder / "config.yaml").exists() else []
+    print(f"\n== {shlex.join(['python', *words])}", flush=True)
+    subprocess.run([sys.executable, *words, *resume], cwd=ROOT, check=True)
+
+
+def scoring(asked: Benchmark, name: str, model: str, data: Path) -> Stage:
+    """Score a model on the official terms that apply, in bfloat16 as officially."""
+    words = ["--model.path", model, "--model.dtype", "bfloat16", "--batch_size", "64"]
+    words += ["--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl")]
+    words += ["--members", str(data / "forget.jsonl"), "--nonmembers", str(data / "unseen.jsonl")]
+    words += ["--membership_task", "Task2"]
+    if asked.mmlu:
+        words += ["--utility", asked.mmlu, "--utility_style", "letter"]
+        words += ["--utility_per_subject", str(asked.mmlu_per_subject)]
+    else:
+        words += ["--utility", "null"]
+    return Stage(f"{name}-scores", "evaluate", tuple(words), "scores.json")
+
+
+def prepare(asked: Benchmark, folder: Path) -> None:
     """The chosen rows as files: both sides, the retain side in halves, questions to trace, documents never trained on."""
     splits = {name: load_rows(Path(asked.lume) / f"{name}.jsonl") for name in ("forget_train", "retain_train")}
     unseen = [
@@ -119,7 +167,6 @@ def prepare(asked: Benchmark, folder: Path) -> Path:
     write_rows(folder / "retain_b.jsonl", retain[1::2])
     write_rows(folder / "facts.jsonl", [*forget, *retain])
     write_rows(folder / "unseen.jsonl", [row for row in unseen if row.task == "Task2"])
-    return folder
 
 
 def first_people(rows: tuple[Row, ...], count: int) -> list[Row]:
@@ -133,49 +180,9 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def evaluate(asked: Benchmark, out: Path, data: Path, models: dict[str, Path]) -> None:
-    """Score each model on the official terms that apply, in bfloat16 as officially."""
-    for name, folder in models.items():
-        words = ["--model.path", str(folder), "--model.dtype", "bfloat16", "--batch_size", "64"]
-        words += ["--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl")]
-        words += [
-            "--members",
-            str(data / "forget.jsonl"),
-            "--nonmembers",
-            str(data / "unseen.jsonl"),
-            "--membership_task",
-            "Task2",
-        ]
-        if asked.mmlu:
-            words += [
-                "--utility",
-                asked.mmlu,
-                "--utility_style",
-                "letter",
-                "--utility_per_subject",
-                str(asked.mmlu_per_subject),
-            ]
-        else:
-            words += ["--utility", "null"]
-        stage(out, {}, f"{name}-scores", "evaluate", words, result="scores.json")
-
-
-def stage(
-    out: Path, commands: dict[str, str], name: str, what: str, words: list[str], *, result: str = "model"
-) -> Path:
-    """Run one script unless its result is there; returns the result's path."""
-    folder = out / name
-    words = [f"scripts/{what}.py", *words, "--out", str(folder)]
-    commands[name] = shlex.join(["python", *words])
-    if not (folder / result).exists():
-        resume = ["--resume", "true"] if (folder / "config.yaml").exists() else []
-        print(f"\n== {commands[name]}", flush=True)
-        subprocess.run([sys.executable, *words, *resume], cwd=ROOT, check=True)
-    return folder / result
-
-
-def row(out: Path, name: str, commands: dict[str, str]) -> dict[str, object]:
+def row(out: Path, stage: Stage) -> dict[str, object]:
     """One line of the table, from the run folders."""
+    name = stage.name
     manifest = json.loads((out / name / "manifest.json").read_text())
     scores = json.loads((out / f"{name}-scores" / "scores.json").read_text())
     return {
@@ -187,7 +194,7 @@ def row(out: Path, name: str, commands: dict[str, str]) -> dict[str, object]:
         "tokens_per_second": manifest["tokens_per_second"],
         "peak_memory_gib": manifest["peak_memory_bytes"] / 2**30,
         **{key: scores[key] for key in ("terms", "task_aggregate", "mia_auc", "mia_score", "utility", "final")},
-        "command": commands[name],
+        "command": shlex.join(["python", *stage.command(out)]),
     }
 
 
