@@ -40,7 +40,7 @@ def main(asked: dict[str, Any], say: Callable[[Any], None]) -> None:
     step, optimiser, unit = prepare(given["w_dec"])
     del given
     _forget_peak()
-    say({"version": importlib.metadata.version(package), "optimiser": optimiser})
+    say({"version": _version(package), "optimiser": optimiser})
     done = 0
     while line := sys.stdin.readline().strip():
         losses, started, busy = [], time.perf_counter(), time.process_time()
@@ -219,6 +219,13 @@ CONTENDERS = {
     "sparsify": (sparsify, "eai-sparsify"),
     "dictionary_learning": (dictionary_learning, "dictionary-learning"),
 }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "checkout"
 
 
 def _memory(which: str) -> int:
