@@ -1,8 +1,9 @@
-"""Look inside: sparse autoencoders on the activations of a language model.
+"""Look inside: sparse autoencoders on the activations of a language model, from the maths to files other tools read.
 
 Which token-feature matches are active (`allocate`, `budgets`, `thresholds`), which losses train them (`auxiliary`,
-`baselines`, `recipe`), the sparse code that all of it speaks (`code`), the module (`model`), its files and those of other
-tools (`formats`). Packages with names of their own: `sae.kernels`, `sae.activations`, `sae.metrics`.
+`baselines`, `recipe`), the sparse code that all of it speaks (`code`), the module with its file (`model`). In packages of
+their own: `kernels` (encode-select-decode as one sparse autograd node), `activations` (harvest, shuffle, cache),
+`sharding` (a mesh of processes), `trainer` (the loop), `metrics` and `formats` (SAELens and four other tools).
 """
 
 from sae.allocate import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice

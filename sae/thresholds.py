@@ -40,12 +40,15 @@ class RunningThreshold:
 
     def update(self, code: SparseCode, *, rate: float = 0.01) -> RunningThreshold:
         """`theta + rate (smallest - theta)`, where the code of this global batch has any positive activation."""
+        return self.toward(smallest_chosen(code, per_feature=self.value.ndim == 1), rate=rate)
+
+    def toward(self, smallest: Tensor, *, rate: float = 0.01) -> RunningThreshold:
+        """The same from the smallest activation chosen in a global batch (each feature's), infinite where there is none."""
         if not 0 < rate <= 1:
             raise UserError(f"the threshold's rate {rate} is not a share: give a number above 0 and up to 1")
-        old = self.value.to(code.values.device)
-        smallest = smallest_chosen(code, per_feature=old.ndim == 1)
+        old = self.value.to(smallest.device)
         if smallest.shape != old.shape:
-            raise UserError(f"{old.numel()} thresholds met a code of {code.features} features: start them anew")
+            raise UserError(f"{old.numel()} thresholds met a code of {smallest.numel()} features: start them anew")
         moved = torch.where(old.isinf(), smallest, old + rate * (smallest - old))
         return RunningThreshold(torch.where(smallest.isinf(), old, moved))
 

@@ -1,0 +1,37 @@
+"""Training sparse autoencoders: several at several sites from one stream of activations, on one process or a mesh.
+
+`train` is the loop (activations in, `Trained` autoencoders out), `run_training` the stage from a config to files. The
+maths is `sae`'s; nothing here chooses matches or defines a loss.
+"""
+
+from sae.trainer.config import (
+    AutoencoderSpec,
+    AuxiliarySpec,
+    NoSource,
+    TrainerConfig,
+    TrainSaeConfig,
+    ZipfSpec,
+    crossed,
+    named,
+)
+from sae.trainer.evaluation import evaluate
+from sae.trainer.loop import Trained, train
+from sae.trainer.member import Member, Recipe
+from sae.trainer.stage import run_training
+
+__all__ = [
+    "AutoencoderSpec",
+    "AuxiliarySpec",
+    "Member",
+    "NoSource",
+    "Recipe",
+    "TrainSaeConfig",
+    "Trained",
+    "TrainerConfig",
+    "ZipfSpec",
+    "crossed",
+    "evaluate",
+    "named",
+    "run_training",
+    "train",
+]

@@ -1,0 +1,99 @@
+"""Held-out measures of an autoencoder in training, over the mesh, without touching anything that training uses.
+
+Two ways, both reported: with the training selection (the budgets of training, over batches as large as in training) and
+with thresholds, token by token, which is what the exported file does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lm.errors import UserError
+from sae.metrics import Moments, Reconstruction, Usage
+from sae.sharding import Mesh
+from sae.trainer.exporting import own_threshold
+from sae.trainer.member import Member
+from sae.trainer.selecting import Selecting, by_threshold
+
+
+@torch.no_grad()
+def evaluate(
+    member: Member, weights: Mapping[str, Tensor], threshold: Tensor | None, held_out: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """(measures, (features,) float64 densities by the exported rule) on held-out (tokens, hidden), the same everywhere.
+
+    `fvu`, `l0`, `dead`: training selection; `fvu_exported`, `l0_exported`: with `threshold` (token choice: the same). Tokens
+    beyond the last whole batch are left out, unless there is no whole one. Dead: not one firing on these tokens.
+    """
+    mesh, features = member.mesh, member.spec.features
+    batch = min(member.recipe.trainer.batch_tokens, len(held_out))
+    if not batch:
+        raise UserError("there are no held-out tokens to evaluate on: give a source with text, or NoSource")
+    device = member.weights["b_dec"].device
+    start, end = mesh.bounds(features)
+    sums = [Reconstruction.start(held_out.shape[1], scale=1 / member.scale) for _ in range(2)]
+    counts = torch.zeros(3, end - start, dtype=torch.int64, device=device)
+    tokens = 0
+    for first in range(0, len(held_out) - batch + 1, batch):
+        x = held_out[first : first + batch][mesh.global_rows(batch)].to(device) / member.scale
+        choose = _as_in_training(member, batch)
+        found = member.forward(x, choose, weights, splits=choose.splits)
+        sums[0] = sums[0].update(x, found.x_hat)
+        counts[0] += torch.bincount(found.code.indices[found.code.values != 0], minlength=end - start)
+        counts[1] += torch.bincount(found.code.indices[found.code.values > 1e-3], minlength=end - start)
+        tokens += batch
+        if threshold is not None:
+            rule = by_threshold(own_threshold(mesh, threshold, features).to(device))
+            found = member.forward(x, lambda part, rule=rule: rule(part, 0), weights)
+        sums[1] = sums[1].update(x, found.x_hat)
+        counts[2] += found.code.feature_counts()
+    parts = [_over_data(mesh, one) for one in sums]
+    whole = mesh.whole_features(mesh.sum_(counts, "data", "evaluation").T.contiguous(), features, "evaluation").T.cpu()
+    usage = Usage(tokens, whole[0], whole[1], tokens, int(whole[2].sum())).result()
+    trained, used = (part.result(variance=member.variance) for part in parts)
+    measures = {
+        "tokens": float(tokens),
+        "fvu": trained.fvu,
+        "nmse": trained.normalised_mse,
+        "l0": usage.l0,
+        "dead": usage.dead_share,
+        "fvu_exported": used.fvu,
+        "l0_exported": usage.l0_exported if usage.l0_exported is not None else math.nan,
+    }
+    return measures, whole[2].double() / tokens
+
+
+def _as_in_training(member: Member, batch: int) -> Selecting:
+    budgets = None
+    if member.spec.choice == "feature":
+        assert member.law.budgets is not None
+        scaled = member.law.budgets.double().mean(0) * batch / member.recipe.trainer.batch_tokens
+        budgets = scaled.round().long().clamp(1, batch)
+    return Selecting(
+        mesh=member.mesh,
+        choice=member.spec.choice,
+        k=member.spec.k,
+        features=member.spec.features,
+        batch=batch,
+        budgets=budgets,
+    )
+
+
+def _over_data(mesh: Mesh, own: Reconstruction) -> Reconstruction:
+    """The streams of all data ranks together; one collective."""
+    if mesh.sizes["data"] == 1:
+        return own
+    tokens, mean, squares = own.inputs.tokens, own.inputs.mean, own.inputs.squares
+    packed = torch.cat([mean.new_tensor([tokens]), mean, squares, own.error.to(mean.device).view(1)])
+    hidden = len(mean)
+    whole: Reconstruction | None = None
+    for part in mesh.gather(packed, "data", "evaluation"):
+        inputs = Moments(round(float(part[0])), part[1 : 1 + hidden], part[1 + hidden : 1 + 2 * hidden])
+        one = Reconstruction(inputs, part[-1], own.scale)
+        whole = one if whole is None else whole.merge(one)
+    assert whole is not None
+    return whole

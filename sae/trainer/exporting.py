@@ -1,0 +1,94 @@
+"""From training to the model that is kept: averaged weights, calibrated thresholds, activations as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from sae.model import SparseAutoencoder
+from sae.sharding import Mesh, kth_largest
+from sae.thresholds import calibrate_features
+from sae.trainer.member import Member
+
+_CHUNK = 1 << 24
+"""Affinities made together."""
+
+
+@torch.no_grad()
+def result_weights(member: Member) -> dict[str, Tensor]:
+    """The weights that are the result, held here, in units of the scale: those in training, or their average.
+
+    An average has decoder rows shorter than 1; their length moves to the encoder, which changes no reconstruction.
+    """
+    if member.average is None or not member.average.steps:
+        return {name: value.clone() for name, value in member.named().items()}
+    weights = member.average.value()
+    lengths = weights["w_dec"].norm(dim=1, keepdim=True)
+    safe = torch.where(lengths > 0, lengths, 1.0)
+    return {
+        "w_enc": weights["w_enc"] * lengths,
+        "b_enc": weights["b_enc"] * lengths.squeeze(1),
+        "w_dec": weights["w_dec"] / safe,
+        "b_dec": weights["b_dec"],
+    }
+
+
+@torch.no_grad()
+def calibrated(member: Member, weights: Mapping[str, Tensor], sample: Tensor) -> Tensor | None:
+    """Float64 thresholds that give a (tokens, hidden) sample, the same on every process, the budgets of training exactly.
+
+    A scalar for mutual choice, (own features,) for feature choice, None for token choice. Badge: **reconstruction**.
+    """
+    if member.spec.choice == "token":
+        return None
+    tokens, batch = len(sample), member.recipe.trainer.batch_tokens
+    centred = sample / member.scale - weights["b_dec"]
+
+    def affinities() -> Iterator[Tensor]:
+        step = max(1, _CHUNK // max(tokens, 1))
+        for w_enc, b_enc in zip(torch.split(weights["w_enc"], step), torch.split(weights["b_enc"], step), strict=True):
+            yield torch.addmm(b_enc.unsqueeze(1), w_enc, centred.T)
+
+    if member.spec.choice == "mutual":
+        found = kth_largest(
+            affinities, member.spec.k * tokens, lambda counts: member.mesh.sum_(counts, "features", "calibration")
+        )
+        if found is None:
+            return torch.tensor(torch.inf, dtype=torch.float64)
+        return torch.nextafter(found.value, found.value.new_zeros(())).double()
+    assert member.law.budgets is not None
+    budgets = (member.law.budgets.double().mean(0) * tokens / batch).round().long().clamp(1, tokens)
+    parts, start = [], 0
+    for part in affinities():
+        parts.append(calibrate_features(part.T, budgets[start : start + len(part)]))
+        start += len(part)
+    return torch.cat(parts)
+
+
+def running(member: Member) -> Tensor | None:
+    """The running thresholds, like `calibrated`; None for token choice."""
+    return None if member.spec.choice == "token" else member.threshold.value
+
+
+@torch.no_grad()
+def exported(member: Member, weights: Mapping[str, Tensor], threshold: Tensor | None) -> SparseAutoencoder:
+    """The whole autoencoder, for activations as they are, in evaluation mode on the CPU. Collectives: one a tensor."""
+    mesh, scale = member.mesh, member.scale
+    model = SparseAutoencoder(member.config)
+    for name in ("w_enc", "b_enc", "w_dec"):
+        whole = mesh.whole_features(weights[name], member.spec.features, "export").cpu()
+        getattr(model, name).data.copy_(whole * scale if name == "b_enc" else whole)
+    model.b_dec.data.copy_(weights["b_dec"].cpu() * scale)
+    if threshold is not None:
+        wide = threshold if threshold.ndim == 0 else mesh.whole_features(threshold, member.spec.features, "export")
+        model.set_threshold(wide.cpu() * scale)
+    model.variance.fill_(member.variance)
+    return model.eval()
+
+
+def own_threshold(mesh: Mesh, threshold: Tensor, features: int) -> Tensor:
+    """(own features,) of a scalar or (own features,) threshold."""
+    start, end = mesh.bounds(features)
+    return threshold.expand(end - start)

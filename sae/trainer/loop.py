@@ -1,0 +1,383 @@
+"""The loop: batches from one stream, a step of every autoencoder, the log, evaluations, checkpoints, exact resume.
+
+It runs on a mesh of any size and loads no model: activations come from any `ActivationStream`, of text, of files or made
+up. Before each step all processes agree that every one of them has its rows and that they are finite, so that bad data on
+one of them ends all with one sentence instead of leaving the others waiting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm.anatomy import Site
+from lm.errors import UserError
+from lm.run import RunFolder, progress, write_json
+from sae.activations import ActivationStream, merge_states, read_state, save_state
+from sae.kernels import Backend
+from sae.model import SparseAutoencoder
+from sae.sharding import Mesh
+from sae.trainer import state
+from sae.trainer.config import AutoencoderSpec
+from sae.trainer.evaluation import evaluate
+from sae.trainer.exporting import calibrated, exported, result_weights, running
+from sae.trainer.member import Member, Recipe
+from sae.trainer.step import learning_rate, train_step
+from sae.trainer.timing import Phases
+
+Log = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """One result."""
+
+    name: str
+    site: Site
+    spec: AutoencoderSpec
+    autoencoder: SparseAutoencoder
+    """For activations as they are, in evaluation mode, on the CPU."""
+    measures: dict[str, float]
+    """On held-out tokens (see `evaluate`); empty without them."""
+    densities: Tensor | None
+    """(features,): the share of held-out tokens on which each feature fires by the exported rule."""
+    fitted: dict[str, Any] | None
+    """The last fit of a Zipf law, if one was made."""
+
+
+def train(
+    stream: ActivationStream,
+    autoencoders: Mapping[str, tuple[Site, AutoencoderSpec]],
+    recipe: Recipe,
+    *,
+    mesh: Mesh | None = None,
+    device: torch.device | str = "cpu",
+    run: RunFolder | None = None,
+    held_out: Mapping[Site, Tensor] | None = None,
+    resume: bool = False,
+    stop_at: int | None = None,
+    show: bool = True,
+    log: Log | None = None,
+) -> list[Trained] | None:
+    """Train all autoencoders (`named` makes the mapping) from one stream; None if it was stopped before the last step.
+
+    Args:
+        stream: gives this process rows `mesh.stream_rank::world` of global batches of `recipe.trainer.batch_tokens`.
+        mesh: the processes; every process calls `train` alike. None: made from the process group, if there is one.
+        run: where metrics and checkpoints go; None keeps nothing.
+        held_out: (tokens, hidden) of each site, the same on every process.
+        resume: go on from the newest checkpoint in `run`, if there is one.
+        stop_at: stop after so many steps, with a checkpoint.
+        log: is called with every line of the metric log.
+
+    Raises:
+        UserError: on every process, if the stream ends early, activations are not finite, training diverges or the disk
+            is full. Checkpoints stay.
+    """
+    loop = Loop(
+        stream, autoencoders, recipe, mesh or Mesh(features=recipe.trainer.feature_shards), torch.device(device)
+    )
+    loop.run, loop.held_out, loop.report = run, held_out or {}, log
+    return loop.train(resume=resume, stop_at=stop_at, show=show)
+
+
+class Loop:
+    """The state of one call of `train`."""
+
+    run: RunFolder | None = None
+    held_out: Mapping[Site, Tensor]
+    report: Log | None = None
+
+    def __init__(
+        self,
+        stream: ActivationStream,
+        autoencoders: Mapping[str, tuple[Site, AutoencoderSpec]],
+        recipe: Recipe,
+        mesh: Mesh,
+        device: torch.device,
+    ) -> None:
+        self.stream, self.recipe, self.trainer, self.mesh, self.device = stream, recipe, recipe.trainer, mesh, device
+        batch = self.trainer.batch_tokens
+        if stream.batch_tokens != batch:
+            raise UserError(
+                f"the stream gives {stream.batch_tokens} tokens a batch and trainer.batch_tokens is {batch}"
+            )
+        if batch < mesh.sizes["all"]:
+            raise UserError(
+                f"trainer.batch_tokens is {batch} for {mesh.sizes['all']} processes: give each a token or more"
+            )
+        for site, spec in autoencoders.values():
+            if site not in stream.sites:
+                raise UserError(
+                    f"the stream has no {site}, only {', '.join(map(str, stream.sites))}: name one of these"
+                )
+            if spec.features < mesh.sizes["features"]:
+                raise UserError(f"{spec.features} features cannot be dealt over {mesh.sizes['features']} shards")
+        self.members = [
+            Member(name, site, spec, recipe, mesh, hidden=stream.hidden, device=device)
+            for name, (site, spec) in autoencoders.items()
+        ]
+        self.clock = Phases(device)
+        self.step, self.seconds = 0, 0.0
+        self.saved_at: int | None = None
+
+    def train(self, *, resume: bool, stop_at: int | None, show: bool) -> list[Trained] | None:
+        steps, batch = self.trainer.steps, self.trainer.batch_tokens
+        if not (resume and self._load_newest()):
+            self._start()
+        if self.run is not None:
+            self.run.forget_after(self.step)
+        end = steps if stop_at is None else min(stop_at, steps)
+        began = self.step
+        show = show and self.mesh.is_main
+        with progress(steps * batch, label="sae", unit="tokens", done=self.step * batch, enabled=show) as advance:
+            out_of_time = False
+            while self.step < end and not out_of_time:
+                shown = self._one_step()
+                advance(batch, **_few(shown, self.members))
+                out_of_time = self._milestones(shown)
+        if (self.step > began or self.saved_at is None) and self.saved_at != self.step:
+            self._save()  # before the export, which may meet a full disk
+        return self._results() if self.step == steps else None
+
+    def _start(self) -> None:
+        """Pre-bias and normaliser from the first batches, which are not trained on; the sparse backends."""
+        samples = self._sample(self.trainer.start_tokens)
+        for member in self.members:
+            member.start_from(samples[member.site])
+        self._agreed_backends()
+
+    def _agreed_backends(self) -> None:
+        order: tuple[Backend, ...] = ("cpu", "torch", "dense")
+        for member in self.members:
+            choice = torch.tensor(order.index(member.measured_backend()), device=self.device)
+            member.backend = order[int(self.mesh.gather(choice, "all", "backend")[0])]
+
+    def _sample(self, tokens: int) -> dict[Site, Tensor]:
+        """The next batches as a whole, at least so many tokens, the same on every process, in order."""
+        batch = self.trainer.batch_tokens
+        parts: dict[Site, list[Tensor]] = {member.site: [] for member in self.members}
+        for _ in range(-(-tokens // batch)):
+            rows = self._next_rows()
+            for site, own in parts.items():
+                own.append(self.mesh.whole_batch(rows[site], batch))
+        return {site: torch.cat(own) for site, own in parts.items()}
+
+    def _next_rows(self) -> dict[Site, Tensor]:
+        """The next batch's rows that this process harvested, checked on every process. One collective."""
+        batch, world = self.trainer.batch_tokens, self.mesh.sizes["all"]
+        rows: dict[Site, Tensor] = {}
+        problem, ended = None, False
+        try:
+            found = next(iter(self.stream))
+            rows = {m.site: found[m.site].to(self.device, torch.float32) for m in self.members}
+            wanted = (batch - self.mesh.stream_rank + world - 1) // world
+            for site, values in rows.items():
+                if values.shape != (wanted, self.stream.hidden):
+                    problem = (
+                        f"the stream gave {tuple(values.shape)} at {site}, not {(wanted, self.stream.hidden)}: check it"
+                    )
+                elif not bool(values.isfinite().all()):
+                    problem = (
+                        f"the activations of {site} hold NaN or infinity in the batch after step {self.step}: leave those "
+                        "tokens out, or load the model in bfloat16 or float32"
+                    )
+        except StopIteration:
+            ended = True
+        except UserError as error:
+            problem = str(error)
+        flags = torch.tensor([int(ended), int(problem is not None)], device=self.device)
+        ends, problems = self.mesh.sum_(flags, "all", "ready").tolist()
+        if problems:
+            self.mesh.agree(problem)
+        if ends:
+            raise _Ended
+        return rows
+
+    def _one_step(self) -> dict[str, float]:
+        started = time.perf_counter()
+        batch = self.trainer.batch_tokens
+        self.clock.begin(on=(self.step + 1) % self.trainer.log_every == 0)
+        try:
+            with self.clock.phase("harvest"):
+                rows = {site: self.mesh.share_rows(own, batch) for site, own in self._next_rows().items()}
+        except _Ended:
+            if self.step and self.saved_at != self.step:
+                self._save()
+            raise UserError(
+                f"the activations ended after {self.step} of {self.trainer.steps} steps: set trainer.steps lower, or read "
+                "them again and again (epochs: null)"
+            ) from None
+        factor = learning_rate(self.step, self.trainer.steps, warmup=self.trainer.warmup, decay=self.trainer.decay)
+        shown: dict[str, float] = {}
+        for member in self.members:
+            facts = train_step(
+                member, rows[member.site], step=self.step, rate=member.spec.rate * factor, clock=self.clock
+            )
+            shown |= {f"{member.name}/{name}": value for name, value in facts.items()}
+        self.step += 1
+        for member in self.members:
+            fitted = member.law.fitted
+            member.law.refit(self.step, member.firings)
+            if member.law.fitted is not fitted:
+                state.refresh_totals(member)
+        self.seconds += time.perf_counter() - started
+        return shown
+
+    def _milestones(self, shown: dict[str, float]) -> bool:
+        """The log, evaluations and checkpoints that are due; True if the time is over."""
+        step, trainer = self.step, self.trainer
+        if step % trainer.log_every == 0 or step == trainer.steps:
+            times = {f"ms/{phase}": value for phase, value in self.clock.take().items()}
+            speed = {"tokens_per_second": trainer.batch_tokens * step / max(self.seconds, 1e-9)}
+            laws = {
+                f"{member.name}/zipf_{name}": float(member.law.fitted[name])
+                for member in self.members
+                if member.law.fitted is not None
+                for name in ("alpha", "beta", "r_squared")
+            }
+            self._write(shown | laws | speed | times)
+        if trainer.evaluate_every is not None and self.held_out and step % trainer.evaluate_every == 0:
+            for member in self.members:
+                measures, _ = evaluate(member, member.named(), running(member), self.held_out[member.site])
+                self._write({f"{member.name}/held_out/{name}": value for name, value in measures.items()})
+        late = False
+        if trainer.max_seconds is not None:
+            late = bool(
+                self.mesh.gather(torch.tensor([self.seconds], device=self.device), "all", "time")[0]
+                >= trainer.max_seconds
+            )
+        if step % trainer.save_every == 0 and step < trainer.steps and not late:
+            self._save()
+        return late
+
+    def _write(self, values: dict[str, float]) -> None:
+        if self.run is not None and self.mesh.is_main:
+            self.run.log(self.step, values)
+        if self.report is not None:
+            self.report(self.step, values)
+
+    def _results(self) -> list[Trained]:
+        try:
+            fresh = self._sample(self.trainer.calibrate_tokens) if self._calibrates() else {}
+        except _Ended:
+            fresh = {}
+        results = []
+        for member in self.members:
+            weights = result_weights(member)
+            threshold = calibrated(member, weights, fresh[member.site]) if fresh else running(member)
+            measures, densities = (
+                evaluate(member, weights, threshold, self.held_out[member.site]) if self.held_out else ({}, None)
+            )
+            if measures:
+                self._write({f"{member.name}/result/{name}": value for name, value in measures.items()})
+            results.append(
+                Trained(
+                    name=member.name,
+                    site=member.site,
+                    spec=member.spec,
+                    autoencoder=exported(member, weights, threshold),
+                    measures=measures,
+                    densities=densities,
+                    fitted=member.law.fitted,
+                )
+            )
+        return results
+
+    def _calibrates(self) -> bool:
+        return self.trainer.thresholds == "calibrated" and any(m.spec.choice != "token" for m in self.members)
+
+    def _save(self) -> None:
+        """A checkpoint: every process writes the state of its part of the stream, the main one all else."""
+        if self.run is None:
+            return
+        collected = [state.collect(member) for member in self.members]
+        facts = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "members": {member.name: one[1] for member, one in zip(self.members, collected, strict=True)},
+        }
+        name = self.run.checkpoint_name(self.step)
+        for stage in self._writing(self.run, name, [one[0] for one in collected], facts):
+            self.mesh.agree(stage)
+        self.saved_at = self.step
+        self.run.prune_checkpoints(keep=2)
+        self.mesh.agree(None)
+
+    def _writing(
+        self, run: RunFolder, name: str, tensors: list[dict[str, Tensor]], facts: dict[str, Any]
+    ) -> Iterator[str | None]:
+        """Write in three stages, each ending with its problem: main's files, everybody's stream, the folder's name."""
+        final = run.path / name
+        temporary = final.with_name(f".{final.name}.tmp")
+        writing = run.writing(name)
+        problem = None
+        if self.mesh.is_main:
+            problem = _said(writing.__enter__)
+            if problem is None:
+                problem = _said(lambda: self._write_members(temporary, tensors, facts))
+                if problem is not None:
+                    _said(lambda: writing.__exit__(UserError, UserError(problem), None))
+        yield problem
+        stream = temporary / f"stream-{self.mesh.places['all']:04d}.safetensors"
+        mine = _said(lambda: save_state(stream, self.stream.state_dict()))
+        problems = self.mesh.problems(mine)
+        if self.mesh.is_main:
+            failed = next((one for one in problems if one is not None), None)
+            error = None if failed is None else UserError(failed)
+            said = _said(lambda: writing.__exit__(None if error is None else UserError, error, None))
+            mine = failed or said
+        yield mine
+
+    def _write_members(self, folder: Path, tensors: list[dict[str, Tensor]], facts: dict[str, Any]) -> None:
+        for member, whole in zip(self.members, tensors, strict=True):
+            state.write(folder, member.name, whole)
+        write_json(folder / state.FACTS, facts)
+
+    def _load_newest(self) -> bool:
+        saved = self.run.checkpoints() if self.run is not None else []
+        if not saved:
+            return False
+        folder = saved[-1][1]
+        facts = state.read_facts(folder)
+        problem = None
+        try:
+            for member in self.members:
+                if member.name not in facts["members"]:
+                    raise UserError(f"{folder} holds no {member.name}: give the same autoencoders, or another folder")
+                state.restore(folder, member, facts["members"][member.name])
+            self.stream.load_state_dict(merge_states([read_state(file) for file in sorted(folder.glob("stream-*"))]))
+        except UserError as error:
+            problem = str(error)
+        self.mesh.agree(problem)
+        for member in self.members:
+            state.refresh_totals(member)
+        self.step, self.seconds = facts["step"], facts["seconds"]
+        self.saved_at = self.step
+        return True
+
+
+class _Ended(Exception):
+    """The stream has no further batch."""
+
+
+def _said(do: Callable[[], Any]) -> str | None:
+    """What the user can mend, if doing it fails so."""
+    try:
+        do()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _few(shown: dict[str, float], members: list[Member]) -> dict[str, float]:
+    """What stands beside the bar: of one autoencoder its error and L0, of several the errors."""
+    if len(members) == 1:
+        return {name: shown[f"{members[0].name}/{name}"] for name in ("nmse", "l0", "dead")}
+    return {member.name: shown[f"{member.name}/nmse"] for member in members[:3]}

@@ -1,0 +1,186 @@
+"""The training stage from files to files: load the model, open the activations, train, write one folder an autoencoder.
+
+This is wiring; every decision is in the config, every computation in the modules it calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm.anatomy import Site
+from lm.config import as_dict, dump_yaml
+from lm.devices import accelerator, launch_facts, together
+from lm.errors import UserError
+from lm.load import LanguageModel, load
+from lm.run import RunFolder, environment, peak_memory_bytes, write_json
+from sae.activations import (
+    ActivationFiles,
+    ActivationStream,
+    ContextSpec,
+    ReadSpec,
+    Source,
+    TextSource,
+    harvest,
+    open_activations,
+    parse_site,
+    site_name,
+)
+from sae.formats import Provenance, save_autoencoder
+from sae.sharding import Mesh
+from sae.trainer.config import NoSource, TrainSaeConfig, crossed, named
+from sae.trainer.loop import Trained, train
+from sae.trainer.member import Recipe
+
+RESULTS = "results.json"
+
+
+def run_training(config: TrainSaeConfig) -> dict[str, Path]:
+    """Train as the config says; returns name -> the folder of each autoencoder (`<out>/<name>`); empty if it was stopped.
+
+    Raises:
+        UserError: whatever the user can mend, before anything is trained wherever that is possible.
+    """
+    sites = [parse_site(site) for site in config.sites]
+    members = named(crossed(config.autoencoders, config.sweep), sites)
+    out = Path(config.out)
+    acc = accelerator(trackers=config.trackers, folder=out, cpu=config.model.device == "cpu")
+    mesh = Mesh(features=config.trainer.feature_shards)
+    started = time.perf_counter()
+    model = load(config.model, device=str(acc.device)) if _needs_model(config) else None
+    stream = _stream(config, sites, model, mesh)
+    held_out = held_out_tokens(config.held_out, sites, model, config)
+    settings = json.loads(json.dumps(stream.state_dict()["facts"].get("settings", {})))
+    run = RunFolder(out, main=acc.is_main_process)
+    with together(acc):
+        if acc.is_main_process:
+            facts = {"seed": config.harvest.seed, "data": settings, "devices": launch_facts(acc)}
+            run = RunFolder.create(out, config, resume=config.resume, facts=facts, same=("data",))
+    folders = {name: out / name for name in members}
+    if (out / RESULTS).exists():
+        acc.print(f"already finished: {out}")
+        return folders
+    if config.trackers:
+        acc.init_trackers("sae", config={"config": str(as_dict(config))})
+    results = train(
+        stream,
+        members,
+        Recipe(trainer=config.trainer, auxiliary=config.auxiliary, zipf=config.zipf),
+        mesh=mesh,
+        device=acc.device,
+        run=run,
+        held_out=held_out,
+        resume=config.resume,
+        log=(lambda step, values: acc.log(values, step=step)) if acc.trackers else None,
+    )
+    for tracker in acc.trackers:
+        tracker.finish()
+    if results is None:
+        acc.print(f"stopped after trainer.max_seconds: the same command with --resume true goes on in {out}")
+        return {}
+    with together(acc):
+        if acc.is_main_process:
+            for result in results:
+                _write(result, folders[result.name], config, stream, model)
+            run.finish(
+                wall_seconds=round(time.perf_counter() - started, 3),
+                peak_memory_bytes=peak_memory_bytes(),
+                peak_gpu_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            )
+            write_json(
+                out / RESULTS, {r.name: {**r.measures, **({"zipf": r.fitted} if r.fitted else {})} for r in results}
+            )
+            run.prune_checkpoints(keep=0)
+    return folders
+
+
+def held_out_tokens(
+    source: Source, sites: Sequence[Site], model: LanguageModel | None, config: TrainSaeConfig
+) -> dict[Site, Tensor]:
+    """(tokens, hidden) of each site, unshuffled, at most `trainer.held_out_tokens`; the same on every process."""
+    if isinstance(source, NoSource):
+        return {}
+    wanted = config.trainer.held_out_tokens
+    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    seen = 0
+    if isinstance(source, ActivationFiles):
+        reading = ReadSpec(shuffle=False, epochs=1, keep_last=True)
+        batches = iter(open_activations(source, sites, batch_tokens=min(wanted, 4096), reading=reading))
+    else:
+        if model is None or not isinstance(source, TextSource):
+            raise UserError(f"held_out is {type(source).__name__}: name text, activation files, or NoSource")
+        context = dataclasses.replace(config.harvest.context, shuffle=False, epochs=1)
+        batches = harvest(model, source, sites, dataclasses.replace(config.harvest, context=context))
+    for batch in batches:
+        for site in sites:
+            parts[site].append(batch[site][: wanted - seen].float().cpu())
+        seen += min(len(batch), wanted - seen)
+        if seen >= wanted:
+            break
+    if seen < 2:
+        raise UserError("held_out holds less than two tokens that are not masked: give more text, or NoSource")
+    return {site: torch.cat(own) for site, own in parts.items()}
+
+
+def _needs_model(config: TrainSaeConfig) -> bool:
+    return isinstance(config.source, TextSource) or isinstance(config.held_out, TextSource)
+
+
+def _stream(config: TrainSaeConfig, sites: Sequence[Site], model: LanguageModel | None, mesh: Mesh) -> ActivationStream:
+    trainer, batch = config.trainer, config.trainer.batch_tokens
+    text = isinstance(config.source, TextSource)
+    return open_activations(
+        config.source,
+        sites,
+        batch_tokens=batch,
+        model=model,
+        harvest=config.harvest if text else None,
+        buffer=config.buffer if text else None,
+        reading=None if text else config.reading,
+        rank=mesh.stream_rank,
+        world=mesh.sizes["all"],
+        tokens=batch * (trainer.steps + -(-trainer.start_tokens // batch)) if text else None,
+    )
+
+
+def _write(
+    result: Trained, folder: Path, config: TrainSaeConfig, stream: ActivationStream, model: LanguageModel | None
+) -> None:
+    context: ContextSpec = config.harvest.context
+    text = isinstance(config.source, TextSource)
+    source: Any = config.source
+    measures = result.measures
+    dead = round(measures["dead"] * result.spec.features) if measures else None
+    provenance = Provenance(
+        model_name=model.name if model is not None else None,
+        dataset_path=getattr(source, "path", type(source).__name__),
+        context_size=context.length if text else None,
+        prepend_bos=bool(stream.facts().get("bos")) if text else None,
+        exclude_special_tokens=config.harvest.masks.special if text else None,
+        l0=measures.get("l0_exported"),
+        num_dead_features=dead,
+        training_tokens=config.trainer.steps * config.trainer.batch_tokens,
+        explained_variance=1 - measures["fvu_exported"] if measures else None,
+        git=environment()["git"],
+        config_hash=hashlib.sha256(dump_yaml(config).encode()).hexdigest()[:16],
+    )
+    own = {
+        "site": site_name(result.site),
+        "held_out": measures,
+        "zipf": result.fitted,
+        "activations": stream.facts(),
+        "training": {name: as_dict(getattr(config, name)) for name in ("trainer", "auxiliary", "zipf")}
+        | {"autoencoder": as_dict(result.spec)},
+    }
+    metadata = provenance.metadata(result.site, model.anatomy if model is not None else None)
+    save_autoencoder(
+        result.autoencoder, folder, metadata=metadata | json.loads(json.dumps(own)), densities=result.densities
+    )
