@@ -11,24 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [
-    "--hidden",
-    "16",
-    "--features",
-    "128",
-    "--k",
-    "4",
-    "--tokens",
-    "64",
-    "--steps",
-    "2",
-    "--rounds",
-    "2",
-    "--threads",
-    "1",
-    "--rate",
-    "0.01",
-]
+SIZES = {"hidden": 16, "features": 128, "k": 4, "tokens": 64, "steps": 2, "rounds": 2, "threads": 1, "rate": 0.01}
+WORDS = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
