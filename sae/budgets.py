@@ -19,6 +19,9 @@ from torch import Tensor
 
 from lm.errors import UserError
 
+_LARGEST = 700.0
+"""Of log C: densities that fall off exponentially fit ever larger shifts, and C must stay a float."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ZipfLaw:
@@ -114,7 +117,8 @@ def fit_zipf(
         slope = float((centred * logs[used]).sum() / centred.square().sum())
         alpha = max(0.0, -slope)
         log_scale = float((logs[used] + alpha * place).mean())
-        return float((logs[used] - log_scale + alpha * place).square().sum()), alpha, log_scale
+        error = float((logs[used] - log_scale + alpha * place).square().sum())
+        return error + max(0.0, log_scale - _LARGEST), alpha, log_scale
 
     beta = _best_shift(lambda value: line(value)[0], max_shift) if shift else 0.0
     error, alpha, log_scale = line(beta)

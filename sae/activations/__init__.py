@@ -14,7 +14,17 @@ from sae.activations.harvest import Harvester, HarvestSpec, MaskSpec, harvest
 from sae.activations.live import BufferSpec, LiveActivations
 from sae.activations.opening import open_activations
 from sae.activations.reading import CachedActivations, ReadSpec
-from sae.activations.sources import ActivationFiles, Builtin, Datasets, Rows, Source, TextFiles, Texts, TextSource
+from sae.activations.sources import (
+    ActivationFiles,
+    Builtin,
+    Datasets,
+    MadeActivations,
+    Rows,
+    Source,
+    TextFiles,
+    Texts,
+    TextSource,
+)
 from sae.activations.staging import CacheSpec
 from sae.activations.state import merge_states, read_state, save_state
 from sae.activations.writer import write_cache
@@ -35,6 +45,7 @@ __all__ = [
     "HarvestSpec",
     "Harvester",
     "LiveActivations",
+    "MadeActivations",
     "MaskSpec",
     "ReadSpec",
     "Rows",

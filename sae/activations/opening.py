@@ -12,7 +12,7 @@ from sae.activations.cache import open_cache
 from sae.activations.harvest import HarvestSpec
 from sae.activations.live import BufferSpec, LiveActivations
 from sae.activations.reading import CachedActivations, ReadSpec
-from sae.activations.sources import ActivationFiles, Source, TextSource
+from sae.activations.sources import ActivationFiles, MadeActivations, Source, TextSource
 
 
 def open_activations(
@@ -28,7 +28,8 @@ def open_activations(
     world: int = 1,
     tokens: int | None = None,
 ) -> ActivationStream:
-    """Batches of `batch_tokens` tokens (rows `rank::world` of them) at `sites`, from text by way of `model`, or from files.
+    """Batches of `batch_tokens` tokens (rows `rank::world` of them) at `sites`, from text by way of `model`, from files, or
+    from a source that makes them.
 
     `harvest`, `buffer` and `tokens` are for text, `reading` for files. No site means all that the files hold.
     """
@@ -43,6 +44,9 @@ def open_activations(
             world=world,
             device=device,
         )
+    if isinstance(source, MadeActivations):
+        device = model.device if model is not None else "cpu"
+        return source.stream(sites, batch_tokens=batch_tokens, rank=rank, world=world, device=device)
     if not isinstance(source, TextSource):
         raise UserError(f"{type(source).__name__} is no source of activations: use one of sae.activations.sources")
     if model is None:

@@ -11,12 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from lm.anatomy import Site
 from lm.errors import UserError
 from lm.prompts import PromptSpec, render
 from lm.rows import Row
 from lm.sources import one_line
+from sae.activations.batch import ActivationStream
 from sae.activations.documents import Documents, Listed, Streamed
 from sae.activations.records import find_files, read_records, text_documents, value_of
 
@@ -194,6 +197,23 @@ class Texts(TextSource):
 
     def described(self) -> dict[str, Any]:
         return {"kind": type(self).__name__, "documents": len(self.texts)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeActivations(Source):
+    """Something that makes activations itself, from neither text nor files (`sae.synthetic.Synthetic`)."""
+
+    def stream(
+        self,
+        sites: Sequence[Site],
+        *,
+        batch_tokens: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> ActivationStream:
+        """Its batches of `batch_tokens` tokens, rows `rank::world` of them. No site means all there are."""
+        raise NotImplementedError(f"{type(self).__name__} makes no activations")
 
 
 @dataclass(frozen=True, kw_only=True)

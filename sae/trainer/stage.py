@@ -26,6 +26,7 @@ from sae.activations import (
     ActivationFiles,
     ActivationStream,
     ContextSpec,
+    MadeActivations,
     ReadSpec,
     Source,
     TextSource,
@@ -114,6 +115,8 @@ def held_out_tokens(
     if isinstance(source, ActivationFiles):
         reading = ReadSpec(shuffle=False, epochs=1, keep_last=True)
         batches = iter(open_activations(source, sites, batch_tokens=min(wanted, 4096), reading=reading))
+    elif isinstance(source, MadeActivations):
+        batches = iter(open_activations(source, sites, batch_tokens=min(wanted, 4096)))
     else:
         if model is None or not isinstance(source, TextSource):
             raise UserError(f"held_out is {type(source).__name__}: name text, activation files, or NoSource")

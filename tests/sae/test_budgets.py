@@ -182,3 +182,10 @@ def test_zipf_feature_choice_spends_exactly_k_a_token_and_leaves_no_feature_out(
     assert code.matches == 6 * batch
     assert torch.equal(code.feature_counts(), budgets)
     assert int(code.feature_counts().min()) >= 1
+
+
+def test_densities_that_fall_exponentially_still_give_a_finite_law() -> None:
+    fit = fit_zipf(0.2 * torch.exp(-torch.arange(48, dtype=torch.float64) / 12))
+    assert math.isfinite(fit.scale)
+    assert fit.r_squared > 0.99
+    assert torch.isfinite(fit.law(3).densities()).all()
