@@ -42,7 +42,8 @@ class SyntheticActivations(Iterator[ActivationBatch]):
             )
         if batch_tokens < 1 or not 0 <= rank < world:
             raise UserError(f"batches of {batch_tokens} tokens for process {rank} of {world} cannot be: check them")
-        self.sites, self.hidden, self.batch_tokens = (own,), spec.hidden, batch_tokens
+        self.sites: tuple[Site, ...] = (own,)
+        self.hidden, self.batch_tokens = spec.hidden, batch_tokens
         self.rank, self.world, self.batches = rank, world, 0
         self._device = device
 

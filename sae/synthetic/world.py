@@ -195,11 +195,11 @@ class Truth:
             own = (1 - self.factors.square().sum(1)).sqrt()
             shared = torch.randn(tokens, self.spec.rank, generator=draw)
             scores = torch.addmm(torch.randn(shape, generator=draw).mul_(own), shared, self.factors.T)
-            fires = scores < torch.special.ndtri(self.chances).float()
+            fires: Tensor = scores < torch.special.ndtri(self.chances).float()
         else:
             fires = torch.rand(shape, generator=draw) < self.chances.float()
         for upper, lower in _families(self.spec):
-            family = fires[:, lower].unflatten(1, (-1, self.spec.branching)) & fires[:, upper].unsqueeze(2)
+            family = fires[:, lower].reshape(tokens, -1, self.spec.branching) & fires[:, upper].unsqueeze(2)
             if self.spec.exclusive:
                 drawn = (torch.rand(family.shape, generator=draw) + 1).mul_(family).argmax(2, keepdim=True)
                 family &= torch.zeros_like(family).scatter_(2, drawn, True)
