@@ -106,6 +106,8 @@ class ZipfSpec:
     """Tokens over which demand is averaged."""
     low_end: float = 0.2
     """Share of the live features, the rarest, that the fit leaves out."""
+    max_shift: float = 100.0
+    """Largest shift of the rank that a fit may have; early in training densities fall off too late for any Zipf law."""
     least_firings: int = 10
     """Features that fired less often in the window count as dead for the fit."""
     alpha: float = 1.0

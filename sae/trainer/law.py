@@ -75,9 +75,12 @@ class Law:
         seen = max(source.weight, 1e-300) * (self.zipf.window if self.measured else source.tokens)
         try:
             fit = fit_zipf(
-                density.clamp(max=1), low_end=self.zipf.low_end, least=self.zipf.least_firings / max(seen, 1)
+                density.clamp(max=1),
+                low_end=self.zipf.low_end,
+                least=self.zipf.least_firings / max(seen, 1),
+                max_shift=self.zipf.max_shift,
             )
-        except UserError:  # too little is alive to fit anything: what was there before stays
+        except (UserError, OverflowError):  # too little is alive, or nothing like a law: what was there before stays
             return
         law = fit.law(self.spec.k)
         self.fitted = {"alpha": fit.alpha, "beta": fit.beta, "r_squared": fit.r_squared, "used": fit.used, "step": step}

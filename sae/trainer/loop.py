@@ -8,9 +8,8 @@ one of them ends all with one sentence instead of leaving the others waiting.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from lm.anatomy import Site
 from lm.errors import UserError
-from lm.run import RunFolder, progress, write_json
-from sae.activations import ActivationStream, merge_states, read_state, save_state
+from lm.run import RunFolder, progress
+from sae.activations import ActivationStream
 from sae.kernels import Backend
 from sae.model import SparseAutoencoder
 from sae.sharding import Mesh
-from sae.trainer import state
+from sae.trainer import checkpoints
 from sae.trainer.config import AutoencoderSpec
 from sae.trainer.evaluation import evaluate
 from sae.trainer.exporting import calibrated, exported, result_weights, running
@@ -84,6 +83,9 @@ def train(
         stream, autoencoders, recipe, mesh or Mesh(features=recipe.trainer.feature_shards), torch.device(device)
     )
     loop.run, loop.held_out, loop.report = run, held_out or {}, log
+    for site, _ in autoencoders.values():
+        if held_out and site not in held_out:
+            raise UserError(f"held_out lacks {site}: give tokens for every site, or none at all")
     return loop.train(resume=resume, stop_at=stop_at, show=show)
 
 
@@ -126,11 +128,18 @@ class Loop:
         self.clock = Phases(device)
         self.step, self.seconds = 0, 0.0
         self.saved_at: int | None = None
+        self._problem: str | None = None
 
     def train(self, *, resume: bool, stop_at: int | None, show: bool) -> list[Trained] | None:
         steps, batch = self.trainer.steps, self.trainer.batch_tokens
         if not (resume and self._load_newest()):
-            self._start()
+            try:
+                self._start()
+            except _Ended:
+                raise UserError(
+                    f"the activations ended before training began: trainer.start_tokens is {self.trainer.start_tokens}, "
+                    "give more activations, or set it lower"
+                ) from None
         if self.run is not None:
             self.run.forget_after(self.step)
         end = steps if stop_at is None else min(stop_at, steps)
@@ -144,7 +153,9 @@ class Loop:
                 out_of_time = self._milestones(shown)
         if (self.step > began or self.saved_at is None) and self.saved_at != self.step:
             self._save()  # before the export, which may meet a full disk
-        return self._results() if self.step == steps else None
+        results = self._results() if self.step == steps else None
+        self.mesh.agree(self._problem)
+        return results
 
     def _start(self) -> None:
         """Pre-bias and normaliser from the first batches, which are not trained on; the sparse backends."""
@@ -173,25 +184,25 @@ class Loop:
         """The next batch's rows that this process harvested, checked on every process. One collective."""
         batch, world = self.trainer.batch_tokens, self.mesh.sizes["all"]
         rows: dict[Site, Tensor] = {}
-        problem, ended = None, False
+        problem, ended = self._problem, False
         try:
             found = next(iter(self.stream))
             rows = {m.site: found[m.site].to(self.device, torch.float32) for m in self.members}
             wanted = (batch - self.mesh.stream_rank + world - 1) // world
             for site, values in rows.items():
                 if values.shape != (wanted, self.stream.hidden):
-                    problem = (
+                    problem = problem or (
                         f"the stream gave {tuple(values.shape)} at {site}, not {(wanted, self.stream.hidden)}: check it"
                     )
                 elif not bool(values.isfinite().all()):
-                    problem = (
+                    problem = problem or (
                         f"the activations of {site} hold NaN or infinity in the batch after step {self.step}: leave those "
                         "tokens out, or load the model in bfloat16 or float32"
                     )
         except StopIteration:
             ended = True
         except UserError as error:
-            problem = str(error)
+            problem = problem or str(error)
         flags = torch.tensor([int(ended), int(problem is not None)], device=self.device)
         ends, problems = self.mesh.sum_(flags, "all", "ready").tolist()
         if problems:
@@ -226,7 +237,7 @@ class Loop:
             fitted = member.law.fitted
             member.law.refit(self.step, member.firings)
             if member.law.fitted is not fitted:
-                state.refresh_totals(member)
+                checkpoints.refresh_totals(member)
         self.seconds += time.perf_counter() - started
         return shown
 
@@ -259,7 +270,10 @@ class Loop:
 
     def _write(self, values: dict[str, float]) -> None:
         if self.run is not None and self.mesh.is_main:
-            self.run.log(self.step, values)
+            try:
+                self.run.log(self.step, values)
+            except UserError as error:  # said by all processes together, when they next agree
+                self._problem = str(error)
         if self.report is not None:
             self.report(self.step, values)
 
@@ -294,86 +308,20 @@ class Loop:
         return self.trainer.thresholds == "calibrated" and any(m.spec.choice != "token" for m in self.members)
 
     def _save(self) -> None:
-        """A checkpoint: every process writes the state of its part of the stream, the main one all else."""
-        if self.run is None:
-            return
-        collected = [state.collect(member) for member in self.members]
-        facts = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "members": {member.name: one[1] for member, one in zip(self.members, collected, strict=True)},
-        }
-        name = self.run.checkpoint_name(self.step)
-        for stage in self._writing(self.run, name, [one[0] for one in collected], facts):
-            self.mesh.agree(stage)
-        self.saved_at = self.step
-        self.run.prune_checkpoints(keep=2)
-        self.mesh.agree(None)
-
-    def _writing(
-        self, run: RunFolder, name: str, tensors: list[dict[str, Tensor]], facts: dict[str, Any]
-    ) -> Iterator[str | None]:
-        """Write in three stages, each ending with its problem: main's files, everybody's stream, the folder's name."""
-        final = run.path / name
-        temporary = final.with_name(f".{final.name}.tmp")
-        writing = run.writing(name)
-        problem = None
-        if self.mesh.is_main:
-            problem = _said(writing.__enter__)
-            if problem is None:
-                problem = _said(lambda: self._write_members(temporary, tensors, facts))
-                if problem is not None:
-                    _said(lambda: writing.__exit__(UserError, UserError(problem), None))
-        yield problem
-        stream = temporary / f"stream-{self.mesh.places['all']:04d}.safetensors"
-        mine = _said(lambda: save_state(stream, self.stream.state_dict()))
-        problems = self.mesh.problems(mine)
-        if self.mesh.is_main:
-            failed = next((one for one in problems if one is not None), None)
-            error = None if failed is None else UserError(failed)
-            said = _said(lambda: writing.__exit__(None if error is None else UserError, error, None))
-            mine = failed or said
-        yield mine
-
-    def _write_members(self, folder: Path, tensors: list[dict[str, Tensor]], facts: dict[str, Any]) -> None:
-        for member, whole in zip(self.members, tensors, strict=True):
-            state.write(folder, member.name, whole)
-        write_json(folder / state.FACTS, facts)
+        if self.run is not None:
+            checkpoints.save(self.run, self.mesh, self.members, self.stream, step=self.step, seconds=self.seconds)
+            self.saved_at = self.step
 
     def _load_newest(self) -> bool:
-        saved = self.run.checkpoints() if self.run is not None else []
-        if not saved:
-            return False
-        folder = saved[-1][1]
-        facts = state.read_facts(folder)
-        problem = None
-        try:
-            for member in self.members:
-                if member.name not in facts["members"]:
-                    raise UserError(f"{folder} holds no {member.name}: give the same autoencoders, or another folder")
-                state.restore(folder, member, facts["members"][member.name])
-            self.stream.load_state_dict(merge_states([read_state(file) for file in sorted(folder.glob("stream-*"))]))
-        except UserError as error:
-            problem = str(error)
-        self.mesh.agree(problem)
-        for member in self.members:
-            state.refresh_totals(member)
-        self.step, self.seconds = facts["step"], facts["seconds"]
-        self.saved_at = self.step
-        return True
+        facts = checkpoints.load_newest(self.run, self.mesh, self.members, self.stream) if self.run else None
+        if facts is not None:
+            self.step, self.seconds = facts["step"], facts["seconds"]
+            self.saved_at = self.step
+        return facts is not None
 
 
 class _Ended(Exception):
     """The stream has no further batch."""
-
-
-def _said(do: Callable[[], Any]) -> str | None:
-    """What the user can mend, if doing it fails so."""
-    try:
-        do()
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def _few(shown: dict[str, float], members: list[Member]) -> dict[str, float]:

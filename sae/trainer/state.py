@@ -5,11 +5,9 @@ Tensors are stored whole, so that a checkpoint does not depend on how many proce
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -20,7 +18,6 @@ from sae.recipe import Firings, MovingAverage
 from sae.thresholds import RunningThreshold
 from sae.trainer.member import WEIGHTS, Member
 
-FACTS = "state.json"
 _WHOLE = ("b_dec",)
 
 
@@ -98,20 +95,3 @@ def restore(folder: Path, member: Member, facts: dict[str, Any]) -> None:
         member.scale, member.variance, member.backend = facts["scale"], facts["variance"], facts["backend"]
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} is of another autoencoder ({error}): give another folder") from None
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """The numbers of a checkpoint."""
-    try:
-        facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder / FACTS} cannot be read ({error}): delete that checkpoint") from None
-    return facts
-
-
-def refresh_totals(member: Member) -> None:
-    """How many features are idle and dead over all shards. One collective."""
-    idle, _ = member.idle()
-    dead = member.firings.dead(window=member.recipe.auxiliary.window)
-    totals = torch.stack([idle.sum(), dead.sum()])
-    member.idle_total, member.dead_total = member.mesh.sum_(totals, "features", "totals").tolist()

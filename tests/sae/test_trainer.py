@@ -1,0 +1,312 @@
+"""The trainer: the published recipe step by step, exact resume, independence of autoencoders, and the model it exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made import OTHER, SITE, Made
+
+from lm import UserError
+from lm.run import RunFolder
+from sae import SparseAutoencoder, SparseAutoencoderConfig, aux_k_loss, decode, geometric_median, token_choice
+from sae.trainer import (
+    AutoencoderSpec,
+    AuxiliarySpec,
+    Recipe,
+    Trained,
+    TrainerConfig,
+    ZipfSpec,
+    crossed,
+    named,
+    train,
+)
+from sae.trainer.law import Law
+from sae.trainer.step import learning_rate
+
+FEATURES, K, BATCH = 24, 3, 32
+
+
+def recipe(*, auxiliary: dict[str, Any] | None = None, zipf: dict[str, Any] | None = None, **trainer: Any) -> Recipe:
+    small = {
+        "steps": 20,
+        "batch_tokens": BATCH,
+        "warmup": 2,
+        "start_tokens": 64,
+        "calibrate_tokens": 64,
+        "backend": "cpu",
+    }
+    return Recipe(
+        trainer=TrainerConfig(**{**small, "log_every": 5, "save_every": 7, **trainer}),
+        auxiliary=AuxiliarySpec(**{"k_aux": 4, "window": 40, **(auxiliary or {})}),
+        zipf=ZipfSpec(**{"fit_every": 6, "window": 200, "least_firings": 0, "measure_every": 3, **(zipf or {})}),
+    )
+
+
+def spec(choice: str, **settings: Any) -> AutoencoderSpec:
+    return AutoencoderSpec(**{"choice": choice, "features": FEATURES, "k": K, "learning_rate": 1e-3, **settings})
+
+
+ALL = (spec("token", multi_topk=True), spec("mutual"), spec("feature"))
+
+
+def equal(one: Trained, other: Trained) -> None:
+    for name, value in one.autoencoder.state_dict().items():
+        assert torch.equal(value.nan_to_num(-1), other.autoencoder.state_dict()[name].nan_to_num(-1)), name
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in entry.items() if not key.startswith("ms/") and key != "tokens_per_second"}
+        for entry in RunFolder(folder).metrics()
+    ]
+
+
+def test_a_few_steps_equal_the_recipe_written_out() -> None:
+    """Dense autograd, `aux_k_loss`, Multi-TopK, projection, Adam, unit norm and a moving average, by hand."""
+    steps, k_aux, window = 12, 4, 40
+    settings = recipe(
+        auxiliary={"k_aux": k_aux, "window": window},
+        steps=steps,
+        warmup=4,
+        decay=0.5,
+        ema=0.9,
+        clip=0.5,
+        start_tokens=60,
+    )
+    (found,) = train(Made(batch=BATCH), named([spec("token", multi_topk=True)], [SITE]), settings, show=False) or []
+
+    stream = Made(batch=BATCH)
+    sample = torch.cat([next(stream).values, next(stream).values])
+    scale = float((sample - sample.mean(0)).square().mean().sqrt())
+    model = SparseAutoencoder(SparseAutoencoderConfig(hidden=8, features=FEATURES, k=K))
+    model.b_dec.data.copy_(geometric_median(sample) / scale)
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3, eps=6.25e-10)
+    silent, average = torch.zeros(FEATURES), [torch.zeros_like(p) for p in model.parameters()]
+    met_dead = clipped = False
+    for step in range(steps):
+        x = next(stream).values / scale
+        z = model.affinity(x)
+        hats = [decode(token_choice(z, size), model.w_dec, model.b_dec) for size in (K, 4 * K)]
+        loss = (x - hats[0]).square().mean() + (x - hats[1]).square().mean() / 8
+        dead = silent > window
+        met_dead |= bool(dead.any())
+        loss = loss + aux_k_loss(x - hats[0], z, dead, model.w_dec, k_aux=k_aux) / 32 * float(dead.any())
+        adam.zero_grad()
+        loss.backward()
+        model.project_gradient()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        clipped |= bool(norm > 0.5)
+        factor = min(1.0, (step + 1) / 4) * min(1.0, (steps - step) / 6)
+        adam.param_groups[0]["lr"] = 1e-3 * factor
+        adam.step()
+        model.normalise_decoder()
+        code = token_choice(z.detach(), K)
+        fired = torch.zeros(FEATURES, dtype=torch.bool)
+        fired[code.indices[code.values > 1e-3]] = True
+        silent = torch.where(fired, 0, silent + BATCH)
+        average = [0.9 * old + 0.1 * p.detach() for old, p in zip(average, model.parameters(), strict=True)]
+    assert met_dead
+    assert clipped
+    w_dec, w_enc, b_enc, b_dec = (total / (1 - 0.9**steps) for total in average)
+    lengths = w_dec.norm(dim=1, keepdim=True)
+    wanted = {
+        "w_dec": w_dec / lengths,
+        "w_enc": w_enc * lengths,
+        "b_enc": b_enc * lengths[:, 0] * scale,
+        "b_dec": b_dec * scale,
+    }
+    for name, value in wanted.items():
+        torch.testing.assert_close(getattr(found.autoencoder, name).data, value, rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("stop", [10, 13])
+def test_twenty_steps_equal_ten_and_ten(tmp_path: Path, stop: int) -> None:
+    settings = recipe(ema=0.99, evaluate_every=5)
+    members = named(ALL, [SITE, OTHER])
+    held_out = next(Made(batch=80, seed=3, sites=(SITE, OTHER))).by_site
+    runs = {}
+    for name in ("whole", "parts"):
+        run = RunFolder(tmp_path / name)
+        run.path.mkdir()
+        if name == "parts":
+            stream = Made(batch=BATCH, sites=(SITE, OTHER))
+            assert train(stream, members, settings, run=run, held_out=held_out, stop_at=stop, show=False) is None
+            run.log(stop + 1, {"lost": 1.0})  # what an interrupted run may have written after its checkpoint
+        stream = Made(batch=BATCH, sites=(SITE, OTHER))
+        runs[name] = train(stream, members, settings, run=run, held_out=held_out, resume=name == "parts", show=False)
+    assert runs["whole"] is not None
+    assert runs["parts"] is not None
+    for one, other in zip(runs["whole"], runs["parts"], strict=True):
+        equal(one, other)
+        assert one.measures == other.measures
+        assert one.fitted == other.fitted
+    assert any(one.fitted for one in runs["whole"])
+    whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
+    kept = [entry for entry in parts if entry["step"] != stop or stop % 5 == 0]
+    assert kept == whole
+    assert [step for step, _ in RunFolder(tmp_path / "whole").checkpoints()] == [14, 20]
+
+
+def test_many_at_once_equal_one_at_a_time() -> None:
+    together = train(Made(batch=BATCH, sites=(SITE, OTHER)), named(ALL, [SITE, OTHER]), recipe(steps=8), show=False)
+    assert together is not None
+    for one in together:
+        stream = Made(batch=BATCH, sites=(SITE, OTHER))
+        (alone,) = train(stream, {one.name: (one.site, one.spec)}, recipe(steps=8), show=False) or []
+        equal(one, alone)
+
+
+def test_evaluation_leaves_training_alone() -> None:
+    held_out = {SITE: next(Made(batch=70, seed=3)).values}
+    without = train(Made(batch=BATCH), named(ALL, [SITE]), recipe(steps=8), show=False)
+    often = train(
+        Made(batch=BATCH), named(ALL, [SITE]), recipe(steps=8, evaluate_every=1), held_out=held_out, show=False
+    )
+    assert without is not None
+    assert often is not None
+    for one, other in zip(without, often, strict=True):
+        equal(one, other)
+        assert set(other.measures) >= {"fvu", "l0", "dead", "fvu_exported", "l0_exported"}
+        assert other.densities is not None
+        assert float(other.densities.sum()) == pytest.approx(other.measures["l0_exported"])
+
+
+def test_the_exported_model_is_the_trained_one(tmp_path: Path) -> None:
+    """For activations as they are, token by token: the measures again, from the file; L0 within 3 % of k."""
+    held_out = {SITE: next(Made(batch=4096, seed=0, length=9)).values}
+    settings = recipe(steps=150, batch_tokens=256, calibrate_tokens=8192, start_tokens=512, auxiliary={"window": 5000})
+    results = train(Made(batch=256), named(ALL, [SITE]), settings, held_out=held_out, show=False)
+    assert results is not None
+    x = held_out[SITE]
+    for result in results:
+        result.autoencoder.save_pretrained(tmp_path / result.name)
+        model = SparseAutoencoder.from_pretrained(tmp_path / result.name)
+        error = (x - model(x)).square().sum() / (x - x.mean(0)).square().sum()
+        assert float(error.detach()) == pytest.approx(result.measures["fvu_exported"], rel=1e-4)
+        alone = sum(model.encode(row.unsqueeze(0)).matches for row in x[:200]) / 200
+        together = model.encode(x).matches / len(x)
+        assert together == pytest.approx(result.measures["l0_exported"], rel=1e-3)
+        assert alone == pytest.approx(float(model.encode(x[:200]).token_counts().double().mean()), abs=0.02)
+        assert together == pytest.approx(K, rel=0.03), result.name
+        assert float(model.variance) == pytest.approx(float((x - x.mean(0)).square().mean()), rel=0.2)
+        assert result.measures["fvu_exported"] < 0.6
+        torch.testing.assert_close(model.w_dec.norm(dim=1), torch.ones(FEATURES))
+
+
+def test_running_thresholds_are_there_too() -> None:
+    settings = recipe(steps=60, batch_tokens=256, thresholds="running", threshold_rate=0.1)
+    results = train(Made(batch=256), named([spec("mutual")], [SITE]), settings, show=False)
+    assert results is not None
+    x = next(Made(batch=2048, seed=0)).values
+    assert results[0].autoencoder.encode(x).matches / len(x) == pytest.approx(K, rel=0.1)
+
+
+@pytest.mark.parametrize("choice", ["token", "mutual", "feature"])
+def test_bfloat16_and_unscaled_train_too(choice: str) -> None:
+    """Products in bfloat16 come near float32 ones; scaling changes the result only through rates and Adam's epsilon."""
+    errors = []
+    for settings in ({}, {"precision": "bfloat16", "backend": "torch"}, {"scale": False}):
+        held_out = {SITE: next(Made(batch=512, seed=0)).values}
+        one = recipe(steps=80, batch_tokens=128, decay=0.0, **settings)
+        (result,) = train(Made(batch=128), named([spec(choice)], [SITE]), one, held_out=held_out, show=False) or []
+        assert result.autoencoder.w_dec.dtype == torch.float32
+        errors.append(result.measures["fvu_exported"])
+    assert errors[1] == pytest.approx(errors[0], abs=0.05)
+    assert errors[2] == pytest.approx(errors[0], abs=0.15)
+
+
+def test_zipf_budgets_follow_demand() -> None:
+    """After the mutual steps a law is fitted to demand; budgets go by its ranks and sum to k times the batch over a cycle."""
+    from sae.sharding import Mesh
+
+    zipf = ZipfSpec(mutual_share=0.5, fit_every=100, window=100_000, least_firings=0, measure_every=2)
+    law = Law(spec("feature"), zipf, Mesh(), batch=6400, steps=10, device=torch.device("cpu"))
+    assert [law.due(step) for step in range(8)] == [True] * 5 + [False, True, False]
+    demand = (6400 * 0.5 / (torch.arange(FEATURES).flip(0) + 1.5)).round().long()  # the last feature is the most wanted
+    from sae import Firings
+
+    for step in range(5):
+        law.measure(demand)
+        law.refit(step + 1, Firings.start(FEATURES))
+    assert law.fitted is not None
+    assert law.fitted["step"] == 5
+    assert law.budgets is not None
+    budgets = law.budgets.sum(0)
+    assert bool((budgets.diff() >= 0).all())
+    assert int(budgets.sum()) == K * 6400 * len(law.budgets)
+    uniform = Law(spec("feature"), ZipfSpec(budgets="uniform"), Mesh(), batch=64, steps=10, device=torch.device("cpu"))
+    assert uniform.own_budgets(3).tolist() == [K * 64 // FEATURES] * FEATURES
+    assert uniform.mutual_steps == 0
+
+
+def test_times_of_all_phases_are_logged(tmp_path: Path) -> None:
+    train(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(steps=5), run=RunFolder(tmp_path), show=False)
+    (entry,) = RunFolder(tmp_path).metrics()
+    phases = {name.removeprefix("ms/"): value for name, value in entry.items() if name.startswith("ms/")}
+    assert set(phases) == {"harvest", "encode", "select", "decode", "loss", "backward", "optimiser"}
+    assert all(value > 0 for value in phases.values())
+    assert sum(phases.values()) * 5 / 1e3 == pytest.approx(5 * BATCH / entry["tokens_per_second"], rel=0.3)
+
+
+def test_bad_data_end_in_one_sentence(tmp_path: Path) -> None:
+    members = named(ALL[:1], [SITE])
+
+    def run(stream: Any, **settings: Any) -> None:
+        folder = RunFolder(tmp_path / str(len(list(tmp_path.iterdir()))))
+        folder.path.mkdir()
+        train(stream, members, recipe(**settings), run=folder, show=False)
+
+    with pytest.raises(UserError, match=r"resid.* hold NaN or infinity in the batch after step 3"):
+        run(Made(batch=BATCH, bad=5))
+    with pytest.raises(UserError, match="ended after 7 of 20 steps"):
+        run(Made(batch=BATCH, length=9))
+    assert [step for step, _ in RunFolder(tmp_path / "1").checkpoints()] == [7]
+    with pytest.raises(UserError, match="ended before training began"):
+        run(Made(batch=BATCH, length=0))
+    with pytest.raises(UserError, match=r"64 tokens a batch and trainer.batch_tokens is 32"):
+        run(Made(batch=64))
+    with pytest.raises(UserError, match="diverged at step"):
+        train(Made(batch=BATCH), named([spec("token", learning_rate=1e30)], [SITE]), recipe(), show=False)
+    with pytest.raises(UserError, match="the stream has no"):
+        train(Made(batch=BATCH), named(ALL[:1], [OTHER]), recipe(), show=False)
+    with pytest.raises(UserError, match="held_out lacks"):
+        train(Made(batch=BATCH), members, recipe(), held_out={OTHER: torch.ones(3, 8)}, show=False)
+
+
+def test_a_checkpoint_of_other_autoencoders_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    train(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(), run=run, stop_at=3, show=False)
+    folder = run.checkpoints()[-1][1]
+    with pytest.raises(UserError, match="holds no"):
+        train(Made(batch=BATCH), named(ALL[1:2], [SITE]), recipe(), run=run, resume=True, show=False)
+    facts = json.loads((folder / "state.json").read_text())
+    (name,) = facts["members"]
+    wider = {name: (SITE, spec("token", features=2 * FEATURES, multi_topk=True))}
+    with pytest.raises(UserError, match="another autoencoder"):
+        train(Made(batch=BATCH), wider, recipe(), run=run, resume=True, show=False)
+    (folder / f"{name}.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="delete that checkpoint"):
+        train(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(), run=run, resume=True, show=False)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [learning_rate(step, 10, warmup=2, decay=0.4) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert [learning_rate(step, 3, warmup=0, decay=0.0) for step in range(3)] == [1, 1, 1]
+
+
+def test_sweeps_are_crossed_and_names_are_unique() -> None:
+    specs = crossed([spec("token"), spec("mutual")], {"k": [2, 4], "seed": [0, 1]})
+    assert len(specs) == 8
+    assert len(named(specs, [SITE, OTHER])) == 16
+    assert "resid.0-mutual-k4-f24-s1" in named(specs, [SITE])
+    with pytest.raises(UserError, match="two autoencoders are called"):
+        named([spec("token"), spec("token")], [SITE])
+    with pytest.raises(UserError, match=r"sweep\.kk"):
+        crossed([spec("token")], {"kk": [1]})
+    with pytest.raises(UserError, match="k from 1"):
+        crossed([spec("token")], {"k": [0]})
