@@ -75,7 +75,8 @@ def load_newest(
             if member.name not in facts["members"]:
                 raise UserError(f"{folder} holds no {member.name}: give the same autoencoders, or another folder")
             state.restore(folder, member, facts["members"][member.name])
-        stream.load_state_dict(merge_states([read_state(file) for file in sorted(folder.glob("stream-*"))]))
+        states = [read_state(file) for file in sorted(folder.glob("stream-*"))]
+        stream.load_state_dict(states[0] if len(states) == 1 else merge_states(states))
 
     mesh.agree(_problem(read))
     for member in members:

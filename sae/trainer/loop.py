@@ -186,7 +186,7 @@ class Loop:
         rows: dict[Site, Tensor] = {}
         problem, ended = self._problem, False
         try:
-            found = next(iter(self.stream))
+            found = next(self.stream)
             rows = {m.site: found[m.site].to(self.device, torch.float32) for m in self.members}
             wanted = (batch - self.mesh.stream_rank + world - 1) // world
             for site, values in rows.items():

@@ -277,6 +277,16 @@ def test_bad_data_end_in_one_sentence(tmp_path: Path) -> None:
         train(Made(batch=BATCH), members, recipe(), held_out={OTHER: torch.ones(3, 8)}, show=False)
 
 
+def test_a_log_that_cannot_be_written_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise UserError("cannot write metrics.jsonl: the disk is full")
+
+    monkeypatch.setattr(RunFolder, "log", full)
+    for steps in (20, 5):  # at the next step, and after the last one
+        with pytest.raises(UserError, match="the disk is full"):
+            train(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(steps=steps), run=RunFolder(tmp_path), show=False)
+
+
 def test_a_checkpoint_of_other_autoencoders_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     train(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(), run=run, stop_at=3, show=False)
