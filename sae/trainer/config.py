@@ -154,6 +154,9 @@ class TrainerConfig:
     result is for activations as they are."""
     start_tokens: int = 32_768
     """Tokens, at least one batch, from which pre-bias and normaliser are taken. They are not trained on."""
+    rescale: bool = True
+    """Scale the encoder at the start so that the first reconstructions are as near as their directions allow. (Gao et al.
+    scale it too, by random vectors.) Without it mutual choice starts worse than predicting the mean."""
     thresholds: Literal["calibrated", "running"] = "calibrated"
     """Of the result: on fresh training activations after the last step, or the running average."""
     calibrate_tokens: int = 32_768

@@ -163,6 +163,8 @@ class Loop:
         for member in self.members:
             member.start_from(samples[member.site])
         self._agreed_backends()
+        for member in self.members if self.trainer.rescale else ():
+            member.rescale(samples[member.site][: self.trainer.batch_tokens])
 
     def _agreed_backends(self) -> None:
         order: tuple[Backend, ...] = ("cpu", "torch", "dense")

@@ -109,6 +109,18 @@ class Member:
         self.scale = math.sqrt(self.variance) if self.recipe.trainer.scale else 1.0
         self.weights["b_dec"].data.copy_(geometric_median(sample) / self.scale)
 
+    @torch.no_grad()
+    def rescale(self, batch: Tensor) -> None:
+        """Multiply the encoder by what makes the first reconstruction of a global batch best; no choice changes by it."""
+        x = batch[self.mesh.global_rows(len(batch), batch.device)] / self.scale
+        choose = self.selecting(0, None)
+        found = self.forward(x, choose, splits=choose.splits, inner=lambda: choose.inner)
+        moved_by = found.x_hat - self.weights["b_dec"]
+        sums = torch.stack([(moved_by * (x - self.weights["b_dec"])).double().sum(), moved_by.double().square().sum()])
+        along, square = self.mesh.sum_(sums, "data", "start").tolist()
+        if along > 0:
+            self.weights["w_enc"].data.mul_(along / square)
+
     def measured_backend(self) -> Backend:
         """What "auto" means here, for shapes like those of a step."""
         wanted = self.recipe.trainer.backend

@@ -13,6 +13,7 @@ from made import OTHER, SITE, Made
 from lm import UserError
 from lm.run import RunFolder
 from sae import SparseAutoencoder, SparseAutoencoderConfig, aux_k_loss, decode, geometric_median, token_choice
+from sae.sharding import Mesh
 from sae.trainer import (
     AutoencoderSpec,
     AuxiliarySpec,
@@ -25,6 +26,7 @@ from sae.trainer import (
     train,
 )
 from sae.trainer.law import Law
+from sae.trainer.loop import Loop
 from sae.trainer.step import learning_rate
 
 FEATURES, K, BATCH = 24, 3, 32
@@ -84,6 +86,9 @@ def test_a_few_steps_equal_the_recipe_written_out() -> None:
     scale = float((sample - sample.mean(0)).square().mean().sqrt())
     model = SparseAutoencoder(SparseAutoencoderConfig(hidden=8, features=FEATURES, k=K))
     model.b_dec.data.copy_(geometric_median(sample) / scale)
+    centred = sample[:BATCH] / scale - model.b_dec.data
+    first = decode(token_choice(centred @ model.w_enc.data.T, K), model.w_dec.data)
+    model.w_enc.data *= (centred * first).sum() / first.square().sum()
     adam = torch.optim.Adam(model.parameters(), lr=1e-3, eps=6.25e-10)
     silent, average = torch.zeros(FEATURES), [torch.zeros_like(p) for p in model.parameters()]
     met_dead = clipped = False
@@ -221,8 +226,6 @@ def test_bfloat16_and_unscaled_train_too(choice: str) -> None:
 
 def test_zipf_budgets_follow_demand() -> None:
     """After the mutual steps a law is fitted to demand; budgets go by its ranks and sum to k times the batch over a cycle."""
-    from sae.sharding import Mesh
-
     zipf = ZipfSpec(mutual_share=0.5, fit_every=100, window=100_000, least_firings=0, measure_every=2)
     law = Law(spec("feature"), zipf, Mesh(), batch=6400, steps=10, device=torch.device("cpu"))
     assert [law.due(step) for step in range(8)] == [True] * 5 + [False, True, False]
@@ -301,6 +304,20 @@ def test_a_checkpoint_of_other_autoencoders_or_a_damaged_one_is_refused(tmp_path
     (folder / f"{name}.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="delete that checkpoint"):
         train(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(), run=run, resume=True, show=False)
+
+
+@pytest.mark.parametrize("choice", ["token", "mutual", "feature"])
+def test_the_encoder_starts_at_the_scale_that_is_best(tmp_path: Path, choice: str) -> None:
+    """The error of the first batch is not above that of any other scale."""
+    errors = {}
+    for factor in (None, 0.8, 1.0, 1.25):
+        loop = Loop(Made(batch=BATCH), named([spec(choice)], [SITE]), recipe(), Mesh(), torch.device("cpu"))
+        loop._start()
+        member = loop.members[0]
+        member.weights["w_enc"].data *= factor or 1.0
+        loop.stream = Made(batch=BATCH)  # the batch that the scale was found on
+        errors[factor] = loop._one_step()[f"{member.name}/nmse"]
+    assert errors[None] == errors[1.0] < min(errors[0.8], errors[1.25])
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
