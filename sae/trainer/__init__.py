@@ -15,7 +15,8 @@ from sae.trainer.config import (
     named,
 )
 from sae.trainer.evaluation import evaluate
-from sae.trainer.loop import Trained, train
+from sae.trainer.exporting import Trained
+from sae.trainer.loop import train
 from sae.trainer.member import Member, Recipe
 from sae.trainer.stage import run_training
 

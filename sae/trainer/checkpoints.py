@@ -1,7 +1,8 @@
 """Checkpoints of a run: whole or not at all, written by all processes together, read by any number of them.
 
 The main process writes the autoencoders, each process the state of its part of the stream. Between the stages all say
-what went wrong for them, so that a full disk of one ends all with one sentence and leaves no half of a checkpoint.
+what went wrong for them, so that a full disk of one ends all with one sentence and leaves no half of a checkpoint. The run
+folder must be one that all processes see.
 """
 
 from __future__ import annotations

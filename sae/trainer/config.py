@@ -15,7 +15,7 @@ from sae.activations import BufferSpec, Builtin, HarvestSpec, ReadSpec, Source, 
 from sae.model import Choice
 
 AuxiliaryLoss = Literal["none", "aux_k", "aux_zipf"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Backend = Literal["auto", "cpu", "torch", "dense"]
 
 
@@ -147,8 +147,9 @@ class TrainerConfig:
     ema: float | None = None
     """Decay of an average of the weights, which is then the result; null for none."""
     precision: Precision = "float32"
-    """Of the matrix products. Weights, moments, losses and statistics are float32; bfloat16 affinities are compared as
-    they are, ties cut by index."""
+    """Of the matrix products. Weights, moments, losses and statistics are float32 anyway. tf32: inputs of products are
+    rounded where the GPU is faster so, results and the selection are float32. bfloat16: affinities are too, and are compared
+    as they are, ties cut by index."""
     scale: bool = True
     """Divide activations by their root mean square about the mean, so that rates mean the same for every model. The
     result is for activations as they are."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from lm.errors import UserError
 from sae.metrics import Moments, Reconstruction, Usage
 from sae.sharding import Mesh
-from sae.trainer.exporting import own_threshold
 from sae.trainer.member import Member
 from sae.trainer.selecting import Selecting, by_threshold
 
@@ -47,7 +46,7 @@ def evaluate(
         counts[1] += torch.bincount(found.code.indices[found.code.values > 1e-3], minlength=end - start)
         tokens += batch
         if threshold is not None:
-            rule = by_threshold(own_threshold(mesh, threshold, features).to(device))
+            rule = by_threshold(threshold.expand(end - start).to(device))
             found = member.forward(x, lambda part, rule=rule: rule(part, 0), weights)
         sums[1] = sums[1].update(x, found.x_hat)
         counts[2] += found.code.feature_counts()

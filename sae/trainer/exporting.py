@@ -3,17 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lm.anatomy import Site
 from sae.model import SparseAutoencoder
-from sae.sharding import Mesh, kth_largest
+from sae.sharding import kth_largest
 from sae.thresholds import calibrate_features
+from sae.trainer.config import AutoencoderSpec
+from sae.trainer.evaluation import evaluate
 from sae.trainer.member import Member
 
 _CHUNK = 1 << 24
 """Affinities made together."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """One result."""
+
+    name: str
+    site: Site
+    spec: AutoencoderSpec
+    autoencoder: SparseAutoencoder
+    """For activations as they are, in evaluation mode, on the CPU."""
+    measures: dict[str, float]
+    """On held-out tokens (see `evaluate`); empty without them."""
+    densities: Tensor | None
+    """(features,): the share of held-out tokens on which each feature fires by the exported rule."""
+    fitted: dict[str, Any] | None
+    """The last fit of a Zipf law, if one was made."""
+
+
+def finished(member: Member, sample: Tensor | None, held_out: Tensor | None) -> Trained:
+    """The result of a member: thresholds calibrated on a (tokens, hidden) sample, or the running ones without it."""
+    weights = result_weights(member)
+    threshold = running(member) if sample is None else calibrated(member, weights, sample)
+    measures, densities = ({}, None) if held_out is None else evaluate(member, weights, threshold, held_out)
+    return Trained(
+        name=member.name,
+        site=member.site,
+        spec=member.spec,
+        autoencoder=exported(member, weights, threshold),
+        measures=measures,
+        densities=densities,
+        fitted=member.law.fitted,
+    )
 
 
 @torch.no_grad()
@@ -86,9 +124,3 @@ def exported(member: Member, weights: Mapping[str, Tensor], threshold: Tensor | 
         model.set_threshold(wide.cpu() * scale)
     model.variance.fill_(member.variance)
     return model.eval()
-
-
-def own_threshold(mesh: Mesh, threshold: Tensor, features: int) -> Tensor:
-    """(own features,) of a scalar or (own features,) threshold."""
-    start, end = mesh.bounds(features)
-    return threshold.expand(end - start)

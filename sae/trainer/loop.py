@@ -8,9 +8,8 @@ one of them ends all with one sentence instead of leaving the others waiting.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -20,34 +19,16 @@ from lm.errors import UserError
 from lm.run import RunFolder, progress
 from sae.activations import ActivationStream
 from sae.kernels import Backend
-from sae.model import SparseAutoencoder
 from sae.sharding import Mesh
 from sae.trainer import checkpoints
-from sae.trainer.config import AutoencoderSpec
+from sae.trainer.config import AutoencoderSpec, Precision
 from sae.trainer.evaluation import evaluate
-from sae.trainer.exporting import calibrated, exported, result_weights, running
+from sae.trainer.exporting import Trained, finished, running
 from sae.trainer.member import Member, Recipe
 from sae.trainer.step import learning_rate, train_step
 from sae.trainer.timing import Phases
 
 Log = Callable[[int, dict[str, float]], None]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Trained:
-    """One result."""
-
-    name: str
-    site: Site
-    spec: AutoencoderSpec
-    autoencoder: SparseAutoencoder
-    """For activations as they are, in evaluation mode, on the CPU."""
-    measures: dict[str, float]
-    """On held-out tokens (see `evaluate`); empty without them."""
-    densities: Tensor | None
-    """(features,): the share of held-out tokens on which each feature fires by the exported rule."""
-    fitted: dict[str, Any] | None
-    """The last fit of a Zipf law, if one was made."""
 
 
 def train(
@@ -86,7 +67,8 @@ def train(
     for site, _ in autoencoders.values():
         if held_out and site not in held_out:
             raise UserError(f"held_out lacks {site}: give tokens for every site, or none at all")
-    return loop.train(resume=resume, stop_at=stop_at, show=show)
+    with _products(recipe.trainer.precision):
+        return loop.train(resume=resume, stop_at=stop_at, show=show)
 
 
 class Loop:
@@ -143,7 +125,6 @@ class Loop:
         if self.run is not None:
             self.run.forget_after(self.step)
         end = steps if stop_at is None else min(stop_at, steps)
-        began = self.step
         show = show and self.mesh.is_main
         with progress(steps * batch, label="sae", unit="tokens", done=self.step * batch, enabled=show) as advance:
             out_of_time = False
@@ -151,7 +132,7 @@ class Loop:
                 shown = self._one_step()
                 advance(batch, **_few(shown, self.members))
                 out_of_time = self._milestones(shown)
-        if (self.step > began or self.saved_at is None) and self.saved_at != self.step:
+        if self.saved_at != self.step:
             self._save()  # before the export, which may meet a full disk
         results = self._results() if self.step == steps else None
         self.mesh.agree(self._problem)
@@ -280,34 +261,15 @@ class Loop:
             self.report(self.step, values)
 
     def _results(self) -> list[Trained]:
-        try:
-            fresh = self._sample(self.trainer.calibrate_tokens) if self._calibrates() else {}
-        except _Ended:
-            fresh = {}
-        results = []
-        for member in self.members:
-            weights = result_weights(member)
-            threshold = calibrated(member, weights, fresh[member.site]) if fresh else running(member)
-            measures, densities = (
-                evaluate(member, weights, threshold, self.held_out[member.site]) if self.held_out else ({}, None)
-            )
-            if measures:
-                self._write({f"{member.name}/result/{name}": value for name, value in measures.items()})
-            results.append(
-                Trained(
-                    name=member.name,
-                    site=member.site,
-                    spec=member.spec,
-                    autoencoder=exported(member, weights, threshold),
-                    measures=measures,
-                    densities=densities,
-                    fitted=member.law.fitted,
-                )
-            )
+        fresh: dict[Site, Tensor] = {}
+        if self.trainer.thresholds == "calibrated" and any(member.spec.choice != "token" for member in self.members):
+            with suppress(_Ended):  # then the running thresholds serve
+                fresh = self._sample(self.trainer.calibrate_tokens)
+        results = [finished(member, fresh.get(member.site), self.held_out.get(member.site)) for member in self.members]
+        for one in results:
+            if one.measures:
+                self._write({f"{one.name}/result/{name}": value for name, value in one.measures.items()})
         return results
-
-    def _calibrates(self) -> bool:
-        return self.trainer.thresholds == "calibrated" and any(m.spec.choice != "token" for m in self.members)
 
     def _save(self) -> None:
         if self.run is not None:
@@ -320,6 +282,18 @@ class Loop:
             self.step, self.seconds = facts["step"], facts["seconds"]
             self.saved_at = self.step
         return facts is not None
+
+
+@contextmanager
+def _products(precision: Precision) -> Iterator[None]:
+    """How torch multiplies float32 matrices, for as long as training lasts."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Ended(Exception):

@@ -38,7 +38,8 @@ from sae.activations import (
 from sae.formats import Provenance, save_autoencoder
 from sae.sharding import Mesh
 from sae.trainer.config import NoSource, TrainSaeConfig, crossed, named
-from sae.trainer.loop import Trained, train
+from sae.trainer.exporting import Trained
+from sae.trainer.loop import train
 from sae.trainer.member import Recipe
 
 RESULTS = "results.json"

@@ -93,5 +93,7 @@ def restore(folder: Path, member: Member, facts: dict[str, Any]) -> None:
         law.expected = own("expected") if "expected" in found else None
         law.budgets = own("budgets").T.contiguous() if "budgets" in found else None
         member.scale, member.variance, member.backend = facts["scale"], facts["variance"], facts["backend"]
+        if member.backend == "cpu" and device.type != "cpu":
+            member.backend = "torch"
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} is of another autoencoder ({error}): give another folder") from None
