@@ -24,7 +24,7 @@ def main(config: TrainSaeConfig) -> None:
         measures = results[name]
         said = ", ".join(
             f"{key} {measures[key]:.4g}"
-            for key in ("fvu", "l0", "fvu_exported", "l0_exported", "dead")
+            for key in ("fvu", "l0", "fvu_exported", "l0_exported", "dead", "ce_recovered")
             if key in measures
         )
         print(f"wrote {folder}" + (f": held out {said}" if said else ""))

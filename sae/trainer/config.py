@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lm.anatomy import Site
 from lm.errors import UserError
 from lm.load import ModelSpec
-from sae.activations import BufferSpec, Builtin, HarvestSpec, ReadSpec, Source, parse_site, site_name
+from sae.activations import BufferSpec, Builtin, HarvestSpec, ReadSpec, Source, TextSource, parse_site, site_name
 from sae.model import Choice
 
 AuxiliaryLoss = Literal["none", "aux_k", "aux_zipf"]
@@ -176,6 +176,9 @@ class TrainerConfig:
     """Steps between evaluations on held-out tokens; null: at the end only."""
     held_out_tokens: int = 16_384
     """Held-out tokens."""
+    recovered_contexts: int = 0
+    """Held-out contexts on which the results replace the model's own activations at the end, for the cross-entropy recovered;
+    0 for none. Needs held-out text."""
     max_seconds: float | None = None
     """Stop, with a checkpoint, after this much training time."""
 
@@ -193,6 +196,8 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"trainer.{name} is {value}: give a positive number")
+        if self.recovered_contexts < 0:
+            raise UserError(f"trainer.recovered_contexts is {self.recovered_contexts}: give a number of contexts, or 0")
         if self.warmup < 0 or not 0 <= self.decay <= 1:
             raise UserError(f"trainer.warmup is {self.warmup} and decay {self.decay}: give steps from 0, and a share")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -241,6 +246,11 @@ class TrainSaeConfig:
             raise UserError("source is NoSource: there would be nothing to train on; name one")
         if self.trainer.evaluate_every is not None and isinstance(self.held_out, NoSource):
             raise UserError("trainer.evaluate_every is set but held_out is NoSource: name held-out activations")
+        if self.trainer.recovered_contexts and not isinstance(self.held_out, TextSource):
+            raise UserError(
+                f"trainer.recovered_contexts is {self.trainer.recovered_contexts} and held_out "
+                f"{type(self.held_out).__name__}: cross-entropy needs held-out text; name some, or set it to 0"
+            )
         if not self.sites or not self.autoencoders:
             raise UserError("sites and autoencoders are empty: name at least one of each")
         named(crossed(self.autoencoders, self.sweep), [parse_site(site) for site in self.sites])

@@ -37,6 +37,7 @@ from sae.activations import (
 )
 from sae.formats import Provenance, save_autoencoder
 from sae.sharding import Mesh
+from sae.trainer.behaviour import recovered
 from sae.trainer.config import NoSource, TrainSaeConfig, crossed, named
 from sae.trainer.exporting import Trained
 from sae.trainer.loop import train
@@ -90,6 +91,7 @@ def run_training(config: TrainSaeConfig) -> dict[str, Path]:
         return {}
     with together(acc):
         if acc.is_main_process:
+            results = [_with_behaviour(result, config, model) for result in results]
             for result in results:
                 _write(result, folders[result.name], config, stream, model)
             run.finish(
@@ -153,6 +155,17 @@ def _stream(config: TrainSaeConfig, sites: Sequence[Site], model: LanguageModel 
         world=mesh.sizes["all"],
         tokens=batch * (trainer.steps + -(-trainer.start_tokens // batch)) if text else None,
     )
+
+
+def _with_behaviour(result: Trained, config: TrainSaeConfig, model: LanguageModel | None) -> Trained:
+    """With the cross-entropy and KL recovered among the measures, if they are asked for."""
+    contexts = config.trainer.recovered_contexts
+    if not contexts or model is None or not isinstance(config.held_out, TextSource):
+        return result
+    found = recovered(model, config.held_out, result.site, result.autoencoder, config.harvest, contexts=contexts)
+    shown = {**dataclasses.asdict(found), "ce_recovered": found.ce_recovered, "kl_recovered": found.kl_recovered}
+    del shown["tokens"]
+    return dataclasses.replace(result, measures=result.measures | shown)
 
 
 def _write(

@@ -32,7 +32,9 @@ SPECS = tuple(
 
 def config(tiny: Path, out: Path, **settings: Any) -> TrainSaeConfig:
     trainer = {"steps": 12, "batch_tokens": 32, "start_tokens": 64, "calibrate_tokens": 128, "held_out_tokens": 64}
-    trainer |= {"save_every": 4, "log_every": 2, "warmup": 2, "backend": "cpu"} | settings.pop("trainer", {})
+    trainer |= {"recovered_contexts": 3, "save_every": 4, "log_every": 2, "warmup": 2, "backend": "cpu"} | settings.pop(
+        "trainer", {}
+    )
     chosen: dict[str, Any] = {
         "model": ModelSpec(path=str(tiny / "model"), device="cpu"),
         "source": Rows(path=str(tiny / "forget.jsonl")),
@@ -84,6 +86,9 @@ def test_a_folder_each_in_the_native_format(tiny: Path, unbroken: Path) -> None:
         assert facts["l0"] == pytest.approx(measures["l0_exported"])
         assert facts["explained_variance"] == pytest.approx(1 - measures["fvu_exported"])
         assert facts["activations"]["masked"]["kept"] > 0
+        assert measures["ce_zero"] > 0
+        assert 0 <= measures["kl"] != measures["kl_zero"]
+        assert facts["held_out"]["ce_recovered"] == measures["ce_recovered"]
         assert facts["training"]["autoencoder"]["features"] == 48
     run = RunFolder(unbroken)
     assert run.manifest["finished"]
@@ -179,6 +184,7 @@ def test_activations_in_files_need_no_model(tmp_path: Path) -> None:
             held_out=ActivationFiles(path=str(tmp_path / "test.safetensors")),
             sites=("resid.0",),
             sweep={"seed": [0, 1]},
+            trainer={"recovered_contexts": 0},
         )
     )
     assert len(folders) == 6
@@ -190,7 +196,9 @@ def test_what_cannot_be_is_refused_before_training(tiny: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="nothing to train on"):
         config(tiny, tmp_path, source=NoSource())
     with pytest.raises(UserError, match="held_out is NoSource"):
-        config(tiny, tmp_path, held_out=NoSource(), trainer={"evaluate_every": 3})
+        config(tiny, tmp_path, held_out=NoSource(), trainer={"evaluate_every": 3, "recovered_contexts": 0})
+    with pytest.raises(UserError, match="needs held-out text"):
+        config(tiny, tmp_path, held_out=ActivationFiles(path="somewhere"))
     with pytest.raises(UserError, match="feature shards over 1 processes"):
         run_training(config(tiny, tmp_path / "a", trainer={"feature_shards": 2}))
     with pytest.raises(UserError, match="the site 'resid' is not one"):
