@@ -185,8 +185,9 @@ class Truth:
         for upper, lower in _families(self.spec):
             held = values[:, upper] / self.means[upper] if self.spec.follow else (values[:, upper] > 0).float()
             values[:, lower] *= held.repeat_interleave(self.spec.branching, 1)
-        place = torch.nonzero(values, as_tuple=True)
-        return (place[0], place[1]), values[place]
+        found = values[place]
+        there = found > 0
+        return (place[0][there], place[1][there]), found[there]
 
     def _fires(self, tokens: int, draw: torch.Generator) -> Tensor:
         """(tokens, features) boolean."""

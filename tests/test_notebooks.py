@@ -1,0 +1,51 @@
+"""Every notebook runs from its first cell to its last, with fewer training steps, and holds no outputs in the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install '.[tests]'")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install '.[tests]'")
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_not_kept(path: Path) -> None:
+    for cell in read(path).cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+def executed(name: str, parameters: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The outputs of a notebook, run in `folder`, with its cell of parameters replaced."""
+    notebook = read(ROOT / "notebooks" / name)
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    assert len(tagged) == 1
+    tagged[0].source = parameters
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def test_train_and_read_an_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = 'STEPS = 30\nOUT = Path("runs/notebook")'
+    outputs = executed("02_train_and_read_an_sae.ipynb", parameters, tmp_path, monkeypatch)
+    data = [output.data for output in outputs if output.output_type == "display_data"]
+    assert sum("image/png" in one for one in data) == 2
+    pages = [one["text/html"] for one in data if "text/html" in one]
+    assert len(pages) == 6
+    assert all("<span" in page and "writes" in page for page in pages)
+    said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "of the variance explained" in said
+    assert "SAELens" in said
+    assert (tmp_path / "runs" / "notebook" / "mutual" / "sae_weights.safetensors").is_file()
