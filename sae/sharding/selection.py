@@ -8,7 +8,7 @@ more than one process on the axis:
 |---|---|---|
 | token | one gather of the largest k values a token | nothing |
 | feature | nothing | one gather of each feature's largest m_i values with their tokens (8 bytes each) |
-| mutual | 16-bit floats: one sum of a histogram, float32: two (65,537 counts each) | the same sums serve both axes |
+| mutual | one sum of a histogram; float32 takes a second one unless a guess was good | the same sums serve both axes |
 
 Mutual choice adds one sum of a count for each row and shard if its cut falls inside a tie. Nothing here has gradients.
 """
@@ -29,6 +29,8 @@ from sae.thresholds import smallest_chosen
 
 _INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 _BINS = 1 << 16
+_NEAR = 5
+"""Bins of the upper 16 bits whose lower bits are counted along with them: 2 on each side of a guess, 0.4 to 0.8 % each."""
 _CHUNK = 1 << 22
 _NAN = "the affinities hold NaN: training has diverged or the input is not finite; lower the rate"
 
@@ -112,12 +114,18 @@ def feature_choice(mesh: Mesh, affinity: Tensor, budgets: Tensor, *, batch: int)
     return Chosen(code.keep(mine), smallest)
 
 
-def mutual_choice(mesh: Mesh, affinity: Tensor, budget: int, *, batch: int) -> Chosen:
-    """The `budget` best matches of the global batch of `batch` tokens, ties to the lower flat index."""
+def mutual_choice(mesh: Mesh, affinity: Tensor, budget: int, *, batch: int, guess: float | None = None) -> Chosen:
+    """The `budget` best matches of the global batch of `batch` tokens, ties to the lower flat index.
+
+    `guess`, the same on every process, is a number near the smallest activation that will be chosen (the last batch's, say).
+    It changes nothing but the number of sums.
+    """
     if mesh.sizes["all"] == 1:
         code = allocate.mutual_choice(affinity, budget)
         return Chosen(code, smallest_chosen(code, per_feature=False))
-    found = kth_largest(lambda: _pieces(affinity), budget, lambda counts: mesh.sum_(counts, "all", "mutual choice"))
+    found = kth_largest(
+        lambda: _pieces(affinity), budget, lambda counts: mesh.sum_(counts, "all", "mutual choice"), guess=guess
+    )
     nothing = torch.zeros(0, dtype=torch.int64, device=affinity.device)
     if found is None:
         code = SparseCode.from_matches(
@@ -145,53 +153,73 @@ class Kth(NamedTuple):
 
 
 def kth_largest(
-    pieces: Callable[[], Iterator[Tensor]], budget: int, add: Callable[[Tensor], Tensor] = lambda counts: counts
+    pieces: Callable[[], Iterator[Tensor]],
+    budget: int,
+    add: Callable[[Tensor], Tensor] = lambda counts: counts,
+    *,
+    guess: float | None = None,
 ) -> Kth | None:
     """The `budget`-th largest positive number in all pieces, or the smallest positive one if there are fewer; None if none.
 
     Exact: positive floats order like the integers that share their bits, counted 16 bits at a time. `add` sums the counts
-    over processes; it is called once for 16-bit floats and twice for float32. `pieces` is gone through as often.
-    Raises UserError on every process if any number anywhere is NaN.
+    over processes; it is called once for 16-bit floats and twice for float32, but once there too if `guess`, the same on
+    every process, is within about 1 % of the answer: the lower bits near it are counted along. `pieces` is gone through as
+    often. Raises UserError on every process if any number anywhere is NaN.
     """
-    prefix, wanted, ties = 0, budget, 0
-    shift: int | None = None
-    kind, device = torch.float32, torch.device("cpu")
-    while shift is None or shift > 0:
-        counts = None
-        for piece in pieces():
-            if shift is None:
-                if piece.dtype not in _INTEGERS:
-                    raise UserError(f"affinities of type {piece.dtype} cannot be shared out: use float32 or bfloat16")
-                kind, device = piece.dtype, piece.device
-            if counts is None:
-                counts = torch.zeros(_BINS + 1, dtype=torch.int64, device=piece.device)
-            top = 8 * kind.itemsize - 16
-            keys = piece.contiguous().view(_INTEGERS[kind]).clamp(min=0).flatten()
-            if shift is None:
-                counts[:_BINS] += torch.bincount(keys >> top, minlength=_BINS)
-                counts[0] -= (keys == 0).sum()
-                counts[_BINS] += piece.isnan().sum()
-            else:
-                keys = keys[(keys >> 16) == prefix].long()
-                counts[:_BINS] += torch.bincount(keys & 0xFFFF, minlength=_BINS)
+    near = -1
+    if guess is not None and 0 < guess < 3e38:
+        near = max((int(torch.tensor(guess, dtype=torch.float32).view(torch.int32)) >> 16) - _NEAR // 2, 0)
+    counts, kind = None, torch.float32
+    for piece in pieces():
         if counts is None:
-            raise UserError("there are no affinities to choose from: give a batch with tokens")
-        counts = add(counts)
-        if int(counts[_BINS]):
-            raise UserError(_NAN)
-        from_top = counts[:_BINS].flip(0).cumsum(0)
-        if shift is None:
-            wanted = min(wanted, int(from_top[-1]))
-            if wanted < 1:
-                return None
-        place = int((from_top < wanted).sum())
-        digit = _BINS - 1 - place
-        ties = int(counts[digit])
-        wanted -= int(from_top[place]) - ties
-        prefix = (prefix << 16) | digit
-        shift = (8 * kind.itemsize - 16) if shift is None else shift - 16
-    value = torch.tensor(prefix, dtype=_INTEGERS[kind], device=device).view(kind)
+            kind = piece.dtype
+            if kind not in _INTEGERS:
+                raise UserError(f"affinities of type {kind} cannot be shared out: use float32 or bfloat16")
+            near = near if kind == torch.float32 else -1
+            size = 1 + _BINS + (_NEAR * _BINS if near >= 0 else 0)
+            counts = torch.zeros(size, dtype=torch.int64, device=piece.device)
+        keys = _positive_keys(piece)
+        counts[0] += piece.isnan().sum()
+        counts[1 : 1 + _BINS] += torch.bincount(keys >> (8 * kind.itemsize - 16), minlength=_BINS)
+        counts[1] -= (keys == 0).sum()
+        if near >= 0:
+            low = keys - (near << 16)
+            counts[1 + _BINS :] += torch.bincount(low[(low >= 0) & (low < _NEAR << 16)], minlength=_NEAR * _BINS)
+    if counts is None:
+        raise UserError("there are no affinities to choose from: give a batch with tokens")
+    counts = add(counts)
+    if int(counts[0]):
+        raise UserError(_NAN)
+    wanted = min(budget, int(counts[1 : 1 + _BINS].sum()))
+    if wanted < 1:
+        return None
+    digit, wanted, ties = _digit(counts[1 : 1 + _BINS], wanted)
+    if kind == torch.float32:
+        if 0 <= near <= digit < near + _NEAR:
+            lower = counts[1 + _BINS :].view(_NEAR, _BINS)[digit - near]
+        else:
+            lower = torch.zeros(_BINS, dtype=torch.int64, device=counts.device)
+            for piece in pieces():
+                keys = _positive_keys(piece)
+                lower += torch.bincount(keys[(keys >> 16) == digit] & 0xFFFF, minlength=_BINS)
+            lower = add(lower)
+        last, wanted, ties = _digit(lower, wanted)
+        digit = (digit << 16) | last
+    value = torch.tensor(digit, dtype=_INTEGERS[kind], device=counts.device).view(kind)
     return Kth(value, ties, wanted)
+
+
+def _positive_keys(values: Tensor) -> Tensor:
+    """Integers that order like the positive numbers among (numbers,), 0 for the others."""
+    return values.contiguous().view(_INTEGERS[values.dtype]).clamp(min=0).flatten()
+
+
+def _digit(counts: Tensor, wanted: int) -> tuple[int, int, int]:
+    """The bin that holds the `wanted`-th number from the top, how many are wanted of that bin, and how many it holds."""
+    from_top = counts.flip(0).cumsum(0)
+    place = int((from_top < wanted).sum())
+    held = int(counts[_BINS - 1 - place])
+    return _BINS - 1 - place, wanted - (int(from_top[place]) - held), held
 
 
 def _first_ties(mesh: Mesh, code: SparseCode, found: Kth, batch: int) -> Tensor:

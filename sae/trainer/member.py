@@ -92,6 +92,8 @@ class Member:
         self.scale = self.variance = math.nan
         """What activations are divided by, and their variance before."""
         self.backend: Backend = "torch"
+        self.last: float | None = None
+        """The smallest activation that mutual choice last took: a guess for the next batch, of no other effect."""
         self.idle_total = 0
         self.dead_total = 0
 
@@ -166,6 +168,7 @@ class Member:
             k_aux=min(aux.k_aux, self.spec.features),
             share=use if aux.weighting == "gradient" and self.spec.loss == "aux_zipf" else None,
             wider=self.spec.multi_topk,
+            guess=self.last if self.mesh.sizes["all"] > 1 else None,
             demand=self.law.due(step),
             clock=clock,
         )

@@ -43,6 +43,8 @@ class Selecting:
     """(own features,): what the encoder gradient of an idle feature is multiplied with."""
     wider: bool = False
     """Choose four times as many, and say in `inner` which of them are the main ones."""
+    guess: float | None = None
+    """About the smallest activation that mutual choice will take."""
     demand: bool = False
     """Also count what mutual choice would take."""
     clock: Phases | None = None
@@ -113,7 +115,8 @@ class Selecting:
         return feature_choice(self.mesh, affinity, (budgets * times).clamp(max=self.batch), batch=self.batch)
 
     def _mutual(self, affinity: Tensor, times: int) -> Chosen:
-        return mutual_choice(self.mesh, affinity, self.k * times * self.batch, batch=self.batch)
+        guess = self.guess if times == 1 else None
+        return mutual_choice(self.mesh, affinity, self.k * times * self.batch, batch=self.batch, guess=guess)
 
     def _idle(self, affinity: Tensor) -> SparseCode | None:
         return None if self.idle is None else idle_choice(affinity, self.idle, k_aux=self.k_aux)

@@ -147,6 +147,8 @@ def _update(member: Member, counts: Tensor, sums: Tensor, *, step: int, rate: fl
 
 
 def _observe(member: Member, choose: Selecting, demand: Tensor | None) -> None:
+    if choose.choice == "mutual" and choose.smallest is not None:
+        member.last = float(choose.smallest)
     if choose.choice == member.spec.choice and choose.smallest is not None:
         member.threshold = member.threshold.toward(choose.smallest, rate=member.recipe.trainer.threshold_rate)
     if demand is not None:

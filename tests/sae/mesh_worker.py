@@ -102,6 +102,11 @@ def selections(world: int) -> dict[str, Any]:
         assert whole(mesh, found.code, (BATCH, FEATURES)) == flat(wanted), ("mutual", key)
         assert torch.equal(found.smallest, smallest_chosen(wanted, per_feature=False)), ("smallest", key)
         found.code.check()
+        for guess in (float(found.smallest) * 1.01, 1e-3):
+            mesh.counts.clear()
+            again = mutual_choice(mesh, block, K * BATCH, batch=BATCH, guess=guess).code
+            assert whole(mesh, again, (BATCH, FEATURES)) == flat(wanted), ("guess", guess, key)
+            counts[f"guess {guess > 1e-3} {key}"] = dict(mesh.counts)
         odd = mutual_choice(mesh, block, 41, batch=BATCH).code
         assert whole(mesh, odd, (BATCH, FEATURES)) == flat(allocate.mutual_choice(z, 41)), ("mutual 41", key)
 
