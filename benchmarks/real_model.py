@@ -4,7 +4,8 @@
 
 FOLDER is any Hugging Face decoder (docs/results.md used SmolLM2-135M-Instruct) and the public LUME splits. Every stage is
 one of this project's scripts, run as its own process and printed as the command it is; a stage that is finished is not
-run again, so an interrupted benchmark goes on where it was. The unlearning runs have equal steps and batches.
+run again, so an interrupted benchmark goes on where it was. The unlearning runs have equal steps and batches
+(gradient ascent alone has only forget rows in them).
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ def main(asked: Benchmark) -> None:
         if not asked.only or stage.name in asked.only:
             run(stage, out)
     if all((out / stage.name / stage.result).exists() for stage in todo):
-        rows = [row(out, stage) for stage in todo if stage.script == "unlearn"]
+        for stage in todo:
+            run(stage, out)  # nothing is left to run: this compares what is there with what was asked
+        rows = [row(out, stage.name) for stage in todo if stage.script == "unlearn"]
         write_json(out / "table.json", rows)
         print(table(rows))
 
@@ -134,12 +137,22 @@ def main(asked: Benchmark) -> None:
 def run(stage: Stage, out: Path) -> None:
     """Run a stage unless it is done."""
     folder = out / stage.name
-    if (folder / stage.result).exists():
-        return
     words = stage.command(out)
+    if (folder / stage.result).exists():
+        if made_by(folder) != words:
+            raise UserError(
+                f"{folder} was made by other words ({shlex.join(made_by(folder))}): delete it, or give another out"
+            )
+        return
     resume = ["--resume", "true"] if (folder / "config.yaml").exists() else []
     print(f"\n== {shlex.join(['python', *words])}", flush=True)
     subprocess.run([sys.executable, *words, *resume], cwd=ROOT, check=True)
+
+
+def made_by(folder: Path) -> list[str]:
+    """The words that made what is in a run folder, as its manifest has them."""
+    name, *words = json.loads((folder / "manifest.json").read_text())["command"]
+    return [f"scripts/{name}", *words]
 
 
 def scoring(asked: Benchmark, name: str, model: str, data: Path) -> Stage:
@@ -184,9 +197,8 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def row(out: Path, stage: Stage) -> dict[str, object]:
+def row(out: Path, name: str) -> dict[str, object]:
     """One line of the table, from the run folders."""
-    name = stage.name
     manifest = json.loads((out / name / "manifest.json").read_text())
     scores = json.loads((out / f"{name}-scores" / "scores.json").read_text())
     return {
@@ -198,7 +210,7 @@ def row(out: Path, stage: Stage) -> dict[str, object]:
         "tokens_per_second": manifest["tokens_per_second"],
         "peak_memory_gib": manifest["peak_memory_bytes"] / 2**30,
         **{key: scores[key] for key in ("terms", "task_aggregate", "mia_auc", "mia_score", "utility", "final")},
-        "command": shlex.join(["python", *stage.command(out)]),
+        "command": shlex.join(["python", *made_by(out / name)]),
     }
 
 

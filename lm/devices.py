@@ -111,6 +111,11 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return total
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard, or all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gather(tensor: Tensor) -> Tensor:
     """The whole tensor on the CPU, whether it is a shard or not. Every process must call it, in the same order."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from lm.config import as_dict, dump_yaml
 from lm.errors import UserError
@@ -36,7 +38,7 @@ def writable(path: Path) -> Iterator[None]:
     """Turn a full disk, a read-only folder or a missing right into one sentence about `path`."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reasons = {
             errno.ENOSPC: "the disk is full; free some room and run again with --resume true",
             errno.EDQUOT: "the disk quota is used up; free some room and run again with --resume true",
@@ -46,10 +48,18 @@ def writable(path: Path) -> Iterator[None]:
             errno.ENOTDIR: "a part of that path is a file; choose another folder",
             errno.EEXIST: "a file stands in the way; choose another folder",
         }
-        reason = reasons.get(error.errno or 0)
+        reason = reasons.get(_system_error(error))
         if reason is None:
             raise
         raise UserError(f"cannot write {path}: {reason}") from error
+
+
+def _system_error(error: OSError | SafetensorError) -> int:
+    """The system's number for an error; safetensors has it only in its words."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found.group(1)) if found else errno.ENOSPC if "No space left" in str(error) else 0
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -112,7 +122,7 @@ class RunFolder:
                 raise UserError(
                     f"the folder {run.path} already holds a run; give another folder, or --resume true to go on with it"
                 )
-            run._refuse_other_config(as_dict(config))
+            run._refuse_other_config(config)
             for name in same:
                 if run.manifest.get(name) != (facts or {}).get(name):
                     raise UserError(
@@ -201,10 +211,13 @@ class RunFolder:
             for _, path in saved[: max(len(saved) - keep, 0)]:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _refuse_other_config(self, config: dict[str, Any]) -> None:
+    def _refuse_other_config(self, config: Any) -> None:
         old = _flat(yaml.safe_load((self.path / "config.yaml").read_text()))
-        new = _flat(config)
+        new = _flat(as_dict(config))
         differing = [key for key in sorted({*old, *new} - {"resume"}) if old.get(key) != new.get(key)]
+        if any(key not in old for key in differing):  # a setting that is younger than the run had its default then
+            usual = _defaults(type(config))
+            differing = [key for key in differing if key in old or key not in usual or usual[key] != new[key]]
         if differing:
             key = differing[0]
             raise UserError(
@@ -261,6 +274,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
             out.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
         return out
     return {prefix: value}
+
+
+def _defaults(cls: type[Any]) -> dict[str, Any]:
+    """The flat settings of a config that was given nothing; none if it must be given something."""
+    try:
+        return _flat(as_dict(cls()))
+    except TypeError:
+        return {}
 
 
 def _now() -> str:

@@ -57,7 +57,7 @@ def choose_layers(
     4. facts that took no part agree: for each resample the best band is chosen on the facts drawn and compared, as in
        1, on those not drawn; that too is above zero in at least `stability` of the resamples. The band is the best
        of many on these very facts, which alone makes 1 too kind, and
-    5. it matters: the band's best layer alone brings back at least `least_share` of what the corruption took (the mean
+    5. it matters: the score of the band's best layer is at least `least_share` of what the corruption took (the mean
        total effect). A tiny effect can be certain too.
 
     Otherwise the plan still names the best band, with `singled_out` False and a verdict that says why. On made-up
@@ -88,6 +88,9 @@ def choose_layers(
     found = _evidence(scores, drawn_bands, counts, best, size, confidence, units([f.group for f in effects.facts]))
     taken = float(effects.total.mean())
     found["share_of_total"] = float(means[list(chosen)].max()) / taken if taken > 0 else 0.0
+    restored = " and ".join(_parts(kind)) if kind != "resid" else "the stream"
+    if effects.window > 1 and kind != "resid":
+        restored += f" (windows of {effects.window} layers)"
     reasons = _reasons(found, layers, size, stability, confidence, least_share)
     low, high = interval(drawn, confidence)
     band_low, band_high = interval(drawn_bands, confidence)
@@ -124,7 +127,7 @@ def choose_layers(
         modules=modules,
         rule=rule,
         singled_out=not reasons,
-        verdict=_verdict(chosen, reasons, found, confidence),
+        verdict=_verdict(chosen, reasons, found, confidence, restored),
         evidence=evidence,
         controls=control_layers(chosen, means, seed),
         provenance={
@@ -234,7 +237,9 @@ def _reasons(
     return reasons
 
 
-def _verdict(chosen: tuple[int, ...], reasons: Sequence[str], found: Mapping[str, Any], confidence: float) -> str:
+def _verdict(
+    chosen: tuple[int, ...], reasons: Sequence[str], found: Mapping[str, Any], confidence: float, restored: str
+) -> str:
     several = len(chosen) > 1
     name = f"layers {chosen[0]}-{chosen[-1]}" if several else f"layer {chosen[0]}"
     if reasons:
@@ -244,9 +249,9 @@ def _verdict(chosen: tuple[int, ...], reasons: Sequence[str], found: Mapping[str
     return (
         f"The evidence singles out {name}: {its} effect exceeds the mean of the other bands by {found['margin']:.3g} "
         f"({confidence:.0%} interval {found['margin_low']:.3g} to {found['margin_high']:.3g}), a like band wins in "
-        f"{found['stable_share']:.0%} of the resamples, {found['held_out_share']:.0%} agree on held-out facts "
-        f"({found['facts']} facts), and {'the best of them alone' if several else 'it'} brings back "
-        f"{found['share_of_total']:.0%} of what the corruption took."
+        f"{found['stable_share']:.0%} of the resamples, and {found['held_out_share']:.0%} agree on held-out facts "
+        f"({found['facts']} facts). Restoring {restored} in {'the best of them' if several else 'it'} at one subject token "
+        f"brings back {found['share_of_total']:.0%} of what the corruption took, on average."
     )
 
 

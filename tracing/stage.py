@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.devices import accelerator, launch_facts
+from lm.devices import accelerator, launch_facts, together
 from lm.errors import UserError
 from lm.load import load
 from lm.run import RunFolder, peak_memory_bytes, write_atomic, write_json
@@ -54,10 +54,10 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
     size = config.plan.layers(model.anatomy.layers)
     if size > model.anatomy.layers:
         raise UserError(f"plan.size is {size} but {model.name} has {model.anatomy.layers} layers; give fewer, or null.")
-    if acc.is_main_process:
-        about = {"facts": {"count": len(facts), "sha256": facts_hash(facts)}, "devices": launch_facts(acc)}
-        RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("facts",))
-    acc.wait_for_everyone()
+    with together(acc):
+        if acc.is_main_process:
+            about = {"facts": {"count": len(facts), "sha256": facts_hash(facts)}, "devices": launch_facts(acc)}
+            RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("facts",))
     run = RunFolder(config.out, main=acc.is_main_process)
     effects = trace(
         model,
@@ -89,7 +89,8 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
         write_result(
             result, run.path, confidence=config.plan.confidence, seed=config.seed, aggregation=config.plan.aggregation
         )
-        run.finish(seconds=result.seconds, peak_memory_bytes=peak_memory_bytes())
+        before = run.manifest.get("seconds", 0.0)  # of earlier calls, if this one went on with their facts
+        run.finish(seconds=before + result.seconds, peak_memory_bytes=peak_memory_bytes())
     acc.wait_for_everyone()
     return result
 

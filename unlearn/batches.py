@@ -57,6 +57,10 @@ class PairedBatches:
     def __post_init__(self) -> None:
         if self.forget < 1:
             raise UserError("there are no forget rows: nothing to unlearn")
+        if self.pairing == "paired" and self.retain and self.batch % 2:
+            raise UserError(
+                f"batch is {self.batch}: a paired batch has as many forget as retain rows; give an even number"
+            )
         if self.batch < (2 if self.pairing == "paired" and self.retain else 1):
             raise UserError(f"batch is {self.batch}: a paired batch needs at least one forget and one retain row")
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lm.config import dump_yaml
 from lm.errors import UserError
 from lm.load import ModelSpec
-from lm.run import write_json
+from lm.run import write_atomic, write_json
 from tracing.config import TraceConfig
 from tracing.effects import Effects
 from tracing.plan import LayerPlan
@@ -49,6 +50,13 @@ class DemoConfig:
     """Prompts generated at once when scoring."""
     out: str = "runs/demo"
     """The folder for results.json, report.html and the stages' run folders."""
+
+    def __post_init__(self) -> None:
+        if type(self.difference) is not GradientDifference:
+            raise UserError(
+                f"difference is {type(self.difference).__name__}, and its row is called gradient difference: set its "
+                "fields only, or compare other objectives with scripts/unlearn.py"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ def entries(config: DemoConfig, plan: Path) -> list[Entry]:
 def run_demo(config: DemoConfig) -> Path:
     """Run every stage that is not finished; returns the report's path. `results.json` lies beside it."""
     out = Path(config.out)
+    write_atomic(out / "demo.yaml", dump_yaml(config))
     started = time.monotonic()
     plan = find_layers(config, out / "trace")
     models: dict[str, dict[str, Any]] = {}
@@ -139,13 +148,20 @@ def score_entry(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
         assert entry.objective is not None
         run = out / entry.key
         unlearning = UnlearnConfig(
-            model=config.trace.model, scope=entry.scope, objective=entry.objective, trainer=config.trainer, out=str(run)
+            model=config.trace.model,
+            prompt=config.trace.prompt,
+            scope=entry.scope,
+            objective=entry.objective,
+            trainer=config.trainer,
+            out=str(run),
         )
         path = str(run_unlearning(replace(unlearning, resume=run.exists())))
-        seconds = float(json.loads((run / "manifest.json").read_text())["wall_seconds"])
+        seconds = float(json.loads((run / "manifest.json").read_text())["train_seconds"])
     scores = out / "scores" / entry.key
     asked = EvaluateConfig(
-        model=ModelSpec(path=path, device=config.trace.model.device), batch_size=config.batch_size, out=str(scores)
+        model=config.trace.model if entry.key == "base" else ModelSpec(path=path, device=config.trace.model.device),
+        batch_size=config.batch_size,
+        out=str(scores),
     )
     found = run_evaluation(replace(asked, resume=scores.exists())).to_json()
     measured = found["seconds"]

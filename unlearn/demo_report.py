@@ -21,8 +21,8 @@ QUESTION = (
     "and what is left of them afterwards?"
 )
 CAVEATS = (
-    "The model has two million parameters and the world is invented: numbers here show that the method and the measuring "
-    "work, not how a large model will behave.",
+    "The model is tiny and the world is invented: numbers here show that the method and the measuring work, not how a "
+    "large model will behave.",
     "Tracing shows where an answer is carried, not where training works best. The controls are the test of the choice.",
     "The membership score looks at whole documents, prompt and answer; only answers are trained to be forgotten, so a "
     "model can answer nothing and still know a document's beginning.",
@@ -42,11 +42,14 @@ def demo_report(
         model_name="the built-in model",
         question=QUESTION,
         plan=plan,
-        tables={kind: effects.table(kind) for kind in effects.kinds},
+        tables={
+            kind: effects.table(kind, confidence=plan.evidence["confidence"], aggregation=plan.evidence["aggregation"])
+            for kind in effects.kinds
+        },
         models=tuple(_model(out, entry, models[entry.key]) for entry in entries),
         answers=_answers(out, [entry.key for entry in entries]),
         caveats=CAVEATS,
-        commands=("make demo", "python scripts/demo.py --config configs/demo.yaml --out runs/again"),
+        commands=("make demo", f"python scripts/demo.py --config {out}/demo.yaml --out runs/again"),
         facts={
             "date": manifest["finished"],
             "commit": str(manifest["git"]),

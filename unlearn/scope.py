@@ -31,6 +31,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"lora rank is {self.rank}; give at least 1")
+        if self.alpha < 1:
+            raise UserError(f"lora alpha is {self.alpha}; give at least 1, or nothing would change")
 
 
 @dataclass(frozen=True, kw_only=True)

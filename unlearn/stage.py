@@ -20,6 +20,7 @@ from lm.load import DTYPES, LanguageModel, load
 from lm.prompts import Encoded, PromptSpec, encode_pair
 from lm.rows import Row
 from lm.run import RunFolder, peak_memory_bytes
+from tracing.cache import fingerprint
 from unlearn import export, lora
 from unlearn.batches import collate, micro_batches
 from unlearn.config import UnlearnConfig
@@ -30,7 +31,7 @@ from unlearn.evaluation.lume import check_rows, score
 from unlearn.objectives import RetainMemory
 from unlearn.scope import cost
 from unlearn.statistics import token_logprobs
-from unlearn.trainer import train
+from unlearn.trainer import refuse_broken_weights, train
 
 
 def run_unlearning(config: UnlearnConfig) -> Path:
@@ -51,6 +52,8 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         cpu=config.model.device == "cpu",
     )
     data = {"forget": data_hash(forget), "retain": data_hash(retain)}
+    if validation is not None:
+        data |= {"validation_forget": data_hash(validation[0]), "validation_retain": data_hash(validation[1])}
     result = Path(config.out) / export.MODEL
     model = load(config.model, device="cpu")  # before the folder is made: a mistyped path must not leave one behind
     scope = config.scope.resolve(model.anatomy)
@@ -58,8 +61,15 @@ def run_unlearning(config: UnlearnConfig) -> Path:
     run = RunFolder(config.out, main=acc.is_main_process)
     with together(acc):
         if acc.is_main_process:
-            facts = {"seed": config.trainer.seed, "data": data, "devices": launch_facts(acc)}
-            run = RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=("data",))
+            facts = {
+                "seed": config.trainer.seed,
+                "data": data,
+                "weights": fingerprint(model),
+                "scope": {"layers": list(scope.layers), "modules": list(scope.modules)},
+                "devices": launch_facts(acc),
+            }
+            same = ("data", "weights", "scope")
+            run = RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=same)
     if result.exists():
         acc.print(f"already finished: {result}")
         return result
@@ -88,6 +98,7 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         resume=config.resume,
     )
     plain = acc.unwrap_model(wrapped)
+    refuse_broken_weights(plain)
     run.finish(
         steps=at.step,
         train_seconds=round(at.seconds, 3),

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lm.devices import local_part, sum_over_processes
 from lm.errors import UserError
 from lm.prompts import Encoded
 from lm.run import RunFolder, progress
@@ -91,13 +92,17 @@ class TrainerConfig:
         )
         for name in positive:
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"trainer.{name} is {value}: give a positive number")
-        if self.clip is not None and self.clip <= 0:
+        if self.clip is not None and not self.clip > 0:
             raise UserError(f"trainer.clip is {self.clip}: give a positive norm, or null for none")
         for name in ("warmup", "seed", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}: give 0 or more")
+        if self.steps is not None and self.warmup >= self.steps:
+            raise UserError(
+                f"trainer.warmup is {self.warmup} of {self.steps} steps: the peak rate is never reached; give fewer"
+            )
         if self.checkpoint != "last" and self.evaluate_every is None:
             raise UserError(
                 f"trainer.checkpoint is {self.checkpoint!r}, which needs scores: set trainer.evaluate_every"
@@ -243,6 +248,11 @@ class _Loop:
             )
         limit = self.config.clip if self.config.clip is not None else float("inf")
         norm = self.acc.clip_grad_norm_(self.model.parameters(), limit)
+        if self.acc.scaler is None and not math.isfinite(_number(norm)):  # with a scaler such a step is left out
+            raise UserError(
+                f"the gradient's norm became {_number(norm)} at step {self.at.step + 1}: lower trainer.learning_rate, or set a "
+                "forget_cap, and begin in a new folder; earlier checkpoints are kept"
+            )
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.at.step += 1
@@ -273,6 +283,7 @@ class _Loop:
 
     def _save(self, name: str, *, with_moments: bool) -> None:
         main = self.acc.is_main_process
+        refuse_broken_weights(self.plain)
         if with_moments:
             self.saved_at = self.at.step
         weights, moments = state.collect(self.plain, self._inner_optimiser() if with_moments else None, main=main)
@@ -323,6 +334,18 @@ class _Loop:
         self.run.log(self.at.step, values)
         if self.acc.trackers:
             self.acc.log(values, step=self.at.step)
+
+
+def refuse_broken_weights(model: nn.Module) -> None:
+    """Raise UserError, on every process, if a trained weight is no longer a finite number: it must not be saved."""
+    broken = [
+        name for name, p in model.named_parameters() if p.requires_grad and not bool(local_part(p).isfinite().all())
+    ]
+    if float(sum_over_processes(torch.tensor(float(len(broken)), device=next(model.parameters()).device))):
+        raise UserError(
+            f"the weights are no longer finite numbers ({broken[0] if broken else 'on another process'}): lower "
+            "trainer.learning_rate and begin in a new folder; earlier checkpoints are kept"
+        )
 
 
 def learning_rate_factor(step: int, steps: int, schedule: str, warmup: int) -> float:

@@ -38,6 +38,15 @@ def test_a_second_run_is_refused_and_a_resumed_one_must_agree(tmp_path: Path) ->
     RunFolder.create(tmp_path / "run", Config(resume=True), resume=True)
 
 
+def test_a_setting_younger_than_the_run_had_its_default_then(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", Config())
+    stored = run.path / "config.yaml"
+    stored.write_text("".join(line for line in stored.read_text().splitlines(True) if not line.startswith("size")))
+    RunFolder.create(tmp_path / "run", Config(), resume=True)
+    with pytest.raises(UserError, match="size was None and is now 2"):
+        RunFolder.create(tmp_path / "run", Config(size=2), resume=True)
+
+
 def test_a_resumed_log_forgets_what_came_after_and_half_lines(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     for step in (1, 2, 3):

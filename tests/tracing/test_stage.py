@@ -203,6 +203,17 @@ def test_two_processes_write_what_one_writes(model_folder: Path, tmp_path: Path)
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr[-2000:]
+    again = subprocess.run(
+        [sys.executable, *launch, script, *words, "--out", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert again.returncode != 0
+    assert "already holds a run" in again.stderr
+    assert "gloo" not in again.stderr, "the processes fail together"
     one, two = (Effects.load(tmp_path / name / "effects.npz") for name in ("one", "two"))
     assert one.facts == two.facts
     for kind in one.kinds:

@@ -175,6 +175,13 @@ def test_a_full_disk_loses_no_finished_work(tiny: Path, tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], result[name]) for name in whole)
 
 
+@pytest.mark.parametrize("size", ["60k", "100k", "140k"])
+def test_a_disk_that_fills_anywhere_ends_in_the_sentence(tiny: Path, tmp_path: Path, size: str) -> None:
+    """Weights are written by safetensors, whose error is not the system's own."""
+    with small_disk(tmp_path / "disk", size), pytest.raises(UserError, match="the disk is full"):
+        run_unlearning(small_config(tiny, tmp_path / "disk" / "run"))
+
+
 @pytest.mark.parametrize(
     ("number", "says"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "may not write")]
 )

@@ -14,7 +14,7 @@ from lm.prompts import Encoded
 from unlearn.batches import PairedBatches, collate, micro_batches
 
 
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(2, 12), st.integers(0, 5))
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 6).map(lambda half: 2 * half), st.integers(0, 5))
 def test_paired_steps_use_each_side_evenly(forget: int, retain: int, batch: int, seed: int) -> None:
     batches = PairedBatches(forget=forget, retain=retain, batch=batch, seed=seed)
     drawn = [batches.step(i) for i in range(batches.steps_per_epoch * 3)]
@@ -63,4 +63,6 @@ def test_nothing_to_forget_is_refused() -> None:
     with pytest.raises(UserError, match="no forget rows"):
         PairedBatches(forget=0, retain=3, batch=4)
     with pytest.raises(UserError, match="at least one"):
-        PairedBatches(forget=3, retain=3, batch=1)
+        PairedBatches(forget=3, retain=3, batch=0)
+    with pytest.raises(UserError, match="even number"):
+        PairedBatches(forget=3, retain=3, batch=5)

@@ -12,6 +12,7 @@ from lm.config import parse_config
 from lm.errors import UserError
 from tests.unlearn.helpers import ROOT
 from unlearn.demo import DemoConfig, check_results, run_demo
+from unlearn.objectives import KLMinimisation
 
 MODELS = ["base", "retain_only", "joint_planned", "joint_random", "joint_all", "gradient_difference"]
 
@@ -57,6 +58,11 @@ def test_a_second_call_runs_nothing_again(quick: Path, monkeypatch: pytest.Monke
     before = json.loads((quick / "results.json").read_text())["models"]
     run_demo(replace(config, trace=trace, trainer=replace(config.trainer, steps=2), out=str(quick)))
     assert json.loads((quick / "results.json").read_text())["models"] == before
+
+
+def test_a_baseline_of_another_name_is_refused() -> None:
+    with pytest.raises(UserError, match="difference is KLMinimisation"):
+        replace(shipped(), difference=KLMinimisation())
 
 
 def test_another_trace_in_the_same_folder_is_refused(quick: Path) -> None:

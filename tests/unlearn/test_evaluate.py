@@ -226,6 +226,26 @@ def test_a_broken_run_goes_on(files: Path, tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "run" / "scores.json").exists()
 
 
+def test_other_documents_or_questions_behind_the_same_names_are_refused(files: Path, tmp_path: Path) -> None:
+    moved = {}
+    for name in ("nonmember", "questions"):
+        moved[name] = tmp_path / f"{name}.jsonl"
+        moved[name].write_text((files / f"{name}.jsonl").read_text())
+    given = words(files, tmp_path / "run")
+    given[given.index("--nonmembers") + 1], given[given.index("--utility") + 1] = map(str, moved.values())
+    config = parse_config(EvaluateConfig, given)
+    run_evaluation(config)
+    for path, field in zip(moved.values(), ("document", "question"), strict=True):
+        kept = path.read_text()
+        first, *others = (json.loads(line) for line in kept.splitlines())
+        first[field] += " now"
+        path.write_text("".join(json.dumps(each) + "\n" for each in (first, *others)))
+        with pytest.raises(UserError, match="its data is not what it was"):
+            run_evaluation(dataclasses.replace(config, resume=True))
+        path.write_text(kept)
+    run_evaluation(dataclasses.replace(config, resume=True))
+
+
 def test_a_missing_file_is_one_line_before_the_model_loads(files: Path, tmp_path: Path) -> None:
     config = EvaluateConfig(
         forget=str(files / "forgte.jsonl"),

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from lm.load import ModelSpec, load
 from lm.prompts import PromptSpec
 from lm.run import RunFolder
 from tests.unlearn.helpers import SMALL, command, config_words, environment, run_script, small_config
+from tracing.plan import LayerPlan
 from unlearn.config import UnlearnConfig, ValidationConfig
 from unlearn.objectives import NPO, GradientAscent, GradientDifference, Joint, KLMinimisation, Objective
-from unlearn.scope import Scope
+from unlearn.scope import Lora, Scope
 from unlearn.stage import run_unlearning
 from unlearn.trainer import learning_rate_factor
 
@@ -160,17 +162,19 @@ AUTHORS = {"weighting": "micro_batch_mean", "pairing": "mixed_shuffle"}
         ("cpu2_ddp", Joint(), AUTHORS),
         ("cpu2_ddp", KLMinimisation(), {}),
         ("cpu2_fsdp", KLMinimisation(), {}),
+        ("cpu2_fsdp", Joint(), {"lora": "true"}),
     ],
-    ids=["joint-rows-ddp", "joint-fsdp", "joint-authors-ddp", "kl-ddp", "kl-fsdp"],
+    ids=["joint-rows-ddp", "joint-fsdp", "joint-authors-ddp", "kl-ddp", "kl-fsdp", "lora-fsdp"],
 )
 def test_two_processes_give_the_losses_and_weights_of_one(
     tiny: Path, tmp_path: Path, launch: str, objective: Objective, changes: dict[str, str]
 ) -> None:
+    scope = Scope(layers=(1,), lora=Lora(rank=2) if changes.pop("lora", None) else None)
     trainer = replace(SMALL, batch=10, micro_batch=2, **changes)  # 5 rows a side: the processes' shares differ in size
     validation = {} if changes.get("pairing") else {"validation": reworded(tiny, tmp_path)}
     if validation:
         trainer = replace(trainer, evaluate_every=3)
-    one = small_config(tiny, tmp_path / "one", objective=objective, trainer=trainer, **validation)
+    one = small_config(tiny, tmp_path / "one", objective=objective, trainer=trainer, scope=scope, **validation)
     expected = weights(run_unlearning(one))
     done = run_script("unlearn", *config_words(one, tmp_path), "--out", str(tmp_path / "two"), launch=launch)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -194,6 +198,48 @@ def test_the_best_checkpoint_by_validation_is_the_one_kept(
     four = replace(SMALL, steps=4, schedule="constant")
     expected = weights(run_unlearning(small_config(tiny, tmp_path / "four", trainer=four)))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(best).items())
+
+
+def test_what_a_name_stands_for_must_not_change_before_a_run_goes_on(tiny: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    LayerPlan(layers=(0,)).save(plan)
+    config = small_config(tiny, tmp_path / "run", scope=Scope(plan=str(plan)))
+    run_unlearning(config)
+    run_unlearning(replace(config, resume=True))
+    LayerPlan(layers=(2,)).save(plan)
+    with pytest.raises(UserError, match="its scope is not what it was"):
+        run_unlearning(replace(config, resume=True))
+    LayerPlan(layers=(0,)).save(plan)
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(RunFolder(tmp_path / "run").manifest["weights"], "0" * 16))
+    with pytest.raises(UserError, match="its weights is not what it was"):
+        run_unlearning(replace(config, resume=True))
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tiny: Path, tmp_path: Path) -> None:
+    trainer = replace(SMALL, learning_rate=1e36, clip=None, save_every=1, weight_decay=1e4)
+    with pytest.raises(UserError, match=r"lower trainer\.learning_rate"):
+        run_unlearning(small_config(tiny, tmp_path / "run", trainer=trainer))
+    assert not (tmp_path / "run" / "model").exists()
+    for _, saved in RunFolder(tmp_path / "run").checkpoints():
+        assert all(bool(t.isfinite().all()) for t in load_file(saved / "weights.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: replace(SMALL, learning_rate=float("nan")), "learning_rate is nan"),
+        (lambda: replace(SMALL, clip=float("nan")), "clip is nan"),
+        (lambda: replace(SMALL, warmup=6), "the peak rate is never reached"),
+        (lambda: GradientDifference(retain_factor=-1.0), "retain_factor is -1"),
+        (lambda: NPO(retain_factor=float("nan")), "retain_factor is nan"),
+        (lambda: KLMinimisation(forget_cap=float("nan")), "forget_cap is nan"),
+        (lambda: Lora(alpha=0), "alpha is 0"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(wrong: Callable[[], object], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        wrong()
 
 
 def test_choosing_by_loss_generates_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

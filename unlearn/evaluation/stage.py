@@ -5,8 +5,11 @@ This is wiring; the measuring is `unlearn.evaluation.evaluate`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
+from dataclasses import asdict
 
 from lm.devices import accelerator, launch_facts, together
 from lm.load import load
@@ -34,7 +37,12 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     with together(acc):
         if acc.is_main_process:
             facts = {
-                "data": {"forget": data_hash(asked.forget), "retain": data_hash(asked.retain)},
+                "data": {
+                    "forget": data_hash(asked.forget),
+                    "retain": data_hash(asked.retain),
+                    "documents": _hash([asked.members, asked.nonmembers]),
+                    "questions": _hash([asdict(question) for question in asked.questions]),
+                },
                 "weights": fingerprint(model),
                 "devices": launch_facts(acc),
             }
@@ -80,6 +88,10 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         style=config.utility_style,
         lm_eval=lm_eval,
     )
+
+
+def _hash(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
 
 
 def first_of_each_subject(questions: tuple[Question, ...], count: int | None) -> tuple[Question, ...]:

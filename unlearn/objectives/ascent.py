@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from unlearn.objectives.base import Objective, RetainMemory, Term, TokenStats, ascent
-from unlearn.objectives.joint import check_cap
+from unlearn.objectives.joint import check_cap, check_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,10 @@ class GradientDifference(GradientAscent):
 
     retain_factor: float = 1.0
     """The fixed weight of the retain term."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_factor(self.retain_factor)
 
     def retain_weight(self, memory: RetainMemory, retain_cross_entropy: float) -> float:
         """Fixed."""

@@ -44,7 +44,9 @@ class Joint(Objective):
             raise UserError(
                 f"alpha_min {self.alpha_min} and alpha_max {self.alpha_max}: give 0 <= alpha_min <= alpha_max"
             )
-        if self.b <= 0:
+        if not (math.isfinite(self.a) and math.isfinite(self.c)):
+            raise UserError(f"a {self.a} and c {self.c}: give finite numbers")
+        if not self.b > 0:
             raise UserError(f"b is {self.b}: the base of the exponential must be above 0")
         check_cap(self.forget_cap)
 
@@ -79,7 +81,13 @@ class Joint(Objective):
         return memory.batch_means / max(memory.rows, 1.0)
 
 
+def check_factor(factor: float) -> None:
+    """Refuse a retain weight that would unlearn what is to be kept."""
+    if not 0 <= factor < math.inf:
+        raise UserError(f"retain_factor is {factor}: give 0 or more; less would unlearn what is to be kept")
+
+
 def check_cap(cap: float | None) -> None:
     """Refuse a cap that would switch the forget term off."""
-    if cap is not None and cap <= 0:
+    if cap is not None and not cap > 0:
         raise UserError(f"forget_cap is {cap}: give a positive number of nats a token, or null for no cap")

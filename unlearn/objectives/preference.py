@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from lm.errors import UserError
 from unlearn.objectives.base import Objective, RetainMemory, Term, TokenStats
+from unlearn.objectives.joint import check_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,9 @@ class NPO(Objective):
     """The fixed weight of the retain cross-entropy."""
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
+        if not 0 < self.beta < math.inf:
             raise UserError(f"beta is {self.beta}: give a positive number (0.1 is usual)")
+        check_factor(self.retain_factor)
 
     def forget_term(self, stats: TokenStats) -> Term:
         """The preference loss, summed over rows; a row without supervised tokens does not count."""
