@@ -3,7 +3,8 @@
 Which token-feature matches are active (`allocate`, `budgets`, `thresholds`), which losses train them (`auxiliary`,
 `baselines`, `recipe`), the sparse code that all of it speaks (`code`), the module with its file (`model`). In packages of
 their own: `kernels` (encode-select-decode as one sparse autograd node), `activations` (harvest, shuffle, cache),
-`sharding` (a mesh of processes), `trainer` (the loop), `metrics` and `formats` (SAELens and four other tools).
+`sharding` (a mesh of processes), `trainer` (the loop), `metrics`, `formats` (SAELens and four other tools), `synthetic`
+(worlds whose features are known) and `features` (what one means).
 """
 
 from sae.allocate import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice
