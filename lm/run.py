@@ -126,7 +126,7 @@ class RunFolder:
             for name in same:
                 if run.manifest.get(name) != (facts or {}).get(name):
                     raise UserError(
-                        f"cannot resume {run.path}: its {name} is not what it was (the content behind a name has changed); "
+                        f"cannot resume {run.path}: {name} changed since it began (other content behind the same name); "
                         "give another folder"
                     )
         else:

@@ -168,7 +168,7 @@ def test_other_data_behind_the_name_are_not_resumed(tiny: Path, tmp_path: Path) 
     asked = config(tiny, tmp_path / "run", source=Rows(path=str(data)), trainer={"max_seconds": 1e-9})
     assert run_training(asked) == {}
     data.write_text(text.replace("born", "seen"))
-    with pytest.raises(UserError, match="its data is not what it was"):
+    with pytest.raises(UserError, match="data changed since it began"):
         run_training(dataclasses.replace(asked, resume=True))
 
 

@@ -240,7 +240,7 @@ def test_other_documents_or_questions_behind_the_same_names_are_refused(files: P
         first, *others = (json.loads(line) for line in kept.splitlines())
         first[field] += " now"
         path.write_text("".join(json.dumps(each) + "\n" for each in (first, *others)))
-        with pytest.raises(UserError, match="its data is not what it was"):
+        with pytest.raises(UserError, match="data changed since it began"):
             run_evaluation(dataclasses.replace(config, resume=True))
         path.write_text(kept)
     run_evaluation(dataclasses.replace(config, resume=True))

@@ -207,12 +207,12 @@ def test_what_a_name_stands_for_must_not_change_before_a_run_goes_on(tiny: Path,
     run_unlearning(config)
     run_unlearning(replace(config, resume=True))
     LayerPlan(layers=(2,)).save(plan)
-    with pytest.raises(UserError, match="its scope is not what it was"):
+    with pytest.raises(UserError, match="scope changed since it began"):
         run_unlearning(replace(config, resume=True))
     LayerPlan(layers=(0,)).save(plan)
     manifest = tmp_path / "run" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(RunFolder(tmp_path / "run").manifest["weights"], "0" * 16))
-    with pytest.raises(UserError, match="its weights is not what it was"):
+    with pytest.raises(UserError, match="weights changed since it began"):
         run_unlearning(replace(config, resume=True))
 
 
