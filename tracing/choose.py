@@ -231,7 +231,7 @@ def _reasons(
         )
     if found["share_of_total"] < least_share:
         reasons.append(
-            f"its best layer brings back only {found['share_of_total']:.1%} of what the corruption took "
+            f"the best layer brings back only {found['share_of_total']:.1%} of what the corruption took "
             f"({least_share:.0%} asked)"
         )
     return reasons
