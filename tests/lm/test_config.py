@@ -155,6 +155,7 @@ def test_every_script_has_help_that_names_its_settings(script: str) -> None:
 
 
 def test_every_setting_has_a_sentence() -> None:
+    from sae.trainer import TrainSaeConfig
     from tracing.config import TraceConfig
     from unlearn.config import UnlearnConfig
     from unlearn.demo import DemoConfig
@@ -173,18 +174,19 @@ def test_every_setting_has_a_sentence() -> None:
                     if dataclasses.is_dataclass(one) and isinstance(one, type):
                         look(one, f"{prefix}{item.name}.")
 
-    for cls in (TraceConfig, UnlearnConfig, DemoConfig, EvaluateConfig):
+    for cls in (TraceConfig, UnlearnConfig, DemoConfig, EvaluateConfig, TrainSaeConfig):
         look(cls, f"{cls.__name__}.")
     assert silent == []
 
 
 def test_every_shipped_config_is_read_by_its_script() -> None:
+    from sae.trainer import TrainSaeConfig
     from tracing.config import TraceConfig
     from unlearn.config import UnlearnConfig
     from unlearn.demo import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
 
-    kinds = {"trace": TraceConfig, "unlearn": UnlearnConfig, "evaluate": EvaluateConfig}
+    kinds = {"trace": TraceConfig, "unlearn": UnlearnConfig, "evaluate": EvaluateConfig, "sae": TrainSaeConfig}
     read = 0
     for file in sorted((ROOT / "configs").rglob("*.yaml")):
         if file.parent.name == "accelerate":
