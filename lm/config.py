@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from lm.errors import UserError
+from lm.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -123,15 +123,13 @@ def dump_yaml(config: Any) -> str:
     return str(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
+def known_or_near(word: str, known: Sequence[str]) -> str:
     """`" (did you mean 'x'?)"`, or the whole list when nothing is near and it is short, or nothing."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not near:  # a dotted key may be right but for its prefix
-        tails = {name.rsplit(".", 1)[-1]: name for name in known}
-        tail = word.rsplit(".", 1)[-1]
-        near = [tails[name] for name in difflib.get_close_matches(tail, list(tails), n=1, cutoff=0.75)]
-    if near:
-        return f" (did you mean '{near[0]}'?)"
+    if near := did_you_mean(word, known):
+        return near
+    tails = {name.rsplit(".", 1)[-1]: name for name in known}  # a dotted key may be right but for its prefix
+    if tail := difflib.get_close_matches(word.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.75):
+        return f" (did you mean '{tails[tail[0]]}'?)"
     return f" (known: {', '.join(known)})" if 0 < len(known) <= 16 else ""
 
 
@@ -239,7 +237,7 @@ def _explain(error: Exception, cls: type[Any]) -> str:
     for pattern in _UNKNOWN:
         found = re.search(pattern, text)
         if found:
-            hint = did_you_mean(found.group(1).removeprefix("init_args."), _known(cls))
+            hint = known_or_near(found.group(1).removeprefix("init_args."), _known(cls))
             if "Got value" in pattern and hint.startswith(" (known"):
                 hint = ""  # a free value that is near no name
             return text.rstrip(".") + hint + "."

@@ -6,7 +6,6 @@ causal tracing is usually run on. Whether a model knows a fact is decided in `tr
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm.errors import UserError
+from lm.records import Record, find_files, read_file, text_column
 from lm.rows import Row
 
 SubjectOf = Callable[[Row], str | None]
@@ -141,31 +141,16 @@ def load_known_facts(path: str | Path) -> list[Fact]:
     Raises:
         UserError: a missing file, broken JSON, or a record without one of the three texts (named by its number).
     """
-    path = Path(path)
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no facts file {path}; give the path of a known-facts JSON file.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"the facts file {path} is not UTF-8 JSON ({error}); give a JSON array of objects.") from error
-    if not isinstance(records, list) or not records:
-        raise UserError(f"the facts file {path} holds no JSON array with facts; give a JSON array of objects.")
-    return [_known_fact(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+    records = [record for file in find_files(Path(path), preferred=(".json",)) for record in read_file(file)]
+    if not records:
+        raise UserError(f"the facts file {path} holds no facts; give a JSON array of objects.")
+    return [_known_fact(record) for record in records]
 
 
-def _known_fact(record: object, where: str) -> Fact:
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is {type(record).__name__}, not an object with prompt, subject and attribute.")
-    for name in ("prompt", "subject", "attribute"):
-        if not isinstance(record.get(name), str):
-            raise UserError(f"{where} has no text {name!r} (it has {', '.join(map(str, record))}); add it.")
-    return Fact(
-        record["prompt"],
-        record["subject"],
-        record["attribute"].strip(),
-        id=str(record.get("known_id", where)),
-        group=record["subject"],
-    )
+def _known_fact(record: Record) -> Fact:
+    prompt, subject, attribute = (text_column(record, name) for name in ("prompt", "subject", "attribute"))
+    name = str(record.values.get("known_id", record.where))
+    return Fact(prompt, subject, attribute.strip(), id=name, group=subject)
 
 
 def _finder(rows: Sequence[Row], subject_of: SubjectOf | str | re.Pattern[str] | None) -> SubjectOf:

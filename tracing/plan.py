@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import did_you_mean
+from lm.config import known_or_near
 from lm.errors import UserError
 from lm.run import write_json
 from tracing.arrays import Array
@@ -66,13 +66,13 @@ class LayerPlan:
                 )
         wrong = [module for module in self.modules if module not in MODULES]
         if wrong or not self.modules:
-            near = did_you_mean(wrong[0], MODULES) if wrong else ""
+            near = known_or_near(wrong[0], MODULES) if wrong else ""
             raise UserError(f"the plan's modules are {list(self.modules)}{near}; use mlp, attn or all.")
 
     def control(self, name: str) -> LayerPlan:
         """The plan with a control's layers in place of the chosen ones."""
         if name not in self.controls:
-            near = did_you_mean(name, list(self.controls))
+            near = known_or_near(name, list(self.controls))
             raise UserError(f"the plan has no control {name!r}{near}; it has {', '.join(self.controls) or 'none'}.")
         verdict = f"A control ({name}), not chosen by evidence."
         return replace(self, layers=self.controls[name], rule=f"control: {name}", singled_out=False, verdict=verdict)
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
     for key, value in stored.items():
         if key not in _TYPES:
             raise UserError(
-                f"the layer plan {path} has an unknown key {key!r}{did_you_mean(key, list(_TYPES))}; mend it."
+                f"the layer plan {path} has an unknown key {key!r}{known_or_near(key, list(_TYPES))}; mend it."
             )
         _require(isinstance(value, _TYPES[key]), path, key, value, _TYPES[key])
     if "layers" not in stored:

@@ -2,7 +2,7 @@
 built-in world, checked before anything else starts.
 
 Only `load_*` touch the disk; everything below them is a pure function of records. How a file is parsed is
-`unlearn.records`; how rows become token batches is not here.
+`lm.records`; how rows become token batches is not here.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lm.errors import UserError
+from lm.errors import UserError, did_you_mean
+from lm.records import Record, column, find_files, read_file, text_column
 from lm.rows import Question, Row, RowKind
-from unlearn.records import Record, column, did_you_mean, find_files, read_file, text_column
 
 FIELDS = ("id", "input", "output", "task")
 BUILTIN_ROWS = ("forget", "retain", "held_out", "forget_paraphrase", "retain_paraphrase")
@@ -35,7 +35,7 @@ def load_rows(
 
     Args:
         source: `builtin:forget` (or retain, held_out, forget_paraphrase, retain_paraphrase); a .jsonl, .json or
-            .parquet file; or a folder (see `unlearn.records.find_files` for which of its files are read).
+            .parquet file; or a folder (see `lm.records.find_files` for which of its files are read).
         columns: for files with other names, our field -> their column, as in
             `{"input": "question", "output": "answer"}`. Only with it may `id` and `task` be missing: then the id
             is made from the text (equal rows get equal ids), of the kind `kind`, and the task is `task`.

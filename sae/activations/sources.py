@@ -6,6 +6,8 @@ read through `datasets` without code from the hub. No language model is touched 
 
 from __future__ import annotations
 
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from lm.anatomy import Site
 from lm.errors import UserError
 from lm.prompts import PromptSpec, render
+from lm.records import find_files, read_file, read_text, text_column
 from lm.rows import Row
 from lm.sources import one_line
 from sae.activations.batch import ActivationStream
 from sae.activations.documents import Documents, Listed, Streamed
-from sae.activations.records import find_files, read_records, text_documents, value_of
 
 Part = Literal["forget", "retain", "held_out", "general", "all"]
 Format = Literal["raw", "chat"]
@@ -39,12 +41,12 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSource(Source):
+class TextSource(Source, ABC):
     """Something that holds documents."""
 
+    @abstractmethod
     def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
         """The documents. Raises UserError for what is missing, unreadable or empty."""
-        raise NotImplementedError(f"{type(self).__name__} has no documents")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +129,12 @@ class TextFiles(TextSource):
 
     def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
         texts: list[str] = []
-        for file in find_files(Path(self.path).expanduser(), (".jsonl", ".parquet", ".json", ".txt")):
+        kinds = (".jsonl", ".parquet", ".json", ".txt")
+        for file in find_files(Path(self.path).expanduser(), suffixes=kinds, preferred=kinds):
             if file.suffix.lower() == ".txt":
-                texts += text_documents(file, self.new_document)
+                texts += _documents(read_text(file), self.new_document)
             else:
-                texts += [value_of(record, where, self.column, blank=True) for where, record in read_records(file)]
+                texts += [text_column(record, self.column, blank=True) for record in read_file(file)]
         return _listed(self.path, texts)
 
 
@@ -148,10 +151,8 @@ class Rows(TextSource):
         _known(self.format, Format, "format")
 
     def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
-        pairs = []
-        for file in find_files(Path(self.path).expanduser(), (".jsonl", ".parquet", ".json")):
-            for where, record in read_records(file):
-                pairs.append((value_of(record, where, "input"), value_of(record, where, "output")))
+        records = [record for file in find_files(Path(self.path).expanduser()) for record in read_file(file)]
+        pairs = [(text_column(record, "input"), text_column(record, "output")) for record in records]
         return _listed(self.path, _joined(pairs, self.format, tokenizer))
 
 
@@ -200,9 +201,10 @@ class Texts(TextSource):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeActivations(Source):
+class MadeActivations(Source, ABC):
     """Something that makes activations itself, from neither text nor files (`sae.synthetic.Synthetic`)."""
 
+    @abstractmethod
     def stream(
         self,
         sites: Sequence[Site],
@@ -213,7 +215,6 @@ class MadeActivations(Source):
         device: torch.device | str = "cpu",
     ) -> ActivationStream:
         """Its batches of `batch_tokens` tokens, rows `rank::world` of them. No site means all there are."""
-        raise NotImplementedError(f"{type(self).__name__} makes no activations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +227,22 @@ class ActivationFiles(Source):
     """Of plain files: the site that the values are of."""
     key: str = "activations"
     """Of plain files: the name of the `(tokens, hidden)` tensor."""
+
+
+def _documents(text: str, new_document: str | None) -> list[str]:
+    """A text as one document, or one from each line that matches the pattern (see `TextFiles`)."""
+    if new_document is None:
+        return [text]
+    try:
+        pattern = re.compile(new_document)
+    except re.error as error:
+        raise UserError(f"new_document {new_document!r} is no regular expression: {one_line(error)}") from error
+    documents: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if pattern.match(line) and documents[-1]:
+            documents.append([])
+        documents[-1].append(line)
+    return [joined for lines in documents if (joined := "\n".join(lines)).strip()]
 
 
 def _joined(pairs: Sequence[tuple[str, str]], form: Format, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import pytest
 import yaml
 
-from lm.config import _attribute_docs, _fields, _subclasses, did_you_mean, dump_yaml, parse_config
+from lm.config import _attribute_docs, _fields, _subclasses, dump_yaml, known_or_near, parse_config
 from lm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,8 +137,8 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, says: str) -> None:
 
 
 def test_suggestions_stay_silent_when_nothing_is_near() -> None:
-    assert did_you_mean("zzz", ["alpha"] * 20) == ""
-    assert did_you_mean("alhpa", ["alpha", "beta"]) == " (did you mean 'alpha'?)"
+    assert known_or_near("zzz", ["alpha"] * 20) == ""
+    assert known_or_near("alhpa", ["alpha", "beta"]) == " (did you mean 'alpha'?)"
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))

@@ -155,7 +155,7 @@ def test_files_of_every_kind_hold_the_same_documents(tmp_path: Path) -> None:
     for suffix in ("jsonl", "json", "parquet"):
         opened = TextFiles(path=str(tmp_path / f"a.{suffix}"), column="body").open(TOKENS)
         assert [text for _, text in opened.read(epoch=0, start=0, seed=None)] == texts
-    with pytest.raises(UserError, match="no column 'text'"):
+    with pytest.raises(UserError, match='no column "text"'):
         TextFiles(path=str(tmp_path)).open(TOKENS)
     (tmp_path / "b.jsonl").write_text('{"text": 1\n')
     with pytest.raises(UserError, match="line 1 is not JSON"):
@@ -188,7 +188,7 @@ def test_rows_are_prompts_with_their_outputs(tmp_path: Path) -> None:
         opened = Rows(path=str(tmp_path), format=form).open(TOKENS)
         assert [text for _, text in opened.read(epoch=0, start=0, seed=None)] == [wanted]
     (tmp_path / "rows.jsonl").write_text('{"input": "Who?", "output": " "}\n')
-    with pytest.raises(UserError, match="'output' is ' '"):
+    with pytest.raises(UserError, match='"output" is blank'):
         Rows(path=str(tmp_path)).open(TOKENS)
 
 

@@ -123,12 +123,12 @@ def test_a_small_known_facts_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "not UTF-8 JSON"),
-        (b"\xff\xfe\x00", "not UTF-8 JSON"),
-        (b"[]", "no JSON array"),
-        (b'{"prompt": "x"}', "no JSON array"),
-        (b'[{"prompt": "Ada is", "subject": "Ada"}]', "no text 'attribute'"),
-        (b"[3]", "record 1"),
+        (b"{", "line 1 is not JSON"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"[]", "holds no facts"),
+        (b'{"prompt": "x"}', 'line 1 has no column "subject"'),
+        (b'[{"prompt": "Ada is", "subject": "Ada"}]', 'item 1 has no column "attribute"'),
+        (b"[3]", "item 1 is 3, not an object"),
     ],
 )
 def test_a_broken_known_facts_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -136,5 +136,5 @@ def test_a_broken_known_facts_file_is_named(tmp_path: Path, content: bytes, mess
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_known_facts(path)
-    with pytest.raises(UserError, match="no facts file"):
+    with pytest.raises(UserError, match="does not exist"):
         load_known_facts(tmp_path / "absent.json")

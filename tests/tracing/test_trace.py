@@ -11,9 +11,9 @@ import torch
 from tiny_tracing import known, say, tiny
 
 from lm.errors import UserError
+from lm.identity import fingerprint
 from lm.prompts import PromptSpec, encode_pair, encode_prompt
 from tracing import Fact, GaussianNoise, trace, tracer
-from tracing.cache import fingerprint
 from tracing.corruption import embedding_std
 from tracing.probe import make_probe, why_unknown
 

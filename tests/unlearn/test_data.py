@@ -75,27 +75,27 @@ def test_other_column_names_and_generated_ids(tmp_path: Path) -> None:
     assert len({row.id for row in rows}) == 2
     again = data.load_rows(path, columns={"input": "question", "output": "answer"}, kind="sc")
     assert again[0].kind == "sc"
-    with pytest.raises(UserError, match=r'line 1 has no column "input".*question, answer.*map it'):
+    with pytest.raises(UserError, match=r'line 1 has no column "input".*question, answer.*name the right one'):
         data.load_rows(path)
-    with pytest.raises(UserError, match=r'maps "ouput".*did you mean "output"'):
+    with pytest.raises(UserError, match=r"maps .ouput..*did you mean 'output'"):
         data.load_rows(path, columns={"ouput": "answer"})
 
 
 def test_a_missing_file_is_refused_with_the_likeliest_name(tmp_path: Path) -> None:
     lines(tmp_path / "forget.jsonl", GOOD)
-    refuse(tmp_path / "forgte.jsonl", "does not exist", 'did you mean "forget.jsonl"')
+    refuse(tmp_path / "forgte.jsonl", "does not exist", "did you mean 'forget.jsonl'")
     refuse(tmp_path / "nowhere" / "x.jsonl", "does not exist")
 
 
 def test_a_folder_without_data_and_a_strange_file_are_refused(tmp_path: Path) -> None:
-    refuse(tmp_path, "no .jsonl and no .parquet")
+    refuse(tmp_path, "holds none of .jsonl, .parquet")
     (tmp_path / "rows.csv").write_text("id,input\n")
-    refuse(tmp_path / "rows.csv", ".jsonl, .json or .parquet")
+    refuse(tmp_path / "rows.csv", ".jsonl, .json, .parquet")
 
 
 def test_wrong_columns(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", [{"id": "1qa0", "input": "x", "ouput": "y", "task": "Task1"}])
-    refuse(path, "line 1", 'no column "output"', 'did you mean "ouput"')
+    refuse(path, "line 1", 'no column "output"', "did you mean 'ouput'")
 
 
 def test_an_empty_split(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_questions(tmp_path: Path) -> None:
 
 
 def test_an_unknown_part_of_the_builtin_world() -> None:
-    with pytest.raises(UserError, match='did you mean "forget"'):
+    with pytest.raises(UserError, match="did you mean 'forget'"):
         data.load_rows("builtin:forgot")
     with pytest.raises(UserError, match="builtin:utility"):
         data.load_questions("builtin:forget")

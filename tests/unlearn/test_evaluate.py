@@ -255,7 +255,7 @@ def test_a_missing_file_is_one_line_before_the_model_loads(files: Path, tmp_path
         utility=None,
         out=str(tmp_path / "out"),
     )
-    with pytest.raises(UserError, match=r'did you mean "forget\.jsonl"'):
+    with pytest.raises(UserError, match=r"did you mean 'forget\.jsonl'"):
         read_set(config)
     with pytest.raises(UserError, match=r"forgte\.jsonl does not exist"):
         run_evaluation(config)

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 import yaml
 
-from lm.errors import UserError
+from lm.errors import UserError, did_you_mean
 from lm.load import LanguageModel
 from lm.rows import Question
 from lm.run import write_atomic
 from unlearn.evaluation.batching import evaluating
 from unlearn.evaluation.questions import SENTENCE_PROMPT
-from unlearn.records import did_you_mean
 
 BUILTIN_TASK = "builtin_utility"
 
