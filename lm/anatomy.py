@@ -210,3 +210,11 @@ def full_name(model: nn.Module, name: str) -> str:
             "KNOWN in lm/anatomy.py if this version of transformers renamed them"
         )
     return str(min(endings, key=len))
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module:
+    """The module at a dotted name, also when `model` was wrapped (PEFT, DDP) after it was loaded."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return model.get_submodule(full_name(model, name))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lm.anatomy import EMBEDDING, Site, full_name
+from lm.anatomy import EMBEDDING, Site, module_at
 from lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _hook(model: LanguageModel, site: Site, see: Callable[[Tensor], Tensor | Non
 
     anatomy = model.anatomy
     path = anatomy.block_path(0) if site == EMBEDDING else anatomy.module_path(site)
-    module = _module(model.model, path)
+    module = module_at(model.model, path)
     if site == EMBEDDING:
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
@@ -157,14 +157,6 @@ def _hook(model: LanguageModel, site: Site, see: Callable[[Tensor], Tensor | Non
         yield
     finally:
         handle.remove()
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted name, also when `model` was wrapped (PEFT, DDP) after it was loaded."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return model.get_submodule(full_name(model, path))
 
 
 def _checked(hidden: Any, site: Site) -> Tensor:

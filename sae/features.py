@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lm.anatomy import full_name
+from lm.anatomy import module_at
 from lm.errors import UserError
 from lm.load import LanguageModel
 from sae.activations.batch import ActivationBatch
@@ -148,7 +148,7 @@ def logit_lens(model: LanguageModel, directions: Tensor, *, count: int = 10) -> 
             f"directions {tuple(rows.shape)} for a model of width {model.anatomy.hidden}: give (rows, hidden)"
         )
     network = model.model
-    norm, head = (network.get_submodule(full_name(network, name)) for name in (model.anatomy.norm, model.anatomy.head))
+    norm, head = module_at(network, model.anatomy.norm), module_at(network, model.anatomy.head)
     kind = next(network.parameters()).dtype
     nothing = head(norm(torch.zeros(1, rows.shape[1], device=model.device, dtype=kind))).float()
     count = min(count, nothing.shape[1], len(model.tokenizer))

@@ -12,34 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from lm.load import LanguageModel
 from lm.run import write_atomic
 from tracing.arrays import pack
 from tracing.corruption import GaussianNoise
 from tracing.probe import Probe
 from tracing.reference import Traced
 from tracing.sweep import Sweep
-
-
-@torch.inference_mode()
-def fingerprint(model: LanguageModel) -> str:
-    """16 hex digits of the names, shapes and types of all parameters, and of their sums, plain, squared and by place.
-
-    Training, rounding, merging or another initialisation change them. It is quick, and no proof against an adversary.
-    """
-    digest = hashlib.sha256(model.anatomy.architecture.encode())
-    for name, weight in model.model.state_dict().items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if weight.numel():
-            rows = weight.reshape(len(weight) if weight.ndim else 1, -1)
-            for start in range(0, len(rows), 4096):
-                part = rows[start : start + 4096].double()
-                places = torch.arange(1, part.numel() + 1, dtype=torch.float64, device=part.device).sin()
-                sums = part.sum(), (part * part).sum(), (part.flatten() * places).sum()
-                digest.update(" ".join(repr(float(one)) for one in sums).encode())
-    return digest.hexdigest()[:16]
 
 
 class FactCache:

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from lm.anatomy import Kind
-from lm.config import did_you_mean
+from lm.config import known_or_near
 from lm.errors import UserError
+from lm.identity import fingerprint
 from lm.load import LanguageModel
 from lm.prompts import PromptSpec
 from lm.run import progress as progress_bar
-from tracing.cache import FactCache, fingerprint
+from tracing.cache import FactCache
 from tracing.corruption import GaussianNoise
 from tracing.effects import Effects, Skipped
 from tracing.facts import Fact
@@ -82,7 +83,7 @@ def trace(
     """
     if engine not in ENGINES:
         raise UserError(
-            f"the engine {engine!r} is unknown{did_you_mean(engine, ENGINES)}; use one of {', '.join(ENGINES)}."
+            f"the engine {engine!r} is unknown{known_or_near(engine, ENGINES)}; use one of {', '.join(ENGINES)}."
         )
     sweep = Sweep(kinds=tuple(kinds), window=window, metric=metric, positions=positions)
     if max_facts is not None and max_facts < 1:

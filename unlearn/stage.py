@@ -16,11 +16,11 @@ from torch import nn
 from lm.config import as_dict
 from lm.devices import accelerator, launch_facts, sum_over_processes, together
 from lm.errors import UserError
+from lm.identity import fingerprint
 from lm.load import DTYPES, LanguageModel, load
 from lm.prompts import Encoded, PromptSpec, encode_pair
 from lm.rows import Row
 from lm.run import RunFolder, peak_memory_bytes
-from tracing.cache import fingerprint
 from unlearn import export, lora
 from unlearn.batches import collate, micro_batches
 from unlearn.config import UnlearnConfig

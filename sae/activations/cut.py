@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lm.anatomy import EMBEDDING, Site, full_name
+from lm.anatomy import EMBEDDING, Site, module_at
 from lm.devices import is_sharded
 from lm.errors import UserError
 from lm.hooks import Captured, capture
@@ -56,20 +56,12 @@ def _stop(model: LanguageModel, seen: Captured, *, enabled: bool) -> Iterator[No
     try:
         for site in seen.sites if enabled else ():
             if site == EMBEDDING:
-                handles.append(_module(model.model, model.anatomy.block_path(0)).register_forward_pre_hook(look))
+                handles.append(module_at(model.model, model.anatomy.block_path(0)).register_forward_pre_hook(look))
             else:
-                handles.append(_module(model.model, model.anatomy.module_path(site)).register_forward_hook(look))
+                handles.append(module_at(model.model, model.anatomy.module_path(site)).register_forward_hook(look))
         yield
     except _Reached:
         pass
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted name, also inside a wrapper (PEFT)."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return model.get_submodule(full_name(model, path))

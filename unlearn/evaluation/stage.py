@@ -12,10 +12,10 @@ from collections import Counter
 from dataclasses import asdict
 
 from lm.devices import accelerator, launch_facts, together
+from lm.identity import fingerprint
 from lm.load import load
 from lm.rows import Question
 from lm.run import RunFolder, peak_memory_bytes, write_json
-from tracing.cache import fingerprint
 from unlearn.data import data_hash, load_documents, load_questions, load_rows
 from unlearn.evaluation.batching import Workers
 from unlearn.evaluation.config import LM_EVAL, EvaluateConfig
