@@ -90,7 +90,7 @@ def capture(
 
     with ExitStack() as hooks:
         for site in captured.sites:
-            hooks.enter_context(_hook(model, site, keeper(site)))
+            hooks.enter_context(intercept(model, site, keeper(site)))
         yield captured
     _require_reached([site for site in captured.sites if site not in captured], "captured")
 
@@ -120,7 +120,7 @@ def patch(model: LanguageModel, edits: Sequence[Edit], *, allow_unchanged: bool 
 
     with ExitStack() as hooks:
         for index, edit in enumerate(edits):
-            hooks.enter_context(_hook(model, edit.site, editor(index, edit)))
+            hooks.enter_context(intercept(model, edit.site, editor(index, edit)))
         yield
     _require_reached([edit.site for index, edit in enumerate(edits) if index not in reached], "edited")
     for index, edit in enumerate(edits):
@@ -129,7 +129,7 @@ def patch(model: LanguageModel, edits: Sequence[Edit], *, allow_unchanged: bool 
 
 
 @contextmanager
-def _hook(model: LanguageModel, site: Site, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def intercept(model: LanguageModel, site: Site, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Let `see` look at (and, by returning a tensor, replace) the values at one site."""
 
     def on_output(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:

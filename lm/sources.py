@@ -7,6 +7,7 @@ without pickles, code or nested folders, so everything after this sees one kind 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -29,7 +30,7 @@ def find_folder(path: str, files: tuple[str, ...], *, revision: str | None = Non
     """
     folder = _here(path)
     if folder is None:
-        return _fetch(path, files, revision)
+        return fetch(path, files, revision=revision)
     if revision is not None:
         raise UserError(f"revision {revision!r} belongs to a hub id and {path} is on this machine: leave revision out")
     return folder
@@ -76,9 +77,14 @@ def _here(path: str) -> Path | None:
     return None
 
 
-def _fetch(name: str, files: tuple[str, ...], revision: str | None) -> Path:
+def fetch(name: str, files: Sequence[str], *, inside: str = "", revision: str | None = None) -> Path:
+    """The folder on this machine that holds `files` (patterns) of a hub repository, or of its folder `inside`."""
+    asked = [f"{inside}/{file}" for file in files] if inside else [*files]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*files], ignore_patterns=["*/*"]))
+        here = snapshot_download(
+            name, revision=revision, allow_patterns=asked, ignore_patterns=[f"{inside}/*/*" if inside else "*/*"]
+        )
+        return Path(here) / inside
     except (OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
         raise UserError(

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -223,42 +222,11 @@ class SparseAutoencoder(nn.Module):
         write_json(Path(folder) / CONFIG, config)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> SparseAutoencoder:
-        """Read what `save_pretrained` wrote, in evaluation mode. `sae.formats` reads the files of other tools."""
-        folder = Path(folder)
-        for name in (WEIGHTS, CONFIG):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder} has no {name}: give the folder that save_pretrained wrote")
-        try:
-            facts = json.loads((folder / CONFIG).read_text())["metadata"]
-            own = facts["autoencoder"]
-            names = {field.name for field in fields(SparseAutoencoderConfig)} & set(own)
-            config = SparseAutoencoderConfig(**{name: own[name] for name in names})
-            with safe_open(folder / WEIGHTS, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (KeyError, TypeError, UserError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
-            raise UserError(
-                f"{folder} was not written by this project's save_pretrained ({error!r}): convert it"
-            ) from None
-        model = cls(config)
-        targets: dict[str, Tensor] = {
-            "W_enc": model.w_enc.data.T,
-            "b_enc": model.b_enc,
-            "W_dec": model.w_dec,
-            "b_dec": model.b_dec,
-        }
-        if config.choice == "threshold" and "threshold" not in tensors:
-            model.set_threshold(0.0)
-        elif config.choice != "token":
-            targets["threshold"] = model.threshold
-        for name, target in targets.items():
-            if name not in tensors or tensors[name].shape != target.shape:
-                raise UserError(f"{folder / WEIGHTS} lacks {name} of shape {tuple(target.shape)}: the file is damaged")
-            target.data.copy_(tensors[name])
-        if isinstance(facts.get("input_variance"), float):
-            model.variance.fill_(facts["input_variance"])
-        model.metadata = {name: value for name, value in facts.items() if name not in OWN}
-        return model.eval()
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None) -> SparseAutoencoder:
+        """`sae.load_autoencoder` by the name that users of transformers look for: a folder or a hub id, in any known format."""
+        from sae.formats import load_autoencoder  # which builds this class
+
+        return load_autoencoder(path, revision=revision)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """What the autoencoder sees of x (tokens, hidden), and the shift and scale that take its output back."""

@@ -34,13 +34,13 @@ def token_log_probabilities(logits: Tensor, answer: Tensor) -> Tensor:
 
     Args:
         logits: (batch, n, vocabulary), at the last prompt token and the first n - 1 answer tokens.
-        answer: (n,) token ids.
+        answer: (n,) or (batch, n) token ids.
 
     Returns:
         (batch, n), float64.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    chosen = answer.to(logits.device).view(1, -1, 1).expand(wide.shape[0], -1, 1)
+    chosen = answer.to(logits.device).expand(wide.shape[:2]).unsqueeze(-1)
     return wide.log_softmax(-1).gather(-1, chosen).squeeze(-1).double()
 
 

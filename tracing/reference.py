@@ -62,8 +62,8 @@ def trace_fact(
         found = token_log_probabilities(logits, answer)
         return mean_score(found[:1], sweep.metric), mean_score(found[1:], sweep.metric)
 
-    sites = [Site(kind, layer) for kind in sweep.kinds for layer in range(layers)]
-    with capture(model, sites, rows=[0]) as clean_states:
+    kinds = dict.fromkeys([*sweep.kinds, *([sweep.sever] if sweep.sever else [])])
+    with capture(model, [Site(kind, layer) for kind in kinds for layer in range(layers)]) as states:
         clean, corrupted = scores(forward(model, batch, keep))
 
     tokens = len(probe.prompt_ids)
@@ -75,26 +75,25 @@ def trace_fact(
             cells[: probe.span[0]] = corrupted
         for position in positions:
             for layer in range(layers):
-                edits = restorations(kind, window_layers(layer, sweep.window, layers, kind), position, clean_states)
+                edits = restorations(sweep, kind, layer, layers, position, states)
                 with patch(model, edits, allow_unchanged=True):
                     cells[position, layer] = scores(forward(model, batch, keep))[1]
                 advance(1)
         restored[kind] = cells
-        if np.isnan(cells[positions]).any() or np.isnan([clean, corrupted]).any():
-            raise UserError(
-                f"tracing fact {probe.fact.label!r} gave NaN ({kind}); load {model.name} in float32 or bfloat16."
-            )
+        refuse_nan(model, probe, np.array([clean, corrupted]), [cells[positions]])
     return Traced(clean=clean, corrupted=corrupted, restored=restored)
 
 
-def restorations(kind: Kind, layers: Sequence[int], position: int, clean: Captured) -> list[Edit]:
-    """Edits that put the clean state of one token back into every noisy row, at each of `layers`."""
-    return [
-        Edit(
-            site=Site(kind, layer),
-            value=clean[Site(kind, layer)][:, position : position + 1],
-            rows=slice(1, None),
-            positions=[position],
-        )
-        for layer in layers
-    ]
+def restorations(sweep: Sweep, kind: Kind, layer: int, layers: int, position: int, states: Captured) -> list[Edit]:
+    """Edits that put the clean state of one token back into every noisy row, and hold what is severed as it was."""
+    token = slice(position, position + 1)
+    back = [Site(kind, one) for one in window_layers(layer, sweep.window, layers, kind)]
+    held = [Site(sweep.sever, one) for one in range(layers) if sweep.sever and Site(sweep.sever, one) not in back]
+    values = [(site, states[site][:1, token]) for site in back] + [(site, states[site][1:, token]) for site in held]
+    return [Edit(site=site, value=value, rows=slice(1, None), positions=[position]) for site, value in values]
+
+
+def refuse_nan(model: LanguageModel, probe: Probe, scores: Array, cells: Sequence[Array]) -> None:
+    """Raise UserError if a score of a fact, or a cell of it, is NaN."""
+    if any(np.isnan(values).any() for values in (scores, *cells)):
+        raise UserError(f"tracing fact {probe.fact.label!r} gave NaN; load {model.name} in float32 or bfloat16.")

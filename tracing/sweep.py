@@ -10,6 +10,7 @@ from lm.errors import UserError
 from tracing.metrics import Metric, check_metric
 from tracing.probe import Probe
 
+Severed = Literal["mlp", "attn"]
 Positions = Literal["all", "subject_and_after", "subject_and_last"]
 """Which prompt tokens are restored: all; from the subject on (what lies before it cannot matter, by causality, and is
 filled in with the corrupted score); or the subject and the last token only."""
@@ -22,12 +23,16 @@ class Sweep:
     `window` layers around each layer are restored together for mlp and attn: from l - window // 2 to
     l + ceil(window / 2) - 1, clipped to the model, as the published script does it (10: from l - 5 to l + 4; its paper
     says l - 4 to l + 5). Windows at the edges therefore hold fewer layers. `resid` is always a single layer.
+
+    `sever` holds what all MLPs, or all attention layers, add at the restored token at its corrupted values, but for the ones
+    that the cell itself restores: which part of an effect goes through them (Meng et al. 2022, figure 3).
     """
 
     kinds: tuple[Kind, ...] = ("resid", "mlp", "attn")
     window: int = 1
     metric: Metric = "probability"
     positions: Positions = "all"
+    sever: Severed | None = None
 
     def __post_init__(self) -> None:
         wrong = [kind for kind in self.kinds if kind not in get_args(Kind)]
@@ -38,6 +43,8 @@ class Sweep:
         check_metric(self.metric)
         if self.window < 1:
             raise UserError(f"the window is {self.window}; give at least 1 layer.")
+        if self.sever is not None and self.sever not in get_args(Severed):
+            raise UserError(f"sever is {self.sever!r}; use {' or '.join(get_args(Severed))}, or leave it out.")
         if self.positions not in get_args(Positions):
             raise UserError(
                 f"the positions {self.positions!r} are unknown; use one of {', '.join(get_args(Positions))}."

@@ -10,7 +10,7 @@ from lm.load import ModelSpec
 from lm.prompts import PromptSpec
 from unlearn.objectives import Joint, Objective
 from unlearn.scope import Scope
-from unlearn.trainer import TrainerConfig
+from unlearn.trainer_config import TrainerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

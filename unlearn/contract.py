@@ -16,7 +16,7 @@ from lm.load import ModelSpec
 from unlearn.config import UnlearnConfig
 from unlearn.scope import Scope
 from unlearn.stage import run_unlearning
-from unlearn.trainer import TrainerConfig
+from unlearn.trainer_config import TrainerConfig
 
 HOUR = 3600.0
 

@@ -29,7 +29,7 @@ from unlearn.facts import read_facts
 from unlearn.objectives import GradientDifference, Joint, Objective
 from unlearn.scope import Scope
 from unlearn.stage import run_unlearning
-from unlearn.trainer import TrainerConfig
+from unlearn.trainer_config import TrainerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from that. Writing holds no such risk: for those two tools the `.pt` that their 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lm.errors import UserError
+from lm.sources import fetch
 from sae.formats import dictionary_learning, llamascopium, openai, saelens, sparsify
 from sae.formats.files import PICKLES, Tensors, write
 from sae.formats.sites import Provenance, hook_name, site_of
@@ -71,24 +73,36 @@ _FILES: dict[Format, tuple[str, ...]] = {
     "openai": (openai.WEIGHTS,),
     "llamascopium": (llamascopium.CONFIG, llamascopium.WEIGHTS),
 }
+_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 _CONVERT = {dictionary_learning.PICKLE: dictionary_learning.CONVERT, openai.PICKLE: openai.CONVERT}
 
 
 def load_autoencoder(
-    path: str | Path, format: Format | Literal["auto"] = "auto", *, scale: float | None = None
+    path: str | Path,
+    format: Format | Literal["auto"] = "auto",
+    *,
+    scale: float | None = None,
+    revision: str | None = None,
 ) -> SparseAutoencoder:
-    """The autoencoder in a folder, in evaluation mode, float32, on the CPU; its provenance is `.metadata`.
+    """The autoencoder in a folder or on the hub, in evaluation mode, float32, on the CPU; its provenance is `.metadata`.
 
-    `auto` tells the format by the names of the files. `scale` is the constant by which activations were multiplied in
-    training, for files that leave it to their owner; it is folded in, thresholds included. Raises UserError for what is
-    missing, damaged, a pickle, or beyond what the module can hold.
+    Args:
+        path: a folder; or a hub id with the folder inside it, `owner/name/folder` (a revision: `revision`).
+        format: whose files they are; `auto` tells by their names.
+        scale: the constant by which activations were multiplied in training, for files that leave it to their owner; it
+            is folded in, thresholds included.
+
+    Raises:
+        UserError: what is missing, damaged, a pickle, or beyond what the module can hold.
     """
     _known(format, ("auto", *get_args(Format)))
     folder = Path(path)
     if folder.suffix in PICKLES and folder.is_file():
         raise _pickle(folder)
     if not folder.is_dir():
-        raise UserError(f"{path} is no folder: give the folder that holds the files of one autoencoder")
+        folder = _from_hub(str(path), revision)
+    elif revision is not None:
+        raise UserError(f"revision {revision!r} belongs to a hub id and {path} is on this machine: leave revision out")
     return _READERS[_detected(folder) if format == "auto" else format](folder, scale).model()
 
 
@@ -129,6 +143,23 @@ def read_densities(path: str | Path) -> Tensor:
 def _known(format: str, known: tuple[str, ...]) -> None:
     if format not in known:
         raise UserError(f"the format {format!r} is unknown: use one of {', '.join(known)}")
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """The files of `owner/name` or `owner/name/folder/in/it`, without pickles."""
+    if not _HUB.fullmatch(name):
+        raise UserError(
+            f"{name} is no folder: give one with the files of one autoencoder, or a hub id owner/name/folder"
+        )
+    owner, repository, *inside = name.split("/")
+    files = sorted({file for names in _FILES.values() for file in names} | {SPARSITY, saelens.SCALER})
+    folder = fetch(f"{owner}/{repository}", files, inside="/".join(inside), revision=revision)
+    if not folder.is_dir() or not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{name} has no safetensors autoencoder there (pickles such as ae.pt are not fetched): give owner/name/folder "
+            "with the folder that holds one"
+        )
+    return folder
 
 
 def _detected(folder: Path) -> Format:

@@ -103,7 +103,7 @@ def _ruled(numbers: Weights, kind: str, trainer: Facts, tensors: Tensors) -> Wei
         return replace(numbers, threshold=torch.zeros(features))
     if kind == "JumpReluAutoEncoder":
         return replace(numbers, threshold=tensors.take("threshold", features, finite=False))
-    stored, threshold = int(tensors.take("k")), tensors.take("threshold")
+    stored, threshold = int(tensors.take("k")), tensors.take("threshold", finite=False)
     k = trainer.whole("k", stored)
     if k != stored:
         raise UserError(

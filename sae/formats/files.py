@@ -40,7 +40,7 @@ class Facts:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: give the folder of a saved autoencoder") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a number of thousands of digits
             raise UserError(f"{path} cannot be read as JSON ({error}): get the file again") from None
         if not isinstance(values, dict):
             raise UserError(f"{path} holds a {type(values).__name__} and not a table of settings: it is another file")
@@ -117,11 +117,12 @@ class Tensors:
                 f"{self.path} has {name} of shape {tuple(tensor.shape)} where ({wanted}) belongs: its settings are of "
                 f"another file, or it is damaged"
             )
+        tensor = tensor if tensor.is_complex() else tensor.to(torch.float32)
         if tensor.is_complex() or bool(tensor.isnan().any()) or (finite and bool(tensor.isinf().any())):
             raise UserError(
                 f"{self.path} has numbers in {name} that are not finite: training diverged, or it is damaged"
             )
-        return tensor.to(torch.float32)
+        return tensor
 
     def drop(self, names: Iterable[str]) -> None:
         """Pass over these, if they are there: counters that the forward pass does not use."""

@@ -58,7 +58,10 @@ def read(folder: Path, scale: float | None) -> Weights:
         metadata={"hook_name": here, **config.table("metadata", {}).values},
     )
     if norm == "dataset-wise" and scale is None:
-        scale = math.sqrt(hidden) / float(tensors.take(_NORM + here))
+        norm_of_data = float(tensors.take(_NORM + here))
+        if not norm_of_data > 0:
+            raise UserError(f"{tensors.path} has an average activation norm of {norm_of_data}: the file is damaged")
+        scale = math.sqrt(hidden) / norm_of_data
     tensors.drop([name for name in tensors.names() if name.startswith(_NORM)])
     tensors.finish("load and save it with llamascopium")
     if config.flag("sparsity_include_decoder_norm", True):

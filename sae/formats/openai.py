@@ -41,9 +41,9 @@ def read(folder: Path, scale: float | None) -> Weights:
             f"{tensors.path} names the activation {said!r} in its header, which this project cannot represent: it reads TopK "
             f'and ReLU; if the header is missing, convert the .pt again with: python -c "{CONVERT}"'
         )
-    if activation == "TopK" and not k.isdecimal():
+    if activation == "TopK" and not (k.isdecimal() and len(k) < 10):
         raise UserError(
-            f"{tensors.path} has k = {k!r} in its header where a whole number belongs: convert the .pt again"
+            f"{tensors.path} has k = {k!r:.40} in its header where a whole number belongs: convert the .pt again"
         )
     w_enc = tensors.take("encoder.weight", None, None)
     features, hidden = w_enc.shape

@@ -42,6 +42,11 @@ def read(folder: Path, scale: float | None) -> Weights:
     new = "metadata" in config
     facts = config.table("metadata") if new else _flat_metadata(config)
     architecture, k = _architecture(config, new)
+    if config.text("reshape_activations", "none") != "none":
+        raise UserError(
+            f"{folder} reads activations reshaped ({config.text('reshape_activations')}): its input is no residual "
+            "contribution, use SAELens for it"
+        )
     hidden, features = config.whole("d_in"), config.whole("d_sae")
     tensors = Tensors(folder / WEIGHTS)
     numbers = Weights(

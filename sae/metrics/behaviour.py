@@ -2,7 +2,7 @@
 
 Three forward passes: as it is, with the reconstruction, with zero. Only the positions that training saw are replaced, and only
 predictions made from them are counted. `Recovered` takes logits from anywhere; `recovered_on` runs the passes of one batch
-through `lm.patch`.
+through `lm.patch`. Source: "loss recovered" as in Gao et al. (2024) and SAEBench, with zero ablation as the floor.
 """
 
 from __future__ import annotations
@@ -65,13 +65,18 @@ class Recovered:
     def update(
         self, clean: Tensor, patched: Tensor, zero: Tensor, targets: Tensor, *, mask: Tensor | None = None
     ) -> Recovered:
-        """With logits (..., vocabulary) of the three passes and the next tokens (...), where the boolean mask (...) is true."""
+        """With logits (..., vocabulary) of the three passes and the next tokens (...), where the boolean mask (...) is true.
+
+        Negative targets, such as the usual -100, are not counted.
+        """
+        if mask is not None:
+            _require_boolean(mask)
         shapes = {tuple(logits.shape) for logits in (clean, patched, zero)}
         if len(shapes) != 1 or clean.shape[:-1] != targets.shape or (mask is not None and mask.shape != targets.shape):
             raise UserError(
                 f"logits {sorted(shapes)}, targets {tuple(targets.shape)} and mask do not fit: give equal shapes"
             )
-        chosen = torch.nonzero(torch.ones_like(targets, dtype=torch.bool) if mask is None else mask, as_tuple=True)
+        chosen = torch.nonzero((targets >= 0) if mask is None else mask & (targets >= 0), as_tuple=True)
         sums = torch.zeros(5, dtype=torch.float64)
         width = max(1, _CHUNK // clean.shape[-1])
         for start in range(0, len(chosen[0]), width):
@@ -118,13 +123,17 @@ def recovered_on(
     *,
     attention_mask: Tensor | None = None,
     mask: Tensor | None = None,
+    largest_norm: float | None = None,
 ) -> Recovered:
     """The three passes over one batch of `input_ids` (batch, tokens), padded on the right if at all.
 
     `reconstruct` maps the (tokens, hidden) float32 activations of the replaced positions to as many: an autoencoder in
     evaluation mode. `mask` (batch, tokens), boolean, are the positions that training saw (no BOS, no special tokens), those
     not padded if None: they are replaced, and the predictions made from them of a token that is no padding are counted.
+    Activations whose norm exceeds `largest_norm` (what training left out as outliers) stay as they are, but are counted.
     """
+    if mask is not None:
+        _require_boolean(mask)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     seen = real if mask is None else mask & real
     if seen.shape != input_ids.shape or not bool(seen.any()):
@@ -136,13 +145,14 @@ def recovered_on(
 
     def replaced(by: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def edit(hidden: Tensor) -> Tensor:
-            rows = hidden[seen]
+            fit = seen if largest_norm is None else seen & (hidden.float().norm(dim=-1) <= largest_norm)
+            rows = hidden[fit]
             new = by(rows.float())
             if new.shape != rows.shape or not bool(new.isfinite().all()):
                 raise UserError(
                     f"{site} cannot be replaced by {tuple(new.shape)} that is not finite or of another shape"
                 )
-            hidden[seen] = new.to(hidden.dtype)
+            hidden[fit] = new.to(hidden.dtype)
             return hidden
 
         return edit
@@ -160,3 +170,8 @@ def recovered_on(
         ids[:, 1:],
         mask=seen[:, :-1] & real[:, 1:],
     )
+
+
+def _require_boolean(mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise UserError(f"the mask is {mask.dtype}: give booleans (mask.bool()), numbers would be read as positions")

@@ -2,6 +2,7 @@
 
 Counted in tokens from `SparseCode`s, as whole numbers, so that no split into batches or processes changes anything and no
 (tokens, features) tensor exists. A moving window in training is `sae.Firings`; here the window is what was counted.
+L0, densities and dead features as in Gao et al. (2024); under-used against a fitted law is a **reconstruction**.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class Usage:
         """With the code of some tokens, and that of the same tokens by exported thresholds; where the mask is true."""
         if exported is not None and exported.tokens != code.tokens:
             raise UserError(f"codes of {code.tokens} and {exported.tokens} tokens: give two codes of the same tokens")
+        if self.tokens and (exported is not None) != bool(self.exported_tokens):
+            raise UserError(
+                "codes by exported thresholds are given for some tokens and not for others: give all or none"
+            )
         counts, firings, tokens = self._counts(code, mask)
         found = replace(
             self,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import byte_level, tiny
+from harvested import SITES, SOURCE, harvested_model
 from safetensors.torch import load_file, save_file
 
 from lm import LanguageModel, Site, UserError
@@ -24,7 +25,6 @@ from sae.activations import (
     Harvester,
     HarvestSpec,
     ReadSpec,
-    Texts,
     harvest,
     open_activations,
     open_cache,
@@ -32,16 +32,13 @@ from sae.activations import (
     write_cache,
 )
 
-SITES = (Site("resid", 1), Site("mlp", 0))
-SOURCE = Texts(texts=tuple(f"Document {n}: {'the quick brown fox ' * (n % 5)}naïve {n * n}." for n in range(40)))
 HARVEST = HarvestSpec(context=ContextSpec(length=16, epochs=1), forward_contexts=3)
 TOKENS = 450
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    made = tiny("llama")
-    return LanguageModel(made.model, byte_level(bos=True), made.anatomy, "tiny")
+    return harvested_model()
 
 
 def spec(**more: Any) -> CacheSpec:

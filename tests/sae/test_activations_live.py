@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from families import byte_level, tiny
+from harvested import SITES, SOURCE, harvested_model
 
-from lm import LanguageModel, Site, UserError
+from lm import LanguageModel, UserError
 from sae.activations import (
     ActivationBatch,
     BufferSpec,
@@ -25,8 +26,6 @@ from sae.activations import (
     save_state,
 )
 
-SITES = (Site("resid", 1), Site("mlp", 0))
-SOURCE = Texts(texts=tuple(f"Document {n}: {'the quick brown fox ' * (n % 5)}naïve {n * n}." for n in range(40)))
 HARVEST = HarvestSpec(context=ContextSpec(length=16), forward_contexts=2)
 BUFFER = BufferSpec(tokens=256, lanes=4)
 BATCH = 32
@@ -34,8 +33,7 @@ BATCH = 32
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    made = tiny("llama")
-    return LanguageModel(made.model, byte_level(bos=True), made.anatomy, "tiny")
+    return harvested_model()
 
 
 def stream(model: LanguageModel, rank: int = 0, world: int = 1, **more: object) -> LiveActivations:

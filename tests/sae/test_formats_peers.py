@@ -12,39 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from format_files import D, F, K, own, rand, sample
 from torch import Tensor
 
 from lm import Site
-from sae import SparseAutoencoder, SparseAutoencoderConfig, calibrate_features, calibrate_mutual
 from sae.formats import Provenance, dictionary_learning, fold_scale, load_autoencoder, save_autoencoder
 
-D, F, K = 16, 64, 8
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def rand(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def sample(tokens: int = 50) -> Tensor:
-    return rand(tokens, D, seed=99) + 0.5
-
-
-def own(choice: str, **more: Any) -> SparseAutoencoder:
-    k = 0 if choice == "threshold" else K
-    model = SparseAutoencoder(SparseAutoencoderConfig(hidden=D, features=F, k=k, choice=choice, seed=1, **more))  # type: ignore[arg-type]
-    model.start_from(sample(200))
-    with torch.no_grad():
-        model.w_enc += rand(F, D, seed=11, scale=0.1)
-        model.b_enc += rand(F, seed=12, scale=0.2)
-        affinity = model.affinity(sample(400))
-    if choice == "mutual":
-        model.set_threshold(calibrate_mutual(affinity, k=K))
-    elif choice == "feature":
-        model.set_threshold(calibrate_features(affinity, K * 400 // F))
-    elif choice == "threshold":
-        model.set_threshold(0.0)
-    return model.eval()
 
 
 @torch.no_grad()

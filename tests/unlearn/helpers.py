@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from lm.load import ModelSpec
-from unlearn.config import UnlearnConfig
+from unlearn.config import UnlearnConfig, ValidationConfig
 from unlearn.objectives import Joint, Objective
 from unlearn.scope import Scope
-from unlearn.trainer import TrainerConfig
+from unlearn.trainer_config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = TrainerConfig(steps=6, batch=8, micro_batch=4, learning_rate=3e-3, save_every=2)
@@ -100,3 +100,14 @@ def config_words(config: UnlearnConfig, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(config))
     return ["--config", str(folder / "config.yaml")]
+
+
+def reworded(tiny: Path, folder: Path) -> ValidationConfig:
+    """The tiny rows in other words, as a validation split."""
+    (folder / "v").mkdir()
+    for side in ("forget", "retain"):
+        text = (tiny / f"{side}.jsonl").read_text()
+        (folder / "v" / f"{side}.jsonl").write_text(text.replace('"id": "p', '"id": "v').replace("What is", "Tell me"))
+    return ValidationConfig(
+        forget=str(folder / "v/forget.jsonl"), retain=str(folder / "v/retain.jsonl"), max_new_tokens=4
+    )

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +15,13 @@ from lm.errors import UserError
 from lm.load import ModelSpec, load
 from lm.prompts import PromptSpec
 from lm.run import RunFolder
-from tests.unlearn.helpers import SMALL, command, config_words, environment, run_script, small_config
+from tests.unlearn.helpers import SMALL, config_words, reworded, run_script, small_config
 from tracing.plan import LayerPlan
-from unlearn.config import UnlearnConfig, ValidationConfig
+from unlearn.config import UnlearnConfig
 from unlearn.objectives import NPO, GradientAscent, GradientDifference, Joint, KLMinimisation, Objective
 from unlearn.scope import Lora, Scope
 from unlearn.stage import run_unlearning
-from unlearn.trainer import learning_rate_factor
+from unlearn.trainer_config import Schedule, TrainerConfig
 
 OBJECTIVES: list[Objective] = [Joint(), GradientAscent(), GradientDifference(), KLMinimisation(), NPO()]
 
@@ -70,85 +65,6 @@ def test_the_checkpoint_is_a_plain_one(tiny: Path, tmp_path: Path) -> None:
     ours = load(str(folder), device="cpu")
     assert torch.equal(model(ids).logits, ours.model(ids).logits)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(), "tied weights stay tied"
-
-
-@pytest.mark.parametrize("stop", [1, 3, 4])
-def test_killed_and_resumed_equals_uninterrupted(tiny: Path, tmp_path: Path, stop: int) -> None:
-    config = small_config(tiny, tmp_path / "whole", trainer=replace(SMALL, steps=40))
-    words = config_words(config, tmp_path)
-    assert run_script("unlearn", *words).returncode == 0
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command("unlearn", *words, "--out", str(killed)),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _wait_for_step(killed, stop, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "model").exists(), "the run was killed before its end"
-    again = run_script("unlearn", *words, "--out", str(killed), "--resume", "true")
-    assert again.returncode == 0, again.stderr
-    one, two = weights(tmp_path / "whole" / "model"), weights(killed / "model")
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert RunFolder(tmp_path / "whole").metrics() == RunFolder(killed).metrics(), (
-        "the log of a resumed run has no seam"
-    )
-
-
-def _wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(6000):
-        if process.poll() is not None or len(losses(run) if run.exists() else []) >= step:
-            return
-        time.sleep(0.002)
-    raise AssertionError("the run did not get there in time")
-
-
-@pytest.mark.parametrize("at", [2, 4, 6])
-@pytest.mark.parametrize("objective", [Joint(), NPO()], ids=["joint", "npo"])
-def test_going_on_from_every_checkpoint_is_exact(tiny: Path, tmp_path: Path, objective: Objective, at: int) -> None:
-    """Every kept checkpoint in turn is made the newest one, and the rest of the run repeated."""
-    trainer = replace(SMALL, steps=8, batch=4, evaluate_every=3, checkpoint="lowest_joint_loss")
-    config = small_config(
-        tiny, tmp_path / "whole", objective=objective, trainer=trainer, validation=reworded(tiny, tmp_path)
-    )
-    whole = weights(run_unlearning(config))
-    part = replace(config, out=str(tmp_path / "part"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unlearn.trainer._Loop._milestones", _stop_after(at))
-        with pytest.raises(_Stop):
-            run_unlearning(part)
-    resumed = weights(run_unlearning(replace(part, resume=True)))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def reworded(tiny: Path, folder: Path) -> ValidationConfig:
-    """The tiny rows in other words, as a validation split."""
-    (folder / "v").mkdir()
-    for side in ("forget", "retain"):
-        text = (tiny / f"{side}.jsonl").read_text()
-        (folder / "v" / f"{side}.jsonl").write_text(text.replace('"id": "p', '"id": "v').replace("What is", "Tell me"))
-    return ValidationConfig(
-        forget=str(folder / "v/forget.jsonl"), retain=str(folder / "v/retain.jsonl"), max_new_tokens=4
-    )
-
-
-class _Stop(Exception):
-    pass
-
-
-def _stop_after(step: int):  # type: ignore[no-untyped-def]
-    from unlearn.trainer import _Loop
-
-    original = _Loop._milestones
-
-    def milestones(loop: _Loop) -> None:
-        original(loop)
-        if loop.at.step == step:
-            raise _Stop
-
-    return milestones
 
 
 AUTHORS = {"weighting": "micro_batch_mean", "pairing": "mixed_shuffle"}
@@ -198,22 +114,6 @@ def test_the_best_checkpoint_by_validation_is_the_one_kept(
     four = replace(SMALL, steps=4, schedule="constant")
     expected = weights(run_unlearning(small_config(tiny, tmp_path / "four", trainer=four)))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(best).items())
-
-
-def test_what_a_name_stands_for_must_not_change_before_a_run_goes_on(tiny: Path, tmp_path: Path) -> None:
-    plan = tmp_path / "plan.json"
-    LayerPlan(layers=(0,)).save(plan)
-    config = small_config(tiny, tmp_path / "run", scope=Scope(plan=str(plan)))
-    run_unlearning(config)
-    run_unlearning(replace(config, resume=True))
-    LayerPlan(layers=(2,)).save(plan)
-    with pytest.raises(UserError, match="scope changed since it began"):
-        run_unlearning(replace(config, resume=True))
-    LayerPlan(layers=(0,)).save(plan)
-    manifest = tmp_path / "run" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(RunFolder(tmp_path / "run").manifest["weights"], "0" * 16))
-    with pytest.raises(UserError, match="weights changed since it began"):
-        run_unlearning(replace(config, resume=True))
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tiny: Path, tmp_path: Path) -> None:
@@ -321,8 +221,6 @@ def test_chat_rows_are_trained_in_the_chat_format(tiny: Path, tmp_path: Path) ->
 
 
 def test_the_plan_that_tracing_wrote_names_the_layers(tiny: Path, tmp_path: Path) -> None:
-    from tracing.plan import LayerPlan
-
     plan = LayerPlan(
         layers=(2,), modules=("mlp",), rule="by hand", singled_out=False, verdict="by hand", evidence={},
         controls={"random": (0,), "inverse": (1,), "all": (0, 1, 2)}, provenance={},
@@ -333,48 +231,14 @@ def test_the_plan_that_tracing_wrote_names_the_layers(tiny: Path, tmp_path: Path
         assert RunFolder(tmp_path / use).manifest["layers"] == layers
 
 
-def test_the_contract_reads_the_published_folders_and_leaves_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    import pandas
-
-    for side in ("forget", "retain"):
-        (tmp_path / side).mkdir()
-        rows = [json.loads(line) for line in (tiny / f"{side}.jsonl").read_text().splitlines()]
-        frame = pandas.DataFrame(rows)
-        frame["split"] = side
-        frame.to_parquet(tmp_path / side / f"{side}.parquet")
-        if side == "forget":
-            frame.to_json(tmp_path / side / f"{side}.jsonl", orient="records", lines=True)
-    from unlearn.contract import unlearn
-
-    out = unlearn(
-        str(tiny / "model"), str(tmp_path / "out"), str(tmp_path / "forget"), str(tmp_path / "retain"), trainer=SMALL
-    )
-    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 3
-    with pytest.raises(UserError, match="already holds a model"):
-        unlearn(str(tiny / "model"), str(out), str(tmp_path / "forget"), str(tmp_path / "retain"))
-
-
-@pytest.mark.parametrize("launch", [None, "cpu2_ddp"])
-def test_the_contract_is_a_script(tiny: Path, tmp_path: Path, launch: str | None) -> None:
-    for side in ("forget", "retain"):
-        (tmp_path / side).mkdir()
-        (tmp_path / side / "rows.jsonl").write_text((tiny / f"{side}.jsonl").read_text())
-    done = run_script(
-        "semeval",
-        f"--input_model_path={tiny / 'model'}",
-        f"--output_path={tmp_path / 'out'}",
-        f"--forget_dir={tmp_path / 'forget'}",
-        f"--retain_dir={tmp_path / 'retain'}",
-        launch=launch,
-    )
-    assert done.returncode == 0, done.stderr
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
-
-
 def test_schedules() -> None:
-    assert [learning_rate_factor(i, 4, "linear", 0) for i in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert [learning_rate_factor(i, 4, "constant", 2) for i in range(4)] == [0.0, 0.5, 1.0, 1.0]
-    assert learning_rate_factor(2, 4, "cosine", 0) == pytest.approx(0.5)
+    def rates(steps: range, of: int, schedule: Schedule, warmup: int = 0) -> list[float]:
+        config = TrainerConfig(learning_rate=2.0, schedule=schedule, warmup=warmup)
+        return [config.rate(step, of) for step in steps]
+
+    assert rates(range(4), 4, "linear") == [2.0, 1.5, 1.0, 0.5]
+    assert rates(range(4), 4, "constant", 2) == [0.0, 1.0, 2.0, 2.0]
+    assert rates(range(2, 3), 4, "cosine") == pytest.approx([1.0])
 
 
 def test_the_default_config_is_complete() -> None:

@@ -1,0 +1,114 @@
+"""A run that stopped goes on exactly, or is refused where what a name stands for has changed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lm.errors import UserError
+from lm.run import RunFolder
+from tests.unlearn.helpers import SMALL, command, config_words, environment, reworded, run_script, small_config
+from tracing.plan import LayerPlan
+from unlearn.objectives import NPO, Joint, Objective
+from unlearn.scope import Scope
+from unlearn.stage import run_unlearning
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in RunFolder(run).metrics() if "loss" in line]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_killed_and_resumed_equals_uninterrupted(tiny: Path, tmp_path: Path, stop: int) -> None:
+    config = small_config(tiny, tmp_path / "whole", trainer=replace(SMALL, steps=40))
+    words = config_words(config, tmp_path)
+    assert run_script("unlearn", *words).returncode == 0
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("unlearn", *words, "--out", str(killed)),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _wait_for_step(killed, stop, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model").exists(), "the run was killed before its end"
+    again = run_script("unlearn", *words, "--out", str(killed), "--resume", "true")
+    assert again.returncode == 0, again.stderr
+    one, two = weights(tmp_path / "whole" / "model"), weights(killed / "model")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert RunFolder(tmp_path / "whole").metrics() == RunFolder(killed).metrics(), (
+        "the log of a resumed run has no seam"
+    )
+
+
+def _wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(6000):
+        if process.poll() is not None or len(losses(run) if run.exists() else []) >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError("the run did not get there in time")
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+@pytest.mark.parametrize("objective", [Joint(), NPO()], ids=["joint", "npo"])
+def test_going_on_from_every_checkpoint_is_exact(tiny: Path, tmp_path: Path, objective: Objective, at: int) -> None:
+    """Every kept checkpoint in turn is made the newest one, and the rest of the run repeated."""
+    trainer = replace(SMALL, steps=8, batch=4, evaluate_every=3, checkpoint="lowest_joint_loss")
+    config = small_config(
+        tiny, tmp_path / "whole", objective=objective, trainer=trainer, validation=reworded(tiny, tmp_path)
+    )
+    whole = weights(run_unlearning(config))
+    part = replace(config, out=str(tmp_path / "part"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unlearn.trainer._Loop._milestones", _stop_after(at))
+        with pytest.raises(_Stop):
+            run_unlearning(part)
+    resumed = weights(run_unlearning(replace(part, resume=True)))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stop_after(step: int):  # type: ignore[no-untyped-def]
+    from unlearn.trainer import _Loop
+
+    original = _Loop._milestones
+
+    def milestones(loop: _Loop) -> None:
+        original(loop)
+        if loop.at.step == step:
+            raise _Stop
+
+    return milestones
+
+
+def test_what_a_name_stands_for_must_not_change_before_a_run_goes_on(tiny: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    LayerPlan(layers=(0,)).save(plan)
+    config = small_config(tiny, tmp_path / "run", scope=Scope(plan=str(plan)))
+    run_unlearning(config)
+    run_unlearning(replace(config, resume=True))
+    LayerPlan(layers=(2,)).save(plan)
+    with pytest.raises(UserError, match="scope changed since it began"):
+        run_unlearning(replace(config, resume=True))
+    LayerPlan(layers=(0,)).save(plan)
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(RunFolder(tmp_path / "run").manifest["weights"], "0" * 16))
+    with pytest.raises(UserError, match="weights changed since it began"):
+        run_unlearning(replace(config, resume=True))

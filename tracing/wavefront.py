@@ -1,0 +1,220 @@
+"""The exact fast engine: the cells of the published procedure, each computed from where it first differs.
+
+One clean and `samples` corrupted passes a fact give the *trunk*: the stream before every block, keys and values, and what
+MLP and attention add. A cell (kind, token t, layer l, noise sample) leaves the trunk at its own layer: it joins a growing
+batch there, in which only the tokens from t on are run, with the keys and values of the earlier ones, which cannot see t,
+from the trunk. After the last block one call of the head scores all cells, at the answer's positions alone.
+
+Badge: faithful; equal to `tracing.reference` cell by cell (tests). Blocks are run by `lm.replay`, without any model's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm import replay
+from lm.anatomy import EMBEDDING, Kind, Site
+from lm.hooks import capture, intercept
+from lm.load import LanguageModel
+from tracing.arrays import Array
+from tracing.corruption import GaussianNoise
+from tracing.metrics import score, token_log_probabilities
+from tracing.probe import Probe, embed
+from tracing.reference import Traced, refuse_nan
+from tracing.sweep import Sweep, swept_positions, window_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What one cell restores at its token: `kind` at `layers`. It is reported at `layer`, their centre."""
+
+    kind: Kind
+    layer: int
+    layers: range
+
+    @property
+    def enters(self) -> int:
+        """The block before which the cell leaves the trunk."""
+        return self.layer + 1 if self.kind == "resid" else self.layers.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """The ordinary passes of some facts of one shape. Rows are facts * samples, a fact's samples together.
+
+    Attributes:
+        stream: layers + 1 tensors (rows, tokens, hidden), corrupted: before each block, and after the last.
+        past: corrupted keys and values.
+        clean: kind -> a (facts, tokens, hidden) tensor for each layer.
+        held: what the severed module adds in the corrupted pass, a (rows, tokens, hidden) tensor for each layer, or none.
+        scores: (facts, 2), of the clean pass, and the mean of the corrupted ones.
+    """
+
+    stream: Sequence[Tensor]
+    past: replay.Past
+    clean: dict[Kind, Sequence[Tensor]]
+    held: Sequence[Tensor]
+    scores: Array
+
+
+class Wavefront:
+    """The engine for one model and one sweep; at most `rows` rows (cell x fact x noise sample) run at once."""
+
+    def __init__(self, model: LanguageModel, sweep: Sweep, rows: int) -> None:
+        self.model, self.sweep, self.rows = model, sweep, max(1, rows)
+        layers = model.anatomy.layers
+        cells = [
+            Cell(kind=kind, layer=layer, layers=window_layers(layer, sweep.window, layers, kind))
+            for kind in sweep.kinds
+            for layer in range(layers)
+        ]
+        self.cells = sorted(cells, key=lambda cell: cell.enters)
+        self._calls: dict[tuple[int, int], list[replay.Call]] = {}
+
+    @torch.inference_mode()
+    def trace(
+        self,
+        probes: Sequence[Probe],
+        corruption: GaussianNoise,
+        sigma: float,
+        advance: Callable[[int], None] = lambda cells: None,
+    ) -> list[Traced]:
+        """All cells of some facts whose prompts and answers have equal numbers of tokens. Raises UserError for NaN."""
+        tokens, layers, samples = len(probes[0].prompt_ids), self.model.anatomy.layers, corruption.samples
+        answers = torch.tensor([probe.answer_ids for probe in probes]).repeat_interleave(samples, 0)
+        trunk = self._trunk(probes, corruption, sigma)
+        sums = {kind: np.full((len(probes), tokens, layers), np.nan) for kind in self.sweep.kinds}
+        swept = [swept_positions(tokens, probe.span, self.sweep.positions) for probe in probes]
+        for position in range(tokens):
+            asked = [fact for fact, positions in enumerate(swept) if position in positions]
+            facts = [fact for fact in asked if position >= probes[fact].span[0]]
+            for cells, rows in self._waves(facts, samples):
+                found = score(self._wave(trunk, position, cells, rows, samples, answers), self.sweep.metric).cpu()
+                for cell, values in zip(cells, found, strict=True):
+                    here = sums[cell.kind][:, position, cell.layer]
+                    here[facts] = np.nan_to_num(here[facts])
+                    np.add.at(here, (rows // samples).numpy(), values.numpy() / samples)
+            advance(len(asked) * len(self.cells))
+        return [
+            self._traced(probe, trunk.scores[fact], {kind: cells[fact] for kind, cells in sums.items()})
+            for fact, probe in enumerate(probes)
+        ]
+
+    def _traced(self, probe: Probe, scores: Array, cells: dict[Kind, Array]) -> Traced:
+        for values in cells.values():
+            values[: probe.span[0]] = scores[1]  # by causality: what lies before the subject cannot bring it back
+        positions = swept_positions(len(probe.prompt_ids), probe.span, self.sweep.positions)
+        refuse_nan(self.model, probe, scores, [values[positions] for values in cells.values()])
+        return Traced(clean=float(scores[0]), corrupted=float(scores[1]), restored=cells)
+
+    def _trunk(self, probes: Sequence[Probe], corruption: GaussianNoise, sigma: float) -> Trunk:
+        facts, each, layers = len(probes), 1 + corruption.samples, range(self.model.anatomy.layers)
+        batch = torch.cat(
+            [corruption.corrupt(embed(self.model, probe.input_ids), probe.span, sigma) for probe in probes]
+        )
+        keep = len(probes[0].answer_ids)
+        kinds = dict.fromkeys([*self.sweep.kinds, *([self.sweep.sever] if self.sweep.sever else [])])
+        sites = [EMBEDDING, *(Site(kind, layer) for kind in dict.fromkeys(["resid", *kinds]) for layer in layers)]  # type: ignore[arg-type]
+        with capture(self.model, sites) as seen:
+            found, past = replay.trunk(self.model, batch, keep)
+        is_clean = torch.arange(facts * each) % each == 0
+        noisy, clean = (~is_clean).nonzero().squeeze(1), is_clean.nonzero().squeeze(1)
+
+        def of(site: Site, rows: Tensor) -> Tensor:
+            return seen[site][rows.to(seen[site].device)]
+
+        answers = torch.tensor([probe.answer_ids for probe in probes]).repeat_interleave(each, 0)
+        scores = score(token_log_probabilities(found, answers), self.sweep.metric).cpu().view(facts, each)
+        return Trunk(
+            stream=[of(EMBEDDING, noisy), *(of(Site("resid", layer), noisy) for layer in layers)],
+            past=past.of_rows(noisy),
+            clean={kind: [of(Site(kind, layer), clean) for layer in layers] for kind in self.sweep.kinds},
+            held=[of(Site(self.sweep.sever, layer), noisy) for layer in layers] if self.sweep.sever else [],
+            scores=torch.stack([scores[:, 0], scores[:, 1:].mean(1)], 1).numpy(),
+        )
+
+    def _waves(self, facts: Sequence[int], samples: int) -> Iterator[tuple[Sequence[Cell], Tensor]]:
+        """Cells and trunk rows that run together: all of them, or as many as `rows` allows."""
+        sources = torch.tensor([fact * samples + sample for fact in facts for sample in range(samples)])
+        if len(sources):
+            for start in range(0, len(self.cells), self.rows):
+                cells = self.cells[start : start + self.rows]
+                for rows in sources.split(max(1, self.rows // len(cells))):
+                    yield cells, rows
+
+    def _wave(
+        self, trunk: Trunk, position: int, cells: Sequence[Cell], rows: Tensor, samples: int, answers: Tensor
+    ) -> Tensor:
+        """(cells, rows, answer tokens): log-probabilities with each cell restored, for some rows of the trunk."""
+        calls, past = self._calls_at(trunk, position), trunk.past.cut(position)
+        facts = rows // samples
+        joined: list[Cell] = []
+        state: Tensor | None = None
+        with ExitStack() as hooks:
+            for site in self._edited(cells):
+                hooks.enter_context(intercept(self.model, site, self._restorer(trunk, site, position, joined, rows, facts)))
+            for layer in range(cells[0].enters, len(calls) + 1):
+                new = [cell for cell in cells if cell.enters == layer]
+                if new:
+                    stream = trunk.stream[layer]
+                    fresh = stream[rows.to(stream.device), position:].repeat(len(new), 1, 1)
+                    for index, cell in enumerate(new):
+                        if cell.kind == "resid":
+                            clean = trunk.clean["resid"][cell.layer]
+                            fresh[index * len(rows) : (index + 1) * len(rows), 0] = clean[facts.to(clean.device), position]
+                    state = fresh if state is None else torch.cat([state, fresh])
+                    joined += new
+                if layer < len(calls) and state is not None:
+                    state = calls[layer].run(state, past, rows.repeat(len(joined)))
+        assert state is not None
+        return self._scored(state, answers[rows].repeat(len(cells), 1)).view(len(cells), len(rows), -1)
+
+    def _edited(self, cells: Sequence[Cell]) -> list[Site]:
+        """The sites whose values are replaced in a wave of these cells."""
+        restored = {Site(cell.kind, layer) for cell in cells if cell.kind != "resid" for layer in cell.layers}
+        if self.sweep.sever:
+            restored |= {Site(self.sweep.sever, layer) for layer in range(cells[0].enters, self.model.anatomy.layers)}
+        return sorted(restored)
+
+    def _restorer(
+        self, trunk: Trunk, site: Site, position: int, joined: Sequence[Cell], rows: Tensor, facts: Tensor
+    ) -> Callable[[Tensor], Tensor | None]:
+        """Writes the clean value at the first token into the cells that restore `site`, and, if it is severed, the
+        corrupted one into all others. `joined` are the cells in the batch when it is called."""
+
+        def see(hidden: Tensor) -> Tensor | None:
+            restoring = torch.tensor([cell.kind == site.kind and site.layer in cell.layers for cell in joined])
+            new = hidden.clone().view(len(joined), len(rows), *hidden.shape[1:])
+            if self.sweep.sever == site.kind:
+                new[(~restoring).to(hidden.device), :, 0] = trunk.held[site.layer][rows.to(hidden.device), position]
+            if bool(restoring.any()):
+                clean = trunk.clean[site.kind][site.layer]
+                new[restoring.to(hidden.device), :, 0] = clean[facts.to(clean.device), position]
+            return new.view(hidden.shape)
+
+        return see
+
+    def _scored(self, state: Tensor, answers: Tensor) -> Tensor:
+        """(rows, answer tokens): log-probabilities, the head's output a bounded number of rows at a time."""
+        keep = answers.shape[1]
+        vocabulary, hidden = self.model.anatomy.vocabulary, self.model.anatomy.hidden
+        step = max(1, 8 * self.rows * hidden // (keep * vocabulary))
+        return torch.cat(
+            [
+                token_log_probabilities(replay.logits(self.model, part), wanted)
+                for part, wanted in zip(state[:, -keep:].split(step), answers.split(step), strict=True)
+            ]
+        )
+
+    def _calls_at(self, trunk: Trunk, position: int) -> list[replay.Call]:
+        embedding = trunk.stream[0]
+        key = (embedding.shape[1], position)
+        if key not in self._calls:
+            self._calls[key] = replay.calls(self.model, embedding[:1, position:], trunk.past.cut(position))
+        return self._calls[key]
