@@ -4,7 +4,7 @@
     python benchmarks/sae_claims.py --data real --model FOLDER --text FILE --held_out_text FILE --out runs/sae_claims/real
 
 Same tokens, width, L0, steps and rate for all. `synthetic` has known features (`sae.synthetic`); `real` harvests a model's
-middle layer once, into two caches. A seed orders the tokens (or makes the world) and starts the autoencoders. Training is
+middle layer once, into caches. A seed orders the tokens (or makes the world) and starts the autoencoders. Training is
 scripts/train_sae.py's, with the config of the data; `--change '[--trainer.steps, "20"]'` changes it. What is finished is not run
 again, and an interrupted run goes on where it was. Prints, and writes as table.md, mean (smallest to largest); curves.png.
 """
@@ -15,10 +15,9 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
@@ -27,21 +26,26 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.sae_claims_report import curves, table  # noqa: E402
-from lm import LanguageModel, UserError, load  # noqa: E402
+from benchmarks.sae_claims_scoring import Seen, in_training, matched  # noqa: E402
+from lm import UserError, load  # noqa: E402
 from lm.config import parse_config, script  # noqa: E402
 from lm.run import progress, write_atomic, write_json  # noqa: E402
 from sae import SparseAutoencoder, load_autoencoder  # noqa: E402
 from sae.activations import (  # noqa: E402
+    ActivationBatch,
     ActivationFiles,
     CacheSpec,
     Contexts,
     ReadSpec,
     TextFiles,
+    Texts,
     open_activations,
     parse_site,
+    site_name,
     write_cache,
 )
-from sae.metrics import Reconstruction, Recovered, Usage, decoder_cosines, recovered_on  # noqa: E402
+from sae.activations.documents import Documents  # noqa: E402
+from sae.metrics import Recovered, recovered_on  # noqa: E402
 from sae.synthetic import Detection, Synthetic, SyntheticActivations, match_features, truth_of  # noqa: E402
 from sae.trainer import TrainSaeConfig, run_training  # noqa: E402
 
@@ -72,8 +76,10 @@ class Claims:
     """real: the file of text to score on, WikiText-2's test text."""
     tokens: int = 262_144
     """real: tokens of the training cache, each text token at most once."""
-    held_out_tokens: int = 65_536
-    """Tokens to score on."""
+    held_out_tokens: int | None = None
+    """Tokens to score on, at most; null: a million made ones, or 131,072 harvested ones."""
+    calibrate_tokens: int = 32_768
+    """Tokens on which thresholds are scaled to k active features a token, apart from those scored."""
     contexts: int = 64
     """real: contexts for cross-entropy recovered."""
 
@@ -81,9 +87,13 @@ class Claims:
         if self.data == "real" and not (self.model and self.text and self.held_out_text):
             raise UserError("real data needs a model and two texts: give --model, --text and --held_out_text")
 
+    @property
+    def scored_tokens(self) -> int:
+        return self.held_out_tokens or (1 << 20 if self.data == "synthetic" else 1 << 17)
+
 
 class Made:
-    """Synthetic worlds: one for each seed."""
+    """Synthetic worlds: one for each seed. Draw 0 is trained on, 1 evaluated on meanwhile, 2 calibrates, 3 is scored."""
 
     def __init__(self, asked: Claims, config: TrainSaeConfig) -> None:
         self.asked, self.config = asked, config
@@ -95,17 +105,20 @@ class Made:
 
     def score(self, model: SparseAutoencoder, config: TrainSaeConfig) -> dict[str, float]:
         assert isinstance(config.source, Synthetic)
-        world = replace(config.source, draw=2)
+        sample = next(SyntheticActivations(replace(config.source, draw=2), batch_tokens=self.asked.calibrate_tokens))
+        model, factor = matched(model, next(iter(sample.by_site.values())))
+        world = replace(config.source, draw=3)
         stream = SyntheticActivations(world, batch_tokens=2048)
         matching = match_features(model.w_dec, truth_of(world).directions)
         detection, matches, seen = Detection.start(matching), 0, Seen(model)
-        for _ in range(-(-self.asked.held_out_tokens // 2048)):
+        for _ in range(-(-self.asked.scored_tokens // 2048)):
             batch, truth = stream.with_truth()
             detection = detection.update(seen.code(batch.values), truth)
             matches += truth.matches
         found = detection.result()
         return {
             **seen.result(),
+            "threshold_factor": factor,
             "mcc": matching.mcc,
             "found": matching.found(0.9),
             "f1": found.f1,
@@ -116,87 +129,72 @@ class Made:
 
 
 class Harvested:
-    """A model's activations at one site, in two caches."""
+    """A model's activations at one site, in three caches: to train on, to calibrate on, to score on.
+
+    The held-out text's articles are dealt out: every fifth one calibrates, the others are scored.
+    """
 
     def __init__(self, asked: Claims, config: TrainSaeConfig) -> None:
+        assert asked.model is not None
+        assert asked.text is not None
+        assert asked.held_out_text is not None
         self.asked, self.config = asked, config
         self.site = parse_site(config.sites[0])
-        folder = Path(asked.out)
-        self.texts = [TextFiles(path=str(path), new_document=WIKITEXT) for path in (asked.text, asked.held_out_text)]
-        self.folders = [folder / "train", folder / "held_out"]
-        for text, where, tokens in zip(self.texts, self.folders, (asked.tokens, asked.held_out_tokens), strict=True):
-            if not _finished(where):
-                context = replace(config.harvest.context, epochs=1)
-                harvest = replace(config.harvest, context=context)
-                write_cache(self.model, text, [self.site], where, cache=CacheSpec(tokens=tokens), harvest=harvest)
+        self.model = load(asked.model, dtype="float32", device="cpu")
+        articles = [text for _, text in self._opened(asked.held_out_text).read(epoch=0, start=0, seed=None)]
+        self.scored = Texts(texts=tuple(text for place, text in enumerate(articles) if place % 5))
+        texts = {
+            "train": (TextFiles(path=asked.text, new_document=WIKITEXT), asked.tokens),
+            "calibration": (Texts(texts=tuple(articles[::5])), asked.calibrate_tokens),
+            "held_out": (self.scored, asked.scored_tokens),
+        }
+        harvest = replace(config.harvest, context=replace(config.harvest.context, epochs=1))
+        self.caches = {
+            name: write_cache(
+                self.model, text, [self.site], Path(asked.out) / name, cache=CacheSpec(tokens=tokens), harvest=harvest
+            )
+            for name, (text, tokens) in texts.items()
+        }
 
-    @cached_property
-    def model(self) -> LanguageModel:
-        assert self.asked.model is not None
-        return load(self.asked.model, dtype="float32", device="cpu")
+    def _opened(self, path: str) -> Documents:
+        return TextFiles(path=path, new_document=WIKITEXT).open(self.model.tokenizer)
 
     def of_seed(self, seed: int) -> TrainSaeConfig:
-        files = [ActivationFiles(path=str(folder)) for folder in self.folders]
-        return replace(self.config, source=files[0], held_out=files[1], reading=replace(self.config.reading, seed=seed))
+        source, held_out = (ActivationFiles(path=str(Path(self.asked.out) / name)) for name in ("train", "held_out"))
+        return replace(self.config, source=source, held_out=held_out, reading=replace(self.config.reading, seed=seed))
 
     def score(self, model: SparseAutoencoder, config: TrainSaeConfig) -> dict[str, float]:
-        reading = ReadSpec(shuffle=False, epochs=1, keep_last=True)
-        files = ActivationFiles(path=str(self.folders[1]))
+        model, factor = matched(model, torch.cat([batch.values for batch in self._read("calibration")]))
         seen = Seen(model)
-        for batch in open_activations(files, [self.site], batch_tokens=2048, reading=reading):
+        for batch in self._read("held_out"):
             seen.code(batch.values)
         behaviour = Recovered()
+        limit = self.caches["train"].facts["outlier_limits"].get(site_name(self.site))
         rows = list(islice(self.contexts(), self.asked.contexts))
         with progress(len(rows), label="cross-entropy", unit="contexts") as advance:
             for ids, mask in rows:
-                behaviour = behaviour.merge(recovered_on(self.model, self.site, model, ids, mask=mask))
+                found = recovered_on(self.model, self.site, model, ids, mask=mask, largest_norm=limit)
+                behaviour = behaviour.merge(found)
                 advance(1)
         read = behaviour.result()
-        return {**seen.result(), "ce_recovered": read.ce_recovered, "kl": read.kl, "ce_clean": read.ce_clean}
+        recovered = {"ce_recovered": read.ce_recovered, "kl": read.kl, "ce_clean": read.ce_clean}
+        return {**seen.result(), "threshold_factor": factor, **recovered}
+
+    def _read(self, name: str) -> Iterator[ActivationBatch]:
+        files = ActivationFiles(path=str(Path(self.asked.out) / name))
+        reading = ReadSpec(shuffle=False, epochs=1, keep_last=True)
+        yield from open_activations(files, [self.site], batch_tokens=2048, reading=reading)
 
     def contexts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(1, tokens) ids of held-out contexts, and which of them an autoencoder is shown."""
+        """(1, tokens) ids of scored contexts, and which of them an autoencoder is shown, outliers apart."""
         tokenizer, harvest = self.model.tokenizer, self.config.harvest
         spec = replace(harvest.context, epochs=1, shuffle=False)
         special = torch.tensor(tokenizer.all_special_ids)
-        for context in Contexts(self.texts[1].open(tokenizer), tokenizer, spec):
+        for context in Contexts(self.scored.open(tokenizer), tokenizer, spec):
             ids = torch.from_numpy(context.ids)
             mask = ~torch.isin(ids, special)
             mask[: harvest.masks.first] = False
             yield ids.unsqueeze(0), mask.unsqueeze(0)
-
-
-class Seen:
-    """What an exported autoencoder does with some tokens: thresholds, one token at a time."""
-
-    def __init__(self, model: SparseAutoencoder) -> None:
-        self.model = model
-        self.usage = Usage.start(model.config.features)
-        self.reconstruction = Reconstruction.start(model.config.hidden)
-
-    @torch.no_grad()
-    def code(self, x: Tensor) -> Any:
-        code = self.model.encode(x)
-        self.usage = self.usage.update(code)
-        self.reconstruction = self.reconstruction.update(x, self.model.decode(code, x))
-        return code
-
-    def result(self) -> dict[str, float]:
-        fit = self.usage.zipf()
-        k = self.model.config.k
-        read = self.usage.result(expected=fit.law(k).densities(), tau=0.1)
-        assert read.under_used_share is not None
-        return {
-            "scored_tokens": read.tokens,
-            "dead_exported": read.dead_share,
-            "under_used": read.under_used_share,
-            "rare": float((self.usage.density() < 0.01 * k / self.model.config.features).double().mean()),
-            "l0_scored": read.l0,
-            "fvu_scored": self.reconstruction.result().fvu,
-            "zipf_alpha": fit.alpha,
-            "zipf_r_squared": fit.r_squared,
-            "c_dec": decoder_cosines(self.model.w_dec).c_dec,
-        }
 
 
 def main(asked: Claims) -> None:
@@ -204,6 +202,7 @@ def main(asked: Claims) -> None:
     path = asked.recipe or str(ROOT / "configs" / "sae" / f"claims_{asked.data}.yaml")
     base = parse_config(TrainSaeConfig, ["--config", path, *asked.change])
     data = Made(asked, base) if asked.data == "synthetic" else Harvested(asked, base)
+    how = {name: getattr(asked, name) for name in ("scored_tokens", "calibrate_tokens", "contexts")}
     for seed in asked.only or asked.seeds:
         folder = out / f"seed-{seed}"
         specs = tuple(replace(spec, seed=seed) for spec in base.autoencoders)
@@ -211,8 +210,9 @@ def main(asked: Claims) -> None:
         config = replace(data.of_seed(seed), autoencoders=specs, out=str(folder), resume=again)
         for name, where in run_training(config).items():
             scores = out / "scores" / f"seed-{seed}-{name}.json"
-            if not scores.exists():
-                write_json(scores, data.score(load_autoencoder(where), config))
+            if not scores.exists() or json.loads(scores.read_text())["scored_with"] != how:
+                found = {**data.score(load_autoencoder(where), config), **in_training(folder, name), "scored_with": how}
+                write_json(scores, found)
     found = collected(out, asked)
     text = table(found)
     write_json(out / "results.json", found)
@@ -223,7 +223,7 @@ def main(asked: Claims) -> None:
 
 
 def collected(out: Path, asked: Claims) -> dict[str, dict[str, dict[str, float]]]:
-    """Autoencoder -> seed -> figures, of the runs that are finished."""
+    """Autoencoder -> seed -> figures, of the runs that are finished. Scores stand for what training said under the same name."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for seed in asked.seeds:
         folder = out / f"seed-{seed}"
@@ -232,11 +232,6 @@ def collected(out: Path, asked: Claims) -> dict[str, dict[str, dict[str, float]]
                 scores = json.loads((out / "scores" / f"seed-{seed}-{name}.json").read_text())
                 found.setdefault(name, {})[str(seed)] = {**measures, **scores}
     return found
-
-
-def _finished(folder: Path) -> bool:
-    manifest = folder / "manifest.json"
-    return manifest.is_file() and bool(json.loads(manifest.read_text()).get("finished"))
 
 
 if __name__ == "__main__":

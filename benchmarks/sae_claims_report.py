@@ -15,18 +15,17 @@ from matplotlib.figure import Figure
 from sae.trainer import TrainerConfig
 
 COLUMNS = {
-    "dead": ("dead", "%"),
-    "dead_exported": ("dead exported", "%"),
+    "dead_training": ("dead in training", "%"),
+    "dead_exported": ("dead", "%"),
     "under_used": ("under-used", "%"),
-    "rare": ("rare", "%"),
     "nmse": ("NMSE", ".4f"),
-    "fvu": ("FVU", ".4f"),
-    "fvu_exported": ("FVU exported", ".4f"),
     "l0": ("L0", ".2f"),
+    "fvu_exported": ("FVU exported", ".4f"),
     "l0_exported": ("L0 exported", ".2f"),
     "mcc": ("MCC", ".3f"),
     "f1": ("F1", ".3f"),
     "ce_recovered": ("CE recovered", ".4f"),
+    "aux_at_work": ("auxiliary at work", "%"),
 }
 """Figure -> heading and format."""
 _COLOURS = ("#d1495b", "#26467f", "#2a9d8f", "#e09f3e", "#6b7785")

@@ -103,8 +103,10 @@ def trunk(model: LanguageModel, embeddings: Tensor, keep: int) -> tuple[Tensor, 
     cache = DynamicCache()
     found = model.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
     if len(cache.layers) != model.anatomy.layers:
-        raise UserError(f"{model.name} keeps keys and values for {len(cache.layers)} of {model.anatomy.layers} layers: "
-                        "its blocks cannot be run alone, use the reference engine")
+        raise UserError(
+            f"{model.name} keeps keys and values for {len(cache.layers)} of {model.anatomy.layers} layers: "
+            "its blocks cannot be run alone, use the reference engine"
+        )
     return found[:, -keep:], Past.of(cache)
 
 
@@ -120,7 +122,9 @@ def calls(model: LanguageModel, embeddings: Tensor, past: Past) -> list[Call]:
             cache.update(keys[:1], values[:1], layer)
     seen: list[Call] = []
 
-    def note(layer: int, block: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def note(
+        layer: int, block: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         seen.append(Call(block=block, layer=layer, args=args, kwargs=kwargs, cache=cache))
         return hidden
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -102,6 +102,7 @@ class RunFolder:
         resume: bool = False,
         facts: Mapping[str, Any] | None = None,
         same: Sequence[str] = (),
+        free: Collection[str] = (),
     ) -> RunFolder:
         """Begin a run, or go on with one.
 
@@ -110,6 +111,7 @@ class RunFolder:
             resume: go on with what is there. The stored config must be equal but for `resume` itself.
             facts: what else the manifest should hold (data hashes, seed, model).
             same: the facts that must not have changed when a run goes on (the content of the data, say).
+            free: dotted settings that may differ when a run goes on, since no result follows from them.
 
         Raises:
             UserError: the folder holds another run, or cannot be written.
@@ -122,7 +124,7 @@ class RunFolder:
                 raise UserError(
                     f"the folder {run.path} already holds a run; give another folder, or --resume true to go on with it"
                 )
-            run._refuse_other_config(config)
+            run._refuse_other_config(config, free)
             for name in same:
                 if run.manifest.get(name) != (facts or {}).get(name):
                     raise UserError(
@@ -211,10 +213,10 @@ class RunFolder:
             for _, path in saved[: max(len(saved) - keep, 0)]:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _refuse_other_config(self, config: Any) -> None:
+    def _refuse_other_config(self, config: Any, free: Collection[str]) -> None:
         old = _flat(yaml.safe_load((self.path / "config.yaml").read_text()))
         new = _flat(as_dict(config))
-        differing = [key for key in sorted({*old, *new} - {"resume"}) if old.get(key) != new.get(key)]
+        differing = [key for key in sorted({*old, *new} - {"resume", *free}) if old.get(key) != new.get(key)]
         if any(key not in old for key in differing):  # a setting that is younger than the run had its default then
             usual = _defaults(type(config))
             differing = [key for key in differing if key in old or key not in usual or usual[key] != new[key]]

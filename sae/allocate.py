@@ -19,6 +19,9 @@ from lm.errors import UserError
 from sae.code import SparseCode
 from sae.largest import KEYS, best_of_each_row, cut, in_memory_order, kth_largest, near_the_top, refuse_nan, row_chunks
 
+_CHUNK = 1 << 22
+"""Affinities compared with thresholds together."""
+
 
 def token_choice(affinity: Tensor, budget: int) -> SparseCode:
     """Each token takes at most `budget` = k features: `sum_i S[j, i] <= k`. This is TopK (Gao et al.).
@@ -107,7 +110,11 @@ def by_threshold(affinity: Tensor, threshold: Tensor | float) -> SparseCode:
             f"thresholds of shape {tuple(bound.shape)}: give one number, or one for each of {values.shape[1]}"
         )
     wide = torch.promote_types(bound.dtype, values.dtype)
-    tokens, features = torch.nonzero(values.to(wide) > bound.to(wide), as_tuple=True)
+    rows = max(1, _CHUNK // max(values.shape[1], 1))
+    found = [torch.nonzero(part.to(wide) > bound.to(wide)) for part in torch.split(values, rows)]
+    starts = torch.arange(len(found), device=values.device) * rows
+    tokens = torch.cat([part[:, 0] + start for part, start in zip(found, starts, strict=True)])
+    features = torch.cat([part[:, 1] for part in found])
     return SparseCode.from_matches(tokens, features, affinity[tokens, features], shape=_shape(affinity))
 
 

@@ -58,7 +58,7 @@ def aux_zipf_loss(
     w_dec: Tensor,
     *,
     k_aux: int,
-    tau: float = 0.5,
+    tau: float = 0.1,
     weighting: Literal["set", "gradient"] = "set",
     pre_bias: Tensor | None = None,
     variance: Tensor | float | None = None,

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lm.errors import UserError
 
+_SMALLEST = 1e-300
+"""Density of a feature to which a law gives next to nothing."""
 _LARGEST = 700.0
 """Of log C: densities that fall off exponentially fit ever larger shifts, and C must stay a float."""
 
@@ -48,8 +50,8 @@ class ZipfLaw:
     def densities(self) -> Tensor:
         """(features,) float64, never rising; their sum is k. Unit: the share of tokens on which a feature fires."""
         ranks = torch.arange(1, self.features + 1, dtype=torch.float64)
-        weights = ((ranks + self.beta) / (1 + self.beta)) ** -self.alpha
-        return _fill(weights, float(self.k), 0.0, 1.0)
+        logs = -self.alpha * ((ranks + self.beta) / (1 + self.beta)).log()
+        return _fill(logs, float(self.k), _SMALLEST, 1.0)
 
     def smallest_batch(self) -> int:
         """The smallest global batch, in tokens, in which the rarest feature is due a whole token."""
@@ -75,6 +77,8 @@ class ZipfFit:
     """Features that never fired, or not often enough to measure."""
     residual: float
     """Root mean square of log(measured / fitted) over the used features, in nats."""
+    at_bound: bool
+    """The shift is the largest allowed: densities fall off too late for such a law, and alpha means little."""
     r_squared: float
     """Share of the variance of log density over the used features that the law explains."""
     low_end_misfit: float
@@ -134,6 +138,7 @@ def fit_zipf(
         low_end=live - end,
         dead=measured.numel() - live,
         residual=math.sqrt(error / (end - saturated)),
+        at_bound=shift and beta >= 0.999 * max_shift,
         r_squared=1 - error / spread if spread else 1.0,
         low_end_misfit=float(misfit.mean()) if live > end else math.nan,
     )
@@ -166,7 +171,7 @@ def zipf_budgets(law: ZipfLaw, *, batch: int, rare: Literal["refuse", "floor"] =
     elif batch < law.smallest_batch():
         raise _too_small(batch, law.smallest_batch(), law.features)
     shares = law.densities()
-    real = _fill(shares, float(total), 1.0, float(batch)) if rare == "floor" else shares * batch
+    real = _fill(shares.log(), float(total), 1.0, float(batch)) if rare == "floor" else shares * batch
     low = (real + 1e-9).floor().clamp(1, batch)
     missing = total - int(low.sum())
     order = torch.sort(real - low, descending=True, stable=True).indices
@@ -218,16 +223,21 @@ def _too_small(batch: int, needed: int, features: int) -> UserError:
     )
 
 
-def _fill(weights: Tensor, total: float, low: float, high: float) -> Tensor:
-    """`clip(c * weights, low, high)` with c such that the sum is `total`; weights positive, float64."""
-    floor, ceiling = 0.0, 2 * high / float(weights.min())
-    for _ in range(200):
+def _fill(logs: Tensor, total: float, low: float, high: float) -> Tensor:
+    """`clip(c * exp(logs), low, high)` with c such that the sum is `total`; float64. In logarithms, so that laws that fall
+    over hundreds of orders of magnitude are filled too."""
+
+    def at(shift: float) -> Tensor:
+        return (logs + shift).clamp(math.log(low), math.log(high)).exp()
+
+    floor, ceiling = math.log(low) - float(logs.max()), math.log(high) - float(logs.min())
+    for _ in range(100):
         middle = (floor + ceiling) / 2
-        if float((middle * weights).clamp(low, high).sum()) < total:
+        if float(at(middle).sum()) < total:
             floor = middle
         else:
             ceiling = middle
-    filled = (ceiling * weights).clamp(low, high)
+    filled = at(ceiling)
     free = (filled > low) & (filled < high)
     if bool(free.any()):
         filled[free] *= (total - float(filled[~free].sum())) / float(filled[free].sum())

@@ -158,7 +158,9 @@ class Wavefront:
         state: Tensor | None = None
         with ExitStack() as hooks:
             for site in self._edited(cells):
-                hooks.enter_context(intercept(self.model, site, self._restorer(trunk, site, position, joined, rows, facts)))
+                hooks.enter_context(
+                    intercept(self.model, site, self._restorer(trunk, site, position, joined, rows, facts))
+                )
             for layer in range(cells[0].enters, len(calls) + 1):
                 new = [cell for cell in cells if cell.enters == layer]
                 if new:
@@ -167,7 +169,9 @@ class Wavefront:
                     for index, cell in enumerate(new):
                         if cell.kind == "resid":
                             clean = trunk.clean["resid"][cell.layer]
-                            fresh[index * len(rows) : (index + 1) * len(rows), 0] = clean[facts.to(clean.device), position]
+                            fresh[index * len(rows) : (index + 1) * len(rows), 0] = clean[
+                                facts.to(clean.device), position
+                            ]
                     state = fresh if state is None else torch.cat([state, fresh])
                     joined += new
                 if layer < len(calls) and state is not None:

@@ -69,7 +69,9 @@ def run_unlearning(config: UnlearnConfig) -> Path:
                 "devices": launch_facts(acc),
             }
             same = ("data", "weights", "scope")
-            run = RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=same)
+            run = RunFolder.create(
+                config.out, config, resume=config.resume, facts=facts, same=same, free=("trainer.max_seconds",)
+            )
     if result.exists():
         acc.print(f"already finished: {result}")
         return result

@@ -27,7 +27,8 @@ class Documents(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What a manifest says of the content: how many there are, if that is known, and a hash of the first ones."""
+        """What a manifest says of the content: how many there are, if that is known, and a hash of all that are in memory, of
+        the first ones where reading all would take long."""
         ...
 
 
@@ -37,11 +38,14 @@ class Listed:
     def __init__(self, name: str, size: int, fetch: Callable[[Sequence[int]], Sequence[object]]) -> None:
         self.name, self.size = name, size
         self._fetch = fetch
+        self._hashed = _READ
 
     @classmethod
     def of(cls, name: str, texts: Sequence[str]) -> Listed:
         """Documents that are in memory."""
-        return cls(name, len(texts), lambda numbers: [texts[number] for number in numbers])
+        listed = cls(name, len(texts), lambda numbers: [texts[number] for number in numbers])
+        listed._hashed = len(texts)
+        return listed
 
     def read(self, *, epoch: int, start: int, seed: int | None) -> Iterator[tuple[int, str]]:
         order = range(self.size) if seed is None else permutation(self.size, "documents", seed, epoch).tolist()
@@ -52,7 +56,11 @@ class Listed:
 
     def facts(self) -> dict[str, Any]:
         first = (text for _, text in self.read(epoch=0, start=0, seed=None))
-        return {"documents": self.size, "first_sha256": _hash(islice(first, _READ))}
+        return {
+            "documents": self.size,
+            "hashed": min(self.size, self._hashed),
+            "sha256": _hash(islice(first, self._hashed)),
+        }
 
 
 class Streamed:
@@ -82,7 +90,7 @@ class Streamed:
 
     def facts(self) -> dict[str, Any]:
         first = (text for _, text in self.read(epoch=0, start=0, seed=None))
-        return {"documents": None, "first_sha256": _hash(islice(first, 16))}
+        return {"documents": None, "hashed": 16, "sha256": _hash(islice(first, 16))}
 
 
 def checked(value: object, name: str, number: int) -> str:

@@ -11,7 +11,7 @@ from sae.activations.harvest import Harvester
 
 
 def settings(harvester: Harvester) -> dict[str, Any]:
-    """All that the values and their order follow from, as plain data. Paths are not part of it: content is."""
+    """All that the values and their order follow from, as plain data: content too (`Documents.facts`), paths not."""
     model = harvester.model
     return {
         "weights": fingerprint(model),

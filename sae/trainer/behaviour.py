@@ -24,11 +24,10 @@ def recovered(
     harvest: HarvestSpec,
     *,
     contexts: int,
+    largest_norm: float | None = None,
 ) -> RecoveredResult:
-    """Over the first `contexts` contexts of a source, unshuffled; tokens that training masks are neither replaced nor counted.
-
-    (Norm outliers are replaced: their limit belongs to the training data.)
-    """
+    """Over the first `contexts` contexts of a source, unshuffled; tokens that training masks are neither replaced nor counted,
+    and activations beyond `largest_norm`, training's limit of outliers, are not replaced."""
     spec = dataclasses.replace(harvest.context, shuffle=False, epochs=1)
     walk = islice(Contexts(source.open(model.tokenizer), model.tokenizer, spec), contexts)
     reader = copy.deepcopy(autoencoder).to(model.device).eval()
@@ -44,5 +43,7 @@ def recovered(
         seen = real & ~(torch.isin(ids, special) if harvest.masks.special else torch.zeros_like(real))
         seen[:, : harvest.masks.first] = False
         if bool(seen.any()):
-            found = found.merge(recovered_on(model, site, reader, ids, attention_mask=real, mask=seen))
+            found = found.merge(
+                recovered_on(model, site, reader, ids, attention_mask=real, mask=seen, largest_norm=largest_norm)
+            )
     return found.result()

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lm.anatomy import Site
 from lm.errors import UserError
@@ -50,7 +50,13 @@ class AutoencoderSpec:
             raise UserError(
                 f"autoencoders.k is {self.k} of {self.features} features: give k from 1 to the number of features"
             )
-        if self.learning_rate is not None and not self.learning_rate > 0:
+        for setting, kind in (("choice", Choice), ("auxiliary", AuxiliaryLoss)):
+            value = getattr(self, setting)
+            if value not in get_args(kind) and not (setting == "auxiliary" and value is None):
+                raise UserError(f"autoencoders.{setting} is {value!r}: use one of {', '.join(get_args(kind))}")
+        if not isinstance(self.multi_topk, bool):
+            raise UserError(f"autoencoders.multi_topk is {self.multi_topk!r}: use true or false")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise UserError(f"autoencoders.learning_rate is {self.learning_rate}: give a positive rate, or null")
         if self.name is not None and (not self.name or set("/\\") & set(self.name) or self.name.startswith(".")):
             raise UserError(f"autoencoders.name is {self.name!r}: give a plain folder name")
@@ -74,8 +80,9 @@ class AuxiliarySpec:
     """Features a token that model the residual."""
     window: int = 10_000_000
     """Tokens: a feature silent for longer is dead; densities are averaged over as many."""
-    tau: float = 0.5
-    """aux_zipf: a feature below this share of its expected density is under-used."""
+    tau: float = 0.1
+    """aux_zipf: a feature below this share of its expected density is under-used. Ours; larger ones draw in most features, which
+    then learn to leave room for `k_aux` others and lose where large activations are chosen."""
     weighting: Literal["set", "gradient"] = "set"
     """aux_zipf: all under-used features alike, or their encoder gradients scaled by how under-used they are."""
     scale_by_count: bool = False
@@ -92,6 +99,11 @@ class AuxiliarySpec:
 @dataclass(frozen=True, kw_only=True)
 class ZipfSpec:
     """The law of densities: what feature choice takes its budgets from, and aux_zipf its expectations."""
+
+    expected: Literal["fixed", "fitted"] = "fixed"
+    """What aux_zipf expects of a feature at its rank: a law with `alpha` and `beta`, or one fitted every `fit_every` steps to
+    the autoencoder's own densities. The second feeds on itself: where features begin to die, the law fitted to what is left
+    falls off faster, and so expects them to."""
 
     budgets: Literal["zipf", "uniform"] = "zipf"
     """Of feature choice."""
@@ -111,7 +123,7 @@ class ZipfSpec:
     least_firings: int = 10
     """Features that fired less often in the window count as dead for the fit."""
     alpha: float = 1.0
-    """Exponent of the law until the first fit."""
+    """Exponent of the fixed law, and of the budgets until the first fit."""
     beta: float = 2.7
     """Its shift."""
     rare: Literal["carry", "floor", "refuse"] = "carry"
@@ -159,9 +171,12 @@ class TrainerConfig:
     """Scale the encoder at the start so that the first reconstructions are as near as their directions allow. (Gao et al.
     scale it too, by random vectors.) Without it mutual choice starts worse than predicting the mean."""
     thresholds: Literal["calibrated", "running"] = "calibrated"
-    """Of the result: on fresh training activations after the last step, or the running average."""
+    """Of the result: set on a sample after the last step, or the running average."""
+    calibrate_on: Literal["held_out", "training"] = "held_out"
+    """The sample: held-out tokens, the first ones, which are then not scored; or the next training tokens, which also serve
+    where nothing is held out. What was trained on many times fires more than new text, so thresholds from it keep too little."""
     calibrate_tokens: int = 32_768
-    """Tokens for that."""
+    """Tokens of the sample, at most half of what is held out."""
     threshold_rate: float = 0.01
     """Of the running average."""
     feature_shards: int = 1
@@ -180,7 +195,7 @@ class TrainerConfig:
     """Held-out contexts on which the results replace the model's own activations at the end, for the cross-entropy recovered;
     0 for none. Needs held-out text."""
     max_seconds: float | None = None
-    """Stop, with a checkpoint, after this much training time."""
+    """Stop, with a checkpoint, after this much training time of one start; with resume it goes on for as long again."""
 
     def __post_init__(self) -> None:
         whole = (
@@ -202,6 +217,15 @@ class TrainerConfig:
             raise UserError(f"trainer.warmup is {self.warmup} and decay {self.decay}: give steps from 0, and a share")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"trainer.ema is {self.ema}: give a decay between 0 and 1, 0.999 is usual, or null")
+        if self.ema is not None and self.thresholds == "running":
+            raise UserError(
+                "trainer.thresholds is running, which are those of the weights in training, and trainer.ema asks "
+                "for averaged ones: use calibrated"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas) or not 0 < self.eps < math.inf:
+            raise UserError(
+                f"trainer.betas is {self.betas} and eps {self.eps}: give two betas from 0 to below 1, and eps above 0"
+            )
         if not 0 < self.threshold_rate <= 1:
             raise UserError(f"trainer.threshold_rate is {self.threshold_rate}: give a share above 0 and up to 1")
 

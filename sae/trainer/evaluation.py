@@ -37,9 +37,9 @@ def evaluate(
     sums = [Reconstruction.start(held_out.shape[1], scale=1 / member.scale) for _ in range(2)]
     counts = torch.zeros(3, end - start, dtype=torch.int64, device=device)
     tokens = 0
-    for first in range(0, len(held_out) - batch + 1, batch):
+    for number, first in enumerate(range(0, len(held_out) - batch + 1, batch)):
         x = held_out[first : first + batch][mesh.global_rows(batch)].to(device) / member.scale
-        choose = _as_in_training(member, batch)
+        choose = _as_in_training(member, batch, number)
         found = member.forward(x, choose, weights, splits=choose.splits)
         sums[0] = sums[0].update(x, found.x_hat)
         counts[0] += torch.bincount(found.code.indices[found.code.values != 0], minlength=end - start)
@@ -47,7 +47,7 @@ def evaluate(
         tokens += batch
         if threshold is not None:
             rule = by_threshold(threshold.expand(end - start).to(device))
-            found = member.forward(x, lambda part, rule=rule: rule(part, 0), weights)
+            found = member.forward(x, rule, weights, splits="tokens", dtype=torch.float32)  # as the file does
         sums[1] = sums[1].update(x, found.x_hat)
         counts[2] += found.code.feature_counts()
     parts = [_over_data(mesh, one) for one in sums]
@@ -66,12 +66,15 @@ def evaluate(
     return measures, whole[2].double() / tokens
 
 
-def _as_in_training(member: Member, batch: int) -> Selecting:
+def _as_in_training(member: Member, batch: int, number: int) -> Selecting:
+    """The selection of training for a batch, from 0; of a smaller batch than in training, with budgets scaled and rounded."""
     budgets = None
     if member.spec.choice == "feature":
-        assert member.law.budgets is not None
-        scaled = member.law.budgets.double().mean(0) * batch / member.recipe.trainer.batch_tokens
-        budgets = scaled.round().long().clamp(1, batch)
+        budgets = member.law.own_budgets(number)
+        if batch < member.recipe.trainer.batch_tokens:
+            assert member.law.budgets is not None
+            scaled = member.law.budgets.double().mean(0) * batch / member.recipe.trainer.batch_tokens
+            budgets = scaled.round().long().clamp(1, batch)
     return Selecting(
         mesh=member.mesh,
         choice=member.spec.choice,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,30 @@ from lm.anatomy import Site
 from sae.model import SparseAutoencoder
 from sae.sharding import kth_largest
 from sae.thresholds import calibrate_features
-from sae.trainer.config import AutoencoderSpec
+from sae.trainer.config import AutoencoderSpec, TrainerConfig
 from sae.trainer.evaluation import evaluate
 from sae.trainer.member import Member
 
 _CHUNK = 1 << 24
 """Affinities made together."""
+
+
+def needs_sample(trainer: TrainerConfig, specs: Sequence[AutoencoderSpec]) -> bool:
+    """Whether thresholds are calibrated at all."""
+    return trainer.thresholds == "calibrated" and any(spec.choice != "token" for spec in specs)
+
+
+def parted(
+    held_out: Mapping[Site, Tensor], trainer: TrainerConfig, specs: Sequence[AutoencoderSpec]
+) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+    """Held-out tokens in two: those that thresholds are calibrated on (none if they are not, or on other tokens), the rest."""
+    if trainer.calibrate_on != "held_out" or not needs_sample(trainer, specs):
+        return {}, dict(held_out)
+    cut = {site: min(trainer.calibrate_tokens, len(values) // 2) for site, values in held_out.items()}
+    return (
+        {site: values[: cut[site]] for site, values in held_out.items()},
+        {site: values[cut[site] :] for site, values in held_out.items()},
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,9 +54,13 @@ class Trained:
     """(features,): the share of held-out tokens on which each feature fires by the exported rule."""
     fitted: dict[str, Any] | None
     """The last fit of a Zipf law, if one was made."""
+    backend: str
+    """Of the sparse operations: `auto` may choose another one on another day, with rounding of its own."""
+    thresholds: str
+    """What they were set on: held_out or training tokens, or running; or none, for token choice."""
 
 
-def finished(member: Member, sample: Tensor | None, held_out: Tensor | None) -> Trained:
+def finished(member: Member, sample: Tensor | None, held_out: Tensor | None, *, sampled_from: str) -> Trained:
     """The result of a member: thresholds calibrated on a (tokens, hidden) sample, or the running ones without it."""
     weights = result_weights(member)
     threshold = running(member) if sample is None else calibrated(member, weights, sample)
@@ -51,6 +73,8 @@ def finished(member: Member, sample: Tensor | None, held_out: Tensor | None) -> 
         measures=measures,
         densities=densities,
         fitted=member.law.fitted,
+        backend=member.backend,
+        thresholds="none" if threshold is None else "running" if sample is None else sampled_from,
     )
 
 
@@ -58,7 +82,8 @@ def finished(member: Member, sample: Tensor | None, held_out: Tensor | None) -> 
 def result_weights(member: Member) -> dict[str, Tensor]:
     """The weights that are the result, held here, in units of the scale: those in training, or their average.
 
-    An average has decoder rows shorter than 1; their length moves to the encoder, which changes no reconstruction.
+    An average has decoder rows shorter than 1; their length moves to the encoder, so that affinities measure what a feature
+    adds. A given choice decodes to the same, but another few features may be chosen: a **variant** of Gao et al.'s average.
     """
     if member.average is None or not member.average.steps:
         return {name: value.clone() for name, value in member.named().items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from sae.budgets import ZipfLaw, by_density, carried_budgets, fit_zipf, uniform_budgets, zipf_budgets
+from sae.budgets import ZipfLaw, by_density, carried_budgets, fit_zipf, zipf_budgets
 from sae.recipe import Firings
 from sae.sharding import Mesh
 from sae.trainer.config import AutoencoderSpec, ZipfSpec
@@ -40,11 +40,11 @@ class Law:
         """(cycle, own features) int64: the budgets of the batches of a cycle."""
         self.mutual_steps = 0
         if spec.choice == "feature":
-            whole = uniform_budgets(features=spec.features, k=spec.k, batch=batch).unsqueeze(0)
+            law = ZipfLaw(features=spec.features, k=spec.k, alpha=0.0)  # uniform
             if zipf.budgets == "zipf":
                 self.mutual_steps = round(zipf.mutual_share * steps)
-                law = ZipfLaw(features=spec.features, k=spec.k, alpha=zipf.alpha, beta=zipf.beta)
-                whole = self._by_rank(law)
+                law = self._fixed()
+            whole = self._by_rank(law)
             self.budgets = mesh.own_features(whole.T).T.contiguous().to(device)
 
     @property
@@ -70,6 +70,8 @@ class Law:
         wanted = self.spec.loss == "aux_zipf" or (self.spec.choice == "feature" and self.zipf.budgets == "zipf")
         if not wanted or (step % self.zipf.fit_every and step != self.mutual_steps):
             return
+        if self.spec.loss == "aux_zipf" and self.zipf.expected == "fixed":
+            self._expect(self._fixed(), self._whole(firings.density()))
         source = self.demand if self.measured else firings
         density = self._whole(source.density())
         seen = max(source.weight, 1e-300) * (self.zipf.window if self.measured else source.tokens)
@@ -83,13 +85,19 @@ class Law:
         except (UserError, OverflowError):  # too little is alive, or nothing like a law: what was there before stays
             return
         law = fit.law(self.spec.k)
-        self.fitted = {"alpha": fit.alpha, "beta": fit.beta, "r_squared": fit.r_squared, "used": fit.used, "step": step}
-        if self.spec.loss == "aux_zipf":
-            own = self._whole(firings.density()) if self.measured else density
-            self.expected = self.mesh.own_features(by_density(law.densities(), own)).to(self.device)
+        names = ("alpha", "beta", "r_squared", "used", "at_bound")
+        self.fitted = {**{name: getattr(fit, name) for name in names}, "step": step}
+        if self.spec.loss == "aux_zipf" and self.zipf.expected == "fitted":
+            self._expect(law, self._whole(firings.density()) if self.measured else density)
         if self.spec.choice == "feature" and self.zipf.budgets == "zipf":
             whole = by_density(self._by_rank(law), density)
             self.budgets = self.mesh.own_features(whole.T).T.contiguous().to(self.device)
+
+    def _fixed(self) -> ZipfLaw:
+        return ZipfLaw(features=self.spec.features, k=self.spec.k, alpha=self.zipf.alpha, beta=self.zipf.beta)
+
+    def _expect(self, law: ZipfLaw, density: Tensor) -> None:
+        self.expected = self.mesh.own_features(by_density(law.densities(), density)).to(self.device)
 
     def _whole(self, own: Tensor) -> Tensor:
         return self.mesh.whole_features(own, self.spec.features, "densities").cpu()

@@ -7,9 +7,11 @@ one of them ends all with one sentence instead of leaving the others waiting.
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from sae.sharding import Mesh
 from sae.trainer import checkpoints
 from sae.trainer.config import AutoencoderSpec, Precision
 from sae.trainer.evaluation import evaluate
-from sae.trainer.exporting import Trained, finished, running
+from sae.trainer.exporting import Trained, finished, needs_sample, parted, running
 from sae.trainer.member import Member, Recipe
 from sae.trainer.step import learning_rate, train_step
 from sae.trainer.timing import Phases
@@ -63,7 +65,8 @@ def train(
     loop = Loop(
         stream, autoencoders, recipe, mesh or Mesh(features=recipe.trainer.feature_shards), torch.device(device)
     )
-    loop.run, loop.held_out, loop.report = run, held_out or {}, log
+    loop.run, loop.report = run, log
+    loop.sample, loop.held_out = parted(held_out or {}, recipe.trainer, [spec for _, spec in autoencoders.values()])
     for site, _ in autoencoders.values():
         if held_out and site not in held_out:
             raise UserError(f"held_out lacks {site}: give tokens for every site, or none at all")
@@ -76,6 +79,9 @@ class Loop:
 
     run: RunFolder | None = None
     held_out: Mapping[Site, Tensor]
+    """What is scored."""
+    sample: Mapping[Site, Tensor]
+    """What thresholds are calibrated on; empty: the next training tokens."""
     report: Log | None = None
 
     def __init__(
@@ -108,7 +114,7 @@ class Loop:
             for name, (site, spec) in autoencoders.items()
         ]
         self.clock = Phases(device)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.began = 0, 0.0, 0.0
         self.saved_at: int | None = None
         self._problem: str | None = None
 
@@ -126,6 +132,7 @@ class Loop:
             self.run.forget_after(self.step)
         end = steps if stop_at is None else min(stop_at, steps)
         show = show and self.mesh.is_main
+        self.began = self.seconds
         with progress(steps * batch, label="sae", unit="tokens", done=self.step * batch, enabled=show) as advance:
             out_of_time = False
             while self.step < end and not out_of_time:
@@ -177,10 +184,10 @@ class Loop:
                     problem = problem or (
                         f"the stream gave {tuple(values.shape)} at {site}, not {(wanted, self.stream.hidden)}: check it"
                     )
-                elif not bool(values.isfinite().all()):
+                elif not bool((values / self._smallest_scale(site)).isfinite().all()):
                     problem = problem or (
-                        f"the activations of {site} hold NaN or infinity in the batch after step {self.step}: leave those "
-                        "tokens out, or load the model in bfloat16 or float32"
+                        f"the activations of {site} hold NaN, infinity or numbers beyond float32 in the batch after step "
+                        f"{self.step}: leave those tokens out, or load the model in bfloat16 or float32"
                     )
         except StopIteration:
             ended = True
@@ -193,6 +200,11 @@ class Loop:
         if ends:
             raise _Ended
         return rows
+
+    def _smallest_scale(self, site: Site) -> float:
+        """What activations are divided by at most; 1 before training has begun."""
+        scales = [member.scale for member in self.members if member.site == site]
+        return min((scale for scale in scales if not math.isnan(scale)), default=1.0)
 
     def _one_step(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -244,7 +256,7 @@ class Loop:
         late = False
         if trainer.max_seconds is not None:
             late = bool(
-                self.mesh.gather(torch.tensor([self.seconds], device=self.device), "all", "time")[0]
+                self.mesh.gather(torch.tensor([self.seconds - self.began], device=self.device), "all", "time")[0]
                 >= trainer.max_seconds
             )
         if step % trainer.save_every == 0 and step < trainer.steps and not late:
@@ -261,11 +273,22 @@ class Loop:
             self.report(self.step, values)
 
     def _results(self) -> list[Trained]:
-        fresh: dict[Site, Tensor] = {}
-        if self.trainer.thresholds == "calibrated" and any(member.spec.choice != "token" for member in self.members):
-            with suppress(_Ended):  # then the running thresholds serve
+        fresh = {site: values.to(self.device) for site, values in self.sample.items()}
+        if not fresh and needs_sample(self.trainer, [member.spec for member in self.members]):
+            try:
                 fresh = self._sample(self.trainer.calibrate_tokens)
-        results = [finished(member, fresh.get(member.site), self.held_out.get(member.site)) for member in self.members]
+            except _Ended:
+                if self.mesh.is_main:
+                    warnings.warn(
+                        "the activations ended before thresholds were calibrated: the running averages are exported, and L0 "
+                        "may be far from k; hold tokens out, or give more activations",
+                        stacklevel=2,
+                    )
+        where = "held_out" if self.sample else "training"
+        results = [
+            finished(member, fresh.get(member.site), self.held_out.get(member.site), sampled_from=where)
+            for member in self.members
+        ]
         for one in results:
             if one.measures:
                 self._write({f"{one.name}/result/{name}": value for name, value in one.measures.items()})

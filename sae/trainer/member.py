@@ -149,6 +149,7 @@ class Member:
         if self.spec.loss == "aux_k" or self.law.expected is None:
             return dead, dead.float()
         use = under_use(self.firings.density(), self.law.expected, tau=self.recipe.auxiliary.tau)
+        use = torch.where(dead, 1.0, use)  # it generalises aux_k: the dead are always among them
         return use > 0, use.float()
 
     def selecting(self, step: int, clock: Phases | None) -> Selecting:
@@ -182,10 +183,12 @@ class Member:
         splits: Splits | None = None,
         inner: Callable[[], Tensor | None] = lambda: None,
         clock: Phases | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Forward:
-        """Own rows x (rows, hidden) in units of `scale`, through these weights (or those in training)."""
+        """Own rows x (rows, hidden) in units of `scale`, through these weights (or those in training), in the precision of
+        training or another."""
         kept = self.weights if weights is None else weights
-        dtype = self.compute_dtype
+        dtype = dtype or self.compute_dtype
         b_dec = copy_to_shards(kept["b_dec"], self.mesh, "pre-bias gradient")
         if clock is not None:
             clock.start()

@@ -9,11 +9,13 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from lm.anatomy import Site
@@ -39,11 +41,13 @@ from sae.formats import Provenance, save_autoencoder
 from sae.sharding import Mesh
 from sae.trainer.behaviour import recovered
 from sae.trainer.config import NoSource, TrainSaeConfig, crossed, named
-from sae.trainer.exporting import Trained
+from sae.trainer.exporting import Trained, needs_sample
 from sae.trainer.loop import train
 from sae.trainer.member import Recipe
 
 RESULTS = "results.json"
+FREE = ("trainer.max_seconds", "trainer.save_every", "trainer.log_every", "trainer.feature_shards")
+"""Settings that may change when a run goes on."""
 
 
 def run_training(config: TrainSaeConfig) -> dict[str, Path]:
@@ -66,7 +70,7 @@ def run_training(config: TrainSaeConfig) -> dict[str, Path]:
     with together(acc):
         if acc.is_main_process:
             facts = {"seed": config.harvest.seed, "data": settings, "devices": launch_facts(acc)}
-            run = RunFolder.create(out, config, resume=config.resume, facts=facts, same=("data",))
+            run = RunFolder.create(out, config, resume=config.resume, facts=facts, same=("data",), free=FREE)
     folders = {name: out / name for name in members}
     if (out / RESULTS).exists():
         acc.print(f"already finished: {out}")
@@ -89,12 +93,15 @@ def run_training(config: TrainSaeConfig) -> dict[str, Path]:
     if results is None:
         acc.print(f"stopped after trainer.max_seconds: the same command with --resume true goes on in {out}")
         return {}
+    activations = _facts_of_all(stream)
     with together(acc):
         if acc.is_main_process:
-            results = [_with_behaviour(result, config, model) for result in results]
+            limits = activations.get("outlier_limits", {})
+            results = [_with_behaviour(result, config, model, limits) for result in results]
             for result in results:
-                _write(result, folders[result.name], config, stream, model)
+                _write(result, folders[result.name], config, activations, model)
             run.finish(
+                backends={result.name: result.backend for result in results},
                 wall_seconds=round(time.perf_counter() - started, 3),
                 peak_memory_bytes=peak_memory_bytes(),
                 peak_gpu_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
@@ -109,10 +116,13 @@ def run_training(config: TrainSaeConfig) -> dict[str, Path]:
 def held_out_tokens(
     source: Source, sites: Sequence[Site], model: LanguageModel | None, config: TrainSaeConfig
 ) -> dict[Site, Tensor]:
-    """(tokens, hidden) of each site, unshuffled, at most `trainer.held_out_tokens`; the same on every process."""
+    """(tokens, hidden) of each site, unshuffled, the same on every process: `trainer.held_out_tokens` at most, and before
+    them those that thresholds are calibrated on (`parted`)."""
     if isinstance(source, NoSource):
         return {}
     wanted = config.trainer.held_out_tokens
+    if config.trainer.calibrate_on == "held_out" and needs_sample(config.trainer, config.autoencoders):
+        wanted += config.trainer.calibrate_tokens
     parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
     seen = 0
     if isinstance(source, ActivationFiles):
@@ -157,30 +167,51 @@ def _stream(config: TrainSaeConfig, sites: Sequence[Site], model: LanguageModel 
     )
 
 
-def _with_behaviour(result: Trained, config: TrainSaeConfig, model: LanguageModel | None) -> Trained:
+def _facts_of_all(stream: ActivationStream) -> dict[str, Any]:
+    """What the stream says of itself, with the counts of masked tokens of all processes."""
+    facts = stream.facts()
+    if "masked" not in facts:
+        return facts
+    total: Counter[str] = Counter()
+    for masked in gather_object([facts["masked"]]):
+        total.update(masked)
+    return {**facts, "masked": dict(total)}
+
+
+def _with_behaviour(
+    result: Trained, config: TrainSaeConfig, model: LanguageModel | None, limits: Mapping[str, float]
+) -> Trained:
     """With the cross-entropy and KL recovered among the measures, if they are asked for."""
     contexts = config.trainer.recovered_contexts
     if not contexts or model is None or not isinstance(config.held_out, TextSource):
         return result
-    found = recovered(model, config.held_out, result.site, result.autoencoder, config.harvest, contexts=contexts)
+    found = recovered(
+        model,
+        config.held_out,
+        result.site,
+        result.autoencoder,
+        config.harvest,
+        contexts=contexts,
+        largest_norm=limits.get(site_name(result.site)),
+    )
     shown = {**dataclasses.asdict(found), "ce_recovered": found.ce_recovered, "kl_recovered": found.kl_recovered}
     del shown["tokens"]
     return dataclasses.replace(result, measures=result.measures | shown)
 
 
 def _write(
-    result: Trained, folder: Path, config: TrainSaeConfig, stream: ActivationStream, model: LanguageModel | None
+    result: Trained, folder: Path, config: TrainSaeConfig, activations: Mapping[str, Any], model: LanguageModel | None
 ) -> None:
     context: ContextSpec = config.harvest.context
     text = isinstance(config.source, TextSource)
     source: Any = config.source
     measures = result.measures
-    dead = round(measures["dead"] * result.spec.features) if measures else None
+    dead = None if result.densities is None else int((result.densities == 0).sum())
     provenance = Provenance(
         model_name=model.name if model is not None else None,
         dataset_path=getattr(source, "path", type(source).__name__),
         context_size=context.length if text else None,
-        prepend_bos=bool(stream.facts().get("bos")) if text else None,
+        prepend_bos=bool(activations.get("bos")) if text else None,
         exclude_special_tokens=config.harvest.masks.special if text else None,
         l0=measures.get("l0_exported"),
         num_dead_features=dead,
@@ -193,7 +224,9 @@ def _write(
         "site": site_name(result.site),
         "held_out": measures,
         "zipf": result.fitted,
-        "activations": stream.facts(),
+        "backend": result.backend,
+        "thresholds": result.thresholds,
+        "activations": activations,
         "training": {name: as_dict(getattr(config, name)) for name in ("trainer", "auxiliary", "zipf")}
         | {"autoencoder": as_dict(result.spec)},
     }

@@ -155,6 +155,7 @@ def test_every_script_has_help_that_names_its_settings(script: str) -> None:
 
 
 def test_every_setting_has_a_sentence() -> None:
+    from sae.activations.stage import CacheConfig
     from sae.trainer import TrainSaeConfig
     from tracing.config import TraceConfig
     from unlearn.config import UnlearnConfig
@@ -186,7 +187,13 @@ def test_every_shipped_config_is_read_by_its_script() -> None:
     from unlearn.demo import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
 
-    kinds = {"trace": TraceConfig, "unlearn": UnlearnConfig, "evaluate": EvaluateConfig, "sae": TrainSaeConfig}
+    kinds = {
+        "trace": TraceConfig,
+        "unlearn": UnlearnConfig,
+        "evaluate": EvaluateConfig,
+        "sae": TrainSaeConfig,
+        "harvest": CacheConfig,
+    }
     read = 0
     for file in sorted((ROOT / "configs").rglob("*.yaml")):
         if file.parent.name == "accelerate":

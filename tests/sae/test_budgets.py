@@ -189,3 +189,14 @@ def test_densities_that_fall_exponentially_still_give_a_finite_law() -> None:
     assert math.isfinite(fit.scale)
     assert fit.r_squared > 0.99
     assert torch.isfinite(fit.law(3).densities()).all()
+    assert float(fit.law(3).densities().sum()) == pytest.approx(3, rel=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 3.0, 25.0, 400.0])
+@pytest.mark.parametrize(("features", "k"), [(1, 1), (40, 40), (48, 3), (16384, 32), (131072, 8)])
+def test_the_densities_of_any_law_sum_to_k(alpha: float, features: int, k: int) -> None:
+    density = ZipfLaw(features=features, k=k, alpha=alpha, beta=2.7).densities()
+    assert float(density.sum()) == pytest.approx(k, rel=1e-9)
+    assert float(density.max()) <= 1
+    assert float(density.min()) > 0
+    assert bool((density.diff() <= 1e-15).all())

@@ -13,6 +13,7 @@ from made import OTHER, SITE, Made
 from lm import UserError
 from lm.run import RunFolder
 from sae import SparseAutoencoder, SparseAutoencoderConfig, aux_k_loss, decode, geometric_median, token_choice
+from sae.activations import ActivationBatch
 from sae.sharding import Mesh
 from sae.trainer import (
     AutoencoderSpec,
@@ -167,10 +168,9 @@ def test_many_at_once_equal_one_at_a_time() -> None:
 
 def test_evaluation_leaves_training_alone() -> None:
     held_out = {SITE: next(Made(batch=70, seed=3)).values}
-    without = train(Made(batch=BATCH), named(ALL, [SITE]), recipe(steps=8), show=False)
-    often = train(
-        Made(batch=BATCH), named(ALL, [SITE]), recipe(steps=8, evaluate_every=1), held_out=held_out, show=False
-    )
+    members, fixed = named(ALL, [SITE]), {"steps": 8, "calibrate_on": "training"}
+    without = train(Made(batch=BATCH), members, recipe(**fixed), show=False)
+    often = train(Made(batch=BATCH), members, recipe(**fixed, evaluate_every=1), held_out=held_out, show=False)
     assert without is not None
     assert often is not None
     for one, other in zip(without, often, strict=True):
@@ -186,7 +186,7 @@ def test_the_exported_model_is_the_trained_one(tmp_path: Path) -> None:
     settings = recipe(steps=100, batch_tokens=256, calibrate_tokens=8192, start_tokens=512, auxiliary={"window": 5000})
     results = train(Made(batch=256), named(ALL, [SITE]), settings, held_out=held_out, show=False)
     assert results is not None
-    x = held_out[SITE]
+    x = held_out[SITE][2048:]  # the first half set the thresholds
     for result in results:
         result.autoencoder.save_pretrained(tmp_path / result.name)
         model = SparseAutoencoder.from_pretrained(tmp_path / result.name)
@@ -200,6 +200,29 @@ def test_the_exported_model_is_the_trained_one(tmp_path: Path) -> None:
         assert float(model.variance) == pytest.approx(float((x - x.mean(0)).square().mean()), rel=0.2)
         assert result.measures["fvu_exported"] < 0.6
         torch.testing.assert_close(model.w_dec.norm(dim=1), torch.ones(FEATURES))
+
+
+class Repeated(Made):
+    """The same few batches again and again."""
+
+    def __next__(self) -> ActivationBatch:
+        self.batches %= 3
+        return super().__next__()
+
+
+def test_thresholds_from_held_out_tokens_keep_k_where_training_tokens_were_learnt_by_heart() -> None:
+    held_out = {SITE: next(Made(batch=8192, seed=0)).values}
+    found = {}
+    for choice in ("mutual", "feature"):
+        for where in ("held_out", "training"):
+            settings = recipe(steps=400, batch_tokens=64, calibrate_tokens=4096, calibrate_on=where)
+            (result,) = (
+                train(Repeated(batch=64), named([spec(choice)], [SITE]), settings, held_out=held_out, show=False) or []
+            )
+            found[choice, where] = result.measures["l0_exported"]
+        assert found[choice, "held_out"] == pytest.approx(K, rel=0.03)
+        assert abs(found[choice, "training"] - K) > 0.06 * K
+        assert result.measures["l0"] == pytest.approx(K)  # whole batches have training's budgets exactly
 
 
 def test_running_thresholds_are_there_too() -> None:
@@ -265,7 +288,9 @@ def test_bad_data_end_in_one_sentence(tmp_path: Path) -> None:
         folder.path.mkdir()
         train(stream, members, recipe(**settings), run=folder, show=False)
 
-    with pytest.raises(UserError, match=r"resid.* hold NaN or infinity in the batch after step 3"):
+    with pytest.raises(
+        UserError, match=r"resid.* hold NaN, infinity or numbers beyond float32 in the batch after step 3"
+    ):
         run(Made(batch=BATCH, bad=5))
     with pytest.raises(UserError, match="ended after 7 of 20 steps"):
         run(Made(batch=BATCH, length=9))

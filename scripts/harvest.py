@@ -1,0 +1,15 @@
+"""Harvest activations into a cache on disk, from which many autoencoders can be trained (`source: ActivationFiles`).
+
+python scripts/harvest.py --config configs/harvest/builtin.yaml --out runs/activations
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from lm.config import script
+from sae.activations.stage import CacheConfig, run_harvest
+
+if __name__ == "__main__":
+    script(run_harvest, CacheConfig, description=__doc__)
