@@ -6,9 +6,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)-peers
 SMALL := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}  # models this small are slower on two threads than on one
 
-.PHONY: demo test test-slow lint types floors check builtin clean
+.PHONY: demo test test-slow test-peers lint types floors check builtin clean
 
 demo: $(READY)
 	$(SMALL) $(BIN)/python scripts/demo.py --config configs/demo.yaml $(ARGS)
@@ -18,6 +19,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(SMALL) $(BIN)/python -m pytest -m slow $(ARGS)
+
+# What holds between this project's files and the tools that read them, in an environment that has those tools.
+test-peers: $(PEERS)/.ready
+	$(SMALL) $(PEERS)/bin/python -m pytest tests/sae/test_formats_peers.py tests/test_notebooks.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -35,13 +40,16 @@ check: lint types floors test
 builtin: $(READY)
 	$(BIN)/python -m lm.builtin.build --out runs/builtin $(ARGS)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): EXTRAS := tests
+$(PEERS)/.ready: EXTRAS := tests,peers
+
+%/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; found " + sys.version'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tests]'
-	touch $(READY)
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	$*/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(PEERS) build *.egg-info

@@ -7,7 +7,7 @@ Same activations in the same order, same start weights, width, k, batch, threads
 fresh process of its own and waits while another one works: rounds are interleaved, in an order that rotates. `optimiser
 shipped` leaves each contender the optimiser of its own trainer, `same` gives all of them torch's fused Adam. Prints,
 and writes as table.md: medians over the rounds, ratios as medians of the ratios within a round, memory above what the
-process held after its imports, and the first losses. Peers may be in another environment: `--python PATH`.
+process held after its imports (on a GPU: torch's), and the first losses. Peers may be in another environment: `--python PATH`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from lm.config import script  # noqa: E402
 from lm.run import write_atomic, write_json  # noqa: E402
 
 NAMES = ("ours", "saelens", "sparsify", "dictionary_learning")
+OTHERS = ("saelens_sparse",)
 TOKEN_CHOICE_ONLY = ("sparsify",)
 
 
@@ -60,7 +61,9 @@ class Benchmark:
     rate: float = 1e-4
     """The learning rate (sparsify as shipped keeps to its own rule)."""
     contenders: tuple[str, ...] = NAMES
-    """Who takes part; "ours" must."""
+    """Who takes part; "ours" must. saelens_sparse is SAELens with `use_sparse_activations`."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where. On cuda sparsify decodes with its Triton kernels, memory is torch's peak, and time is awaited."""
     clock: Literal["wall", "cpu"] = "wall"
     """What time is counted: "cpu" (of all threads) on a machine that is busy with other work, with one thread."""
     seed: int = 0
@@ -71,9 +74,13 @@ class Benchmark:
     """The folder for results.json and table.md."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.contenders) - set(NAMES)
+        unknown = set(self.contenders) - {*NAMES, *OTHERS}
         if unknown or "ours" not in self.contenders:
-            raise UserError(f"contenders {', '.join(self.contenders)}: take 'ours' and any of {', '.join(NAMES[1:])}")
+            raise UserError(
+                f"contenders {', '.join(self.contenders)}: take 'ours' and any of {', '.join((*NAMES[1:], *OTHERS))}"
+            )
+        if self.device == "cuda" and (self.clock == "cpu" or not torch.cuda.is_available()):
+            raise UserError("device cuda needs a GPU that torch sees, and wall time")
 
 
 def main(asked: Benchmark) -> None:
@@ -112,7 +119,7 @@ class Worker:
     """A contender's process."""
 
     def __init__(self, name: str, asked: Benchmark, file: Path) -> None:
-        fields = ("k", "choice", "tokens", "threads", "optimiser", "rate")
+        fields = ("k", "choice", "tokens", "threads", "optimiser", "rate", "device")
         words = {"name": name, "file": str(file), **{field: getattr(asked, field) for field in fields}}
         script_path = Path(__file__).with_name("sae_contenders.py")
         self.name = name
@@ -172,7 +179,7 @@ def table(asked: Benchmark, found: dict[str, dict[str, Any]]) -> str:
     kind = "TopK" if asked.choice == "token" else "BatchTopK / mutual choice"
     first = (
         f"{kind}, ({asked.hidden}, {asked.features}, {asked.k}), {asked.tokens} tokens a step, {asked.rounds} rounds of "
-        f"{asked.steps}, threads {asked.threads}, {asked.clock} time, optimiser: {asked.optimiser}"
+        f"{asked.steps}, {_where(asked)}, {asked.clock} time, optimiser: {asked.optimiser}"
     )
     head = ["contender", "version", "optimiser", "tokens/s", "ours is faster by", "peak MB above imports", "ours needs"]
     head += ["loss (FVU) at steps 1, 2, 3", "after the last"]
@@ -187,6 +194,10 @@ def table(asked: Benchmark, found: dict[str, dict[str, Any]]) -> str:
         cells += [", ".join(f"{loss:.4f}" for loss in facts["losses"][:3]), f"{facts['losses'][-1]:.4f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _where(asked: Benchmark) -> str:
+    return f"threads {asked.threads}" if asked.device == "cpu" else torch.cuda.get_device_name()
 
 
 if __name__ == "__main__":

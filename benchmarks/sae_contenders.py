@@ -33,13 +33,17 @@ def main(asked: dict[str, Any], say: Callable[[Any], None]) -> None:
     torch.set_num_threads(asked["threads"])
     make, package = CONTENDERS[asked["name"]]
     prepare = make(asked)  # imports
-    held = _memory("VmRSS")
-    given = load_file(asked["file"])
+    device = asked["device"]
+    held = _memory("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
+    given = {name: tensor.to(device) for name, tensor in load_file(asked["file"]).items()}
     batches = given["activations"].split(asked["tokens"])
     scales = [float((x - x.mean(0)).square().sum(1).mean()) for x in batches]
     step, optimiser, unit = prepare(given["w_dec"])
     del given
-    _forget_peak()
+    if device == "cpu":
+        _forget_peak()
+    else:
+        torch.cuda.reset_peak_memory_stats()
     say({"version": _version(package), "optimiser": optimiser})
     done = 0
     while line := sys.stdin.readline().strip():
@@ -47,10 +51,12 @@ def main(asked: dict[str, Any], say: Callable[[Any], None]) -> None:
         for number in range(done, done + int(line)):
             place = number % len(batches)
             losses.append((step(batches[place]), 1.0 if unit == "fvu" else scales[place]))
+        if device != "cpu":
+            torch.cuda.synchronize()
         seconds, busy = time.perf_counter() - started, time.process_time() - busy
         done += int(line)
         say({"seconds": seconds, "cpu": busy, "losses": [float(loss) / scale for loss, scale in losses]})
-    say({"peak": _memory("VmHWM"), "held": held})
+    say({"peak": _memory("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated(), "held": held})
 
 
 def ours(asked: dict[str, Any]) -> Any:
@@ -59,6 +65,7 @@ def ours(asked: dict[str, Any]) -> Any:
 
     from sae import Firings, RunningThreshold, mutual_choice, token_choice
     from sae.kernels import Selection, encode_decode, take_parallel_, unit_rows_
+    from sae.trainer.law import moved
 
     k, mutual = asked["k"], asked["choice"] == "mutual"
 
@@ -70,10 +77,10 @@ def ours(asked: dict[str, Any]) -> Any:
 
     def prepare(w_dec: Any) -> tuple[Step, str, str]:
         features, hidden = w_dec.shape
-        shapes = [w_dec.clone(), torch.zeros(features), w_dec.clone(), torch.zeros(hidden)]
+        shapes = [w_dec.clone(), w_dec.new_zeros(features), w_dec.clone(), w_dec.new_zeros(hidden)]
         w_enc, b_enc, decoder, b_dec = (torch.nn.Parameter(weight) for weight in shapes)
         adam = torch.optim.Adam([w_enc, b_enc, decoder, b_dec], lr=asked["rate"], fused=True)
-        state = {"firings": Firings.start(features), "threshold": RunningThreshold.start()}
+        state = {"firings": moved(Firings.start(features), w_dec.device), "threshold": RunningThreshold.start()}
 
         def step(x: Any) -> Any:
             got = encode_decode(
@@ -106,7 +113,13 @@ def saelens(asked: dict[str, Any]) -> Any:
 
     def prepare(w_dec: Any) -> tuple[Step, str, str]:
         features, hidden = w_dec.shape
-        common = {"d_in": hidden, "d_sae": features, "k": asked["k"], "device": "cpu", "use_sparse_activations": sparse}
+        common = {
+            "d_in": hidden,
+            "d_sae": features,
+            "k": asked["k"],
+            "device": asked["device"],
+            "use_sparse_activations": sparse,
+        }
         if asked["choice"] == "mutual":
             model = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**common))
         else:
@@ -155,7 +168,7 @@ def dictionary_learning(asked: dict[str, Any]) -> Any:
             lm_name="none",
             lr=asked["rate"],
             warmup_steps=0,
-            device="cpu",
+            device=asked["device"],
         )
         with torch.no_grad():
             trainer.ae.decoder.weight.copy_(w_dec.T)
@@ -173,7 +186,7 @@ def dictionary_learning(asked: dict[str, Any]) -> Any:
 
 
 def sparsify(asked: dict[str, Any]) -> Any:
-    """EleutherAI's sparsify without Triton: SignSGD with ScheduleFree as it ships, or Adam; token choice only."""
+    """EleutherAI's sparsify (on a GPU its Triton decoder): SignSGD with ScheduleFree as it ships, or Adam; token choice."""
     import torch
     from schedulefree import ScheduleFreeWrapper
     from sparsify import SparseCoder, SparseCoderConfig
@@ -181,7 +194,7 @@ def sparsify(asked: dict[str, Any]) -> Any:
 
     def prepare(w_dec: Any) -> tuple[Step, str, str]:
         features, hidden = w_dec.shape
-        model = SparseCoder(hidden, SparseCoderConfig(num_latents=features, k=asked["k"]), dtype=torch.float32)
+        model = SparseCoder(hidden, SparseCoderConfig(num_latents=features, k=asked["k"]), w_dec.device, torch.float32)
         with torch.no_grad():
             model.encoder.weight.copy_(w_dec)
             model.W_dec.copy_(w_dec)
@@ -192,11 +205,11 @@ def sparsify(asked: dict[str, Any]) -> Any:
             rate = 5e-3 / (features / 2**14) ** 0.5  # its own rule
             optimiser = ScheduleFreeWrapper(SignSGD(model.parameters(), lr=rate), momentum=0.95)
             optimiser.train()
-        silent = torch.zeros(features, dtype=torch.int64)
+        silent = torch.zeros(features, dtype=torch.int64, device=w_dec.device)
 
         def step(x: Any) -> Any:
             model.set_decoder_norm_to_unit_norm()
-            fired = torch.zeros(features, dtype=torch.bool)
+            fired = torch.zeros(features, dtype=torch.bool, device=w_dec.device)
             out = model(x, dead_mask=None, total_variance=(x - x.mean(0)).pow(2).sum())
             fired[out.latent_indices.flatten()] = True
             out.fvu.backward()

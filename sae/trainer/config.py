@@ -176,7 +176,7 @@ class TrainerConfig:
     """The sample: held-out tokens, the first ones, which are then not scored; or the next training tokens, which also serve
     where nothing is held out. What was trained on many times fires more than new text, so thresholds from it keep too little."""
     calibrate_tokens: int = 32_768
-    """Tokens of the sample, at most half of what is held out."""
+    """Tokens of the sample; of held-out text that has too few for both, half."""
     threshold_rate: float = 0.01
     """Of the running average."""
     feature_shards: int = 1

@@ -32,7 +32,8 @@ def parted(
     """Held-out tokens in two: those that thresholds are calibrated on (none if they are not, or on other tokens), the rest."""
     if trainer.calibrate_on != "held_out" or not needs_sample(trainer, specs):
         return {}, dict(held_out)
-    cut = {site: min(trainer.calibrate_tokens, len(values) // 2) for site, values in held_out.items()}
+    spare = {site: max(len(values) - trainer.held_out_tokens, len(values) // 2) for site, values in held_out.items()}
+    cut = {site: min(trainer.calibrate_tokens, tokens) for site, tokens in spare.items()}
     return (
         {site: values[: cut[site]] for site, values in held_out.items()},
         {site: values[cut[site] :] for site, values in held_out.items()},

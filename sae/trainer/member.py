@@ -146,9 +146,10 @@ class Member:
     def idle(self) -> tuple[Tensor, Tensor]:
         """((own features,) boolean that the auxiliary loss would bring back, (own features,) by how much)."""
         dead = self.firings.dead(window=self.recipe.auxiliary.window)
-        if self.spec.loss == "aux_k" or self.law.expected is None:
+        tau = self.recipe.auxiliary.tau
+        if self.spec.loss == "aux_k" or self.law.expected is None or tau == 0:
             return dead, dead.float()
-        use = under_use(self.firings.density(), self.law.expected, tau=self.recipe.auxiliary.tau)
+        use = under_use(self.firings.density(), self.law.expected, tau=tau)
         use = torch.where(dead, 1.0, use)  # it generalises aux_k: the dead are always among them
         return use > 0, use.float()
 

@@ -155,7 +155,6 @@ def test_every_script_has_help_that_names_its_settings(script: str) -> None:
 
 
 def test_every_setting_has_a_sentence() -> None:
-    from sae.activations.stage import CacheConfig
     from sae.trainer import TrainSaeConfig
     from tracing.config import TraceConfig
     from unlearn.config import UnlearnConfig
@@ -181,6 +180,7 @@ def test_every_setting_has_a_sentence() -> None:
 
 
 def test_every_shipped_config_is_read_by_its_script() -> None:
+    from sae.activations.stage import CacheConfig
     from sae.trainer import TrainSaeConfig
     from tracing.config import TraceConfig
     from unlearn.config import UnlearnConfig

@@ -42,7 +42,15 @@ SPECS = (
 def recipe(**trainer: Any) -> Recipe:
     return Recipe(
         trainer=TrainerConfig(
-            **{"steps": 8, "batch_tokens": BATCH, "warmup": 2, "start_tokens": 30, "calibrate_tokens": 44, **trainer},
+            **{
+                "steps": 8,
+                "batch_tokens": BATCH,
+                "warmup": 2,
+                "start_tokens": 30,
+                "calibrate_tokens": 44,
+                "calibrate_on": "training",
+                **trainer,
+            },
             log_every=4,
             backend="cpu",
             clip=5.0,

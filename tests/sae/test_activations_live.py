@@ -148,7 +148,7 @@ def test_states_of_other_settings_text_weights_or_processes_are_refused(model: L
     for changed, says in (
         (stream(model, batch_tokens=64), "batch_tokens"),
         (stream(model, harvest=HarvestSpec(context=ContextSpec(length=16), forward_contexts=2, seed=1)), "seed"),
-        (stream(model, source=Texts(texts=(*SOURCE.texts[:-1], "changed"))), "first_sha256"),
+        (stream(model, source=Texts(texts=(*SOURCE.texts[:-1], "changed"))), "content.sha256"),
         (stream(LanguageModel(other.model, model.tokenizer, other.anatomy, "tiny")), "weights"),
     ):
         with pytest.raises(UserError, match=says):

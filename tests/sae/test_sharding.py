@@ -117,7 +117,7 @@ def test_a_step_takes_so_many_collectives(gave: dict[tuple[int, int], dict[str, 
 def test_all_processes_say_what_is_wrong_with_one(gave: dict[tuple[int, int], dict[str, Any]]) -> None:
     for (world, _), found in gave.items():
         for key, said in found["problems"].items():
-            assert ("hold NaN or infinity" if key.startswith("nan") else "ended after") in said, (world, key)
+            assert ("hold NaN, infinity" if key.startswith("nan") else "ended after") in said, (world, key)
         assert len(found["problems"]) == 2 * {1: 1, 2: 2, 4: 3}[world]
 
 

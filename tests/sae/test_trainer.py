@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +365,88 @@ def test_sweeps_are_crossed_and_names_are_unique() -> None:
         crossed([spec("token")], {"kk": [1]})
     with pytest.raises(UserError, match="k from 1"):
         crossed([spec("token")], {"k": [0]})
+
+
+def test_aux_zipf_with_tau_0_trains_as_aux_k_does() -> None:
+    """Also where features died: their densities are averages and do not come back to exactly 0."""
+    found = {}
+    for loss in ("none", "aux_k", "aux_zipf"):
+        settings, one = recipe(steps=40, auxiliary={"tau": 0.0, "window": 64}), spec("mutual", k=1, auxiliary=loss)
+        (found[loss],) = train(Made(batch=BATCH), named([one], [SITE]), settings, show=False) or []
+    equal(found["aux_k"], found["aux_zipf"])
+    assert not torch.equal(found["aux_k"].autoencoder.w_enc, found["none"].autoencoder.w_enc)
+
+
+def test_the_dead_are_always_among_the_under_used() -> None:
+    settings = recipe(auxiliary={"window": 64, "tau": 1e-9, "coefficient": 0.0}, zipf={"expected": "fixed"})
+    loop = Loop(Made(batch=BATCH), named([spec("mutual", k=1)], [SITE]), settings, Mesh(), torch.device("cpu"))
+    loop.sample, loop.held_out = {}, {}
+    loop.train(resume=False, stop_at=19, show=False)
+    (member,) = loop.members
+    dead = member.firings.dead(window=64)
+    assert member.law.expected is not None
+    assert bool((member.firings.density()[dead] > 0).any())  # so that under-use alone would miss them
+    idle, use = member.idle()
+    assert bool((use[dead] == 1).all())
+    assert bool(idle[dead].all())
+
+
+def test_thresholds_are_said_to_be_running_ones_where_activations_ended() -> None:
+    settings = recipe(steps=4, calibrate_tokens=64)
+    with pytest.warns(UserWarning, match="ended before thresholds were calibrated"):
+        results = train(Made(batch=BATCH, length=7), named(ALL, [SITE]), settings, show=False) or []
+    assert [one.thresholds for one in results] == ["none", "running", "running"]
+    held_out = {SITE: next(Made(batch=80)).values}
+    results = train(Made(batch=BATCH), named(ALL, [SITE]), recipe(steps=2), held_out=held_out, show=False) or []
+    assert [one.thresholds for one in results] == ["none", "held_out", "held_out"]
+    assert {one.backend for one in results} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: spec("tokn"), "choice is 'tokn'"),
+        (lambda: spec("token", auxiliary="aux_zip"), "auxiliary is 'aux_zip'"),
+        (lambda: spec("token", multi_topk="false"), "multi_topk is 'false'"),
+        (lambda: spec("token", learning_rate=float("inf")), "learning_rate is inf"),
+        (lambda: recipe(betas=(1.5, 0.9)), "betas"),
+        (lambda: recipe(eps=0.0), "eps 0.0"),
+        (lambda: recipe(ema=0.9, thresholds="running"), "use calibrated"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(wrong: Callable[[], object], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        wrong()
+
+
+def test_numbers_that_overflow_when_scaled_are_bad_data_too() -> None:
+    class Huge(Made):
+        def __next__(self) -> ActivationBatch:
+            batch = super().__next__()
+            if self.batches > 4:
+                batch.values[0, 0] = 3e38
+            return batch
+
+    settings = recipe(steps=9)
+    stream = Huge(batch=BATCH)
+    stream.directions *= 1e-3
+    with pytest.raises(UserError, match="beyond float32 in the batch after step"):
+        train(stream, named([spec("token")], [SITE]), settings, show=False)
+
+
+def test_budgets_are_carried_where_a_batch_is_smaller_than_the_dictionary() -> None:
+    for budgets in ("uniform", "zipf"):
+        settings = recipe(steps=6, batch_tokens=4, zipf={"budgets": budgets, "mutual_share": 0.0})
+        (result,) = train(Made(batch=4), named([spec("feature")], [SITE]), settings, show=False) or []
+        assert result.autoencoder.w_dec.isfinite().all()
+
+
+def test_measures_in_bfloat16_are_those_of_the_file() -> None:
+    held_out = {SITE: next(Made(batch=512, seed=0)).values}
+    settings = recipe(steps=30, batch_tokens=64, precision="bfloat16", backend="torch")
+    (result,) = train(Made(batch=64), named([spec("mutual")], [SITE]), settings, held_out=held_out, show=False) or []
+    scored = held_out[SITE][64:]
+    used = scored[: len(scored) // 64 * 64]
+    assert result.autoencoder.encode(used).matches / len(used) == pytest.approx(
+        result.measures["l0_exported"], rel=1e-3
+    )

@@ -86,6 +86,9 @@ def test_a_folder_each_in_the_native_format(tiny: Path, unbroken: Path) -> None:
         assert facts["l0"] == pytest.approx(measures["l0_exported"])
         assert facts["explained_variance"] == pytest.approx(1 - measures["fvu_exported"])
         assert facts["activations"]["masked"]["kept"] > 0
+        assert facts["backend"] == "cpu"
+        assert facts["thresholds"] == ("none" if "token" in name else "held_out")
+        assert facts["num_dead_features"] == int((densities == 0).sum())
         assert measures["ce_zero"] > 0
         assert 0 <= measures["kl"] != measures["kl_zero"]
         assert facts["held_out"]["ce_recovered"] == measures["ce_recovered"]
@@ -161,6 +164,38 @@ def test_another_config_is_not_resumed(tiny: Path, unbroken: Path, changed: dict
         run_training(config(tiny, unbroken, resume=True, **changed))
 
 
+def test_a_run_stopped_by_its_time_goes_on_and_ends(tiny: Path, unbroken: Path, tmp_path: Path) -> None:
+    """Each start has the time anew; limits and the rhythm of checkpoints may change on the way."""
+    asked = config(tiny, tmp_path, trainer={"max_seconds": 1e-9})
+    assert run_training(asked) == {}
+    assert run_training(dataclasses.replace(asked, resume=True)) == {}
+    assert [step for step, _ in RunFolder(tmp_path).checkpoints()] == [1, 2]
+    assert run_training(config(tiny, tmp_path, resume=True, trainer={"max_seconds": 600.0, "save_every": 5}))
+    same(unbroken, tmp_path)
+
+
+def test_a_sharded_run_goes_on_with_another_number_of_shards(tiny: Path, tmp_path: Path) -> None:
+    from lm.config import dump_yaml
+
+    asked = config(tiny, tmp_path / "run", trainer={"max_seconds": 1e-9, "feature_shards": 2}, autoencoders=SPECS[:2])
+    (tmp_path / "config.yaml").write_text(dump_yaml(asked))
+    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    words += ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu2_ddp.yaml")]
+    words += ["--main_process_port", str(22000 + (os.getpid() + 11) % 20000), str(ROOT / "scripts" / "train_sae.py")]
+    done = subprocess.run(
+        [*words, "--config", str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [step for step, _ in RunFolder(tmp_path / "run").checkpoints()] == [1]
+    alone = config(tiny, tmp_path / "run", resume=True, trainer={"feature_shards": 1}, autoencoders=SPECS[:2])
+    assert len(run_training(alone)) == 4
+
+
 def test_other_data_behind_the_name_are_not_resumed(tiny: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     text = (tiny / "forget.jsonl").read_text()
@@ -173,7 +208,7 @@ def test_other_data_behind_the_name_are_not_resumed(tiny: Path, tmp_path: Path) 
 
 
 def test_activations_in_files_need_no_model(tmp_path: Path) -> None:
-    values = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
     save_file({"activations": values[:200]}, tmp_path / "train.safetensors")
     save_file({"activations": values[200:]}, tmp_path / "test.safetensors")
     folders = run_training(
