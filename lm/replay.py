@@ -33,7 +33,8 @@ class Past:
     @classmethod
     def of(cls, cache: DynamicCache) -> Past:
         """What a forward pass with `past_key_values=cache` left there."""
-        return cls(keys=[layer.keys for layer in cache.layers], values=[layer.values for layer in cache.layers])
+        layers: list[Any] = list(cache.layers)
+        return cls(keys=[layer.keys for layer in layers], values=[layer.values for layer in layers])
 
     def of_rows(self, rows: Tensor) -> Past:
         """Some of the rows."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from lm.anatomy import Kind
 from lm.errors import UserError
@@ -12,9 +11,10 @@ from lm.prompts import PromptSpec
 from tracing.choose import PlanKind
 from tracing.corruption import GaussianNoise
 from tracing.effects import SUBJECT_ROLES, Aggregation, check_roles
+from tracing.engines import EngineName
 from tracing.metrics import Metric
 from tracing.statistics import check_confidence
-from tracing.sweep import Positions, Sweep
+from tracing.sweep import Positions, Severed, Sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,12 @@ class TraceConfig:
     """Which prompt tokens are restored: all, subject_and_after, or subject_and_last (the cheapest)."""
     metric: Metric = "probability"
     """What is read off: of the whole answer, its log, or of the first token as in the published script."""
-    engine: Literal["reference"] = "reference"
-    """How cells are computed."""
+    sever: Severed | None = None
+    """Hold all MLPs (mlp) or all attention layers (attn) at the restored token at their corrupted values."""
+    engine: EngineName = "wavefront"
+    """How cells are computed: exactly and fast, or by the published loop."""
+    memory: float = 2.0
+    """Gigabytes that the wavefront's batches may take beside the model."""
     prompt: PromptSpec = field(default_factory=PromptSpec)
     """How questions are rendered: as they are trained."""
     plan: PlanConfig = field(default_factory=PlanConfig)
@@ -93,7 +97,7 @@ class TraceConfig:
     """Go on with the trace in `out`: finished facts are not traced again."""
 
     def __post_init__(self) -> None:
-        Sweep(kinds=self.kinds, window=self.window, metric=self.metric, positions=self.positions)
+        Sweep(kinds=self.kinds, window=self.window, metric=self.metric, positions=self.positions, sever=self.sever)
         if not self.sources:
             raise UserError("facts is empty; name at least one source, such as builtin:forget")
         if self.max_facts is not None and self.max_facts < 1:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lm.anatomy import Kind, Site
 from lm.errors import UserError
@@ -53,35 +52,58 @@ def trace_fact(
     Raises:
         UserError: a score is NaN.
     """
-    layers = model.anatomy.layers
-    answer = torch.tensor(probe.answer_ids)
-    keep = len(probe.answer_ids)
-    batch = corruption.corrupt(embed(model, probe.input_ids), probe.span, sigma)
-
-    def scores(logits: Tensor) -> tuple[float, float]:
-        found = token_log_probabilities(logits, answer)
-        return mean_score(found[:1], sweep.metric), mean_score(found[1:], sweep.metric)
-
-    kinds = dict.fromkeys([*sweep.kinds, *([sweep.sever] if sweep.sever else [])])
-    with capture(model, [Site(kind, layer) for kind in kinds for layer in range(layers)]) as states:
-        clean, corrupted = scores(forward(model, batch, keep))
-
-    tokens = len(probe.prompt_ids)
+    passes = _Passes(model, probe, corruption, sigma, sweep)
+    tokens, layers = len(probe.prompt_ids), model.anatomy.layers
     positions = swept_positions(tokens, probe.span, sweep.positions)
     restored: dict[Kind, Array] = {}
     for kind in sweep.kinds:
         cells = np.full((tokens, layers), np.nan)
         if sweep.positions != "all":
-            cells[: probe.span[0]] = corrupted
+            cells[: probe.span[0]] = passes.corrupted
         for position in positions:
             for layer in range(layers):
-                edits = restorations(sweep, kind, layer, layers, position, states)
-                with patch(model, edits, allow_unchanged=True):
-                    cells[position, layer] = scores(forward(model, batch, keep))[1]
+                cells[position, layer] = passes.cell(kind, position, layer)
                 advance(1)
         restored[kind] = cells
-        refuse_nan(model, probe, np.array([clean, corrupted]), [cells[positions]])
-    return Traced(clean=clean, corrupted=corrupted, restored=restored)
+        refuse_nan(model, probe, np.array([passes.clean, passes.corrupted]), [cells[positions]])
+    return Traced(clean=passes.clean, corrupted=passes.corrupted, restored=restored)
+
+
+@torch.inference_mode()
+def score_cells(
+    model: LanguageModel,
+    probe: Probe,
+    corruption: GaussianNoise,
+    sigma: float,
+    sweep: Sweep,
+    cells: Sequence[tuple[Kind, int, int]],
+) -> list[float]:
+    """The scores of some cells `(kind, position, layer)`, each by a forward pass of its own."""
+    passes = _Passes(model, probe, corruption, sigma, sweep)
+    return [passes.cell(*cell) for cell in cells]
+
+
+class _Passes:
+    """The forward passes of one fact: the ordinary one, made at once, and one a cell."""
+
+    def __init__(
+        self, model: LanguageModel, probe: Probe, corruption: GaussianNoise, sigma: float, sweep: Sweep
+    ) -> None:
+        self.model, self.sweep, self.layers = model, sweep, model.anatomy.layers
+        self.answer = torch.tensor(probe.answer_ids)
+        self.batch = corruption.corrupt(embed(model, probe.input_ids), probe.span, sigma)
+        kinds = dict.fromkeys([*sweep.kinds, *([sweep.sever] if sweep.sever else [])])
+        with capture(model, [Site(kind, layer) for kind in kinds for layer in range(self.layers)]) as self.states:
+            self.clean, self.corrupted = self._scores()
+
+    def cell(self, kind: Kind, position: int, layer: int) -> float:
+        edits = restorations(self.sweep, kind, layer, self.layers, position, self.states)
+        with patch(self.model, edits, allow_unchanged=True):
+            return self._scores()[1]
+
+    def _scores(self) -> tuple[float, float]:
+        found = token_log_probabilities(forward(self.model, self.batch, len(self.answer)), self.answer)
+        return mean_score(found[:1], self.sweep.metric), mean_score(found[1:], self.sweep.metric)
 
 
 def restorations(sweep: Sweep, kind: Kind, layer: int, layers: int, position: int, states: Captured) -> list[Edit]:

@@ -69,6 +69,8 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
         engine=config.engine,
         prompt=config.prompt,
         positions=config.positions,
+        sever=config.sever,
+        memory=config.memory,
         max_facts=config.max_facts,
         cache=run.path / "facts",
         workers=Workers(acc.process_index, acc.num_processes, acc.wait_for_everyone),

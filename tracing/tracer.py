@@ -1,20 +1,22 @@
 """`trace`: ask which activations bring a corrupted answer back, for many facts, and keep what is finished.
 
 This checks which facts the model knows, measures the noise, and hands one fact at a time to an engine. The arithmetic
-of a cell is the engine's (`tracing.reference`).
+of a cell is the engine's (`tracing.engines`).
 """
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lm.anatomy import Kind
-from lm.config import known_or_near
 from lm.errors import UserError
 from lm.identity import fingerprint
 from lm.load import LanguageModel
@@ -22,14 +24,14 @@ from lm.prompts import PromptSpec
 from lm.run import progress as progress_bar
 from tracing.cache import FactCache
 from tracing.corruption import GaussianNoise
+from tracing.cost import cost
 from tracing.effects import Effects, Skipped
+from tracing.engines import Engine, check_engine, make_engine
 from tracing.facts import Fact
 from tracing.metrics import Metric
-from tracing.probe import Probe, make_probe, why_unknown
-from tracing.reference import Traced, trace_fact
-from tracing.sweep import Positions, Sweep, count_cells
-
-ENGINES = ("reference",)
+from tracing.probe import Probe, embed, forward, make_probe, why_unknown
+from tracing.reference import Traced
+from tracing.sweep import Positions, Severed, Sweep, count_cells
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ def trace(
     kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
     window: int = 1,
     metric: Metric = "probability",
-    engine: str = "reference",
+    engine: str = "wavefront",
     prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
     positions: Positions = "all",
     *,
+    sever: Severed | None = None,
+    memory: float = 2.0,
     max_facts: int | None = None,
     cache: str | Path | None = None,
     workers: Workers = Workers(),
@@ -69,9 +73,11 @@ def trace(
         kinds: which activations are restored: `resid` (the stream after a block), `mlp`, `attn` (what they add to it).
         window: how many layers of mlp and attn are restored together; see `tracing.sweep.Sweep`.
         metric: what is read off; see `tracing.metrics`.
-        engine: `reference`, the published procedure, one forward pass a cell.
+        engine: `wavefront`, exact and fast; or `reference`, the published procedure, one forward pass a cell.
         prompt: raw or chat, as in training; `append_eos` is ignored (EOS is not part of the scored answer).
         positions: which prompt tokens are restored: `all`, `subject_and_after`, or `subject_and_last`.
+        sever: hold all MLPs, or all attention layers, at the restored token at their corrupted values; see `Sweep`.
+        memory: gigabytes (10^9 bytes) that the wavefront's batches may take beside the model.
         max_facts: trace only so many of the known facts, the first ones; the others are listed as left out.
         cache: a folder for finished facts. A trace that was interrupted goes on there and ends in the same numbers.
         workers: other processes that run this same call: every so-manieth fact is traced by each, through `cache`, and
@@ -81,11 +87,10 @@ def trace(
     Raises:
         UserError: nothing to trace, no fact is known, a subject that cannot be found, NaN, a wrong setting.
     """
-    if engine not in ENGINES:
-        raise UserError(
-            f"the engine {engine!r} is unknown{known_or_near(engine, ENGINES)}; use one of {', '.join(ENGINES)}."
-        )
-    sweep = Sweep(kinds=tuple(kinds), window=window, metric=metric, positions=positions)
+    check_engine(engine)
+    sweep = Sweep(kinds=tuple(kinds), window=window, metric=metric, positions=positions, sever=sever)
+    if not memory > 0:
+        raise UserError(f"memory is {memory} GB; give what may be taken beside the model (2 is usual).")
     if max_facts is not None and max_facts < 1:
         raise UserError(f"max_facts is {max_facts}; give at least 1, or leave it out for all.")
     if workers.count > 1 and cache is None:
@@ -101,7 +106,10 @@ def trace(
         known, skipped = _sort_out(model, probes, max_facts, show)
         weights = fingerprint(model)
         store = FactCache(None if cache is None else Path(cache), weights, corruption, sigma, sweep, engine)
-        traced = _trace_all(model, known, corruption, sigma, sweep, store, workers, show)
+        worker = make_engine(engine, model, sweep, int(memory * 1e9))
+        if show:
+            _announce(model, known, corruption, sigma, sweep, engine, memory)
+        traced = _trace_all(model, known, corruption, sigma, sweep, worker, store, workers, show)
 
     return Effects(
         facts=tuple(probe.fact for probe in known),
@@ -122,6 +130,7 @@ def trace(
             "corruption": asdict(corruption),
             "prompt": asdict(prompt),
             "positions": positions,
+            "sever": sever,
             "facts_given": len(facts),
         },
     )
@@ -153,12 +162,40 @@ def _sort_out(
     return known, skipped
 
 
+def _announce(
+    model: LanguageModel,
+    probes: Sequence[Probe],
+    corruption: GaussianNoise,
+    sigma: float,
+    sweep: Sweep,
+    engine: str,
+    memory: float,
+) -> None:
+    """Say what the sweep takes, from exact counts and one timed pass."""
+    found = cost(probes, model.anatomy.layers, sweep, corruption.samples)
+    probe = max(probes, key=lambda one: len(one.input_ids))
+    batch = corruption.corrupt(embed(model, probe.input_ids), probe.span, sigma)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        float(forward(model, batch, 1)[0, 0, 0])
+    rate = batch.shape[0] * batch.shape[1] * model.anatomy.layers / (time.perf_counter() - started)
+    wave = engine == "wavefront"
+    units = found.wave if wave else found.reference
+    few = f", {found.reference / found.wave:.1f} times fewer than the published loop" if wave else ""
+    bound = f", at most about {memory:g} GB beside the model" if wave else ""
+    print(
+        f"trace: {len(probes)} facts, {found.cells:,} cells, {units:,} token-blocks{few}; about {units / rate:,.0f} s{bound}",
+        file=sys.stderr,
+    )
+
+
 def _trace_all(
     model: LanguageModel,
     probes: Sequence[Probe],
     corruption: GaussianNoise,
     sigma: float,
     sweep: Sweep,
+    engine: Engine,
     cache: FactCache,
     workers: Workers,
     show: bool,
@@ -168,12 +205,13 @@ def _trace_all(
     mine = range(workers.index, len(probes), workers.count)
     cells = {index: count_cells(probes[index], model.anatomy.layers, sweep) for index in mine}
     done = sum(count for index, count in cells.items() if found[index] is not None)
+    missing = [index for index in mine if found[index] is None]
     with progress_bar(sum(cells.values()), label="trace", unit="cells", done=done, enabled=show) as advance:
-        for index in mine:
-            if found[index] is None:
-                fresh = trace_fact(model, probes[index], corruption, sigma, sweep, advance)
-                cache.store(probes[index], fresh)
-                found[index] = fresh
+        for group in _alike(probes, missing, engine, corruption.samples):
+            fresh = engine.trace([probes[index] for index in group], corruption, sigma, advance)
+            for index, one in zip(group, fresh, strict=True):
+                cache.store(probes[index], one)
+                found[index] = one
     workers.wait()
     traced = [one or cache.load(probe) for one, probe in zip(found, probes, strict=True)]
     lost = [probe.fact.label for probe, one in zip(probes, traced, strict=True) if one is None]
@@ -182,6 +220,17 @@ def _trace_all(
             f"another process did not leave fact {lost[0]!r} in {cache.folder}; give a folder that all can see."
         )
     return [one for one in traced if one is not None]
+
+
+def _alike(probes: Sequence[Probe], missing: Sequence[int], engine: Engine, samples: int) -> Iterator[list[int]]:
+    """The facts still to trace, in groups of one shape, as many as the engine takes at once."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for index in missing:
+        shapes.setdefault((len(probes[index].prompt_ids), len(probes[index].answer_ids)), []).append(index)
+    for (tokens, _), members in shapes.items():
+        size = engine.together(tokens, samples)
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
 
 
 @contextmanager

@@ -120,7 +120,7 @@ class Wavefront:
         )
         keep = len(probes[0].answer_ids)
         kinds = dict.fromkeys([*self.sweep.kinds, *([self.sweep.sever] if self.sweep.sever else [])])
-        sites = [EMBEDDING, *(Site(kind, layer) for kind in dict.fromkeys(["resid", *kinds]) for layer in layers)]  # type: ignore[arg-type]
+        sites = [EMBEDDING, *(Site(kind, layer) for kind in dict.fromkeys(["resid", *kinds]) for layer in layers)]
         with capture(self.model, sites) as seen:
             found, past = replay.trunk(self.model, batch, keep)
         is_clean = torch.arange(facts * each) % each == 0
@@ -145,7 +145,7 @@ class Wavefront:
         if len(sources):
             for start in range(0, len(self.cells), self.rows):
                 cells = self.cells[start : start + self.rows]
-                for rows in sources.split(max(1, self.rows // len(cells))):
+                for rows in torch.split(sources, max(1, self.rows // len(cells))):
                     yield cells, rows
 
     def _wave(
@@ -212,7 +212,7 @@ class Wavefront:
         return torch.cat(
             [
                 token_log_probabilities(replay.logits(self.model, part), wanted)
-                for part, wanted in zip(state[:, -keep:].split(step), answers.split(step), strict=True)
+                for part, wanted in zip(torch.split(state[:, -keep:], step), torch.split(answers, step), strict=True)
             ]
         )
 

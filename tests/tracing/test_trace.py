@@ -183,7 +183,9 @@ def test_wrong_settings_are_refused_before_anything_runs() -> None:
     facts = known(model, how_many=1)
     for settings, message in (
         ({"engine": "refrence"}, "did you mean 'reference'"),
-        ({"engine": "wavefront"}, "use one of reference"),
+        ({"engine": "wave"}, "did you mean 'wavefront'"),
+        ({"memory": 0}, "memory is 0"),
+        ({"sever": "resid"}, "sever is 'resid'"),
         ({"kinds": ["head"]}, "choose of resid, mlp, attn"),
         ({"kinds": []}, "choose of resid, mlp, attn"),
         ({"kinds": ["mlp", "mlp"]}, "once each"),

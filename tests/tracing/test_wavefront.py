@@ -1,0 +1,193 @@
+"""The wavefront engine equals the reference cell by cell: every family, kind, window, severed or not, in any chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from families import tiny as tiny_family
+from tiny_tracing import known, tiny
+
+from lm import UserError
+from lm.anatomy import module_at
+from lm.load import LanguageModel
+from lm.prompts import PromptSpec
+from tracing import Fact, GaussianNoise, trace
+from tracing import engines as engines_module
+from tracing.cost import cost, row_bytes
+from tracing.probe import Probe, make_probe
+from tracing.reference import Traced, trace_fact
+from tracing.sweep import Sweep
+from tracing.wavefront import Wavefront
+
+FACTS = (  # of one shape, with subjects of other places and lengths
+    Fact("Where was Anna Kowalska born?", "Anna Kowalska", " on 1984"),
+    Fact("Where was Anna Kowalska born?", "Kowalska", " in 1984"),
+)
+NOISE = GaussianNoise(samples=2)
+SIGMA = 1.0
+QUESTIONS: tuple[dict[str, Any], ...] = (
+    {"window": 1},
+    {"window": 5, "positions": "subject_and_last"},
+    {"window": 1, "sever": "mlp"},
+    {"window": 2, "sever": "attn", "positions": "subject_and_after"},
+)
+
+
+def family(name: str, dtype: torch.dtype) -> LanguageModel:
+    model = tiny_family(name, dtype=dtype)
+    if name == "olmoe" and dtype == torch.float64:
+        model.model.set_experts_implementation("eager")  # the grouped product has no float64
+    return model
+
+
+def probes_of(model: LanguageModel, sweep: Sweep) -> list[Probe]:
+    probes = [make_probe(model, fact, PromptSpec(), sweep.metric) for fact in FACTS]
+    assert len({(len(probe.prompt_ids), len(probe.answer_ids)) for probe in probes}) == 1
+    assert len({probe.span[0] for probe in probes}) == len({probe.answer_ids for probe in probes}) == 2
+    return probes
+
+
+def apart(found: Traced, expected: Traced) -> float:
+    """The largest difference of any score; NaN must stand in the same cells."""
+    worst = max(abs(found.clean - expected.clean), abs(found.corrupted - expected.corrupted))
+    for kind, cells in expected.restored.items():
+        assert np.array_equal(np.isnan(cells), np.isnan(found.restored[kind]))
+        worst = max(worst, float(np.nanmax(np.abs(cells - found.restored[kind]))))
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_cell_is_the_reference_s(name: str, dtype: torch.dtype, allowed: float) -> None:
+    model = family(name, dtype)
+    effects = 0.0
+    for question in QUESTIONS:
+        sweep = Sweep(metric="log_probability", **question)
+        probes = probes_of(model, sweep)
+        expected = [trace_fact(model, probe, NOISE, SIGMA, sweep) for probe in probes]
+        for rows in (10**6, 7):  # all at once, and in chunks of cells and of noise samples
+            found = Wavefront(model, sweep, rows).trace(probes, NOISE, SIGMA)
+            assert max(apart(one, other) for one, other in zip(found, expected, strict=True)) < allowed, (
+                question,
+                rows,
+            )
+        spread = [np.abs(cells - one.corrupted) for one in expected for cells in one.restored.values()]
+        effects = max(effects, *(float(np.nanmax(values)) for values in spread))
+    assert effects > 0.1, "restoring changes next to nothing in this model: the test could not tell engines apart"
+
+
+def test_severing_matters_and_leaves_the_severed_cells_alone() -> None:
+    model = family("llama", torch.float64)
+    probe = probes_of(model, Sweep())[0]
+    plain, severed = (
+        trace_fact(model, probe, NOISE, SIGMA, Sweep(metric="log_probability", sever=sever)) for sever in (None, "mlp")
+    )
+    assert float(np.abs(plain.restored["resid"] - severed.restored["resid"]).max()) > 1e-2
+    whole = Sweep(
+        kinds=("mlp",), window=99, metric="log_probability", sever="mlp"
+    )  # every MLP is restored, so that none is held
+    found = trace_fact(model, probe, NOISE, SIGMA, whole)
+    free = Sweep(kinds=("mlp",), window=99, metric="log_probability")
+    expected = trace_fact(model, probe, NOISE, SIGMA, free)
+    assert apart(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("metric", ["probability", "log_probability", "first_token_probability"])
+def test_trace_gives_the_same_with_either_engine(metric: Any) -> None:
+    model = tiny("olmo2")
+    facts = known(model, answer_tokens=3)
+    both = [
+        trace(model, facts, GaussianNoise(samples=3), metric=metric, engine=engine, progress=False)
+        for engine in ("wavefront", "reference")
+    ]
+    for kind in both[0].kinds:
+        for mine, theirs in zip(both[0].restored[kind], both[1].restored[kind], strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert both[0].facts == both[1].facts
+
+
+def test_what_lies_before_the_subject_is_exactly_the_corrupted_score() -> None:
+    model = tiny("llama")
+    effects = trace(model, known(model), window=2, progress=False)
+    for kind in effects.kinds:
+        for cells, low, (start, _) in zip(
+            effects.restored[kind], effects.corrupted, effects.subject_spans, strict=True
+        ):
+            assert (cells[:start] == low).all()
+
+
+def test_models_of_one_layer_and_in_bfloat16() -> None:
+    one = tiny(layers=1)
+    assert trace(one, known(one), window=10, progress=False).layers == 1
+    low = tiny("olmo2", dtype=torch.bfloat16)
+    facts = known(low, answer_tokens=1)
+    both = [trace(low, facts, engine=engine, progress=False) for engine in ("wavefront", "reference")]
+    for mine, theirs in zip(both[0].restored["resid"], both[1].restored["resid"], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=0.05)
+
+
+def test_an_engine_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    facts = known(model, answer_tokens=1)
+
+    def nothing(self: Any, *args: Any, **more: Any) -> list[Traced]:
+        found = real(self, *args, **more)
+        return [
+            Traced(
+                clean=one.clean,
+                corrupted=one.corrupted,
+                restored={kind: np.full_like(cells, one.corrupted) for kind, cells in one.restored.items()},
+            )
+            for one in found
+        ]
+
+    real = Wavefront.trace
+    monkeypatch.setattr(engines_module.Wavefront, "trace", nothing)
+    with pytest.raises(UserError, match=r"disagree on tiny llama .*engine: reference"):
+        trace(model, facts, progress=False)
+
+
+def test_nothing_is_left_behind_on_the_model_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("gpt2")
+    before = model.model(torch.tensor([[5, 6, 7]])).logits
+    trace(model, known(model), progress=False)
+    monkeypatch.setattr("tracing.wavefront.token_log_probabilities", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trace(model, known(model), progress=False)
+    assert torch.equal(model.model(torch.tensor([[5, 6, 7]])).logits, before)
+    blocks = model.model.get_submodule(model.anatomy.blocks)
+    assert not any("forward" in block.__dict__ for block in blocks)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.modules())
+
+
+def test_the_cost_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token-blocks counted by hooks equal the estimate, for both engines."""
+    model = family("olmo2", torch.float32)
+    layers = model.anatomy.layers
+    for question in QUESTIONS:
+        sweep = Sweep(**question)
+        probes = probes_of(model, sweep)[:1]
+        said = cost(probes, layers, sweep, NOISE.samples)
+        for engine, expected in (("wave", said.wave), ("reference", said.reference)):
+            count = 0
+
+            def seen(module: Any, args: Any, output: torch.Tensor) -> None:
+                nonlocal count
+                count += output.shape[0] * output.shape[1]
+
+            mlps = [module_at(model.model, f"{model.anatomy.block_path(layer)}.mlp") for layer in range(layers)]
+            handles = [mlp.register_forward_hook(seen) for mlp in mlps]
+            if engine == "wave":
+                Wavefront(model, sweep, 10**6).trace(probes, NOISE, SIGMA)
+            else:
+                trace_fact(model, probes[0], NOISE, SIGMA, sweep)
+            for handle in handles:
+                handle.remove()
+            assert count == expected, (question, engine)
+    assert row_bytes(model, 20) > 2 * row_bytes(model, 10)

@@ -1,0 +1,60 @@
+"""What a trace will take, told before it begins: token-blocks (one token through one block), rows that fit, memory.
+
+Arithmetic only; seconds come from a pass that was timed (`tracing.tracer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lm.anatomy import module_at
+from lm.load import LanguageModel
+from tracing.probe import Probe
+from tracing.sweep import Sweep, count_cells, swept_positions, window_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of some facts' cells."""
+
+    cells: int
+    wave: int
+    """Token-blocks of the wavefront engine, the ordinary passes included."""
+    reference: int
+    """Token-blocks of the reference engine."""
+
+
+def cost(probes: Sequence[Probe], layers: int, sweep: Sweep, samples: int) -> Cost:
+    """Exact counts: which blocks each cell runs through, on how many tokens."""
+    cells = wave = reference = 0
+    enters = [
+        layer + 1 if kind == "resid" else window_layers(layer, sweep.window, layers, kind).start
+        for kind in sweep.kinds
+        for layer in range(layers)
+    ]
+    blocks = sum(layers - enter for enter in enters)
+    for probe in probes:
+        tokens = len(probe.input_ids)
+        whole = (1 + samples) * tokens * layers
+        here = count_cells(probe, layers, sweep)
+        positions = swept_positions(len(probe.prompt_ids), probe.span, sweep.positions)
+        cells += here
+        reference += (here + 1) * whole
+        wave += whole + samples * blocks * sum(tokens - place for place in positions if place >= probe.span[0])
+    return Cost(cells=cells, wave=wave, reference=reference)
+
+
+def row_bytes(model: LanguageModel, tokens: int) -> int:
+    """About what one row of `tokens` tokens takes in a wave: the stream and its copies, what a block makes on the way, keys
+    and values of its past, attention scores. An upper bound in ordinary models, not a measurement."""
+    block = module_at(model.model, model.anatomy.block_path(0))
+    made = sum(max(weight.shape) for weight in block.parameters() if weight.ndim >= 2)
+    heads = int(getattr(model.model.config, "num_attention_heads", 1))
+    a_token = 6 * model.anatomy.hidden + made + 2 * heads * tokens
+    return tokens * a_token * next(model.model.parameters()).element_size()
+
+
+def rows_within(model: LanguageModel, tokens: int, memory: int) -> int:
+    """How many rows of `tokens` tokens may run together within `memory` bytes, at least 1."""
+    return max(1, memory // row_bytes(model, tokens))

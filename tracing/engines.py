@@ -1,0 +1,129 @@
+"""The ways to compute cells, behind one face: some facts of one shape in, their scores out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, get_args
+
+import torch
+
+from lm.anatomy import Kind
+from lm.config import known_or_near
+from lm.errors import UserError
+from lm.load import LanguageModel
+from tracing.corruption import GaussianNoise
+from tracing.cost import rows_within
+from tracing.probe import Probe
+from tracing.reference import Traced, score_cells, trace_fact
+from tracing.sweep import Sweep, swept_positions
+from tracing.wavefront import Wavefront
+
+EngineName = Literal["wavefront", "reference"]
+"""`wavefront`: exact and fast; `reference`: the published loop, one forward pass a cell."""
+
+Advance = Callable[[int], None]
+
+
+class Engine(Protocol):
+    """Computes all cells of a sweep for a model."""
+
+    def together(self, tokens: int, samples: int) -> int:
+        """How many facts of `tokens` tokens it is best given at once."""
+        ...
+
+    def trace(
+        self, probes: Sequence[Probe], corruption: GaussianNoise, sigma: float, advance: Advance = ...
+    ) -> list[Traced]:
+        """The scores of facts whose prompts have equally many tokens, and whose answers do. Raises UserError for NaN."""
+        ...
+
+
+class Reference:
+    """`tracing.reference`, a fact at a time."""
+
+    def __init__(self, model: LanguageModel, sweep: Sweep) -> None:
+        self.model, self.sweep = model, sweep
+
+    def together(self, tokens: int, samples: int) -> int:
+        return 1
+
+    def trace(
+        self, probes: Sequence[Probe], corruption: GaussianNoise, sigma: float, advance: Advance = lambda cells: None
+    ) -> list[Traced]:
+        return [trace_fact(self.model, probe, corruption, sigma, self.sweep, advance) for probe in probes]
+
+
+class Checked:
+    """The wavefront engine, which before it is believed has a few cells of its first fact computed by the reference."""
+
+    def __init__(self, model: LanguageModel, sweep: Sweep, memory: int) -> None:
+        self.model, self.sweep, self.memory = model, sweep, memory
+        self._checked = False
+
+    def together(self, tokens: int, samples: int) -> int:
+        cells = len(self.sweep.kinds) * self.model.anatomy.layers
+        return max(1, min(8, rows_within(self.model, tokens, self.memory) // (cells * samples)))
+
+    def trace(
+        self, probes: Sequence[Probe], corruption: GaussianNoise, sigma: float, advance: Advance = lambda cells: None
+    ) -> list[Traced]:
+        rows = rows_within(self.model, len(probes[0].input_ids), self.memory)
+        found = Wavefront(self.model, self.sweep, rows).trace(probes, corruption, sigma, advance)
+        if not self._checked:
+            check(self.model, probes[0], corruption, sigma, self.sweep, found[0])
+            self._checked = True
+        return found
+
+
+def make_engine(name: str, model: LanguageModel, sweep: Sweep, memory: int) -> Engine:
+    """The engine of that name; `memory` in bytes is what its batches may take. Raises UserError for an unknown one."""
+    check_engine(name)
+    return Checked(model, sweep, memory) if name == "wavefront" else Reference(model, sweep)
+
+
+def check_engine(name: str) -> None:
+    """Raise UserError for an engine that does not exist."""
+    known = get_args(EngineName)
+    if name not in known:
+        raise UserError(f"the engine {name!r} is unknown{known_or_near(name, known)}; use one of {', '.join(known)}.")
+
+
+def check(
+    model: LanguageModel,
+    probe: Probe,
+    corruption: GaussianNoise,
+    sigma: float,
+    sweep: Sweep,
+    found: Traced,
+    few: int = 3,
+) -> None:
+    """Raise UserError unless the reference gives the same for the cell with the largest effect, for the first layer's at the
+    last subject token (where a restoration that does nothing would show), and for `few` random ones."""
+    positions = [p for p in swept_positions(len(probe.prompt_ids), probe.span, sweep.positions) if p >= probe.span[0]]
+    cells = [(kind, p, layer) for kind in sweep.kinds for p in positions for layer in range(model.anatomy.layers)]
+    largest = max(cells, key=lambda cell: abs(_value(found, cell) - found.corrupted))
+    telling: list[tuple[Kind, int, int]] = [(kind, probe.span[1] - 1, 0) for kind in sweep.kinds]
+    chance = random.Random(0).sample(cells, min(few, len(cells)))
+    asked = list(dict.fromkeys([largest, *telling, *chance]))
+    expected = score_cells(model, probe, corruption, sigma, sweep, asked)
+    allowed = _tolerance(next(model.model.parameters()).dtype)
+    for cell, value in zip(asked, expected, strict=True):
+        got = _value(found, cell)
+        size = 1.0 if sweep.metric == "log_probability" else max(abs(value), abs(found.corrupted))
+        if abs(got - value) > allowed * max(size, 1e-12):
+            kind, position, layer = cell
+            raise UserError(
+                f"the wavefront engine and the reference disagree on {model.name} ({kind} at token {position}, layer {layer}: "
+                f"{got:.6g} and {value:.6g}); trace with engine: reference, and tell the authors which model this is."
+            )
+
+
+def _value(found: Traced, cell: tuple[Kind, int, int]) -> float:
+    kind, position, layer = cell
+    return float(found.restored[kind][position, layer])
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative, of a probability, or absolute, of its logarithm: other shapes round otherwise."""
+    return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.3)
