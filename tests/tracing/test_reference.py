@@ -107,7 +107,9 @@ def published_window(layer: int, window: int, layers: int, kind: str) -> list[in
 def test_every_cell_is_the_published_script_s(family: str, window: int, metric: Any) -> None:
     model = tiny(family)
     facts = known(model, answer_tokens=3, how_many=2)
-    effects = trace(model, facts, GaussianNoise(samples=4), window=window, metric=metric, progress=False)
+    effects = trace(
+        model, facts, GaussianNoise(samples=4), window=window, metric=metric, engine="reference", progress=False
+    )
     level = published_noise_level(model, family, [fact.subject for fact in facts])
     assert effects.sigma == pytest.approx(level, rel=1e-6)
 
@@ -183,11 +185,12 @@ def test_restoring_the_last_stream_of_the_last_token_restores_a_one_token_answer
 
 def test_noise_too_small_to_change_a_number_changes_nothing() -> None:
     model = tiny()
-    effects = trace(model, known(model), GaussianNoise(sigma=1e-30), window=3, progress=False)
-    assert np.abs(effects.total).max() <= 1e-7
-    for kind in effects.kinds:
-        for cells in effects.indirect(kind):
-            assert (np.abs(cells) <= 1e-12).all()
+    for engine, allowed in (("reference", 1e-12), ("wavefront", 1e-6)):  # batches of other shapes round otherwise
+        effects = trace(model, known(model), GaussianNoise(sigma=1e-30), window=3, engine=engine, progress=False)
+        assert np.abs(effects.total).max() <= 1e-7
+        for kind in effects.kinds:
+            for cells in effects.indirect(kind):
+                assert (np.abs(cells) <= allowed).all()
 
 
 def test_windows_are_the_published_ones() -> None:

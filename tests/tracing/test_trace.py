@@ -102,37 +102,46 @@ def test_the_noise_is_drawn_as_published() -> None:
     assert GaussianNoise().corrupt(embeddings.bfloat16(), (0, 1), 0.5).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("engine", ["wavefront", "reference"])
 def test_an_interrupted_trace_goes_on_and_ends_in_the_same_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     model = tiny()
     facts = known(model)
-    whole = trace(model, facts, progress=False)
+    whole = trace(model, facts, engine=engine, progress=False)
     computed: list[str] = []
-    real = tracer.trace_fact
+    real = tracer.make_engine
 
-    def counting(model, probe, *rest):  # type: ignore[no-untyped-def]
-        if probe.fact.id == "fact2" and not (tmp_path / "go").exists():
-            raise KeyboardInterrupt
-        computed.append(probe.fact.id)
-        return real(model, probe, *rest)
+    def counting(*args: Any) -> Any:
+        made = real(*args)
+        traced = made.trace
 
-    monkeypatch.setattr(tracer, "trace_fact", counting)
+        def counted(probes: Any, *rest: Any) -> Any:
+            for probe in probes:
+                if probe.fact.id == "fact2" and not (tmp_path / "go").exists():
+                    raise KeyboardInterrupt
+                computed.append(probe.fact.id)
+            return traced(probes, *rest)
+
+        monkeypatch.setattr(made, "trace", counted)
+        return made
+
+    monkeypatch.setattr(tracer, "make_engine", counting)
     with pytest.raises(KeyboardInterrupt):
-        trace(model, facts, cache=tmp_path / "cache", progress=False)
+        trace(model, facts, engine=engine, cache=tmp_path / "cache", progress=False)
     assert computed == ["fact0", "fact1"]
     files = sorted((tmp_path / "cache").iterdir())
     assert len(files) == 2
     files[0].write_bytes(files[0].read_bytes()[:50])  # damaged: counts as absent
     (tmp_path / "go").touch()
-    again = trace(model, facts, cache=tmp_path / "cache", progress=False)
+    again = trace(model, facts, engine=engine, cache=tmp_path / "cache", progress=False)
     assert len(computed) == 4
     assert computed.count("fact2") == 1
     assert np.array_equal(again.clean, whole.clean)
     for kind in whole.kinds:
         for one, other in zip(again.restored[kind], whole.restored[kind], strict=True):
             assert np.array_equal(one, other)
-    trace(model, facts, cache=tmp_path / "cache", progress=False)
+    trace(model, facts, engine=engine, cache=tmp_path / "cache", progress=False)
     assert len(computed) == 4
 
 
