@@ -111,14 +111,19 @@ def expected_densities(law: Tensor, density: Tensor) -> Tensor:
 
 
 def residual_variance(residual: Tensor) -> Tensor:
-    """`mean((e - mean_tokens(e))^2)` over (tokens, hidden), detached: AuxK's denominator, for a whole global batch."""
+    """`mean((e - mean_tokens(e))^2)` over (tokens, hidden), detached: AuxK's denominator, for a whole global batch.
+
+    Badge: **faithful** to Gao et al.'s released code.
+    """
     e = residual.detach()
     return (e - e.mean(0)).square().mean()
 
 
 def idle_choice(affinity: Tensor, members: Tensor, *, k_aux: int) -> SparseCode:
-    """Token choice among the (features,) boolean `members` only: at most `k_aux` positive ones a token, ties to the
-    lower feature. `affinity` is (tokens, features); gradients flow through the values. A few rows are looked at together.
+    """Token choice among the (features,) boolean `members` only: at most `k_aux` positive ones a token, ties by index.
+
+    `affinity` is (tokens, features); gradients flow through the values. A few rows are looked at together. Badge: **faithful** to
+    AuxK's choice among the dead.
     """
     if members.shape != affinity.shape[1:] or members.dtype != torch.bool:
         raise UserError(

@@ -115,7 +115,8 @@ def prefix_widths(features: int, shares: Sequence[float]) -> list[int]:
 def prefix_reconstructions(code: SparseCode, w_dec: Tensor, b_dec: Tensor, widths: Sequence[int]) -> list[Tensor]:
     """`x_hat_m = f[0:m] W_dec[0:m] + b_dec` for each nested width m: a list of (tokens, hidden).
 
-    Any allocation over the whole dictionary serves. Each match is decoded once and the groups are summed up.
+    Any allocation over the whole dictionary serves. Each match is decoded once and the groups are summed up. Source: Bussmann
+    et al. 2025 (arXiv 2503.17547). Badge: **faithful** with a batch-wide allocation, a **variant** with others.
     """
     _check_widths(widths, code.features)
     total = b_dec.expand(code.tokens, -1)

@@ -45,7 +45,10 @@ def geometric_median(points: Tensor, *, tolerance: float = 1e-8, iterations: int
 
 
 def input_variance(sample: Tensor) -> float:
-    """`mean((x - mean_tokens(x))^2)` over a (tokens, hidden) sample: the normaliser, computed once and then kept."""
+    """`mean((x - mean_tokens(x))^2)` over a (tokens, hidden) sample: the normaliser, computed once and then kept.
+
+    Badge: **faithful** to Gao et al.'s released code.
+    """
     data = sample.detach().double()
     variance = float((data - data.mean(0)).square().mean()) if data.numel() else 0.0
     if not (0 < variance < math.inf):

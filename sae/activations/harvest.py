@@ -7,6 +7,7 @@ process and after a resume. A token that is an outlier at one site is left out a
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,8 @@ class Harvester:
         self.hidden = model.anatomy.hidden
         self._special = torch.tensor(sorted({int(one) for one in model.tokenizer.all_special_ids}), device=model.device)
         self._limits: dict[Site, float] | None = None
+        self.forward_seconds = 0.0
+        """Time in the model so far."""
 
     def contexts(self, state: dict[str, int] | None = None) -> Contexts:
         """A new walk over the source, from the start or from a walk's `state`."""
@@ -130,7 +133,11 @@ class Harvester:
         real = torch.arange(width, device=device) < lengths[:, None]
         pad = self.model.tokenizer.pad_token_id
         ids = _padded([context.ids for context in contexts], width, 0 if pad is None else int(pad)).to(device)
+        started = time.perf_counter()
         seen = forward(self.model, ids, real.long(), self.sites, cut=self.spec.cut)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what follows reads counts from the device anyway
+        self.forward_seconds += time.perf_counter() - started
 
         counts = Counter(seen=int(lengths.sum()), padding=int((~real).sum()))
         keep = real

@@ -183,6 +183,11 @@ class LiveActivations(Iterator[ActivationBatch]):
                 owner.waiting.append(context)
         return [lane.waiting.popleft() for _ in range(min(len(lane.waiting), self.spec.forward_contexts))]
 
+    @property
+    def forward_seconds(self) -> float:
+        """Time in the model so far."""
+        return self.harvester.forward_seconds
+
     def facts(self) -> dict[str, Any]:
         """For metadata: the settings, the source, the outlier limits, and what was masked so far, by reason."""
         total: Counter[str] = Counter()

@@ -87,7 +87,11 @@ class RowCuts:
 
 
 def feature_choice(mesh: Mesh, affinity: Tensor, budgets: Tensor, *, batch: int) -> Chosen:
-    """Each own feature takes its `budgets` (own features,) best tokens of the global batch of `batch` tokens."""
+    """Each own feature takes its `budgets` (own features,) best tokens of the global batch of `batch` tokens.
+
+    `affinity` is (own rows, own features). No collective for features that are only dealt out, one gather where the batch is
+    dealt out too. The same matches as `sae.allocate.feature_choice` of the whole batch. Badge: **faithful**.
+    """
     code = allocate.feature_choice(affinity, budgets.clamp(max=max(len(affinity), 1)))
     ways, place = mesh.sizes["data"], mesh.places["data"]
     if ways == 1:
@@ -117,8 +121,9 @@ def feature_choice(mesh: Mesh, affinity: Tensor, budgets: Tensor, *, batch: int)
 def mutual_choice(mesh: Mesh, affinity: Tensor, budget: int, *, batch: int, guess: float | None = None) -> Chosen:
     """The `budget` best matches of the global batch of `batch` tokens, ties to the lower flat index.
 
-    `guess`, the same on every process, is a number near the smallest activation that will be chosen (the last batch's, say).
-    It changes nothing but the number of sums.
+    `affinity` is (own rows, own features). `guess`, the same on every process, is a number near the smallest activation that
+    will be chosen (the last batch's, say): within about 1 % of it one sum of a histogram is enough, else there are two. It
+    changes nothing else. The same matches as `sae.allocate.mutual_choice` of the whole batch. Badge: **faithful**.
     """
     if mesh.sizes["all"] == 1:
         code = allocate.mutual_choice(affinity, budget)

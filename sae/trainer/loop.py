@@ -201,6 +201,10 @@ class Loop:
             raise _Ended
         return rows
 
+    def _in_model(self) -> float:
+        """Seconds that the stream has spent in the language model; 0 where there is none."""
+        return float(getattr(self.stream, "forward_seconds", 0.0))
+
     def _smallest_scale(self, site: Site) -> float:
         """What activations are divided by at most; 1 before training has begun."""
         scales = [member.scale for member in self.members if member.site == site]
@@ -210,6 +214,7 @@ class Loop:
         started = time.perf_counter()
         batch = self.trainer.batch_tokens
         self.clock.begin(on=(self.step + 1) % self.trainer.log_every == 0)
+        before = self._in_model()
         try:
             with self.clock.phase("harvest"):
                 rows = {site: self.mesh.share_rows(own, batch) for site, own in self._next_rows().items()}
@@ -220,6 +225,7 @@ class Loop:
                 f"the activations ended after {self.step} of {self.trainer.steps} steps: set trainer.steps lower, or read "
                 "them again and again (epochs: null)"
             ) from None
+        self.clock.move(self._in_model() - before, "harvest", "forward")
         factor = learning_rate(self.step, self.trainer.steps, warmup=self.trainer.warmup, decay=self.trainer.decay)
         shown: dict[str, float] = {}
         for member in self.members:

@@ -1,4 +1,4 @@
-"""Where a training step's time goes: harvest, encode, select, decode, backward, optimiser, and the rest.
+"""Where a training step's time goes: model forward, the rest of harvesting, encode, select, decode, loss, backward, optimiser.
 
 On an accelerator a phase ends when its kernels do, so there the clock waits for them, and only at steps it is told to.
 """
@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-Phase = Literal["harvest", "encode", "select", "decode", "loss", "backward", "optimiser"]
+Phase = Literal["forward", "harvest", "encode", "select", "decode", "loss", "backward", "optimiser"]
 
 
 class Phases:
@@ -48,6 +48,12 @@ class Phases:
         self.start()
         yield
         self.stop(phase)
+
+    def move(self, seconds: float, source: Phase, to: Phase) -> None:
+        """Count some of the seconds of a phase for another one."""
+        if self.on and seconds:
+            self._seconds[source] = self._seconds.get(source, 0.0) - seconds
+            self._seconds[to] = self._seconds.get(to, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
         """Mean milliseconds a measured step of each phase since the last call, which starts anew."""

@@ -27,7 +27,7 @@ from lm.run import RunFolder
 from sae import allocate, idle_choice, smallest_chosen
 from sae.code import SparseCode
 from sae.sharding import Mesh, RowCuts, copy_to_shards, feature_choice, mutual_choice, sum_of_shards
-from sae.trainer import AutoencoderSpec, AuxiliarySpec, Recipe, TrainerConfig, ZipfSpec, named, train
+from sae.trainer import AutoencoderSpec, AuxiliarySpec, Recipe, TrainerConfig, ZipfSpec, checkpoints, named, train
 from sae.trainer.loop import Loop
 
 BATCH, FEATURES, K = 22, 26, 3
@@ -239,6 +239,21 @@ def saved(world: int) -> Any:
     return {one.name: one.autoencoder.state_dict() for one in results}
 
 
+def loaded(world: int) -> Any:
+    """The whole weights right after that checkpoint was read, before any step."""
+    mesh = Mesh(features=2 if world == 4 else 1)
+    stream = Made(rank=mesh.stream_rank, world=world)
+    loop = Loop(stream, named(SPECS, [SITE]), recipe(), mesh, torch.device("cpu"))
+    assert checkpoints.load_newest(RunFolder(FOLDER / "stopped"), mesh, loop.members, stream) is not None
+    return {
+        member.name: {
+            name: value if name == "b_dec" else mesh.whole_features(value, member.spec.features, "test")
+            for name, value in member.named().items()
+        }
+        for member in loop.members
+    }
+
+
 def full_disk(world: int) -> dict[str, str]:
     """What every process says when one of them cannot write its part of a checkpoint; and that no half of one is left."""
     import errno
@@ -271,7 +286,7 @@ def full_disk(world: int) -> dict[str, str]:
     return {}
 
 
-CASES = (selections, autograd, rows, trained, collectives, problems, saved, full_disk)
+CASES = (selections, autograd, rows, trained, collectives, problems, saved, loaded, full_disk)
 
 
 def process(rank: int, world: int) -> None:

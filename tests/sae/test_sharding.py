@@ -137,6 +137,17 @@ def test_going_on_with_another_number_of_processes(gave: dict[tuple[int, int], d
                 )
 
 
+def test_weights_are_bit_for_bit_the_same_however_many_processes_read_them(
+    gave: dict[tuple[int, int], dict[str, Any]],
+) -> None:
+    first = gave[1, 0]["loaded"]
+    assert len(first) > 1
+    for (world, _), found in gave.items():
+        for name, weights in found["loaded"].items():
+            for key, value in weights.items():
+                assert torch.equal(value, first[name][key]), (world, name, key)
+
+
 def _pieces(numbers: torch.Tensor) -> Iterator[torch.Tensor]:
     return iter(numbers.split(1000))
 
