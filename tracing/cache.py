@@ -15,7 +15,7 @@ import numpy as np
 
 from lm.run import write_atomic
 from tracing.arrays import pack
-from tracing.corruption import GaussianNoise
+from tracing.corruption import Corruptor
 from tracing.probe import Probe
 from tracing.reference import Traced
 from tracing.sweep import Sweep
@@ -24,11 +24,9 @@ from tracing.sweep import Sweep
 class FactCache:
     """Traced facts in a folder; None as a folder remembers nothing."""
 
-    def __init__(
-        self, folder: Path | None, model: str, corruption: GaussianNoise, sigma: float, sweep: Sweep, engine: str
-    ) -> None:
-        self.folder = folder
-        self._run = json.dumps([model, asdict(corruption), sigma, asdict(sweep), engine], sort_keys=True)
+    def __init__(self, folder: Path | None, model: str, corruptor: Corruptor, sweep: Sweep, engine: str) -> None:
+        self.folder, self._corruptor = folder, corruptor
+        self._run = json.dumps([model, asdict(sweep), engine], sort_keys=True)
 
     def load(self, probe: Probe) -> Traced | None:
         """The stored cells of a fact, or None."""
@@ -54,5 +52,5 @@ class FactCache:
         write_atomic(self._path(self.folder, probe), pack(scores | cells))
 
     def _path(self, folder: Path, probe: Probe) -> Path:
-        asked = json.dumps([probe.prompt_ids, probe.answer_ids, probe.span, self._run])
+        asked = json.dumps([probe.prompt_ids, probe.answer_ids, probe.span, self._corruptor.key(probe), self._run])
         return folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.npz"

@@ -1,14 +1,15 @@
-"""How the subject is made unreadable: Gaussian noise on the embeddings of its tokens.
+"""How the subject is made unreadable: an axis. Here the noise on its embeddings; `tracing.replacement` puts other names.
 
-Badge: faithful to the causal-tracing script of Meng et al. (2022, arXiv:2202.05262), which the authors of the joint
-method run unchanged. Only the noise is here; what is restored afterwards is `tracing.reference`.
+A corruption is data; `bind` makes of it what gives each fact its batch. What is restored afterwards is `tracing.reference`.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,11 +17,49 @@ from torch import Tensor
 
 from lm.errors import UserError
 from lm.load import LanguageModel
+from tracing.probe import Probe, embed
+
+
+class Corruptor(ABC):
+    """A corruption for one model and one set of facts."""
+
+    sigma: float | None = None
+    """The absolute standard deviation of the noise, where there is any."""
+
+    def why_not(self, probe: Probe) -> str | None:
+        """Why a fact cannot be corrupted, as a sentence without a subject, or None."""
+        return None
+
+    @abstractmethod
+    def rows(self, probe: Probe) -> int:
+        """How many corrupted copies a fact gets."""
+
+    @abstractmethod
+    def batch(self, probe: Probe) -> Tensor:
+        """(1 + rows, tokens, hidden) embeddings, row 0 clean, in the model's type and on its device."""
+
+    @abstractmethod
+    def key(self, probe: Probe) -> str:
+        """A text that changes with anything the batch depends on, but for model, prompt and answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaussianNoise:
+class Corruption(ABC):
+    """The axis: a way to make subjects unreadable."""
+
+    config_axis: ClassVar[bool] = True
+
+    @abstractmethod
+    def bind(self, model: LanguageModel, probes: Sequence[Probe]) -> Corruptor:
+        """For a model and all facts that are asked about, known or not. Raises UserError for what cannot be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianNoise(Corruption):
     """Add noise drawn from N(0, sigma²) to every embedding value of every subject token.
+
+    Badge: faithful to the causal-tracing script of Meng et al. (2022, arXiv:2202.05262), which the authors of the joint
+    method run unchanged.
 
     The draws are `numpy.random.RandomState(seed).randn(samples, subject_tokens, hidden)`, in float64, made anew for
     each fact and shared by all its cells, so effects of two cells differ by what was restored and by nothing else.
@@ -45,6 +84,9 @@ class GaussianNoise:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"the corruption's seed is {self.seed}; give a number from 0 to 4294967295.")
 
+    def bind(self, model: LanguageModel, probes: Sequence[Probe]) -> Corruptor:
+        return _Noisy(model, self, self.measure(model, [probe.fact.subject for probe in probes]))
+
     def measure(self, model: LanguageModel, subjects: Sequence[str]) -> float:
         """The absolute standard deviation of the noise: `sigma`, or `sigmas` times what `embedding_std` finds."""
         return self.sigma if self.sigma is not None else self.sigmas * embedding_std(model, subjects)
@@ -66,6 +108,21 @@ class GaussianNoise:
         batch = embeddings.detach().cpu().double().repeat(1 + self.samples, 1, 1)
         batch[1:, start:end] += sigma * torch.from_numpy(draws)
         return batch.to(device=embeddings.device, dtype=embeddings.dtype)
+
+
+class _Noisy(Corruptor):
+    def __init__(self, model: LanguageModel, noise: GaussianNoise, sigma: float) -> None:
+        self.model, self.noise, self.sigma = model, noise, sigma
+
+    def rows(self, probe: Probe) -> int:
+        return self.noise.samples
+
+    def batch(self, probe: Probe) -> Tensor:
+        assert self.sigma is not None
+        return self.noise.corrupt(embed(self.model, probe.input_ids), probe.span, self.sigma)
+
+    def key(self, probe: Probe) -> str:
+        return f"{self.noise} {self.sigma!r}"
 
 
 def embedding_std(model: LanguageModel, subjects: Sequence[str]) -> float:

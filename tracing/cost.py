@@ -25,8 +25,8 @@ class Cost:
     """Token-blocks of the reference engine."""
 
 
-def cost(probes: Sequence[Probe], layers: int, sweep: Sweep, samples: int) -> Cost:
-    """Exact counts: which blocks each cell runs through, on how many tokens."""
+def cost(probes: Sequence[Probe], rows: Sequence[int], layers: int, sweep: Sweep) -> Cost:
+    """Exact counts: which blocks each cell runs through, on how many tokens. `rows`: corrupted copies of each fact."""
     cells = wave = reference = 0
     enters = [
         layer + 1 if kind == "resid" else window_layers(layer, sweep.window, layers, kind).start
@@ -34,7 +34,7 @@ def cost(probes: Sequence[Probe], layers: int, sweep: Sweep, samples: int) -> Co
         for layer in range(layers)
     ]
     blocks = sum(layers - enter for enter in enters)
-    for probe in probes:
+    for probe, samples in zip(probes, rows, strict=True):
         tokens = len(probe.input_ids)
         whole = (1 + samples) * tokens * layers
         here = count_cells(probe, layers, sweep)

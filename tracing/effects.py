@@ -92,7 +92,7 @@ class EffectTable:
     confidence: float
     metric: str
     window: int
-    sigma: float
+    sigma: float | None
     total_facts: int
 
 
@@ -108,7 +108,7 @@ class Effects:
             activation restored. NaN where a position was not asked for. With a window the layer is its centre.
         tokens: the text of each prompt token, a tuple a fact.
         subject_spans: `[start, end)` of the subject, a pair a fact.
-        sigma: the absolute standard deviation of the noise.
+        sigma: the absolute standard deviation of the noise; None where names were replaced instead.
         window: how many layers were restored together (mlp and attn; resid is always one).
         provenance: model, fingerprint, prompt format, noise, positions, engine.
     """
@@ -119,7 +119,7 @@ class Effects:
     restored: Mapping[Kind, Sequence[Array]]
     tokens: tuple[tuple[str, ...], ...]
     subject_spans: tuple[tuple[int, int], ...]
-    sigma: float
+    sigma: float | None
     metric: str
     window: int
     skipped: tuple[Skipped, ...] = ()

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, get_args
 
 import torch
+from torch import Tensor
 
 from lm.anatomy import Kind
 from lm.config import known_or_near
 from lm.errors import UserError
 from lm.load import LanguageModel
-from tracing.corruption import GaussianNoise
 from tracing.cost import rows_within
 from tracing.probe import Probe
 from tracing.reference import Traced, score_cells, trace_fact
@@ -32,10 +32,8 @@ class Engine(Protocol):
         """How many facts of `tokens` tokens it is best given at once."""
         ...
 
-    def trace(
-        self, probes: Sequence[Probe], corruption: GaussianNoise, sigma: float, advance: Advance = ...
-    ) -> list[Traced]:
-        """The scores of facts whose prompts have equally many tokens, and whose answers do. Raises UserError for NaN."""
+    def trace(self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = ...) -> list[Traced]:
+        """The scores of facts whose prompts, answers and batches have equal sizes. Raises UserError for NaN."""
         ...
 
 
@@ -49,9 +47,12 @@ class Reference:
         return 1
 
     def trace(
-        self, probes: Sequence[Probe], corruption: GaussianNoise, sigma: float, advance: Advance = lambda cells: None
+        self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = lambda cells: None
     ) -> list[Traced]:
-        return [trace_fact(self.model, probe, corruption, sigma, self.sweep, advance) for probe in probes]
+        return [
+            trace_fact(self.model, probe, batch, self.sweep, advance)
+            for probe, batch in zip(probes, batches, strict=True)
+        ]
 
 
 class Checked:
@@ -66,12 +67,12 @@ class Checked:
         return max(1, min(8, rows_within(self.model, tokens, self.memory) // (cells * samples)))
 
     def trace(
-        self, probes: Sequence[Probe], corruption: GaussianNoise, sigma: float, advance: Advance = lambda cells: None
+        self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = lambda cells: None
     ) -> list[Traced]:
         rows = rows_within(self.model, len(probes[0].input_ids), self.memory)
-        found = Wavefront(self.model, self.sweep, rows).trace(probes, corruption, sigma, advance)
+        found = Wavefront(self.model, self.sweep, rows).trace(probes, batches, advance)
         if not self._checked:
-            check(self.model, probes[0], corruption, sigma, self.sweep, found[0])
+            check(self.model, probes[0], batches[0], self.sweep, found[0])
             self._checked = True
         return found
 
@@ -89,15 +90,7 @@ def check_engine(name: str) -> None:
         raise UserError(f"the engine {name!r} is unknown{known_or_near(name, known)}; use one of {', '.join(known)}.")
 
 
-def check(
-    model: LanguageModel,
-    probe: Probe,
-    corruption: GaussianNoise,
-    sigma: float,
-    sweep: Sweep,
-    found: Traced,
-    few: int = 3,
-) -> None:
+def check(model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep, found: Traced, few: int = 3) -> None:
     """Raise UserError unless the reference gives the same for the cell with the largest effect, for the first layer's at the
     last subject token (where a restoration that does nothing would show), and for `few` random ones."""
     positions = [p for p in swept_positions(len(probe.prompt_ids), probe.span, sweep.positions) if p >= probe.span[0]]
@@ -106,7 +99,7 @@ def check(
     telling: list[tuple[Kind, int, int]] = [(kind, probe.span[1] - 1, 0) for kind in sweep.kinds]
     chance = random.Random(0).sample(cells, min(few, len(cells)))
     asked = list(dict.fromkeys([largest, *telling, *chance]))
-    expected = score_cells(model, probe, corruption, sigma, sweep, asked)
+    expected = score_cells(model, probe, batch, sweep, asked)
     allowed = _tolerance(next(model.model.parameters()).dtype)
     for cell, value in zip(asked, expected, strict=True):
         got = _value(found, cell)

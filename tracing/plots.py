@@ -144,7 +144,7 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
     parts = [
         f"Change in the {_METRICS.get(table.metric, table.metric)} when one clean activation is put back",
         f"{table.total_facts} fact{'s' if table.total_facts != 1 else ''}",
-        f"noise σ = {table.sigma:.3g}",
+        "other names" if table.sigma is None else f"noise σ = {table.sigma:.3g}",
     ]
     if band:
         names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in _runs(band))

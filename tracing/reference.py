@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lm.anatomy import Kind, Site
 from lm.errors import UserError
 from lm.hooks import Captured, Edit, capture, patch
 from lm.load import LanguageModel
 from tracing.arrays import Array
-from tracing.corruption import GaussianNoise
 from tracing.metrics import mean_score, token_log_probabilities
-from tracing.probe import Probe, embed, forward
+from tracing.probe import Probe, forward
 from tracing.sweep import Sweep, swept_positions, window_layers
 
 
@@ -38,21 +38,20 @@ class Traced:
 def trace_fact(
     model: LanguageModel,
     probe: Probe,
-    corruption: GaussianNoise,
-    sigma: float,
+    batch: Tensor,
     sweep: Sweep,
     advance: Callable[[int], None] = lambda cells: None,
 ) -> Traced:
     """All cells of one fact.
 
     Args:
-        sigma: the absolute standard deviation of the noise.
+        batch: (1 + samples, tokens, hidden) embeddings, row 0 clean (`Corruptor.batch`).
         advance: told the number of cells done since the last call.
 
     Raises:
         UserError: a score is NaN.
     """
-    passes = _Passes(model, probe, corruption, sigma, sweep)
+    passes = _Passes(model, probe, batch, sweep)
     tokens, layers = len(probe.prompt_ids), model.anatomy.layers
     positions = swept_positions(tokens, probe.span, sweep.positions)
     restored: dict[Kind, Array] = {}
@@ -73,25 +72,21 @@ def trace_fact(
 def score_cells(
     model: LanguageModel,
     probe: Probe,
-    corruption: GaussianNoise,
-    sigma: float,
+    batch: Tensor,
     sweep: Sweep,
     cells: Sequence[tuple[Kind, int, int]],
 ) -> list[float]:
     """The scores of some cells `(kind, position, layer)`, each by a forward pass of its own."""
-    passes = _Passes(model, probe, corruption, sigma, sweep)
+    passes = _Passes(model, probe, batch, sweep)
     return [passes.cell(*cell) for cell in cells]
 
 
 class _Passes:
     """The forward passes of one fact: the ordinary one, made at once, and one a cell."""
 
-    def __init__(
-        self, model: LanguageModel, probe: Probe, corruption: GaussianNoise, sigma: float, sweep: Sweep
-    ) -> None:
-        self.model, self.sweep, self.layers = model, sweep, model.anatomy.layers
+    def __init__(self, model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep) -> None:
+        self.model, self.batch, self.sweep, self.layers = model, batch, sweep, model.anatomy.layers
         self.answer = torch.tensor(probe.answer_ids)
-        self.batch = corruption.corrupt(embed(model, probe.input_ids), probe.span, sigma)
         kinds = dict.fromkeys([*sweep.kinds, *([sweep.sever] if sweep.sever else [])])
         with capture(model, [Site(kind, layer) for kind in kinds for layer in range(self.layers)]) as self.states:
             self.clean, self.corrupted = self._scores()

@@ -23,13 +23,13 @@ from lm.load import LanguageModel
 from lm.prompts import PromptSpec
 from lm.run import progress as progress_bar
 from tracing.cache import FactCache
-from tracing.corruption import GaussianNoise
+from tracing.corruption import Corruption, Corruptor, GaussianNoise
 from tracing.cost import cost
 from tracing.effects import Effects, Skipped
 from tracing.engines import Engine, check_engine, make_engine
 from tracing.facts import Fact
 from tracing.metrics import Metric
-from tracing.probe import Probe, embed, forward, make_probe, why_unknown
+from tracing.probe import Probe, forward, make_probe, why_unknown
 from tracing.reference import Traced
 from tracing.sweep import Positions, Severed, Sweep, count_cells
 
@@ -46,7 +46,7 @@ class Workers:
 def trace(
     model: LanguageModel,
     facts: Sequence[Fact],
-    corruption: GaussianNoise = GaussianNoise(),  # noqa: B008 (frozen)
+    corruption: Corruption = GaussianNoise(),  # noqa: B008 (frozen)
     kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
     window: int = 1,
     metric: Metric = "probability",
@@ -101,15 +101,15 @@ def trace(
 
     show = progress and workers.index == 0
     with _evaluating(model):
-        sigma = corruption.measure(model, [fact.subject for fact in facts])
         probes = [make_probe(model, fact, prompt, metric) for fact in facts]
-        known, skipped = _sort_out(model, probes, max_facts, show)
+        corruptor = corruption.bind(model, probes)
+        known, skipped = _sort_out(model, probes, corruptor, max_facts, show)
         weights = fingerprint(model)
-        store = FactCache(None if cache is None else Path(cache), weights, corruption, sigma, sweep, engine)
+        store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
         worker = make_engine(engine, model, sweep, int(memory * 1e9))
         if show:
-            _announce(model, known, corruption, sigma, sweep, engine, memory)
-        traced = _trace_all(model, known, corruption, sigma, sweep, worker, store, workers, show)
+            _announce(model, known, corruptor, sweep, engine, memory)
+        traced = _trace_all(model, known, corruptor, sweep, worker, store, workers, show)
 
     return Effects(
         facts=tuple(probe.fact for probe in known),
@@ -118,7 +118,7 @@ def trace(
         restored={kind: [one.restored[kind] for one in traced] for kind in sweep.kinds},
         tokens=tuple(probe.tokens for probe in known),
         subject_spans=tuple(probe.span for probe in known),
-        sigma=sigma,
+        sigma=corruptor.sigma,
         metric=metric,
         window=window,
         skipped=tuple(skipped),
@@ -127,7 +127,7 @@ def trace(
             "architecture": model.anatomy.architecture,
             "weights": weights,
             "engine": engine,
-            "corruption": asdict(corruption),
+            "corruption": {"kind": type(corruption).__name__, **asdict(corruption)},
             "prompt": asdict(prompt),
             "positions": positions,
             "sever": sever,
@@ -137,7 +137,7 @@ def trace(
 
 
 def _sort_out(
-    model: LanguageModel, probes: Sequence[Probe], max_facts: int | None, show: bool
+    model: LanguageModel, probes: Sequence[Probe], corruptor: Corruptor, max_facts: int | None, show: bool
 ) -> tuple[list[Probe], list[Skipped]]:
     """The facts that the model knows, up to `max_facts`, and all others with reasons."""
     known: list[Probe] = []
@@ -147,7 +147,7 @@ def _sort_out(
             if max_facts is not None and len(known) >= max_facts:
                 reason: str | None = f"not needed: max_facts is {max_facts}"
             else:
-                reason = why_unknown(model, probe)
+                reason = corruptor.why_not(probe) or why_unknown(model, probe)
             if reason is None:
                 known.append(probe)
             else:
@@ -165,16 +165,15 @@ def _sort_out(
 def _announce(
     model: LanguageModel,
     probes: Sequence[Probe],
-    corruption: GaussianNoise,
-    sigma: float,
+    corruptor: Corruptor,
     sweep: Sweep,
     engine: str,
     memory: float,
 ) -> None:
     """Say what the sweep takes, from exact counts and one timed pass."""
-    found = cost(probes, model.anatomy.layers, sweep, corruption.samples)
+    found = cost(probes, [corruptor.rows(probe) for probe in probes], model.anatomy.layers, sweep)
     probe = max(probes, key=lambda one: len(one.input_ids))
-    batch = corruption.corrupt(embed(model, probe.input_ids), probe.span, sigma)
+    batch = corruptor.batch(probe)
     started = time.perf_counter()
     with torch.inference_mode():
         float(forward(model, batch, 1)[0, 0, 0])
@@ -192,8 +191,7 @@ def _announce(
 def _trace_all(
     model: LanguageModel,
     probes: Sequence[Probe],
-    corruption: GaussianNoise,
-    sigma: float,
+    corruptor: Corruptor,
     sweep: Sweep,
     engine: Engine,
     cache: FactCache,
@@ -207,8 +205,9 @@ def _trace_all(
     done = sum(count for index, count in cells.items() if found[index] is not None)
     missing = [index for index in mine if found[index] is None]
     with progress_bar(sum(cells.values()), label="trace", unit="cells", done=done, enabled=show) as advance:
-        for group in _alike(probes, missing, engine, corruption.samples):
-            fresh = engine.trace([probes[index] for index in group], corruption, sigma, advance)
+        for group in _alike(probes, missing, engine, corruptor):
+            batches = [corruptor.batch(probes[index]) for index in group]
+            fresh = engine.trace([probes[index] for index in group], batches, advance)
             for index, one in zip(group, fresh, strict=True):
                 cache.store(probes[index], one)
                 found[index] = one
@@ -222,12 +221,16 @@ def _trace_all(
     return [one for one in traced if one is not None]
 
 
-def _alike(probes: Sequence[Probe], missing: Sequence[int], engine: Engine, samples: int) -> Iterator[list[int]]:
+def _alike(
+    probes: Sequence[Probe], missing: Sequence[int], engine: Engine, corruptor: Corruptor
+) -> Iterator[list[int]]:
     """The facts still to trace, in groups of one shape, as many as the engine takes at once."""
-    shapes: dict[tuple[int, int], list[int]] = {}
+    shapes: dict[tuple[int, int, int], list[int]] = {}
     for index in missing:
-        shapes.setdefault((len(probes[index].prompt_ids), len(probes[index].answer_ids)), []).append(index)
-    for (tokens, _), members in shapes.items():
+        probe = probes[index]
+        shape = len(probe.prompt_ids), len(probe.answer_ids), corruptor.rows(probe)
+        shapes.setdefault(shape, []).append(index)
+    for (tokens, _, samples), members in shapes.items():
         size = engine.together(tokens, samples)
         for start in range(0, len(members), size):
             yield members[start : start + size]

@@ -23,9 +23,8 @@ from lm.anatomy import EMBEDDING, Kind, Site
 from lm.hooks import capture, intercept
 from lm.load import LanguageModel
 from tracing.arrays import Array
-from tracing.corruption import GaussianNoise
 from tracing.metrics import score, token_log_probabilities
-from tracing.probe import Probe, embed
+from tracing.probe import Probe
 from tracing.reference import Traced, refuse_nan
 from tracing.sweep import Sweep, swept_positions, window_layers
 
@@ -81,14 +80,13 @@ class Wavefront:
     def trace(
         self,
         probes: Sequence[Probe],
-        corruption: GaussianNoise,
-        sigma: float,
+        batches: Sequence[Tensor],
         advance: Callable[[int], None] = lambda cells: None,
     ) -> list[Traced]:
-        """All cells of some facts whose prompts and answers have equal numbers of tokens. Raises UserError for NaN."""
-        tokens, layers, samples = len(probes[0].prompt_ids), self.model.anatomy.layers, corruption.samples
+        """All cells of some facts whose prompts, answers and batches (`Corruptor.batch`) have equal sizes. UserError for NaN."""
+        tokens, layers, samples = len(probes[0].prompt_ids), self.model.anatomy.layers, len(batches[0]) - 1
         answers = torch.tensor([probe.answer_ids for probe in probes]).repeat_interleave(samples, 0)
-        trunk = self._trunk(probes, corruption, sigma)
+        trunk = self._trunk(probes, torch.cat(list(batches)), 1 + samples)
         sums = {kind: np.full((len(probes), tokens, layers), np.nan) for kind in self.sweep.kinds}
         swept = [swept_positions(tokens, probe.span, self.sweep.positions) for probe in probes]
         for position in range(tokens):
@@ -113,11 +111,8 @@ class Wavefront:
         refuse_nan(self.model, probe, scores, [values[positions] for values in cells.values()])
         return Traced(clean=float(scores[0]), corrupted=float(scores[1]), restored=cells)
 
-    def _trunk(self, probes: Sequence[Probe], corruption: GaussianNoise, sigma: float) -> Trunk:
-        facts, each, layers = len(probes), 1 + corruption.samples, range(self.model.anatomy.layers)
-        batch = torch.cat(
-            [corruption.corrupt(embed(self.model, probe.input_ids), probe.span, sigma) for probe in probes]
-        )
+    def _trunk(self, probes: Sequence[Probe], batch: Tensor, each: int) -> Trunk:
+        facts, layers = len(probes), range(self.model.anatomy.layers)
         keep = len(probes[0].answer_ids)
         kinds = dict.fromkeys([*self.sweep.kinds, *([self.sweep.sever] if self.sweep.sever else [])])
         sites = [EMBEDDING, *(Site(kind, layer) for kind in dict.fromkeys(["resid", *kinds]) for layer in layers)]

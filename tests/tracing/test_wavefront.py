@@ -10,6 +10,7 @@ import torch
 from families import FAMILIES
 from families import tiny as tiny_family
 from tiny_tracing import known, tiny
+from torch import Tensor
 
 from lm import UserError
 from lm.anatomy import module_at
@@ -27,8 +28,7 @@ FACTS = (  # of one shape, with subjects of other places and lengths
     Fact("Where was Anna Kowalska born?", "Anna Kowalska", " on 1984"),
     Fact("Where was Anna Kowalska born?", "Kowalska", " in 1984"),
 )
-NOISE = GaussianNoise(samples=2)
-SIGMA = 1.0
+NOISE = GaussianNoise(samples=2, sigma=1.0)
 QUESTIONS: tuple[dict[str, Any], ...] = (
     {"window": 1},
     {"window": 5, "positions": "subject_and_last"},
@@ -51,6 +51,10 @@ def probes_of(model: LanguageModel, sweep: Sweep) -> list[Probe]:
     return probes
 
 
+def batch_of(model: LanguageModel, probe: Probe) -> Tensor:
+    return NOISE.bind(model, [probe]).batch(probe)
+
+
 def apart(found: Traced, expected: Traced) -> float:
     """The largest difference of any score; NaN must stand in the same cells."""
     worst = max(abs(found.clean - expected.clean), abs(found.corrupted - expected.corrupted))
@@ -70,9 +74,9 @@ def test_every_cell_is_the_reference_s(name: str, dtype: torch.dtype, allowed: f
     for question in QUESTIONS:
         sweep = Sweep(metric="log_probability", **question)
         probes = probes_of(model, sweep)
-        expected = [trace_fact(model, probe, NOISE, SIGMA, sweep) for probe in probes]
+        expected = [trace_fact(model, probe, batch_of(model, probe), sweep) for probe in probes]
         for rows in (10**6, 7):  # all at once, and in chunks of cells and of noise samples
-            found = Wavefront(model, sweep, rows).trace(probes, NOISE, SIGMA)
+            found = Wavefront(model, sweep, rows).trace(probes, [batch_of(model, probe) for probe in probes])
             assert max(apart(one, other) for one, other in zip(found, expected, strict=True)) < allowed, (
                 question,
                 rows,
@@ -86,15 +90,16 @@ def test_severing_matters_and_leaves_the_severed_cells_alone() -> None:
     model = family("llama", torch.float64)
     probe = probes_of(model, Sweep())[0]
     plain, severed = (
-        trace_fact(model, probe, NOISE, SIGMA, Sweep(metric="log_probability", sever=sever)) for sever in (None, "mlp")
+        trace_fact(model, probe, batch_of(model, probe), Sweep(metric="log_probability", sever=sever))
+        for sever in (None, "mlp")
     )
     assert float(np.abs(plain.restored["resid"] - severed.restored["resid"]).max()) > 1e-2
     whole = Sweep(
         kinds=("mlp",), window=99, metric="log_probability", sever="mlp"
     )  # every MLP is restored, so that none is held
-    found = trace_fact(model, probe, NOISE, SIGMA, whole)
+    found = trace_fact(model, probe, batch_of(model, probe), whole)
     free = Sweep(kinds=("mlp",), window=99, metric="log_probability")
-    expected = trace_fact(model, probe, NOISE, SIGMA, free)
+    expected = trace_fact(model, probe, batch_of(model, probe), free)
     assert apart(found, expected) < 1e-12
 
 
@@ -173,7 +178,7 @@ def test_the_cost_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for question in QUESTIONS:
         sweep = Sweep(**question)
         probes = probes_of(model, sweep)[:1]
-        said = cost(probes, layers, sweep, NOISE.samples)
+        said = cost(probes, [NOISE.samples], layers, sweep)
         for engine, expected in (("wave", said.wave), ("reference", said.reference)):
             count = 0
 
@@ -184,9 +189,9 @@ def test_the_cost_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             mlps = [module_at(model.model, f"{model.anatomy.block_path(layer)}.mlp") for layer in range(layers)]
             handles = [mlp.register_forward_hook(seen) for mlp in mlps]
             if engine == "wave":
-                Wavefront(model, sweep, 10**6).trace(probes, NOISE, SIGMA)
+                Wavefront(model, sweep, 10**6).trace(probes, [batch_of(model, probe) for probe in probes])
             else:
-                trace_fact(model, probes[0], NOISE, SIGMA, sweep)
+                trace_fact(model, probes[0], batch_of(model, probes[0]), sweep)
             for handle in handles:
                 handle.remove()
             assert count == expected, (question, engine)

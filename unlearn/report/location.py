@@ -47,7 +47,7 @@ def _explanation(table: EffectTable, plan: LayerPlan | None) -> Html:
         )
     return el(
         "p",
-        f"The subject of each prompt is blurred with noise (σ = {words.small(table.sigma)}), and one clean activation is put "
+        f"The subject of each prompt is {_corrupted(table.sigma)}, and one clean activation is put "
         f"back at a time. A cell shows how much of the {metric} that brings back, as a mean over "
         f"{_facts(table.total_facts)}. Stronger colour is more.{outlined} This shows where an answer is carried, not "
         "where training works best.",
@@ -154,3 +154,9 @@ def _is_planned(kind: str, plan: LayerPlan) -> bool:
 
 def _facts(count: int) -> str:
     return f"{count} fact{'s' if count != 1 else ''}"
+
+
+def _corrupted(sigma: float | None) -> str:
+    return (
+        "replaced by another of as many tokens" if sigma is None else f"blurred with noise (σ = {words.small(sigma)})"
+    )
