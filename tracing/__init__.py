@@ -8,6 +8,7 @@ from tracing.corruption import GaussianNoise
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
 from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts
 from tracing.plan import LayerPlan
+from tracing.replacement import TokenReplacement
 from tracing.tracer import trace
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "GaussianNoise",
     "LayerPlan",
     "Skipped",
+    "TokenReplacement",
     "choose_layers",
     "facts_from_rows",
     "find_subjects",

@@ -9,7 +9,7 @@ from lm.errors import UserError
 from lm.load import ModelSpec
 from lm.prompts import PromptSpec
 from tracing.choose import PlanKind
-from tracing.corruption import GaussianNoise
+from tracing.corruption import Corruption, GaussianNoise
 from tracing.effects import SUBJECT_ROLES, Aggregation, check_roles
 from tracing.engines import EngineName
 from tracing.metrics import Metric
@@ -69,7 +69,7 @@ class TraceConfig:
     finds the person's name by comparing rows."""
     max_facts: int | None = None
     """Trace only so many known facts, drawn at random with `seed`; null traces all."""
-    corruption: GaussianNoise = field(default_factory=GaussianNoise)
+    corruption: Corruption = field(default_factory=GaussianNoise)
     """How the subject is made unreadable."""
     kinds: tuple[Kind, ...] = ("resid", "mlp", "attn")
     """What is restored: the whole stream after a block, or what its MLP or attention adds."""

@@ -1,0 +1,135 @@
+"""Token replacement: donors have the same length and question, change the span alone, and both engines agree on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_tracing import say, tiny
+
+from lm import UserError
+from lm.load import LanguageModel
+from lm.prompts import PromptSpec
+from tracing import Fact, TokenReplacement, trace
+from tracing.probe import make_probe
+
+SUBJECTS = ("ada byron", "king now", "w3 w9", "w1 w2", "ada")
+
+
+def facts(model: LanguageModel) -> list[Fact]:
+    found = []
+    for place, subject in enumerate(SUBJECTS):
+        prompt = f"where does {subject} live ?"
+        found.append(Fact(prompt, subject, say(model, prompt, 2), id=f"fact{place}", group=subject))
+    return found
+
+
+def bound(model: LanguageModel, **asked: Any) -> tuple[Any, list[Any]]:
+    probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in facts(model)]
+    return TokenReplacement(**asked).bind(model, probes), probes
+
+
+def test_donors_are_as_long_and_change_the_subject_alone() -> None:
+    model = tiny()
+    corruptor, probes = bound(model)
+    ids = {subject: model.tokenizer.encode(subject) for subject in SUBJECTS}
+    for probe in probes[:4]:
+        start, end = probe.span
+        batch = corruptor.batch(probe)
+        assert corruptor.rows(probe) == len(batch) - 1 == 3
+        table = model.model.get_input_embeddings().weight
+        assert torch.equal(batch[0], table[list(probe.input_ids)])
+        names = set()
+        for row in batch[1:]:
+            assert torch.equal(row[:start], batch[0, :start])
+            assert torch.equal(row[end:], batch[0, end:])
+            tokens = tuple(int((table == vector).all(1).nonzero()[0]) for vector in row[start:end])
+            names.add(next(name for name, own in ids.items() if tuple(own) == tokens))
+        assert names == set(SUBJECTS[:4]) - {probe.fact.subject}
+
+
+def test_the_seed_chooses_and_the_number_is_bounded() -> None:
+    model = tiny()
+    drawn = {}
+    for seed in range(6):
+        corruptor, probes = bound(model, samples=2, seed=seed)
+        assert corruptor.rows(probes[0]) == 2
+        drawn[seed] = corruptor.key(probes[0])
+        assert bound(model, samples=2, seed=seed)[0].key(probes[0]) == drawn[seed]
+    assert len(set(drawn.values())) > 1
+
+
+def test_a_fact_whose_subject_nobody_matches_is_left_out_with_the_reason() -> None:
+    model = tiny()
+    effects = trace(model, facts(model), TokenReplacement(), progress=False)
+    assert [fact.subject for fact in effects.facts] == list(SUBJECTS[:4])
+    (left,) = effects.skipped
+    assert left.reason == "no other subject of 1 token fits its question"
+    assert effects.sigma is None
+    with pytest.raises(UserError, match="no other subject of 2 tokens"):
+        trace(model, facts(model)[:1], TokenReplacement(), progress=False)
+
+
+def test_other_questions_lend_subjects_only_where_it_is_allowed() -> None:
+    model = tiny()
+    asked = [*facts(model)[:1], Fact("now king w1 is", "king w1", "w2")]
+    probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in asked]
+    assert TokenReplacement().bind(model, probes).rows(probes[0]) == 0
+    assert TokenReplacement(any_question=True).bind(model, probes).rows(probes[0]) == 1
+
+
+def test_each_cell_is_that_of_a_plain_patching_loop() -> None:
+    """By hand: run the prompt with the other name, overwrite one activation with the clean one, read the answer off."""
+    model = tiny("olmo")
+    asked = facts(model)
+    effects = trace(model, asked, TokenReplacement(), kinds=["mlp"], progress=False)
+    layers = model.model.model.layers
+    for index, fact in enumerate(effects.facts):
+        answer = model.tokenizer.encode(fact.answer)
+        clean = torch.tensor([model.tokenizer.encode(fact.prompt) + answer[:-1]])
+        others = [name for name in SUBJECTS[:4] if name != fact.subject]
+        for token in range(len(effects.tokens[index])):
+            for layer in range(effects.layers):
+                kept: list[torch.Tensor] = []
+                handle = layers[layer].mlp.register_forward_hook(lambda m, i, o, kept=kept: kept.append(o.detach()))
+                model.model(clean)
+                handle.remove()
+
+                def put(m: Any, i: Any, o: torch.Tensor, kept: Any = kept, token: int = token) -> torch.Tensor:
+                    o = o.clone()
+                    o[0, token] = kept[0][0, token]
+                    return o
+
+                scores = []
+                for name in others:
+                    handle = layers[layer].mlp.register_forward_hook(put)
+                    ids = model.tokenizer.encode(fact.prompt.replace(fact.subject, name)) + answer[:-1]
+                    logits = model.model(torch.tensor([ids])).logits[0, -len(answer) :].detach()
+                    handle.remove()
+                    scores.append(float(logits.log_softmax(-1)[range(len(answer)), answer].sum().exp()))
+                assert effects.restored["mlp"][index][token, layer] == pytest.approx(
+                    np.mean(scores), rel=1e-4, abs=1e-7
+                )
+
+
+def test_both_engines_agree_and_the_cache_is_of_these_donors(tmp_path: Any) -> None:
+    model = tiny("llama")
+    asked = facts(model)
+    both = [
+        trace(model, asked, TokenReplacement(), engine=engine, progress=False) for engine in ("wavefront", "reference")
+    ]
+    for kind in both[0].kinds:
+        for mine, theirs in zip(both[0].restored[kind], both[1].restored[kind], strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-7)
+    trace(model, asked, TokenReplacement(), kinds=["mlp"], cache=tmp_path, progress=False)
+    files = len(list(tmp_path.iterdir()))
+    trace(model, asked[:3], TokenReplacement(), kinds=["mlp"], cache=tmp_path, progress=False)  # fewer donors
+    assert len(list(tmp_path.iterdir())) == files + 3
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"seed": -1}])
+def test_impossible_settings_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"corruption's {next(iter(wrong))}"):
+        TokenReplacement(**wrong)
