@@ -51,7 +51,7 @@ def test_the_page_is_whole_and_self_contained(quick: Path) -> None:
 
 def test_a_second_call_runs_nothing_again(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unlearn.stage.train", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr("tracing.tracer.trace_fact", lambda *a, **k: pytest.fail("traced again"))
+    monkeypatch.setattr("tracing.wavefront.Wavefront.trace", lambda *a, **k: pytest.fail("traced again"))
     monkeypatch.setattr("unlearn.evaluation.evaluate.generate", lambda *a, **k: pytest.fail("generated again"))
     config = shipped()
     trace = replace(config.trace, max_facts=3, kinds=("mlp",))
