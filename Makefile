@@ -49,6 +49,8 @@ $(PEERS)/.ready: EXTRAS := tests,peers
 	$*/bin/python -m pip install --quiet --upgrade pip setuptools wheel
 	$*/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	# What a peer brings along may be built for another torch than the one here; nothing uses it, but transformers trips over it.
+	$*/bin/python -c 'import torchvision' 2>/dev/null || $*/bin/python -m pip uninstall --yes --quiet torchvision 2>/dev/null
 	touch $@
 
 clean:
