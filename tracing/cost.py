@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lm.anatomy import module_at
 from lm.load import LanguageModel
 from tracing.probe import Probe
-from tracing.sweep import Sweep, count_cells, swept_positions, window_layers
+from tracing.sweep import Sweep, count_cells, first_block, swept_positions, window_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ def cost(probes: Sequence[Probe], rows: Sequence[int], layers: int, sweep: Sweep
     """Exact counts: which blocks each cell runs through, on how many tokens. `rows`: corrupted copies of each fact."""
     cells = wave = reference = 0
     enters = [
-        layer + 1 if kind == "resid" else window_layers(layer, sweep.window, layers, kind).start
+        first_block(kind, window_layers(layer, sweep.window, layers, kind))
         for kind in sweep.kinds
         for layer in range(layers)
     ]

@@ -58,6 +58,14 @@ def window_layers(layer: int, window: int, layers: int, kind: Kind) -> range:
     return range(max(0, layer - window // 2), min(layers, layer + (window + 1) // 2))
 
 
+def first_block(kind: Kind, layers: range) -> int:
+    """The first block that has to be run again when `kind` is restored at `layers`.
+
+    What an MLP adds is the last thing a block does at a token, so the stream after it is a sum: the next block is the first.
+    """
+    return layers.start if kind == "attn" else layers.start + 1
+
+
 def swept_positions(tokens: int, span: tuple[int, int], positions: Positions) -> list[int]:
     """The prompt positions whose cells are computed."""
     if positions == "all":

@@ -26,7 +26,7 @@ from tracing.arrays import Array
 from tracing.metrics import score, token_log_probabilities
 from tracing.probe import Probe
 from tracing.reference import Traced, refuse_nan
-from tracing.sweep import Sweep, swept_positions, window_layers
+from tracing.sweep import Sweep, first_block, swept_positions, window_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Cell:
     @property
     def enters(self) -> int:
         """The block before which the cell leaves the trunk."""
-        return self.layer + 1 if self.kind == "resid" else self.layers.start
+        return first_block(self.kind, self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class Trunk:
         stream: layers + 1 tensors (rows, tokens, hidden), corrupted: before each block, and after the last.
         past: corrupted keys and values.
         clean: kind -> a (facts, tokens, hidden) tensor for each layer.
+        attention: what attention adds in the corrupted pass, (rows, tokens, hidden) a layer, where MLPs are restored.
         held: what the severed module adds in the corrupted pass, a (rows, tokens, hidden) tensor for each layer, or none.
         scores: (facts, 2), of the clean pass, and the mean of the corrupted ones.
     """
@@ -58,8 +59,22 @@ class Trunk:
     stream: Sequence[Tensor]
     past: replay.Past
     clean: dict[Kind, Sequence[Tensor]]
+    attention: Sequence[Tensor]
     held: Sequence[Tensor]
     scores: Array
+
+    def restored(self, cell: Cell, rows: Tensor, facts: Tensor, position: int) -> Tensor:
+        """(rows, hidden): the stream at the token where the cell leaves the trunk, for some rows and the facts they are of."""
+        start = cell.layers.start
+        clean = self.clean[cell.kind][start]
+        back = clean[facts.to(clean.device), position]
+        if cell.kind == "resid":
+            return back
+        before = self.stream[start]
+        stream = before[rows.to(before.device), position].to(back.device)
+        if cell.kind == "attn":
+            return stream
+        return stream + self.attention[start][rows.to(back.device), position] + back
 
 
 class Wavefront:
@@ -114,8 +129,10 @@ class Wavefront:
     def _trunk(self, probes: Sequence[Probe], batch: Tensor, each: int) -> Trunk:
         facts, layers = len(probes), range(self.model.anatomy.layers)
         keep = len(probes[0].answer_ids)
-        kinds = dict.fromkeys([*self.sweep.kinds, *([self.sweep.sever] if self.sweep.sever else [])])
-        sites = [EMBEDDING, *(Site(kind, layer) for kind in dict.fromkeys(["resid", *kinds]) for layer in layers)]
+        kinds: set[Kind] = {"resid", *self.sweep.kinds, *([self.sweep.sever] if self.sweep.sever else [])}
+        if "mlp" in kinds:
+            kinds.add("attn")
+        sites = [EMBEDDING, *(Site(kind, layer) for kind in sorted(kinds) for layer in layers)]
         with capture(self.model, sites) as seen:
             found, past = replay.trunk(self.model, batch, keep)
         is_clean = torch.arange(facts * each) % each == 0
@@ -130,6 +147,7 @@ class Wavefront:
             stream=[of(EMBEDDING, noisy), *(of(Site("resid", layer), noisy) for layer in layers)],
             past=past.of_rows(noisy),
             clean={kind: [of(Site(kind, layer), clean) for layer in layers] for kind in self.sweep.kinds},
+            attention=[of(Site("attn", layer), noisy) for layer in layers] if "mlp" in self.sweep.kinds else [],
             held=[of(Site(self.sweep.sever, layer), noisy) for layer in layers] if self.sweep.sever else [],
             scores=torch.stack([scores[:, 0], scores[:, 1:].mean(1)], 1).numpy(),
         )
@@ -162,11 +180,8 @@ class Wavefront:
                     stream = trunk.stream[layer]
                     fresh = stream[rows.to(stream.device), position:].repeat(len(new), 1, 1)
                     for index, cell in enumerate(new):
-                        if cell.kind == "resid":
-                            clean = trunk.clean["resid"][cell.layer]
-                            fresh[index * len(rows) : (index + 1) * len(rows), 0] = clean[
-                                facts.to(clean.device), position
-                            ]
+                        mine = slice(index * len(rows), (index + 1) * len(rows))
+                        fresh[mine, 0] = trunk.restored(cell, rows, facts, position)
                     state = fresh if state is None else torch.cat([state, fresh])
                     joined += new
                 if layer < len(calls) and state is not None:
@@ -176,7 +191,7 @@ class Wavefront:
 
     def _edited(self, cells: Sequence[Cell]) -> list[Site]:
         """The sites whose values are replaced in a wave of these cells."""
-        restored = {Site(cell.kind, layer) for cell in cells if cell.kind != "resid" for layer in cell.layers}
+        restored = {Site(cell.kind, layer) for cell in cells for layer in cell.layers if layer >= cell.enters}
         if self.sweep.sever:
             restored |= {Site(self.sweep.sever, layer) for layer in range(cells[0].enters, self.model.anatomy.layers)}
         return sorted(restored)
