@@ -68,6 +68,8 @@ class Claims:
     """The training config; null: configs/sae/claims_<data>.yaml."""
     change: tuple[str, ...] = ()
     """Words that change it."""
+    rate: float | None = None
+    """Learning rate of all autoencoders; null: what the config gives each."""
     model: str | None = None
     """real: a pretrained model's folder or hub id (docs/sae_claims.md used SmolLM2-135M)."""
     text: str | None = None
@@ -205,7 +207,8 @@ def main(asked: Claims) -> None:
     how = {name: getattr(asked, name) for name in ("scored_tokens", "calibrate_tokens", "contexts")}
     for seed in asked.only or asked.seeds:
         folder = out / f"seed-{seed}"
-        specs = tuple(replace(spec, seed=seed) for spec in base.autoencoders)
+        rates = {} if asked.rate is None else {"learning_rate": asked.rate}
+        specs = tuple(replace(spec, seed=seed, **rates) for spec in base.autoencoders)
         again = (folder / "config.yaml").exists()
         config = replace(data.of_seed(seed), autoencoders=specs, out=str(folder), resume=again)
         for name, where in run_training(config).items():
