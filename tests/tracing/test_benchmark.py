@@ -1,0 +1,65 @@
+"""The tracing benchmark, tiny: contenders agree, and what cannot be is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "tracing.py"),
+        "--layers",
+        "3",
+        "--hidden",
+        "64",
+        "--tokens",
+        "9",
+    ]
+    command += ["--samples", "2", "--cells", "6", "--rounds", "1", *words]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=quiet, check=False)
+
+
+@pytest.mark.parametrize("window", ["1", "3"])
+def test_this_project_s_contenders_agree(tmp_path: Path, window: str) -> None:
+    done = run("--window", window, "--contenders", '["wavefront", "reference", "dense"]', "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found.keys() == {"wavefront", "reference", "dense"}
+    for facts in found.values():
+        assert facts["apart"] < 1e-4
+        assert len(facts["seconds"]) == 1
+        assert facts["seconds"][0] > 0
+    assert (tmp_path / "table.md").read_text() in done.stdout
+
+
+@pytest.mark.parametrize(("name", "package"), [("transformer_lens", "transformer_lens"), ("nnsight", "nnsight")])
+def test_peers_agree_where_they_are_installed(tmp_path: Path, name: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (extra `tracing-peers`)")
+    done = run("--contenders", f'["wavefront", "reference", "{name}"]', "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "results.json").read_text())[name]["apart"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--contenders", '["wavefront"]'], "take wavefront, reference"),
+        (["--tokens", "5"], "too short"),
+    ],
+)
+def test_impossible_settings_are_refused(words: list[str], says: str) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert says in done.stderr
