@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,10 +21,29 @@ from tracing.arrays import Array, pack
 from tracing.facts import Fact
 from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, weighted_means
 
+if TYPE_CHECKING:
+    import pandas
+
+    from tracing.plots import Picture
+
 Aggregation = Literal["fixed", "authors"]
 ROLES = ("before", "first_subject", "middle_subject", "last_subject", "first_after", "further", "last")
 SUBJECT_ROLES = ("first_subject", "middle_subject", "last_subject")
 _VERSION = 1
+_COLUMNS = (
+    "fact",
+    "subject",
+    "group",
+    "kind",
+    "position",
+    "token",
+    "role",
+    "layer",
+    "clean",
+    "corrupted",
+    "restored",
+    "indirect",
+)
 
 
 def token_roles(tokens: int, span: tuple[int, int], aggregation: Aggregation = "fixed") -> dict[str, list[int]]:
@@ -96,7 +115,7 @@ class EffectTable:
     total_facts: int
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Effects:
     """Scores of all facts: clean, corrupted, and with each activation restored.
 
@@ -124,6 +143,14 @@ class Effects:
     window: int
     skipped: tuple[Skipped, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        how = "other names" if self.sigma is None else f"noise σ {self.sigma:.3g}"
+        window = f", windows of {self.window}" if self.window > 1 else ""
+        left = f", {len(self.skipped)} left out" if self.skipped else ""
+        traced = f"{', '.join(self.kinds)} of {self.layers} layers{window}"
+        found = f"mean total effect {self.total.mean():.3g}" if len(self.facts) else "nothing"
+        return f"Effects({len(self.facts)} facts{left}; {traced}; {self.metric}, {how}; {found})"
 
     @property
     def layers(self) -> int:
@@ -187,6 +214,45 @@ class Effects:
             sigma=self.sigma,
             total_facts=len(self.facts),
         )
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row a cell: fact, subject, group, kind, position, token, role, layer, clean, corrupted, restored, indirect."""
+        import pandas
+
+        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        for kind in self.kinds:
+            for index, (fact, cells) in enumerate(zip(self.facts, self.restored[kind], strict=True)):
+                role_of = {
+                    place: role
+                    for role, places in token_roles(len(cells), self.subject_spans[index]).items()
+                    for place in places
+                }
+                clean, corrupted = float(self.clean[index]), float(self.corrupted[index])
+                for place, layer in zip(*np.nonzero(~np.isnan(cells)), strict=True):
+                    restored = float(cells[place, layer])
+                    row = (
+                        fact.label,
+                        fact.subject,
+                        fact.group,
+                        kind,
+                        int(place),
+                        self.tokens[index][place],
+                        role_of[int(place)],
+                    )
+                    values = (*row, int(layer), clean, corrupted, restored, restored - corrupted)
+                    for name, value in zip(_COLUMNS, values, strict=True):
+                        columns[name].append(value)
+        return pandas.DataFrame(columns)
+
+    def plot(
+        self, fact: int | None = None, *, kinds: Sequence[Kind] | None = None, layers: Sequence[int] = ()
+    ) -> Picture:
+        """A picture for a notebook: means over facts by token role, with `layers` outlined; or one fact, token by layer."""
+        from tracing.plots import Picture, fact_figure, figure
+
+        if fact is not None:
+            return Picture(fact_figure(self, fact))
+        return Picture(figure([self.table(kind) for kind in kinds or self.kinds], band=layers))
 
     def _of(self, kind: Kind) -> Sequence[Array]:
         if kind not in self.restored:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from matplotlib.patches import Rectangle
 
 from lm.errors import UserError
 from lm.run import write_atomic
-from tracing.effects import EffectTable
+from tracing.arrays import Array
+from tracing.effects import Effects, EffectTable
+from tracing.sweep import cut_windows
 
 _INK, _SOFT, _MISSING, _ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
 # One hue, lightness falling evenly: readable in grey and by the colour-blind.
@@ -91,16 +94,14 @@ def figure(
     sheet.set_layout_engine("constrained", w_pad=0.06, wspace=0.03)
     axes: Any = sheet.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axis, table in zip(axes, tables, strict=True):
-        _panel(axis, table, shown, norm)
+        _panel(axis, table.mean[list(shown)], norm, _KINDS[table.kind], table.window)
+        _hatch(axis, cut_windows(table.window, layers, table.kind), len(shown))
         if band_kinds is None or table.kind in band_kinds:
             _outline(axis, band, len(shown), tentative)
     axes[0].set_yticks([row + 0.5 for row in range(len(shown))], [_label(first, row) for row in shown])
     for axis in axes:
         axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=_INK)
-    bar: Any = sheet.colorbar(ScalarMappable(norm, _SCALE), ax=list(axes), pad=0.012, fraction=0.03, aspect=16)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, colors=_SOFT, length=2)
-    bar.set_label("mean indirect effect", fontsize=8.5, color=_SOFT)
+    _bar(sheet, axes, norm, "mean indirect effect")
     text = sheet.supxlabel("\n".join(caption), fontsize=8.5, color=_SOFT, x=0.012, ha="left")
     text.set_linespacing(1.35)
     buffer = io.BytesIO()
@@ -108,9 +109,77 @@ def figure(
     return buffer.getvalue()
 
 
-def _panel(axis: Any, table: EffectTable, shown: Sequence[int], norm: Normalize) -> None:
-    rows, layers = len(shown), table.mean.shape[1]
-    values = np.ma.masked_invalid(table.mean[list(shown)])
+def fact_figure(effects: Effects, fact: int) -> bytes:
+    """One fact, token by layer, a panel a kind, on one colour scale, as PNG bytes. Raises UserError if there is no such fact."""
+    if not 0 <= fact < len(effects.facts):
+        raise UserError(f"there is no fact {fact}; these effects hold 0 to {len(effects.facts) - 1}.")
+    cells = {kind: effects.indirect(kind)[fact] for kind in effects.kinds}
+    shown = [
+        row for row in range(len(effects.tokens[fact])) if not all(np.isnan(one[row]).all() for one in cells.values())
+    ]
+    top = max(float(np.nanmax(np.where(np.isnan(one), 0.0, one))) for one in cells.values())
+    norm = Normalize(0, top if top > 0 else 1.0)
+    width = 2.2 + len(cells) * (1.1 + 0.135 * min(max(effects.layers, 8), 40))
+    sheet = Figure(figsize=(width, 1.1 + 0.22 * len(shown)), dpi=200, facecolor="white", layout="constrained")
+    FigureCanvasAgg(sheet)
+    axes: Any = sheet.subplots(1, len(cells), sharey=True, squeeze=False)[0]
+    for axis, (kind, values) in zip(axes, cells.items(), strict=True):
+        window = 1 if kind == "resid" else effects.window
+        _panel(axis, values[shown], norm, _KINDS[kind], window)
+        _hatch(axis, cut_windows(window, effects.layers, kind), len(shown))
+    start, end = effects.subject_spans[fact]
+    words = [_word(effects.tokens[fact][row]) + (" *" if start <= row < end else "") for row in shown]
+    axes[0].set_yticks([row + 0.5 for row in range(len(shown))], words)
+    axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=_INK)
+    for axis in axes[1:]:
+        axis.tick_params(axis="y", length=0)
+    _bar(sheet, axes, norm, "indirect effect")
+    total = effects.total[fact]
+    caption = f"{effects.facts[fact].label}: what each cell brings back of {total:.3g} lost; * is the subject"
+    text = sheet.supxlabel(
+        "\n".join(textwrap.wrap(caption, int(width * 15))), fontsize=8.5, color=_SOFT, x=0.012, ha="left"
+    )
+    text.set_linespacing(1.35)
+    buffer = io.BytesIO()
+    sheet.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG that a notebook shows."""
+
+    png: bytes
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+    def save(self, path: str | Path) -> None:
+        """Write it, atomically."""
+        write_atomic(Path(path), self.png)
+
+
+def _bar(sheet: Figure, axes: Any, norm: Normalize, label: str) -> None:
+    bar: Any = sheet.colorbar(ScalarMappable(norm, _SCALE), ax=list(axes), pad=0.012, fraction=0.03, aspect=16)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, colors=_SOFT, length=2)
+    bar.set_label(label, fontsize=8.5, color=_SOFT)
+
+
+def _word(token: str) -> str:
+    """A token's text without what no font draws, and with its line breaks as signs; dollars would begin mathematics."""
+    shown = "".join(letter if letter.isprintable() else "⏎" if letter == "\n" else "�" for letter in token)
+    return shown.replace("$", r"\$")
+
+
+def _hatch(axis: Any, layers: Sequence[int], rows: int) -> None:
+    for layer in layers:
+        axis.add_patch(Rectangle((layer, 0), 1, rows, fill=False, hatch="////", edgecolor="white", linewidth=0))
+
+
+def _panel(axis: Any, mean: Array, norm: Normalize, title: str, window: int) -> None:
+    rows, layers = mean.shape
+    values = np.ma.masked_invalid(mean)
     scale = _SCALE.with_extremes(bad=_MISSING)
     axis.pcolormesh(values, cmap=scale, norm=norm, edgecolors="white", linewidth=0.6)
     for side in axis.spines.values():
@@ -120,9 +189,9 @@ def _panel(axis: Any, table: EffectTable, shown: Sequence[int], norm: Normalize)
     step = next(step for step in (1, 2, 4, 5, 10, 20, 50) if layers / step <= 12 or step == 50)
     axis.set_xticks([layer + 0.5 for layer in range(0, layers, step)], [str(layer) for layer in range(0, layers, step)])
     axis.tick_params(axis="x", length=0, labelsize=8, colors=_SOFT)
-    window = f", {table.window} layers around" if table.window > 1 else ""
-    axis.set_xlabel(f"layer{window}", fontsize=8.5, color=_SOFT)
-    axis.set_title(_KINDS[table.kind], fontsize=10.5, color=_INK, loc="left", pad=7)
+    around = f", {window} layers around; hatched: fewer" if window > 1 else ""
+    axis.set_xlabel(f"layer{around}", fontsize=8.5, color=_SOFT)
+    axis.set_title(title, fontsize=10.5, color=_INK, loc="left", pad=7)
 
 
 def _outline(axis: Any, band: Sequence[int], rows: int, tentative: bool) -> None:

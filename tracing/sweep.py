@@ -58,6 +58,12 @@ def window_layers(layer: int, window: int, layers: int, kind: Kind) -> range:
     return range(max(0, layer - window // 2), min(layers, layer + (window + 1) // 2))
 
 
+def cut_windows(window: int, layers: int, kind: Kind) -> list[int]:
+    """The layers whose window is cut short by an end of the model, so that fewer are restored there than elsewhere."""
+    whole = 1 if kind == "resid" else window
+    return [layer for layer in range(layers) if len(window_layers(layer, window, layers, kind)) < whole]
+
+
 def first_block(kind: Kind, layers: range) -> int:
     """The first block that has to be run again when `kind` is restored at `layers`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,3 +192,25 @@ def test_wrong_questions_are_refused() -> None:
         GaussianNoise(samples=0)
     with pytest.raises(UserError, match="seed is -1"):
         GaussianNoise(seed=-1)
+
+
+def test_a_table_of_cells_holds_every_number_once() -> None:
+    effects = made_up([0.1, 0.4, 0.2], facts=2, kinds=("mlp", "attn"), tokens=5, span=(1, 3))
+    effects.restored["mlp"][0][4, 2] = np.nan  # not traced
+    table = effects.to_dataframe()
+    assert len(table) == 2 * 2 * 5 * 3 - 1
+    assert (table.indirect == table.restored - table.corrupted).all()
+    row = table[(table.fact == "f1") & (table.kind == "attn") & (table.position == 2) & (table.layer == 1)].iloc[0]
+    assert row.indirect == pytest.approx(0.4)
+    assert (row.role, row.subject, row.token, row.clean) == ("last_subject", "ada", "c", 0.9)
+    for role, found in table[table.kind == "attn"].groupby("role"):
+        place = list(effects.by_role("attn", [str(role)])[:, 0].mean(0))
+        assert found.groupby("layer").indirect.mean().tolist() == pytest.approx(place)
+
+
+def test_what_is_held_is_said_in_a_line() -> None:
+    said = repr(made_up([0.1, 0.4, 0.2], facts=4, kinds=("mlp",)))
+    assert said == "Effects(4 facts; mlp of 3 layers; probability, noise σ 0.1; mean total effect 0.8)"
+    other = repr(replace(made_up([0.1], facts=1), sigma=None, window=5))
+    assert "other names" in other
+    assert "windows of 5" in other

@@ -15,6 +15,7 @@ from tiny_tracing import made_up
 from lm.errors import UserError
 from tracing import plots
 from tracing.plots import figure, heatmap
+from tracing.sweep import cut_windows
 
 BUMP = [0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.1, 0.0]
 
@@ -87,3 +88,23 @@ def test_drawing_leaves_no_figure_in_pyplot() -> None:
     heatmap(made_up(BUMP).table("mlp"))
     assert dict(Gcf.figs) == open_before
     assert "pyplot" not in vars(plots)
+
+
+def test_pictures_for_a_notebook(tmp_path: Path) -> None:
+    effects = made_up([0.1, 0.4, 0.2, 0.0], facts=3, kinds=("resid", "mlp"))
+    strange = replace(effects, tokens=(("$x$", "\n", "żółw", "\u0000", "🐢", "a"),) * 3, window=3)
+    for picture in (effects.plot(), effects.plot(layers=[1, 2]), strange.plot(0), strange.plot(kinds=["mlp"])):
+        assert picture._repr_png_().startswith(b"\x89PNG")
+    assert effects.plot().png != effects.plot(layers=[1, 2]).png
+    assert effects.plot(0).png != effects.plot(1).png
+    effects.plot(2).save(tmp_path / "fact.png")
+    assert (tmp_path / "fact.png").read_bytes() == effects.plot(2).png
+    with pytest.raises(UserError, match="there is no fact 3; these effects hold 0 to 2"):
+        effects.plot(3)
+
+
+def test_windows_cut_by_the_ends_are_known() -> None:
+    assert cut_windows(5, 8, "mlp") == [0, 1, 6, 7]
+    assert cut_windows(4, 8, "attn") == [0, 1, 7]
+    assert cut_windows(1, 8, "mlp") == cut_windows(9, 8, "resid") == []
+    assert cut_windows(99, 3, "mlp") == [0, 1, 2]
