@@ -56,3 +56,15 @@ def test_train_and_read_an_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert apart is not None
         assert float(apart[1]) <= 1e-5
     assert (tmp_path / "runs" / "notebook" / "mutual" / "sae_weights.safetensors").is_file()
+
+
+def test_where_is_it_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = executed("01_where_is_it_stored.ipynb", "MAX_FACTS = 4", tmp_path, monkeypatch)
+    data = [output.data for output in outputs if output.output_type == "execute_result"]
+    assert sum("image/png" in one for one in data) == 3
+    assert any("Effects(4 facts" in one["text/plain"] for one in data)
+    assert "indirect" in data[-1]["text/html"]
+    said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert said.count("held at the last subject token") == 3
+    assert said.count("The evidence") == 2
+    assert "controls: {'random'" in said
