@@ -6,7 +6,7 @@
 from tracing.choose import choose_layers
 from tracing.corruption import GaussianNoise
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
-from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts
+from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts, with_foils
 from tracing.plan import LayerPlan
 from tracing.replacement import TokenReplacement
 from tracing.tracer import trace
@@ -25,4 +25,5 @@ __all__ = [
     "find_subjects",
     "load_known_facts",
     "trace",
+    "with_foils",
 ]

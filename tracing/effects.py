@@ -167,9 +167,10 @@ class Effects:
         """(facts,): the total effect, clean minus corrupted."""
         return np.asarray(self.clean - self.corrupted)
 
-    def indirect(self, kind: Kind) -> list[Array]:
-        """Restored minus corrupted: one (prompt tokens, layers) array a fact."""
-        return [cells - low for cells, low in zip(self._of(kind), self.corrupted, strict=True)]
+    def indirect(self, kind: Kind, *, normalised: bool = False) -> list[Array]:
+        """Restored minus corrupted: one (prompt tokens, layers) array a fact; `normalised`: as a share of the total effect."""
+        found = [cells - low for cells, low in zip(self._of(kind), self.corrupted, strict=True)]
+        return [cells / total for cells, total in zip(found, self.total, strict=True)] if normalised else found
 
     def by_role(self, kind: Kind, roles: Sequence[str] = ROLES, aggregation: Aggregation = "fixed") -> Array:
         """(facts, roles, layers): the mean indirect effect over each fact's tokens of each role; NaN where it has none."""

@@ -103,7 +103,7 @@ def check(model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep, found
     allowed = _tolerance(next(model.model.parameters()).dtype)
     for cell, value in zip(asked, expected, strict=True):
         got = _value(found, cell)
-        size = 1.0 if sweep.metric == "log_probability" else max(abs(value), abs(found.corrupted))
+        size = 1.0 if sweep.metric in ("log_probability", "logit_difference") else max(abs(value), abs(found.corrupted))
         if abs(got - value) > allowed * max(size, 1e-12):
             kind, position, layer = cell
             raise UserError(

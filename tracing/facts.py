@@ -6,10 +6,11 @@ causal tracing is usually run on. Whether a model knows a fact is decided in `tr
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lm.errors import UserError
@@ -37,6 +38,7 @@ class Fact:
         answer: the whole answer, without a leading space (`PromptSpec.answer_prefix` adds it).
         id: a name for messages and pictures.
         group: facts that share a group (one person's questions) are resampled together; "" stands alone.
+        foil: another answer, from which `logit_difference` tells it apart; `with_foils` finds one among other facts.
 
     Raises:
         UserError: an empty field, or a subject that is not in the prompt.
@@ -47,6 +49,7 @@ class Fact:
     answer: str
     id: str = ""
     group: str = ""
+    foil: str = ""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "answer"):
@@ -58,6 +61,12 @@ class Fact:
                 f"the subject {self.subject!r} of fact {self.label!r} is not in its prompt {self.prompt!r}; "
                 "give the subject as it is spelt there."
             )
+
+    @property
+    def question(self) -> tuple[str, str]:
+        """The prompt before and after its subject."""
+        before, _, after = self.prompt.partition(self.subject)
+        return before, after
 
     @property
     def label(self) -> str:
@@ -130,6 +139,23 @@ def find_subjects(rows: Iterable[Row]) -> dict[str, str]:
         own = [run for run in runs if spread[run] <= most]
         if own:
             found[document] = max(own, key=lambda run: (len(run.split()), len(run)))
+    return found
+
+
+def with_foils(facts: Sequence[Fact], seed: int = 0) -> list[Fact]:
+    """The facts, those without a foil with the answer to the same question about another subject, drawn by `seed`.
+
+    The same question is the same prompt but for the subject. Where nobody else is asked it, or all have the same answer, the
+    foil stays empty.
+    """
+    answers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for fact in facts:
+        if fact.answer not in answers[fact.question]:
+            answers[fact.question].append(fact.answer)
+    draw, found = random.Random(seed), []
+    for fact in facts:
+        others = [answer for answer in sorted(answers[fact.question]) if answer != fact.answer]
+        found.append(replace(fact, foil=draw.choice(others)) if others and not fact.foil else fact)
     return found
 
 

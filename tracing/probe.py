@@ -14,7 +14,7 @@ from lm.errors import UserError
 from lm.load import LanguageModel
 from lm.prompts import PromptSpec, encode_pair, subject_span
 from tracing.facts import Fact
-from tracing.metrics import Metric, scored_tokens
+from tracing.metrics import Metric, first_difference, scored_tokens
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Probe:
         answer_ids: the tokens the metric scores (the whole answer without EOS, or its first token).
         span: `[start, end)` of the subject in `prompt_ids`.
         tokens: the text of each prompt token.
+        foil: (place, token) where the fact's foil first differs from the scored answer, if it has one.
     """
 
     fact: Fact
@@ -33,6 +34,7 @@ class Probe:
     answer_ids: tuple[int, ...]
     span: tuple[int, int]
     tokens: tuple[str, ...]
+    foil: tuple[int, int] | None = None
 
     @property
     def input_ids(self) -> list[int]:
@@ -44,11 +46,17 @@ def make_probe(model: LanguageModel, fact: Fact, prompt: PromptSpec, metric: Met
     """Tokenise a fact. Raises UserError if the subject's tokens cannot be found in the rendered prompt."""
     encoded = encode_pair(model.tokenizer, fact.prompt, fact.answer, replace(prompt, append_eos=False))
     ids = encoded.ids[: encoded.answer_start]
+    answer = scored_tokens(encoded.ids[encoded.answer_start :], metric)
+    foil = None
+    if fact.foil:
+        other = encode_pair(model.tokenizer, fact.prompt, fact.foil, replace(prompt, append_eos=False))
+        foil = first_difference(answer, other.ids[other.answer_start :])
     span = subject_span(model.tokenizer, fact.prompt, fact.subject, prompt, occurrence="first")
     return Probe(
         fact=fact,
         prompt_ids=tuple(ids),
-        answer_ids=tuple(scored_tokens(encoded.ids[encoded.answer_start :], metric)),
+        answer_ids=tuple(answer),
+        foil=foil,
         span=span,
         tokens=tuple(str(model.tokenizer.decode([index])) for index in ids),
     )
@@ -88,3 +96,10 @@ def why_unknown(model: LanguageModel, probe: Probe) -> str | None:
         said.append(int(forward(model, embed(model, [*probe.prompt_ids, *said])[None], 1)[0, -1].argmax()))
     asked = model.tokenizer.decode(list(probe.answer_ids))
     return f"the model says {model.tokenizer.decode(said)!r} instead of {asked!r}"
+
+
+def why_unscored(probe: Probe, metric: Metric) -> str | None:
+    """None if the metric can be read off this fact, or what it lacks."""
+    if metric == "logit_difference" and probe.foil is None:
+        return "it has no foil, another answer that differs from its own"
+    return None

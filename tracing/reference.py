@@ -20,7 +20,7 @@ from lm.errors import UserError
 from lm.hooks import Captured, Edit, capture, patch
 from lm.load import LanguageModel
 from tracing.arrays import Array
-from tracing.metrics import mean_score, token_log_probabilities
+from tracing.metrics import Target, read_off
 from tracing.probe import Probe, forward
 from tracing.sweep import Sweep, swept_positions, window_layers
 
@@ -86,7 +86,7 @@ class _Passes:
 
     def __init__(self, model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep) -> None:
         self.model, self.batch, self.sweep, self.layers = model, batch, sweep, model.anatomy.layers
-        self.answer = torch.tensor(probe.answer_ids)
+        self.target = Target.of([probe.answer_ids], [probe.foil], len(batch))
         kinds = dict.fromkeys([*sweep.kinds, *([sweep.sever] if sweep.sever else [])])
         with capture(model, [Site(kind, layer) for kind in kinds for layer in range(self.layers)]) as self.states:
             self.clean, self.corrupted = self._scores()
@@ -97,8 +97,9 @@ class _Passes:
             return self._scores()[1]
 
     def _scores(self) -> tuple[float, float]:
-        found = token_log_probabilities(forward(self.model, self.batch, len(self.answer)), self.answer)
-        return mean_score(found[:1], self.sweep.metric), mean_score(found[1:], self.sweep.metric)
+        logits = forward(self.model, self.batch, self.target.answer.shape[1])
+        found = read_off(logits, self.target, self.sweep.metric)
+        return float(found[0]), float(found[1:].mean())
 
 
 def restorations(sweep: Sweep, kind: Kind, layer: int, layers: int, position: int, states: Captured) -> list[Edit]:

@@ -27,9 +27,9 @@ from tracing.corruption import Corruption, Corruptor, GaussianNoise
 from tracing.cost import cost
 from tracing.effects import Effects, Skipped
 from tracing.engines import Engine, check_engine, make_engine
-from tracing.facts import Fact
+from tracing.facts import Fact, with_foils
 from tracing.metrics import Metric
-from tracing.probe import Probe, forward, make_probe, why_unknown
+from tracing.probe import Probe, forward, make_probe, why_unknown, why_unscored
 from tracing.reference import Traced
 from tracing.sweep import Positions, Severed, Sweep, count_cells
 
@@ -101,9 +101,11 @@ def trace(
 
     show = progress and workers.index == 0
     with _evaluating(model):
+        if metric == "logit_difference":
+            facts = with_foils(facts)
         probes = [make_probe(model, fact, prompt, metric) for fact in facts]
         corruptor = corruption.bind(model, probes)
-        known, skipped = _sort_out(model, probes, corruptor, max_facts, show)
+        known, skipped = _sort_out(model, probes, corruptor, metric, max_facts, show)
         weights = fingerprint(model)
         store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
         worker = make_engine(engine, model, sweep, int(memory * 1e9))
@@ -137,7 +139,12 @@ def trace(
 
 
 def _sort_out(
-    model: LanguageModel, probes: Sequence[Probe], corruptor: Corruptor, max_facts: int | None, show: bool
+    model: LanguageModel,
+    probes: Sequence[Probe],
+    corruptor: Corruptor,
+    metric: Metric,
+    max_facts: int | None,
+    show: bool,
 ) -> tuple[list[Probe], list[Skipped]]:
     """The facts that the model knows, up to `max_facts`, and all others with reasons."""
     known: list[Probe] = []
@@ -147,7 +154,7 @@ def _sort_out(
             if max_facts is not None and len(known) >= max_facts:
                 reason: str | None = f"not needed: max_facts is {max_facts}"
             else:
-                reason = corruptor.why_not(probe) or why_unknown(model, probe)
+                reason = corruptor.why_not(probe) or why_unscored(probe, metric) or why_unknown(model, probe)
             if reason is None:
                 known.append(probe)
             else:

@@ -23,7 +23,7 @@ from lm.anatomy import EMBEDDING, Kind, Site
 from lm.hooks import capture, intercept
 from lm.load import LanguageModel
 from tracing.arrays import Array
-from tracing.metrics import score, token_log_probabilities
+from tracing.metrics import Target, read_off
 from tracing.probe import Probe
 from tracing.reference import Traced, refuse_nan
 from tracing.sweep import Sweep, first_block, swept_positions, window_layers
@@ -100,7 +100,7 @@ class Wavefront:
     ) -> list[Traced]:
         """All cells of some facts whose prompts, answers and batches (`Corruptor.batch`) have equal sizes. UserError for NaN."""
         tokens, layers, samples = len(probes[0].prompt_ids), self.model.anatomy.layers, len(batches[0]) - 1
-        answers = torch.tensor([probe.answer_ids for probe in probes]).repeat_interleave(samples, 0)
+        target = Target.of([probe.answer_ids for probe in probes], [probe.foil for probe in probes], samples)
         trunk = self._trunk(probes, torch.cat(list(batches)), 1 + samples)
         sums = {kind: np.full((len(probes), tokens, layers), np.nan) for kind in self.sweep.kinds}
         swept = [swept_positions(tokens, probe.span, self.sweep.positions) for probe in probes]
@@ -108,7 +108,7 @@ class Wavefront:
             asked = [fact for fact, positions in enumerate(swept) if position in positions]
             facts = [fact for fact in asked if position >= probes[fact].span[0]]
             for cells, rows in self._waves(facts, samples):
-                found = score(self._wave(trunk, position, cells, rows, samples, answers), self.sweep.metric).cpu()
+                found = self._wave(trunk, position, cells, rows, samples, target).cpu()
                 for cell, values in zip(cells, found, strict=True):
                     here = sums[cell.kind][:, position, cell.layer]
                     here[facts] = np.nan_to_num(here[facts])
@@ -141,8 +141,8 @@ class Wavefront:
         def of(site: Site, rows: Tensor) -> Tensor:
             return seen[site][rows.to(seen[site].device)]
 
-        answers = torch.tensor([probe.answer_ids for probe in probes]).repeat_interleave(each, 0)
-        scores = score(token_log_probabilities(found, answers), self.sweep.metric).cpu().view(facts, each)
+        target = Target.of([probe.answer_ids for probe in probes], [probe.foil for probe in probes], each)
+        scores = read_off(found, target, self.sweep.metric).cpu().view(facts, each)
         return Trunk(
             stream=[of(EMBEDDING, noisy), *(of(Site("resid", layer), noisy) for layer in layers)],
             past=past.of_rows(noisy),
@@ -162,9 +162,9 @@ class Wavefront:
                     yield cells, rows
 
     def _wave(
-        self, trunk: Trunk, position: int, cells: Sequence[Cell], rows: Tensor, samples: int, answers: Tensor
+        self, trunk: Trunk, position: int, cells: Sequence[Cell], rows: Tensor, samples: int, target: Target
     ) -> Tensor:
-        """(cells, rows, answer tokens): log-probabilities with each cell restored, for some rows of the trunk."""
+        """(cells, rows): the metric with each cell restored, for some rows of the trunk."""
         calls, past = self._calls_at(trunk, position), trunk.past.cut(position)
         facts = rows // samples
         joined: list[Cell] = []
@@ -187,7 +187,7 @@ class Wavefront:
                 if layer < len(calls) and state is not None:
                     state = calls[layer].run(state, past, rows.repeat(len(joined)))
         assert state is not None
-        return self._scored(state, answers[rows].repeat(len(cells), 1)).view(len(cells), len(rows), -1)
+        return self._scored(state, target.rows(rows).repeat(len(cells))).view(len(cells), len(rows))
 
     def _edited(self, cells: Sequence[Cell]) -> list[Site]:
         """The sites whose values are replaced in a wave of these cells."""
@@ -214,15 +214,16 @@ class Wavefront:
 
         return see
 
-    def _scored(self, state: Tensor, answers: Tensor) -> Tensor:
-        """(rows, answer tokens): log-probabilities, the head's output a bounded number of rows at a time."""
-        keep = answers.shape[1]
+    def _scored(self, state: Tensor, target: Target) -> Tensor:
+        """(rows,): the metric, the head's output a bounded number of rows at a time."""
+        keep = target.answer.shape[1]
         vocabulary, hidden = self.model.anatomy.vocabulary, self.model.anatomy.hidden
         step = max(1, 8 * self.rows * hidden // (keep * vocabulary))
+        parts = [slice(start, start + step) for start in range(0, len(state), step)]
         return torch.cat(
             [
-                token_log_probabilities(replay.logits(self.model, part), wanted)
-                for part, wanted in zip(torch.split(state[:, -keep:], step), torch.split(answers, step), strict=True)
+                read_off(replay.logits(self.model, state[part, -keep:]), target.rows(part), self.sweep.metric)
+                for part in parts
             ]
         )
 

@@ -25,6 +25,8 @@ METRICS = {
     "probability": "probability of the whole answer",
     "log_probability": "log-probability of the whole answer",
     "first_token_probability": "probability of the answer's first token",
+    "logit_difference": "difference of logits between answer and foil",
+    "reciprocal_rank": "mean reciprocal rank of the answer's tokens",
 }
 
 

@@ -1,0 +1,135 @@
+"""What is read off, by hand; foils; and that both engines read the same."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from tiny_tracing import known, say, tiny
+
+from lm import UserError
+from lm.prompts import PromptSpec
+from tracing import Fact, GaussianNoise, trace
+from tracing.facts import with_foils
+from tracing.metrics import Metric, Target, first_difference, read_off
+from tracing.probe import make_probe
+
+LOGITS = torch.tensor([[[1.0, 3.0, 2.0, 0.0], [0.0, 1.0, 5.0, 5.0]], [[0.0, 0.0, 0.0, 0.0], [4.0, 1.0, 2.0, 3.0]]])
+
+
+def target(**foil: Any) -> Target:
+    return Target(answer=torch.tensor([[1, 3], [1, 3]]), **foil)
+
+
+def test_each_metric_by_hand() -> None:
+    p = [
+        [math.exp(row[token]) / sum(map(math.exp, row)) for row, token in zip(rows, (1, 3), strict=True)]
+        for rows in LOGITS.tolist()
+    ]
+    whole = [a * b for a, b in p]
+    assert read_off(LOGITS, target(), "probability").tolist() == pytest.approx(whole)
+    assert read_off(LOGITS, target(), "log_probability").tolist() == pytest.approx([math.log(x) for x in whole])
+    first = Target(answer=torch.tensor([[1], [1]]))
+    assert read_off(LOGITS[:, :1], first, "first_token_probability").tolist() == pytest.approx([row[0] for row in p])
+    assert read_off(LOGITS, target(), "reciprocal_rank").tolist() == [
+        (1 + 1) / 2,
+        (1 + 1 / 2) / 2,
+    ]  # a tie is the better rank
+    foils = target(place=torch.tensor([0, 1]), foil=torch.tensor([2, 0]))
+    assert read_off(LOGITS, foils, "logit_difference").tolist() == [3 - 2, 3 - 4]
+    with pytest.raises(UserError, match="needs a foil"):
+        read_off(LOGITS, target(), "logit_difference")
+
+
+def test_nan_stays_nan_and_types_are_wide() -> None:
+    bad = LOGITS.clone()
+    bad[1, 1, 3] = torch.nan
+    for metric in get_args(Metric):
+        foils = target(place=torch.tensor([1, 1]), foil=torch.tensor([0, 0]))
+        found = read_off(bad.bfloat16(), foils, metric)
+        assert found.dtype == torch.float64
+        assert found.isnan().tolist() == [False, True], metric
+
+
+@pytest.mark.parametrize(
+    ("answer", "foil", "found"),
+    [
+        ([5, 6, 7], [5, 8, 7], (1, 8)),
+        ([5], [5, 6], None),
+        ([5, 6], [5], None),
+        ([5], [4, 9], (0, 4)),
+        ([5, 6], [5, 6], None),
+    ],
+)
+def test_where_a_foil_first_differs(answer: list[int], foil: list[int], found: tuple[int, int] | None) -> None:
+    assert first_difference(answer, foil) == found
+
+
+def test_foils_are_other_answers_to_the_same_question() -> None:
+    facts = [
+        Fact("where is ada ?", "ada", "here"),
+        Fact("where is byron ?", "byron", "there"),
+        Fact("where is king ?", "king", "here", foil="now"),
+        Fact("who is ada", "ada", "a poet"),
+    ]
+    found = with_foils(facts)
+    assert [fact.foil for fact in found] == ["there", "here", "now", ""]
+    assert with_foils(found) == found
+    many = [Fact(f"where is w{n} ?", f"w{n}", f"w{n + 20}") for n in range(9)]
+    assert with_foils(many, seed=1) == with_foils(many, seed=1) != with_foils(many, seed=2)
+    assert all(fact.foil != fact.answer for fact in with_foils(many))
+
+
+@pytest.mark.parametrize("metric", get_args(Metric))
+def test_both_engines_read_the_same(metric: Any) -> None:
+    model = tiny("olmo2")
+    facts = known(model, answer_tokens=3)
+    if metric == "logit_difference":
+        facts = [Fact(f.prompt, f.subject, f.answer, f.id, foil=f"{f.answer.split()[0]} w40 w41") for f in facts]
+    both = [
+        trace(model, facts, GaussianNoise(samples=3), metric=metric, engine=engine, progress=False)
+        for engine in ("wavefront", "reference")
+    ]
+    for kind in both[0].kinds:
+        spread = 0.0
+        for mine, theirs in zip(both[0].restored[kind], both[1].restored[kind], strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+            spread = max(spread, float(np.ptp(theirs)))
+        assert spread > 1e-6
+    assert both[0].clean == pytest.approx(both[1].clean)
+
+
+def test_a_fact_without_a_foil_is_left_out_of_logit_differences() -> None:
+    model = tiny()
+    pair = [f"where does {name} live ?" for name in ("ada byron", "king now")]
+    facts = [Fact(prompt, prompt[11:-7], say(model, prompt, 2)) for prompt in pair]
+    assert facts[0].answer != facts[1].answer
+    lone = known(model, how_many=1)
+    effects = trace(model, [*facts, *lone], metric="logit_difference", kinds=["mlp"], progress=False)
+    assert len(effects.facts) == 2
+    assert [fact.foil for fact in effects.facts] == [facts[1].answer, facts[0].answer]
+    assert effects.skipped[0].reason == "it has no foil, another answer that differs from its own"
+
+
+def test_a_difference_of_logits_is_that_of_the_model() -> None:
+    model = tiny("llama")
+    (fact,) = known(model, answer_tokens=2, how_many=1)
+    fact = Fact(fact.prompt, fact.subject, fact.answer, foil=f"{fact.answer.split()[0]} w44")
+    effects = trace(model, [fact], metric="logit_difference", kinds=["mlp"], progress=False)
+    answer, foil = (model.tokenizer.encode(text) for text in (fact.answer, fact.foil))
+    with torch.no_grad():
+        logits = model.model(torch.tensor([[*model.tokenizer.encode(fact.prompt), answer[0]]])).logits[0, -1]
+    assert effects.clean[0] == pytest.approx(float(logits[answer[1]] - logits[foil[1]]), abs=1e-4)
+    assert make_probe(model, fact, PromptSpec(), "logit_difference").foil == (1, foil[1])
+
+
+def test_effects_as_shares_of_what_was_lost() -> None:
+    model = tiny()
+    effects = trace(model, known(model), kinds=["resid"], metric="log_probability", progress=False)
+    for plain, share, total in zip(
+        effects.indirect("resid"), effects.indirect("resid", normalised=True), effects.total, strict=True
+    ):
+        np.testing.assert_allclose(share, plain / total)
