@@ -67,4 +67,5 @@ def test_where_is_it_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     assert said.count("held at the last subject token") == 3
     assert said.count("The evidence") == 2
+    assert said.count("rank correlation") == 3
     assert "controls: {'random'" in said

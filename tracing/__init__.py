@@ -3,6 +3,7 @@
 `trace(model, facts)` gives `Effects`; `choose_layers(effects, size=...)` gives a `LayerPlan`, which training consumes.
 """
 
+from tracing.agreement import Agreement, agreement
 from tracing.choose import choose_layers
 from tracing.corruption import GaussianNoise
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
@@ -13,6 +14,7 @@ from tracing.tracer import trace
 
 __all__ = [
     "ROLES",
+    "Agreement",
     "EffectTable",
     "Effects",
     "Fact",
@@ -20,6 +22,7 @@ __all__ = [
     "LayerPlan",
     "Skipped",
     "TokenReplacement",
+    "agreement",
     "choose_layers",
     "facts_from_rows",
     "find_subjects",
