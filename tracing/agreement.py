@@ -16,7 +16,7 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.arrays import Array
 from tracing.effects import SUBJECT_ROLES, Effects
-from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, weighted_means
+from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, units, weighted_means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Agreement:
 
     Attributes:
         correlation: 1: the same order of layers, -1: the reverse; NaN where one of them has no order.
-        low, high: the percentile bootstrap interval over facts (those of a group drawn together).
+        low, high: the percentile bootstrap interval over facts (those of a group drawn together); NaN with a single group.
         facts: how many facts both traced.
     """
 
@@ -79,9 +79,11 @@ def agreement(
         )
     chosen = np.array(both)
     scores = [_scores(one, kind, roles)[chosen[:, 0]], _scores(other, kind, roles)[chosen[:, 1]]]
-    counts = resample_counts([one.facts[mine].group for mine, _ in both], resamples, seed)
-    drawn = [weighted_means(values, counts) for values in scores]
-    low, high = interval(np.array([spearman(a, b) for a, b in zip(*drawn, strict=True)]), confidence)
+    groups = [one.facts[mine].group for mine, _ in both]
+    low, high = np.array(np.nan), np.array(np.nan)  # of one group there is nothing to draw
+    if len(set(units(groups).tolist())) > 1:
+        drawn = [weighted_means(values, resample_counts(groups, resamples, seed)) for values in scores]
+        low, high = interval(np.array([spearman(a, b) for a, b in zip(*drawn, strict=True)]), confidence)
     return Agreement(
         kind=kind,
         correlation=spearman(*(mean_over_facts(values) for values in scores)),

@@ -70,6 +70,13 @@ def test_only_common_facts_count_and_facts_are_matched_by_what_they_ask() -> Non
     assert agreement(one, few).correlation == agreement(few, one).correlation
 
 
+def test_one_group_has_no_interval() -> None:
+    one = named(made_up(PROFILE, facts=5, groups=1))
+    found = agreement(one, one)
+    assert found.correlation == pytest.approx(1)
+    assert np.isnan([found.low, found.high]).all()
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     one = named(made_up(PROFILE))
     with pytest.raises(UserError, match="6 and 3 layers"):
