@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -71,6 +71,9 @@ class GaussianNoise(Corruption):
     """How many corrupted copies of each prompt are averaged."""
     seed: int = 1
     """The seed of the draws."""
+    covariance: Literal["isotropic", "full"] = "isotropic"
+    """full: with the covariance of all rows of the embedding matrix, `sigmas` times as wide; then no `sigma`. (An appendix of the
+    paper reports a like picture.)"""
     sigma: float | None = None
     """An absolute standard deviation instead of `sigmas` times the measured one: it makes runs on different facts comparable."""
 
@@ -79,25 +82,35 @@ class GaussianNoise(Corruption):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"the corruption's {name} is {value}; give a positive number (3.0 sigmas is usual).")
+        if self.covariance not in ("isotropic", "full"):
+            raise UserError(f"the corruption's covariance is {self.covariance!r}; use isotropic or full.")
+        if self.covariance == "full" and self.sigma is not None:
+            raise UserError(
+                "the corruption has a sigma and the full covariance; give sigmas, how many times as wide it is."
+            )
         if self.samples < 1:
             raise UserError(f"the corruption's samples is {self.samples}; give at least 1 (10 is usual).")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"the corruption's seed is {self.seed}; give a number from 0 to 4294967295.")
 
     def bind(self, model: LanguageModel, probes: Sequence[Probe]) -> Corruptor:
+        if self.covariance == "full":
+            return _Noisy(model, self, self.sigmas * embedding_spread(model), embedding_factor(model))
         return _Noisy(model, self, self.measure(model, [probe.fact.subject for probe in probes]))
 
     def measure(self, model: LanguageModel, subjects: Sequence[str]) -> float:
         """The absolute standard deviation of the noise: `sigma`, or `sigmas` times what `embedding_std` finds."""
         return self.sigma if self.sigma is not None else self.sigmas * embedding_std(model, subjects)
 
-    def corrupt(self, embeddings: Tensor, span: tuple[int, int], sigma: float) -> Tensor:
+    def corrupt(self, embeddings: Tensor, span: tuple[int, int], sigma: float, factor: Tensor | None = None) -> Tensor:
         """One clean and `samples` corrupted copies of a prompt.
 
         Args:
             embeddings: (tokens, hidden), the clean output of the embedding layer.
             span: `[start, end)` of the subject's tokens.
             sigma: absolute standard deviation, from `measure`.
+            factor: (hidden, hidden), a lower triangle L: the draws are multiplied by its transpose, so that their covariance is
+                sigma² L L'.
 
         Returns:
             (1 + samples, tokens, hidden) in the type and on the device of `embeddings`; row 0 is clean. The sum is
@@ -106,20 +119,21 @@ class GaussianNoise(Corruption):
         start, end = span
         draws = np.random.RandomState(self.seed).randn(self.samples, end - start, embeddings.shape[1])
         batch = embeddings.detach().cpu().double().repeat(1 + self.samples, 1, 1)
-        batch[1:, start:end] += sigma * torch.from_numpy(draws)
+        shaped = torch.from_numpy(draws) if factor is None else torch.from_numpy(draws) @ factor.T
+        batch[1:, start:end] += sigma * shaped
         return batch.to(device=embeddings.device, dtype=embeddings.dtype)
 
 
 class _Noisy(Corruptor):
-    def __init__(self, model: LanguageModel, noise: GaussianNoise, sigma: float) -> None:
-        self.model, self.noise, self.sigma = model, noise, sigma
+    def __init__(self, model: LanguageModel, noise: GaussianNoise, sigma: float, factor: Tensor | None = None) -> None:
+        self.model, self.noise, self.sigma, self.factor = model, noise, sigma, factor
 
     def rows(self, probe: Probe) -> int:
         return self.noise.samples
 
     def batch(self, probe: Probe) -> Tensor:
         assert self.sigma is not None
-        return self.noise.corrupt(embed(self.model, probe.input_ids), probe.span, self.sigma)
+        return self.noise.corrupt(embed(self.model, probe.input_ids), probe.span, self.sigma, self.factor)
 
     def key(self, probe: Probe) -> str:
         return f"{self.noise} {self.sigma!r}"
@@ -147,3 +161,30 @@ def embedding_std(model: LanguageModel, subjects: Sequence[str]) -> float:
         ]
         values = torch.cat(rows)
         return float((values if values.dtype == torch.float64 else values.float()).std())
+
+
+def embedding_spread(model: LanguageModel) -> float:
+    """The root mean variance over the coordinates of all rows of the embedding matrix: one standard deviation of a coordinate."""
+    return float(_rows(model).var(0).mean().sqrt())
+
+
+def embedding_factor(model: LanguageModel) -> Tensor:
+    """(hidden, hidden) float64 lower triangle L with L L' the covariance of all embedding rows, divided by its mean variance.
+
+    Each token counts alike, whatever its frequency: a **variant** of the published script, which weighs them by a corpus. A
+    little is added to the diagonal where rows do not span the space.
+    """
+    rows = _rows(model)
+    covariance = torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1])
+    scale = float(covariance.diagonal().mean())
+    ridge = 1e-9 * torch.eye(len(covariance), dtype=torch.float64)
+    factor: Tensor = torch.linalg.cholesky(covariance / scale + ridge)
+    return factor
+
+
+def _rows(model: LanguageModel) -> Tensor:
+    layer = model.model.get_input_embeddings()
+    assert layer is not None
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().cpu().double()

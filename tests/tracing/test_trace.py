@@ -103,6 +103,29 @@ def test_the_noise_is_drawn_as_published() -> None:
     assert GaussianNoise().corrupt(embeddings.bfloat16(), (0, 1), 0.5).dtype == torch.bfloat16
 
 
+def test_noise_of_the_full_covariance_has_that_of_the_embeddings() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[:, 0] *= 4  # so that the coordinates differ
+    rows = model.model.get_input_embeddings().weight.detach().double()
+    noise = GaussianNoise(covariance="full", samples=40_000, sigmas=2.0)
+    probe = make_probe(model, known(model, how_many=1)[0], PromptSpec(), "probability")
+    batch = noise.bind(model, [probe]).batch(probe).double()
+    start, end = probe.span
+    drawn = (batch[1:, start:end] - batch[:1, start:end]).reshape(-1, rows.shape[1])
+    expected = 4.0 * torch.cov(rows.T)
+    assert torch.allclose(torch.cov(drawn.T), expected, atol=0.05 * float(expected.diagonal().max()))
+    assert torch.equal(batch[1:, end:], batch[:1, end:].expand(len(batch) - 1, -1, -1))
+    effects = trace(model, known(model), GaussianNoise(covariance="full"), kinds=["mlp"], progress=False)
+    assert effects.sigma == pytest.approx(3 * float(rows.var(0).mean().sqrt()))
+    for wrong, says in (
+        ({"covariance": "diagonal"}, "use isotropic or full"),
+        ({"covariance": "full", "sigma": 1.0}, "give sigmas"),
+    ):
+        with pytest.raises(UserError, match=says):
+            GaussianNoise(**wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("engine", ["wavefront", "reference"])
 def test_an_interrupted_trace_goes_on_and_ends_in_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
