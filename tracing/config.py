@@ -58,8 +58,8 @@ class TraceConfig:
     model: ModelSpec = field(default_factory=ModelSpec)
     """The model that has memorised the facts."""
     facts: tuple[str, ...] | str = ("builtin:forget",)
-    """What to ask, one source or several: a JSONL or Parquet file of rows, a folder, a part of the built-in world, or a
-    known-facts JSON file (an array of objects with prompt, subject, attribute)."""
+    """What to ask, one source or several: a JSONL or Parquet file of rows, a folder, a part of the built-in world, or a JSON or
+    JSONL file of facts (objects with prompt, subject, and answer or attribute)."""
     columns: dict[str, str] | None = None
     """For row files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
     tasks: tuple[str, ...] = ("Task2",)

@@ -160,23 +160,27 @@ def with_foils(facts: Sequence[Fact], seed: int = 0) -> list[Fact]:
 
 
 def load_known_facts(path: str | Path) -> list[Fact]:
-    """Facts from a JSON array of objects with `prompt`, `subject` and `attribute`, perhaps `known_id` and `relation_id`.
+    """Facts from a JSON array, JSON lines or Parquet: objects with `prompt`, `subject` and `answer` (or `attribute`, as in the
+    known-facts file of the published script), perhaps `known_id` or `id`, `group` and `foil`.
 
-    The attribute becomes the answer, stripped of surrounding space; facts about one subject form a group.
+    The answer is stripped of surrounding space; facts about one subject form a group unless they name another.
 
     Raises:
-        UserError: a missing file, broken JSON, or a record without one of the three texts (named by its number).
+        UserError: a missing or broken file, no facts, or a record without one of the three texts (named by its place).
     """
-    records = [record for file in find_files(Path(path), preferred=(".json",)) for record in read_file(file)]
+    files = find_files(Path(path), preferred=(".json", ".jsonl", ".parquet"))
+    records = [record for file in files for record in read_file(file)]
     if not records:
-        raise UserError(f"the facts file {path} holds no facts; give a JSON array of objects.")
+        raise UserError(f"the facts file {path} holds no facts; give objects with prompt, subject and answer.")
     return [_known_fact(record) for record in records]
 
 
 def _known_fact(record: Record) -> Fact:
-    prompt, subject, attribute = (text_column(record, name) for name in ("prompt", "subject", "attribute"))
-    name = str(record.values.get("known_id", record.where))
-    return Fact(prompt, subject, attribute.strip(), id=name, group=subject)
+    prompt, subject = text_column(record, "prompt"), text_column(record, "subject")
+    answer = text_column(record, "attribute" if "attribute" in record.values else "answer")
+    name = str(record.values.get("known_id", record.values.get("id", record.where)))
+    group, foil = (text_column(record, key, blank=True) if key in record.values else "" for key in ("group", "foil"))
+    return Fact(prompt, subject, answer.strip(), id=name, group=group or subject, foil=foil.strip())
 
 
 def _finder(rows: Sequence[Row], subject_of: SubjectOf | str | re.Pattern[str] | None) -> SubjectOf:

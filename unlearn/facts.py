@@ -32,9 +32,10 @@ def read_facts(config: TraceConfig) -> list[Fact]:
 
 
 def is_known_facts(source: str) -> bool:
-    """Whether a source is a JSON array of facts rather than rows: its first object has an `attribute`."""
+    """Whether a source is a file of facts rather than of rows: its first record has a `prompt` and a `subject`."""
     path = Path(source)
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix not in (".json", ".jsonl") or not path.is_file():
         return False
     with open(path, encoding="utf-8", errors="replace") as file:
-        return '"attribute"' in file.read(4096)
+        start = file.read(4096)
+    return '"prompt"' in start and '"subject"' in start

@@ -127,7 +127,7 @@ def test_a_small_known_facts_file(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"[]", "holds no facts"),
         (b'{"prompt": "x"}', 'line 1 has no column "subject"'),
-        (b'[{"prompt": "Ada is", "subject": "Ada"}]', 'item 1 has no column "attribute"'),
+        (b'[{"prompt": "Ada is", "subject": "Ada"}]', 'item 1 has no column "answer"'),
         (b"[3]", "item 1 is 3, not an object"),
     ],
 )
@@ -138,3 +138,16 @@ def test_a_broken_known_facts_file_is_named(tmp_path: Path, content: bytes, mess
         load_known_facts(path)
     with pytest.raises(UserError, match="does not exist"):
         load_known_facts(tmp_path / "absent.json")
+
+
+def test_facts_of_one_s_own_in_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    lines = [
+        {"prompt": "Żółw lives in", "subject": "Żółw", "answer": " Gdańsk", "foil": "Łódź", "id": 7},
+        {"prompt": "Ada is a", "subject": "Ada", "attribute": "poet", "group": "poets", "foil": None},
+    ]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    first, second = load_known_facts(path)
+    assert first == Fact("Żółw lives in", "Żółw", "Gdańsk", id="7", group="Żółw", foil="Łódź")
+    assert (second.answer, second.group, second.foil) == ("poet", "poets", "")
+    assert load_known_facts(tmp_path) == [first, second]
