@@ -61,13 +61,7 @@ def read_file(path: Path) -> tuple[Record, ...]:
         if not content.strip():
             continue
         where = f"{path} line {number}"
-        try:
-            value = json.loads(content)
-        except json.JSONDecodeError as problem:
-            raise UserError(
-                f"{where} is not JSON ({problem.msg} at column {problem.colno}); write one JSON object a line."
-            ) from None
-        records.append(_record(where, value))
+        records.append(_record(where, _parsed(content, where)))
     return tuple(records)
 
 
@@ -121,13 +115,19 @@ def _bytes(path: Path) -> bytes:
 
 
 def _array(text: str, name: str) -> tuple[Record, ...]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as problem:
-        raise UserError(
-            f"{name} line {problem.lineno} is not JSON ({problem.msg}); write one array, or one object a line."
-        ) from None
+    values = _parsed(text, name)
+    assert isinstance(values, list)  # it begins with a bracket
     return tuple(_record(f"{name} item {number}", value) for number, value in enumerate(values, start=1))
+
+
+def _parsed(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as problem:
+        line = f" line {problem.lineno}" if "\n" in text else ""
+        raise UserError(
+            f"{where}{line} is not JSON ({problem.msg} at column {problem.colno}); write one JSON object a line, or one array."
+        ) from None
 
 
 def _parquet(path: Path) -> tuple[Record, ...]:

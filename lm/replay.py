@@ -55,7 +55,6 @@ class Call:
     """What the model gives one block besides the stream; `run` gives it again with another stream and another past."""
 
     block: Callable[..., Any]
-    layer: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     cache: DynamicCache
@@ -126,7 +125,7 @@ def calls(model: LanguageModel, embeddings: Tensor, past: Past) -> list[Call]:
     def note(
         layer: int, block: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        seen.append(Call(block=block, layer=layer, args=args, kwargs=kwargs, cache=cache))
+        seen.append(Call(block=block, args=args, kwargs=kwargs, cache=cache))
         return hidden
 
     with _blocks_replaced(model, note):

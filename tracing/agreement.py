@@ -15,6 +15,7 @@ from scipy.stats import rankdata
 from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.arrays import Array
+from tracing.choose import layer_scores
 from tracing.effects import SUBJECT_ROLES, Effects
 from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, units, weighted_means
 
@@ -78,7 +79,7 @@ def agreement(
             f"the two traces have {len(both)} facts in common; trace the same ones (max_facts may cut others off)."
         )
     chosen = np.array(both)
-    scores = [_scores(one, kind, roles)[chosen[:, 0]], _scores(other, kind, roles)[chosen[:, 1]]]
+    scores = [layer_scores(each, kind, roles)[chosen[:, place]] for place, each in enumerate((one, other))]
     groups = [one.facts[mine].group for mine, _ in both]
     low, high = np.array(np.nan), np.array(np.nan)  # of one group there is nothing to draw
     if len(set(units(groups).tolist())) > 1:
@@ -100,11 +101,3 @@ def spearman(one: Array, other: Array) -> float:
     if np.isnan(one).any() or np.isnan(other).any() or np.ptp(one) == 0 or np.ptp(other) == 0:
         return float("nan")
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
-
-
-def _scores(effects: Effects, kind: Kind, roles: Sequence[str]) -> Array:
-    """(facts, layers): the mean over the roles that a fact has."""
-    values = effects.by_role(kind, roles)
-    there = ~np.isnan(values)
-    sums, counts = np.where(there, values, 0.0).sum(1), there.sum(1)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

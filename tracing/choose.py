@@ -76,7 +76,7 @@ def choose_layers(
     """
     layers = effects.layers
     _check(effects, size, kind, confidence, stability)
-    parts = {one: _layer_scores(effects, one, roles, aggregation) for one in _parts(kind)}
+    parts = {one: layer_scores(effects, one, roles, aggregation) for one in _parts(kind)}
     scores = np.sum(list(parts.values()), axis=0)
     counts = resample_counts([fact.group for fact in effects.facts], resamples, seed)
     means = mean_over_facts(scores)
@@ -115,7 +115,7 @@ def choose_layers(
         "aggregation": aggregation,
         **found,
         "other_kinds_in_band": {
-            one: float(np.sum(mean_over_facts(_layer_scores(effects, one, roles, aggregation))[list(chosen)]))
+            one: float(np.sum(mean_over_facts(layer_scores(effects, one, roles, aggregation))[list(chosen)]))
             for one in effects.kinds
             if one not in parts
         },
@@ -160,8 +160,8 @@ def _parts(kind: PlanKind) -> tuple[Kind, ...]:
     return ("mlp", "attn") if kind == "both" else (kind,)
 
 
-def _layer_scores(effects: Effects, kind: Kind, roles: Sequence[str], aggregation: Aggregation) -> Array:
-    """(facts, layers): the mean over a fact's roles; a fact that has none of them is NaN."""
+def layer_scores(effects: Effects, kind: Kind, roles: Sequence[str], aggregation: Aggregation = "fixed") -> Array:
+    """(facts, layers): the mean indirect effect over a fact's roles; a fact that has none of them is NaN."""
     values = effects.by_role(kind, roles, aggregation)
     scores = np.stack([mean_over_facts(one) for one in values])
     if np.isnan(scores).all():

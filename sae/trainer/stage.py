@@ -116,8 +116,10 @@ def run_training(config: TrainSaeConfig) -> dict[str, Path]:
 def held_out_tokens(
     source: Source, sites: Sequence[Site], model: LanguageModel | None, config: TrainSaeConfig
 ) -> dict[Site, Tensor]:
-    """(tokens, hidden) of each site, unshuffled, the same on every process: `trainer.held_out_tokens` at most, and before
-    them those that thresholds are calibrated on (`parted`)."""
+    """(tokens, hidden) of each site, the same on every process, documents in an order drawn by `harvest.seed`.
+
+    `trainer.held_out_tokens` at most, and before them those that thresholds are calibrated on (`parted`).
+    """
     if isinstance(source, NoSource):
         return {}
     wanted = config.trainer.held_out_tokens
@@ -133,7 +135,7 @@ def held_out_tokens(
     else:
         if model is None or not isinstance(source, TextSource):
             raise UserError(f"held_out is {type(source).__name__}: name text, activation files, or NoSource")
-        context = dataclasses.replace(config.harvest.context, shuffle=False, epochs=1)
+        context = dataclasses.replace(config.harvest.context, shuffle=True, epochs=1)
         batches = harvest(model, source, sites, dataclasses.replace(config.harvest, context=context))
     for batch in batches:
         for site in sites:

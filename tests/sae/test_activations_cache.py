@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import byte_level, tiny
+from families import byte_level
+from families import tiny as tiny_model
 from harvested import SITES, SOURCE, harvested_model
 from safetensors.torch import load_file, save_file
 
-from lm import LanguageModel, Site, UserError
+from lm import LanguageModel, ModelSpec, Site, UserError
 from sae.activations import (
     ActivationBatch,
     ActivationCache,
@@ -25,12 +27,14 @@ from sae.activations import (
     Harvester,
     HarvestSpec,
     ReadSpec,
+    TextFiles,
     harvest,
     open_activations,
     open_cache,
     staging,
     write_cache,
 )
+from sae.activations.stage import CacheConfig, run_harvest
 
 HARVEST = HarvestSpec(context=ContextSpec(length=16, epochs=1), forward_contexts=3)
 TOKENS = 450
@@ -202,7 +206,7 @@ def test_values_are_kept_in_the_type_asked_for(model: LanguageModel, tmp_path: P
 
 
 def test_a_bfloat16_model_is_kept_as_it_is(tmp_path: Path) -> None:
-    made = tiny("llama", dtype=torch.bfloat16)
+    made = tiny_model("llama", dtype=torch.bfloat16)
     stored = write(LanguageModel(made.model, byte_level(), made.anatomy, "tiny"), tmp_path / "c", tokens=100)
     assert stored.read(0)[SITES[1]].dtype == torch.bfloat16
     assert stored.facts["dtype"] == "bfloat16"
@@ -219,7 +223,7 @@ def test_what_stands_in_the_way_is_left_alone(model: LanguageModel, tmp_path: Pa
     write(model, tmp_path / "c", tokens=100)
     with pytest.raises(UserError, match=r"cache.tokens 100 and now it is 150"):
         write(model, tmp_path / "c", tokens=150)
-    other = tiny("llama", seed=1)
+    other = tiny_model("llama", seed=1)
     with pytest.raises(UserError, match="weights"):
         write(LanguageModel(other.model, model.tokenizer, other.anatomy, "tiny"), tmp_path / "c", tokens=100)
     (tmp_path / "mine").mkdir()
@@ -318,3 +322,25 @@ def test_plain_files_of_activations_are_read(tmp_path: Path, cache: ActivationCa
         open_cache(source)
     shard = load_file(cache.shards[0].path)
     assert set(shard) == {"resid.1", "mlp.0", "token_ids", "documents", "positions"}
+
+
+def test_the_harvesting_stage_writes_a_cache_that_opens(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    asked = CacheConfig(
+        model=ModelSpec(path=str(tiny / "model"), device="cpu"),
+        source=TextFiles(path=str(tiny / "forget.jsonl"), column="output"),
+        sites=("resid.0", "mlp.1"),
+        harvest=HarvestSpec(context=ContextSpec(length=16), forward_contexts=2),
+        cache=CacheSpec(tokens=60, shard_tokens=30),
+        out=str(tmp_path / "cache"),
+    )
+    run_harvest(asked)
+    cache = open_cache(tmp_path / "cache")
+    assert cache.tokens == 60
+    assert set(cache.sites) == {Site("resid", 0), Site("mlp", 1)}
+    assert "60 tokens at resid.0, mlp.1" in capsys.readouterr().out
+    for wrong, says in (
+        ({"sites": ()}, "sites is empty"),
+        ({"source": ActivationFiles(path="x")}, "harvested from text"),
+    ):
+        with pytest.raises(UserError, match=says):
+            replace(asked, **wrong)
