@@ -3,17 +3,18 @@
     python benchmarks/sae_claims.py --data synthetic --out runs/sae_claims/synthetic
     python benchmarks/sae_claims.py --data real --model FOLDER --text FILE --held_out_text FILE --out runs/sae_claims/real
 
-Same tokens, width, L0, steps and rate for all. `synthetic` has known features (`sae.synthetic`); `real` harvests a model's
-middle layer once, into caches. A seed orders the tokens (or makes the world) and starts the autoencoders. Training is
-scripts/train_sae.py's, with the config of the data; `--change '[--trainer.steps, "20"]'` changes it. What is finished is not run
-again, and an interrupted run goes on where it was. Prints, and writes as table.md, mean (smallest to largest); curves.png.
+Same tokens, width, L0 and steps for all, each at the learning rate that its config gives, which runs with --rate chose.
+`synthetic` has known features (`sae.synthetic`); `real` harvests a model's middle layer once, into caches. A seed orders the
+tokens (or makes the world) and starts the autoencoders. Training is scripts/train_sae.py's, with the config of the data;
+`--change '[--trainer.steps, "20"]'` changes it. What is finished is not run again, and an interrupted run goes on where it was.
+Prints, and writes as table.md, mean (smallest to largest), and the held-out error at every rate that was run; curves.png.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,10 +26,11 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.sae_claims_report import curves, table  # noqa: E402
+from benchmarks.sae_claims_report import by_rate, curves, table  # noqa: E402
 from benchmarks.sae_claims_scoring import Seen, in_training, matched  # noqa: E402
 from lm import UserError, load  # noqa: E402
 from lm.config import parse_config, script  # noqa: E402
+from lm.errors import did_you_mean  # noqa: E402
 from lm.run import progress, write_atomic, write_json  # noqa: E402
 from sae import SparseAutoencoder, load_autoencoder  # noqa: E402
 from sae.activations import (  # noqa: E402
@@ -47,7 +49,7 @@ from sae.activations import (  # noqa: E402
 from sae.activations.documents import Documents  # noqa: E402
 from sae.metrics import Recovered, recovered_on  # noqa: E402
 from sae.synthetic import Detection, Synthetic, SyntheticActivations, match_features, truth_of  # noqa: E402
-from sae.trainer import TrainSaeConfig, run_training  # noqa: E402
+from sae.trainer import AutoencoderSpec, TrainSaeConfig, run_training  # noqa: E402
 
 WIKITEXT = r" = [^=].* = $"
 
@@ -70,6 +72,8 @@ class Claims:
     """Words that change it."""
     rate: float | None = None
     """Learning rate of all autoencoders; null: what the config gives each."""
+    which: tuple[str, ...] = ()
+    """Names of the autoencoders to run; empty: all of the config."""
     model: str | None = None
     """real: a pretrained model's folder or hub id (docs/sae_claims.md used SmolLM2-135M)."""
     text: str | None = None
@@ -205,35 +209,82 @@ def main(asked: Claims) -> None:
     base = parse_config(TrainSaeConfig, ["--config", path, *asked.change])
     data = Made(asked, base) if asked.data == "synthetic" else Harvested(asked, base)
     how = {name: getattr(asked, name) for name in ("scored_tokens", "calibrate_tokens", "contexts")}
+    wanted = chosen(base.autoencoders, asked)
     for seed in asked.only or asked.seeds:
-        folder = out / f"seed-{seed}"
-        rates = {} if asked.rate is None else {"learning_rate": asked.rate}
-        specs = tuple(replace(spec, seed=seed, **rates) for spec in base.autoencoders)
-        again = (folder / "config.yaml").exists()
-        config = replace(data.of_seed(seed), autoencoders=specs, out=str(folder), resume=again)
-        for name, where in run_training(config).items():
-            scores = out / "scores" / f"seed-{seed}-{name}.json"
-            if not scores.exists() or json.loads(scores.read_text())["scored_with"] != how:
-                found = {**data.score(load_autoencoder(where), config), **in_training(folder, name), "scored_with": how}
-                write_json(scores, found)
-    found = collected(out, asked)
-    text = table(found)
+        for rate in dict.fromkeys(wanted.values()):
+            names = [name for name, its in wanted.items() if its == rate]
+            specs = [spec for spec in base.autoencoders if spec.name in names]
+            folder = run_folder(out, rate, seed)
+            config = replace(
+                data.of_seed(seed),
+                autoencoders=begun(folder, tuple(replace(spec, seed=seed, learning_rate=rate) for spec in specs)),
+                out=str(folder),
+                resume=(folder / "config.yaml").exists(),
+            )
+            trained = run_training(config)
+            for name in names:
+                scores = scores_of(out, rate, seed, name)
+                if not scores.exists() or json.loads(scores.read_text())["scored_with"] != how:
+                    found = data.score(load_autoencoder(trained[name]), config)
+                    write_json(scores, {**found, **in_training(folder, name), "rate": rate, "scored_with": how})
+    found = {name: collected(out, name, rate, asked.seeds) for name, rate in wanted.items()}
+    tried = {
+        name: {rate: runs for rate in rates_in(out) if (runs := collected(out, name, rate, asked.seeds[:1]))}
+        for name in wanted
+    }
+    text = table(found) + "\n\n" + by_rate(tried)
     write_json(out / "results.json", found)
     write_atomic(out / "table.md", text + "\n")
-    runs = [out / f"seed-{seed}" for seed in asked.seeds if (out / f"seed-{seed}" / "results.json").exists()]
-    write_atomic(out / "curves.png", curves(runs, [spec.name or "" for spec in base.autoencoders], base.trainer))
+    drawn = {
+        name: [run_folder(out, rate, seed) for seed in asked.seeds if str(seed) in found[name]]
+        for name, rate in wanted.items()
+    }
+    write_atomic(out / "curves.png", curves(drawn, base.trainer))
     print(text)
 
 
-def collected(out: Path, asked: Claims) -> dict[str, dict[str, dict[str, float]]]:
-    """Autoencoder -> seed -> figures, of the runs that are finished. Scores stand for what training said under the same name."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for seed in asked.seeds:
-        folder = out / f"seed-{seed}"
-        if (folder / "results.json").exists():
-            for name, measures in json.loads((folder / "results.json").read_text()).items():
-                scores = json.loads((out / "scores" / f"seed-{seed}-{name}.json").read_text())
-                found.setdefault(name, {})[str(seed)] = {**measures, **scores}
+def chosen(specs: Sequence[AutoencoderSpec], asked: Claims) -> dict[str, float]:
+    """Name -> learning rate of the autoencoders to run."""
+    rates = {}
+    for spec in specs:
+        rate = asked.rate or spec.learning_rate
+        if not spec.name or rate is None:
+            raise UserError("the config's autoencoders need a name and a learning_rate each")
+        rates[spec.name] = rate
+    for name in asked.which:
+        if name not in rates:
+            raise UserError(f"the config has no autoencoder {name!r}{did_you_mean(name, rates)}")
+    return {name: rate for name, rate in rates.items() if not asked.which or name in asked.which}
+
+
+def begun(folder: Path, specs: tuple[AutoencoderSpec, ...]) -> tuple[AutoencoderSpec, ...]:
+    """The autoencoders of the run in `folder` if these are among them, or these."""
+    if not (folder / "config.yaml").exists():
+        return specs
+    there = parse_config(TrainSaeConfig, ["--config", str(folder / "config.yaml")]).autoencoders
+    return there if all(spec in there for spec in specs) else specs
+
+
+def run_folder(out: Path, rate: float, seed: int) -> Path:
+    return out / f"rate-{rate:g}" / f"seed-{seed}"
+
+
+def scores_of(out: Path, rate: float, seed: int, name: str) -> Path:
+    return out / f"rate-{rate:g}" / "scores" / f"seed-{seed}-{name}.json"
+
+
+def rates_in(out: Path) -> list[float]:
+    return sorted(float(folder.name.removeprefix("rate-")) for folder in out.glob("rate-*"))
+
+
+def collected(out: Path, name: str, rate: float, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Seed -> figures, of the runs that are scored. Scores stand for what training said under the same name."""
+    found = {}
+    for seed in seeds:
+        scores = scores_of(out, rate, seed, name)
+        if scores.exists():
+            measures = json.loads((run_folder(out, rate, seed) / "results.json").read_text())[name]
+            found[str(seed)] = {**measures, **json.loads(scores.read_text())}
     return found
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from sae.trainer import TrainerConfig
 
 COLUMNS = {
+    "rate": ("rate", "g"),
     "dead_training": ("dead in training", "%"),
     "dead_exported": ("dead", "%"),
     "under_used": ("under-used", "%"),
@@ -43,27 +44,42 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def by_rate(tried: Mapping[str, Mapping[float, Mapping[str, Mapping[str, float]]]]) -> str:
+    """Markdown: the held-out error of each autoencoder at each rate, of the first seed."""
+    rates = sorted({rate for runs in tried.values() for rate in runs})
+    lines = [
+        "| held-out NMSE at rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "|---" * (len(rates) + 1) + "|",
+    ]
+    for method, runs in tried.items():
+        cells = [spread([run["nmse"] for run in runs[rate].values()], ".4f") if rate in runs else "" for rate in rates]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def spread(values: Sequence[float], form: str) -> str:
     """`mean (smallest to largest)`, or the one value."""
     mean, low, high = (_shown(value, form) for value in (statistics.fmean(values), min(values), max(values)))
-    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def curves(runs: Sequence[Path], names: Sequence[str], trainer: TrainerConfig) -> bytes:
-    """PNG: training error, dead share and held-out FVU over tokens; mean over the runs, shaded from smallest to largest."""
+def curves(runs: Mapping[str, Sequence[Path]], trainer: TrainerConfig) -> bytes:
+    """PNG: training error, dead share and held-out FVU over tokens; mean over an autoencoder's runs, shaded from smallest to
+    largest."""
     panels = {
         "nmse": "training NMSE",
         "dead": "dead share in training",
         "held_out/fvu_exported": "held-out FVU, thresholds",
     }
-    lines = {run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs}
+    folders = {run for its in runs.values() for run in its}
+    lines = {run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in folders}
     figure = Figure(figsize=(12, 3.6), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for name, colour in zip(names, _COLOURS, strict=False):
+        for (name, its), colour in zip(runs.items(), _COLOURS, strict=False):
             series: dict[int, list[float]] = {}
-            for logged in lines.values():
-                for line in logged:
+            for run in its:
+                for line in lines[run]:
                     if f"{name}/{key}" in line:
                         series.setdefault(line["step"], []).append(line[f"{name}/{key}"])
             _line(axes, series, trainer.batch_tokens, name.replace("_", " "), colour)

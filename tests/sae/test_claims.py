@@ -53,11 +53,11 @@ def test_synthetic_over_two_seeds_and_again(tmp_path: Path) -> None:
     words = ["--out", str(tmp_path), "--held_out_tokens", "2048", "--change", changes(64, 20, **world)]
     done = run(*words, "--seeds", "[1, 2]", "--only", "[2]")
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "seed-1").exists()
-    second = (tmp_path / "scores" / "seed-2-topk_aux_k.json").stat().st_mtime_ns
+    assert not (tmp_path / "rate-0.003" / "seed-1").exists()
+    second = (tmp_path / "rate-0.003" / "scores" / "seed-2-topk_aux_k.json").stat().st_mtime_ns
     done = run(*words, "--seeds", "[1, 2]")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "scores" / "seed-2-topk_aux_k.json").stat().st_mtime_ns == second
+    assert (tmp_path / "rate-0.003" / "scores" / "seed-2-topk_aux_k.json").stat().st_mtime_ns == second
     assert done.stdout.strip().endswith((tmp_path / "table.md").read_text().strip())
     found = json.loads((tmp_path / "results.json").read_text())
     assert found.keys() == METHODS.keys()
@@ -71,6 +71,13 @@ def test_synthetic_over_two_seeds_and_again(tmp_path: Path) -> None:
             assert 0 < one["fvu_exported"] < 2
             assert one["scored_tokens"] == 2048
             assert 0 <= one["dead_training"] <= 1
+    slower = run(*words, "--seeds", "[1, 2]", "--only", "[1]", "--rate", "0.001", "--which", "[topk_aux_k]")
+    assert slower.returncode == 0, slower.stderr
+    assert "| held-out NMSE at rate | 0.001 | 0.003 |" in slower.stdout
+    last = slower.stdout.strip().splitlines()[-1].split("|")  # the table of rates has what both runs say of seed 1
+    said = [json.loads((tmp_path / f"rate-{rate}/seed-1/results.json").read_text()) for rate in ("0.001", "0.003")]
+    assert [float(cell) for cell in last[2:4]] == [round(one["topk_aux_k"]["nmse"], 4) for one in said]
+    assert run(*words, "--which", "[topk_aux]").stderr.strip().endswith("(did you mean 'topk_aux_k'?)")
     again = run(
         *words, "--seeds", "[1, 2]", "--held_out_tokens", "4096"
     )  # other scoring: scored again, not trained again
