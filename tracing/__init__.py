@@ -8,18 +8,23 @@ from tracing.choose import choose_layers
 from tracing.corruption import GaussianNoise
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
 from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts, with_foils
+from tracing.localizer import CausalTracing, Localizer
 from tracing.plan import LayerPlan
 from tracing.replacement import TokenReplacement
+from tracing.scores import LayerScores
 from tracing.tracer import trace
 
 __all__ = [
     "ROLES",
     "Agreement",
+    "CausalTracing",
     "EffectTable",
     "Effects",
     "Fact",
     "GaussianNoise",
     "LayerPlan",
+    "LayerScores",
+    "Localizer",
     "Skipped",
     "TokenReplacement",
     "agreement",

@@ -13,10 +13,9 @@ import numpy as np
 from scipy.stats import rankdata
 
 from lm.anatomy import Kind
-from lm.errors import UserError
 from tracing.arrays import Array
-from tracing.choose import layer_scores
 from tracing.effects import SUBJECT_ROLES, Effects
+from tracing.scores import LayerScores, in_common
 from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, units, weighted_means
 
 
@@ -46,8 +45,8 @@ class Agreement:
 
 
 def agreement(
-    one: Effects,
-    other: Effects,
+    one: Effects | LayerScores,
+    other: Effects | LayerScores,
     kind: Kind = "mlp",
     *,
     roles: Sequence[str] = SUBJECT_ROLES,
@@ -55,32 +54,17 @@ def agreement(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Agreement:
-    """How alike two traces of the same model rank its layers, on the facts that both have.
+    """How alike two traces, or any two localisers, rank the layers of the same model, on the facts that both have.
 
-    A layer's score is the mean over facts of its mean indirect effect over the tokens of `roles`; each resample draws the same
-    facts for both. The metrics and corruptions may differ, since only ranks are compared.
+    A layer's score is the mean over facts; of `Effects`, of a fact's mean indirect effect over the tokens of `roles`. Each
+    resample draws the same facts for both. Metrics, corruptions and units may differ, since only ranks are compared.
 
     Raises:
         UserError: other numbers of layers, no such kind, or fewer than two facts in common.
     """
     check_confidence(confidence)
-    if one.layers != other.layers:
-        raise UserError(
-            f"effects over {one.layers} and {other.layers} layers are of different models; trace one model twice."
-        )
-    places = {(fact.prompt, fact.subject): index for index, fact in enumerate(other.facts)}
-    both = [
-        (mine, places[fact.prompt, fact.subject])
-        for mine, fact in enumerate(one.facts)
-        if (fact.prompt, fact.subject) in places
-    ]
-    if len(both) < 2:
-        raise UserError(
-            f"the two traces have {len(both)} facts in common; trace the same ones (max_facts may cut others off)."
-        )
-    chosen = np.array(both)
-    scores = [layer_scores(each, kind, roles)[chosen[:, place]] for place, each in enumerate((one, other))]
-    groups = [one.facts[mine].group for mine, _ in both]
+    both = in_common([each if isinstance(each, LayerScores) else each.scores(roles) for each in (one, other)])
+    scores, groups = [each.of(kind) for each in both], both[0].groups
     low, high = np.array(np.nan), np.array(np.nan)  # of one group there is nothing to draw
     if len(set(units(groups).tolist())) > 1:
         drawn = [weighted_means(values, resample_counts(groups, resamples, seed)) for values in scores]
@@ -91,8 +75,8 @@ def agreement(
         low=float(low),
         high=float(high),
         confidence=confidence,
-        facts=len(both),
-        layers=one.layers,
+        facts=len(groups),
+        layers=both[0].layers,
     )
 
 

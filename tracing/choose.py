@@ -17,6 +17,7 @@ from lm.errors import UserError
 from tracing.arrays import Array
 from tracing.effects import SUBJECT_ROLES, Aggregation, Effects
 from tracing.plan import LayerPlan, control_layers
+from tracing.scores import LayerScores
 from tracing.statistics import (
     check_confidence,
     interval,
@@ -30,7 +31,7 @@ PlanKind = Literal["mlp", "attn", "both", "resid"]
 
 
 def choose_layers(
-    effects: Effects,
+    found: Effects | LayerScores,
     *,
     size: int,
     kind: PlanKind = "mlp",
@@ -46,8 +47,9 @@ def choose_layers(
 
     Badge: *reconstruction*. The authors of the joint method read their layers off a heat map by eye; no rule is
     published. Here a layer's score is the mean over facts of the indirect effect of restoring `kind` there, averaged
-    within each of the `roles` and then over the roles that a fact has; a band's score is the sum over its layers, and
-    the highest wins (the lowest layers of equal ones). `both` adds mlp and attn.
+    within each of the `roles` and then over the roles that a fact has (of another localiser: the mean of its scores over
+    facts); a band's score is the sum over its layers, and the highest wins (the lowest layers of equal ones). `both` adds
+    mlp and attn.
 
     The band is *singled out* if, over bootstrap resamples of the facts (grouped by person),
 
@@ -58,50 +60,50 @@ def choose_layers(
        1, on those not drawn; that too is above zero in at least `stability` of the resamples. The band is the best
        of many on these very facts, which alone makes 1 too kind, and
     5. it matters: the score of the band's best layer is at least `least_share` of what the corruption took (the mean
-       total effect). A tiny effect can be certain too.
+       total effect). A tiny effect can be certain too. Not asked of localisers whose scores are a part of nothing.
 
     Otherwise the plan still names the best band, with `singled_out` False and a verdict that says why. On made-up
     effects without any preference among layers the defaults single a band out in fewer than 5 % of the draws (a test).
 
     Args:
+        found: what tracing or another localiser found.
         size: how many layers.
         kind: `mlp`, `attn`, `both` (then `modules` keeps those of the two whose effect in the band is above zero at the
             lower end of its interval, or the larger one if neither is), or `resid` (whole blocks: `modules` is `all`).
-        roles: the token roles that count.
+        roles: the token roles that count, of `Effects`.
         aggregation: which positions a role has: see `tracing.effects.token_roles`.
         seed: of the resampling and of the random control.
 
     Raises:
         UserError: a size that does not fit the model, a kind that was not traced, roles that no fact has.
     """
-    layers = effects.layers
-    _check(effects, size, kind, confidence, stability)
-    parts = {one: layer_scores(effects, one, roles, aggregation) for one in _parts(kind)}
+    given = found if isinstance(found, LayerScores) else found.scores(roles, aggregation)
+    layers = given.layers
+    _check(layers, size, kind, confidence, stability)
+    parts = {one: given.of(one) for one in _parts(kind)}
     scores = np.sum(list(parts.values()), axis=0)
-    counts = resample_counts([fact.group for fact in effects.facts], resamples, seed)
+    counts = resample_counts(given.groups, resamples, seed)
     means = mean_over_facts(scores)
     drawn = weighted_means(scores, counts)
     drawn, counts = drawn[~np.isnan(drawn).any(axis=1)], counts[~np.isnan(drawn).any(axis=1)]
     bands, drawn_bands = _bands(means, size), _bands(drawn, size)
     best = int(np.argmax(bands))
     chosen = tuple(range(best, best + size))
-    found = _evidence(scores, drawn_bands, counts, best, size, confidence, units([f.group for f in effects.facts]))
-    taken = float(effects.total.mean())
-    found["share_of_total"] = float(means[list(chosen)].max()) / taken if taken > 0 else 0.0
+    numbers = _evidence(scores, drawn_bands, counts, best, size, confidence, units(given.groups))
+    taken = None if given.total is None else float(given.total.mean())
+    if taken is not None:
+        numbers["share_of_total"] = float(means[list(chosen)].max()) / taken if taken > 0 else 0.0
+    window = int(given.details.get("window", 1)) if kind != "resid" else 1
     restored = " and ".join(_parts(kind)) if kind != "resid" else "the stream"
-    if effects.window > 1 and kind != "resid":
-        restored += f" (windows of {effects.window} layers)"
-    reasons = _reasons(found, layers, size, stability, confidence, least_share)
+    restored += f" (windows of {window} layers)" if window > 1 else ""
+    reasons = _reasons(numbers, layers, size, stability, confidence, least_share)
     low, high = interval(drawn, confidence)
     band_low, band_high = interval(drawn_bands, confidence)
-    modules = _modules(kind, parts, counts, chosen, confidence)
-    rule = (
-        f"the contiguous band of {size} of {layers} layers with the largest summed mean indirect effect ({effects.metric}) of "
-        f"restoring {'mlp and attn' if kind == 'both' else kind} at the subject ({', '.join(roles)})"
-    )
     evidence = {
         "kind": kind,
-        "roles": list(roles),
+        "source": given.source,
+        "unit": given.unit,
+        "roles": list(given.details.get("roles", ())),
         "layer_scores": _floats(means),
         "layer_low": _floats(low),
         "layer_high": _floats(high),
@@ -112,45 +114,42 @@ def choose_layers(
         "confidence": confidence,
         "stability_asked": stability,
         "least_share_asked": least_share,
-        "aggregation": aggregation,
-        **found,
+        "aggregation": given.details.get("aggregation"),
+        **numbers,
         "other_kinds_in_band": {
-            one: float(np.sum(mean_over_facts(layer_scores(effects, one, roles, aggregation))[list(chosen)]))
-            for one in effects.kinds
-            if one not in parts
+            one: float(np.sum(given.mean(one)[list(chosen)])) for one in given.kinds if one not in parts
         },
         "mean_total_effect": taken,
-        "caveats": _caveats(effects, size, kind),
+        "caveats": _caveats(given, size, window),
     }
     return LayerPlan(
         layers=chosen,
-        modules=modules,
-        rule=rule,
+        modules=_modules(kind, parts, counts, chosen, confidence),
+        rule=(
+            f"the contiguous band of {size} of {layers} layers with the largest summed mean {given.unit} of "
+            f"{'mlp and attn' if kind == 'both' else kind} ({given.source})"
+        ),
         singled_out=not reasons,
-        verdict=_verdict(chosen, reasons, found, confidence, restored),
+        verdict=_verdict(chosen, reasons, numbers, confidence, restored),
         evidence=evidence,
         controls=control_layers(chosen, means, seed),
         provenance={
-            **effects.provenance,
+            **given.provenance,
             "model_layers": layers,
-            "sigma": effects.sigma,
-            "metric": effects.metric,
-            "window": effects.window,
-            "facts_used": [fact.label for fact in effects.facts],
-            "facts_left_out": {one.fact.label: one.reason for one in effects.skipped},
+            **{name: given.details[name] for name in ("sigma", "metric", "window") if name in given.details},
+            "facts_used": [fact.label for fact in given.facts],
+            "facts_left_out": given.details.get("left_out", {}),
             "resamples": resamples,
             "seed": seed,
         },
     )
 
 
-def _check(effects: Effects, size: int, kind: str, confidence: float, stability: float) -> None:
+def _check(layers: int, size: int, kind: str, confidence: float, stability: float) -> None:
     if kind not in get_args(PlanKind):
         raise UserError(f"the plan's kind {kind!r} is unknown; use one of {', '.join(get_args(PlanKind))}.")
-    if not 1 <= size <= effects.layers:
-        raise UserError(
-            f"the plan's size is {size} but the model has {effects.layers} layers; give 1 to {effects.layers}."
-        )
+    if not 1 <= size <= layers:
+        raise UserError(f"the plan's size is {size} but the model has {layers} layers; give 1 to {layers}.")
     check_confidence(confidence)
     if not 0 < stability <= 1:
         raise UserError(f"the plan's stability is {stability}; give a share above 0 and up to 1 (0.9 is usual).")
@@ -158,15 +157,6 @@ def _check(effects: Effects, size: int, kind: str, confidence: float, stability:
 
 def _parts(kind: PlanKind) -> tuple[Kind, ...]:
     return ("mlp", "attn") if kind == "both" else (kind,)
-
-
-def layer_scores(effects: Effects, kind: Kind, roles: Sequence[str], aggregation: Aggregation = "fixed") -> Array:
-    """(facts, layers): the mean indirect effect over a fact's roles; a fact that has none of them is NaN."""
-    values = effects.by_role(kind, roles, aggregation)
-    scores = np.stack([mean_over_facts(one) for one in values])
-    if np.isnan(scores).all():
-        raise UserError(f"no fact has traced tokens in the roles {', '.join(roles)}; choose other roles or positions.")
-    return scores
 
 
 def _bands(scores: Array, size: int) -> Array:
@@ -229,7 +219,7 @@ def _reasons(
             f"on facts held out of the choice the band wins in only {found['held_out_share']:.0%} of the resamples "
             f"({stability:.0%} asked)"
         )
-    if found["share_of_total"] < least_share:
+    if found.get("share_of_total", 1.0) < least_share:
         reasons.append(
             f"the best layer brings back only {found['share_of_total']:.1%} of what the corruption took "
             f"({least_share:.0%} asked)"
@@ -246,11 +236,16 @@ def _verdict(
         has = "have" if several else "has"
         return f"The evidence does not single out layers: {name} {has} the largest effect, but {'; '.join(reasons)}."
     its = "their" if several else "its"
-    return (
+    sentence = (
         f"The evidence singles out {name}: {its} effect exceeds the mean of the other bands by {found['margin']:.3g} "
         f"({confidence:.0%} interval {found['margin_low']:.3g} to {found['margin_high']:.3g}), a like band wins in "
         f"{found['stable_share']:.0%} of the resamples, and {found['held_out_share']:.0%} agree on held-out facts "
-        f"({found['facts']} facts). Restoring {restored} in {'the best of them' if several else 'it'} at one subject token "
+        f"({found['facts']} facts)."
+    )
+    if "share_of_total" not in found:
+        return sentence
+    return (
+        f"{sentence} Restoring {restored} in {'the best of them' if several else 'it'} at one subject token "
         f"brings back {found['share_of_total']:.0%} of what the corruption took, on average."
     )
 
@@ -268,16 +263,16 @@ def _modules(
     return tuple(carried or [largest])
 
 
-def _caveats(effects: Effects, size: int, kind: str) -> list[str]:
-    caveats = ["Tracing shows where an answer is carried, not where training works best: compare with the controls."]
-    if effects.window > 1 and kind != "resid":
+def _caveats(given: LayerScores, size: int, window: int) -> list[str]:
+    caveats = ["Localising shows where an answer is carried, not where training works best: compare with the controls."]
+    if window > 1:
         caveats.append(
-            f"Windows of {effects.window} layers blur neighbouring layers"
-            + (f", and are wider than the plan of {size}" if effects.window > size else "")
+            f"Windows of {window} layers blur neighbouring layers"
+            + (f", and are wider than the plan of {size}" if window > size else "")
             + "; those at the edges hold fewer layers."
         )
-    if effects.skipped:
-        caveats.append(f"{len(effects.skipped)} of {len(effects.skipped) + len(effects.facts)} facts were left out.")
+    if left := given.details.get("left_out"):
+        caveats.append(f"{len(left)} of {len(left) + len(given.facts)} facts were left out.")
     return caveats
 
 

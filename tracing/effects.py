@@ -19,6 +19,7 @@ from lm.errors import UserError
 from lm.run import write_atomic
 from tracing.arrays import Array, pack
 from tracing.facts import Fact
+from tracing.scores import LayerScores
 from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, weighted_means
 
 if TYPE_CHECKING:
@@ -214,6 +215,40 @@ class Effects:
             window=1 if kind == "resid" else self.window,
             sigma=self.sigma,
             total_facts=len(self.facts),
+        )
+
+    def scores(self, roles: Sequence[str] = SUBJECT_ROLES, aggregation: Aggregation = "fixed") -> LayerScores:
+        """For each fact, kind and layer the mean indirect effect over the `roles` that the fact has, each over its tokens.
+
+        Raises UserError for roles that no fact has.
+        """
+        values: dict[Kind, Array] = {}
+        for kind in self.kinds:
+            by_role = self.by_role(kind, roles, aggregation)
+            values[kind] = np.stack([mean_over_facts(one) for one in by_role])
+            if np.isnan(values[kind]).all():
+                raise UserError(
+                    f"no fact has traced tokens in the roles {', '.join(roles)}; choose other roles or positions."
+                )
+        corruption = dict(self.provenance.get("corruption", {})).get(
+            "kind", "other names" if self.sigma is None else "noise"
+        )
+        windows = f", windows of {self.window}" if self.window > 1 else ""
+        return LayerScores(
+            source=f"causal tracing ({corruption}{windows})",
+            unit=f"indirect effect ({self.metric}) at the {', '.join(roles)}",
+            facts=self.facts,
+            values=values,
+            total=self.total,
+            details={
+                "metric": self.metric,
+                "window": self.window,
+                "sigma": self.sigma,
+                "roles": list(roles),
+                "aggregation": aggregation,
+                "left_out": {one.fact.label: one.reason for one in self.skipped},
+            },
+            provenance=self.provenance,
         )
 
     def to_dataframe(self) -> pandas.DataFrame:

@@ -79,7 +79,7 @@ def test_one_group_has_no_interval() -> None:
 
 def test_what_cannot_be_compared_is_refused() -> None:
     one = named(made_up(PROFILE))
-    with pytest.raises(UserError, match="6 and 3 layers"):
+    with pytest.raises(UserError, match="3 and 6 layers"):
         agreement(one, named(made_up([0.1, 0.2, 0.3])))
     with pytest.raises(UserError, match="0 facts in common"):
         agreement(one, made_up(PROFILE))

@@ -145,7 +145,7 @@ def test_wide_windows_and_left_out_facts_are_told() -> None:
     [
         ({"size": 0}, "size is 0"),
         ({"size": 11}, "size is 11 but the model has 10 layers"),
-        ({"size": 2, "kind": "attn"}, "'attn' was not traced"),
+        ({"size": 2, "kind": "attn"}, "does not score 'attn'"),
         ({"size": 2, "kind": "mpl"}, "kind 'mpl' is unknown"),
         ({"size": 2, "roles": ["middle"]}, "middle"),
         ({"size": 2, "roles": []}, "not usable"),
