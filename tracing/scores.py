@@ -114,9 +114,12 @@ class LayerScores:
             "details": dict(self.details),
             "provenance": dict(self.provenance),
         }
-        text = np.array(json.dumps(about, ensure_ascii=False))
-        total = {} if self.total is None else {"total": self.total}
-        write_atomic(Path(path), pack({**self.values, **total, "about": text}))
+        arrays: dict[str, np.ndarray[Any, Any]] = {"about": np.array(json.dumps(about, ensure_ascii=False))}
+        for kind in self.kinds:
+            arrays[kind] = self.values[kind]
+        if self.total is not None:
+            arrays["total"] = self.total
+        write_atomic(Path(path), pack(arrays))
 
     @classmethod
     def load(cls, path: str | Path) -> LayerScores:

@@ -83,5 +83,5 @@ def test_what_cannot_be_compared_is_refused() -> None:
         agreement(one, named(made_up([0.1, 0.2, 0.3])))
     with pytest.raises(UserError, match="0 facts in common"):
         agreement(one, made_up(PROFILE))
-    with pytest.raises(UserError, match="'attn' was not traced"):
+    with pytest.raises(UserError, match="does not score 'attn'"):
         agreement(one, one, "attn")
