@@ -8,7 +8,8 @@ time. Padding and batching are not done here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jinja2 import TemplateError
@@ -101,6 +102,32 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, sp
 def labels(encoded: Encoded) -> list[int]:
     """The ids with everything before the answer replaced by -100."""
     return [IGNORED] * encoded.answer_start + encoded.ids[encoded.answer_start :]
+
+
+def answer_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, spec: PromptSpec, spans: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The places, among `encode_pair`'s answer tokens, of those that overlap any of the spans of characters of `answer`."""
+    encoded = encode_pair(tokenizer, prompt, answer, replace(spec, append_eos=False))
+    ids = encoded.ids[encoded.answer_start :]
+    text, written = render(tokenizer, prompt, spec), spec.prefix + answer
+    for before in (text, "", "\n"):  # the ways in which `encode_pair` may have made them
+        special = spec.format == "raw" and before == text
+        found = tokenizer(before + written, add_special_tokens=special, return_offsets_mapping=True)
+        last = len(found["input_ids"]) - (1 if special and _appends_eos(tokenizer) else 0)
+        first = last - len(ids)
+        if first < 0 or list(found["input_ids"])[first:last] != ids:
+            continue
+        base = len(before) + len(spec.prefix)
+        offsets = found["offset_mapping"][first:last]
+        return [
+            place
+            for place, (start, end) in enumerate(offsets)
+            if any(start - base < stop and end - base > begin for begin, stop in spans)
+        ]
+    raise UserError(
+        f"the tokens of the answer {answer!r} cannot be laid over its letters: use a metric of the whole answer"
+    )
 
 
 def token_span(

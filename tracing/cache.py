@@ -52,5 +52,6 @@ class FactCache:
         write_atomic(self._path(self.folder, probe), pack(scores | cells))
 
     def _path(self, folder: Path, probe: Probe) -> Path:
-        asked = json.dumps([probe.prompt_ids, probe.answer_ids, probe.span, self._corruptor.key(probe), self._run])
+        fact = [probe.prompt_ids, probe.answer_ids, probe.span, probe.foil, probe.counted]
+        asked = json.dumps([*fact, self._corruptor.key(probe), self._run])
         return folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.npz"

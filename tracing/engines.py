@@ -14,6 +14,7 @@ from lm.config import known_or_near
 from lm.errors import UserError
 from lm.load import LanguageModel
 from tracing.cost import rows_within
+from tracing.metrics import LOGARITHMIC
 from tracing.probe import Probe
 from tracing.reference import Traced, score_cells, trace_fact
 from tracing.sweep import Sweep, swept_positions
@@ -103,7 +104,7 @@ def check(model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep, found
     allowed = _tolerance(next(model.model.parameters()).dtype)
     for cell, value in zip(asked, expected, strict=True):
         got = _value(found, cell)
-        size = 1.0 if sweep.metric in ("log_probability", "logit_difference") else max(abs(value), abs(found.corrupted))
+        size = 1.0 if sweep.metric in (*LOGARITHMIC, "logit_difference") else max(abs(value), abs(found.corrupted))
         if abs(got - value) > allowed * max(size, 1e-12):
             kind, position, layer = cell
             raise UserError(

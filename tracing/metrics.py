@@ -5,20 +5,48 @@ Pure functions of logits. Probabilities are taken in float32 (float64 stays), wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from lm.errors import UserError
 
-Metric = Literal["probability", "log_probability", "first_token_probability", "logit_difference", "reciprocal_rank"]
+Metric = Literal[
+    "probability",
+    "log_probability",
+    "first_token_probability",
+    "distinguishing_log_probability",
+    "logit_difference",
+    "reciprocal_rank",
+]
 """`probability`: of the whole answer (the product over its tokens); `log_probability`: its natural logarithm (the sum);
-`first_token_probability`: of the first answer token alone, as the published script reads it off; `logit_difference`: the logit of
-the answer's token less that of the foil's, where the two first differ (Zhang and Nanda 2023); `reciprocal_rank`: the mean over
-answer tokens of 1 / rank among all tokens, 1 where the model would say it. All are higher where the answer is nearer."""
+`first_token_probability`: of the first answer token alone, as the published script reads it off;
+`distinguishing_log_probability`: of the answer's names and numbers alone (`distinguishing`), given all before them;
+`logit_difference`: the logit of the answer's token less that of the foil's, where the two first differ (Zhang and Nanda 2023);
+`reciprocal_rank`: the mean over answer tokens of 1 / rank among all tokens, 1 where the model would say it. All are higher where
+the answer is nearer."""
+
+_WORD = re.compile(r"[\w@][\w@.:/'’+-]*\w|\w")
+_OPENER = re.compile(
+    r"(?i)an?|and|at|by|for|from|he|her|his|i|in|is|its?|my|no|of|on|she|the|their|there|they|this|to|was|we|with|yes"
+)
+LOGARITHMIC = ("log_probability", "distinguishing_log_probability")
+"""The metrics that are sums of logarithms of probabilities."""
+
+
+class Asked(Protocol):
+    """What a target is made of: a `tracing.probe.Probe`."""
+
+    @property
+    def answer_ids(self) -> Sequence[int]: ...
+    @property
+    def foil(self) -> tuple[int, int] | None: ...
+    @property
+    def counted(self) -> Sequence[int] | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +57,30 @@ class Target:
         answer: (rows, n) token ids.
         place: (rows,), the first of the n tokens in which answer and foil differ; or None without foils.
         foil: (rows,), the foil's token there; or None.
+        counted: (rows, n) bool, the answer tokens that count; or None for all.
     """
 
     answer: Tensor
     place: Tensor | None = None
     foil: Tensor | None = None
+    counted: Tensor | None = None
 
     @classmethod
-    def of(cls, answers: Sequence[Sequence[int]], foils: Sequence[tuple[int, int] | None], each: int) -> Target:
+    def of(cls, asked: Sequence[Asked], each: int) -> Target:
         """Of some facts, `each` rows a fact, one after the other."""
-        answer = torch.tensor([list(one) for one in answers]).repeat_interleave(each, 0)
-        if any(foil is None for foil in foils):
-            return cls(answer=answer)
-        place, foil = torch.tensor([list(foil) for foil in foils if foil is not None]).repeat_interleave(each, 0).T
-        return cls(answer=answer, place=place, foil=foil)
+        answer = torch.tensor([list(one.answer_ids) for one in asked])
+        counted = torch.ones_like(answer, dtype=torch.bool)
+        for row, one in enumerate(asked):
+            if one.counted is not None:
+                counted[row] = False
+                counted[row, list(one.counted)] = True
+        foils = [list(one.foil) for one in asked if one.foil is not None]
+        place, foil = torch.tensor(foils).T if len(foils) == len(asked) else (None, None)
+        parts = [
+            None if part is None else part.repeat_interleave(each, 0)
+            for part in (place, foil, None if bool(counted.all()) else counted)
+        ]
+        return cls(answer=answer.repeat_interleave(each, 0), place=parts[0], foil=parts[1], counted=parts[2])
 
     def rows(self, chosen: Tensor | slice) -> Target:
         """Some of the rows."""
@@ -50,6 +88,7 @@ class Target:
             answer=self.answer[chosen],
             place=None if self.place is None else self.place[chosen],
             foil=None if self.foil is None else self.foil[chosen],
+            counted=None if self.counted is None else self.counted[chosen],
         )
 
     def repeat(self, times: int) -> Target:
@@ -66,6 +105,22 @@ def check_metric(metric: str) -> None:
 def scored_tokens(answer: Sequence[int], metric: Metric) -> list[int]:
     """The answer tokens that the metric looks at."""
     return list(answer[:1] if metric == "first_token_probability" else answer)
+
+
+def distinguishing(prompt: str, answer: str) -> list[tuple[int, int]]:
+    """`[start, end)` of the answer's words that tell it from other answers, in characters: names and numbers.
+
+    Words with a digit, an @ or a capital letter that the prompt does not hold; a sentence's first word counts unless it is a
+    common opener such as "The". Where there are none, all words that the prompt does not hold, and else the whole answer.
+    """
+    said = {word.casefold() for word in _WORD.findall(prompt)}
+    new = [hit for hit in _WORD.finditer(answer) if hit[0].casefold() not in said]
+    telling = [hit for hit in new if _is_telling(hit[0])]
+    return [hit.span() for hit in telling or new] or [(0, len(answer))]
+
+
+def _is_telling(word: str) -> bool:
+    return any(letter.isdigit() or letter == "@" or letter.isupper() for letter in word) and not _OPENER.fullmatch(word)
 
 
 def first_difference(answer: Sequence[int], foil: Sequence[int]) -> tuple[int, int] | None:
@@ -103,8 +158,11 @@ def read_off(logits: Tensor, target: Target, metric: Metric) -> Tensor:
         rank = 1 + (logits > own).sum(-1)
         found: Tensor = torch.where(own.squeeze(-1).isnan(), torch.nan, 1 / rank.double()).mean(-1)
         return found
-    total = token_log_probabilities(logits, answer).sum(-1)
-    return total if metric == "log_probability" else total.exp()
+    each = token_log_probabilities(logits, answer)
+    if target.counted is not None:
+        each = each.where(target.counted.to(each.device), 0.0)
+    total = each.sum(-1)
+    return total if metric in LOGARITHMIC else total.exp()
 
 
 def token_log_probabilities(logits: Tensor, answer: Tensor) -> Tensor:

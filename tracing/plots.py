@@ -46,6 +46,7 @@ _METRICS = {
     "probability": "probability of the answer",
     "log_probability": "log-probability of the answer",
     "first_token_probability": "probability of the answer's first token",
+    "distinguishing_log_probability": "log-probability of the answer's names and numbers",
     "logit_difference": "difference of logits between answer and foil",
     "reciprocal_rank": "mean reciprocal rank of the answer's tokens",
 }

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lm.errors import UserError
 from lm.load import LanguageModel
-from lm.prompts import PromptSpec, encode_pair, subject_span
+from lm.prompts import PromptSpec, answer_tokens, encode_pair, subject_span
 from tracing.facts import Fact
-from tracing.metrics import Metric, first_difference, scored_tokens
+from tracing.metrics import Metric, distinguishing, first_difference, scored_tokens
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Probe:
         span: `[start, end)` of the subject in `prompt_ids`.
         tokens: the text of each prompt token.
         foil: (place, token) where the fact's foil first differs from the scored answer, if it has one.
+        counted: the places of the answer tokens that count; None for all.
     """
 
     fact: Fact
@@ -35,6 +36,7 @@ class Probe:
     span: tuple[int, int]
     tokens: tuple[str, ...]
     foil: tuple[int, int] | None = None
+    counted: tuple[int, ...] | None = None
 
     @property
     def input_ids(self) -> list[int]:
@@ -51,12 +53,17 @@ def make_probe(model: LanguageModel, fact: Fact, prompt: PromptSpec, metric: Met
     if fact.foil:
         other = encode_pair(model.tokenizer, fact.prompt, fact.foil, replace(prompt, append_eos=False))
         foil = first_difference(answer, other.ids[other.answer_start :])
+    counted = None
+    if metric == "distinguishing_log_probability":
+        words = distinguishing(fact.prompt, fact.answer)
+        counted = tuple(answer_tokens(model.tokenizer, fact.prompt, fact.answer, prompt, words))
     span = subject_span(model.tokenizer, fact.prompt, fact.subject, prompt, occurrence="first")
     return Probe(
         fact=fact,
         prompt_ids=tuple(ids),
         answer_ids=tuple(answer),
         foil=foil,
+        counted=counted,
         span=span,
         tokens=tuple(str(model.tokenizer.decode([index])) for index in ids),
     )

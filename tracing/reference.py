@@ -86,7 +86,7 @@ class _Passes:
 
     def __init__(self, model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep) -> None:
         self.model, self.batch, self.sweep, self.layers = model, batch, sweep, model.anatomy.layers
-        self.target = Target.of([probe.answer_ids], [probe.foil], len(batch))
+        self.target = Target.of([probe], len(batch))
         kinds = dict.fromkeys([*sweep.kinds, *([sweep.sever] if sweep.sever else [])])
         with capture(model, [Site(kind, layer) for kind in kinds for layer in range(self.layers)]) as self.states:
             self.clean, self.corrupted = self._scores()

@@ -100,7 +100,7 @@ class Wavefront:
     ) -> list[Traced]:
         """All cells of some facts whose prompts, answers and batches (`Corruptor.batch`) have equal sizes. UserError for NaN."""
         tokens, layers, samples = len(probes[0].prompt_ids), self.model.anatomy.layers, len(batches[0]) - 1
-        target = Target.of([probe.answer_ids for probe in probes], [probe.foil for probe in probes], samples)
+        target = Target.of(probes, samples)
         trunk = self._trunk(probes, torch.cat(list(batches)), 1 + samples)
         sums = {kind: np.full((len(probes), tokens, layers), np.nan) for kind in self.sweep.kinds}
         swept = [swept_positions(tokens, probe.span, self.sweep.positions) for probe in probes]
@@ -141,7 +141,7 @@ class Wavefront:
         def of(site: Site, rows: Tensor) -> Tensor:
             return seen[site][rows.to(seen[site].device)]
 
-        target = Target.of([probe.answer_ids for probe in probes], [probe.foil for probe in probes], each)
+        target = Target.of(probes, each)
         scores = read_off(found, target, self.sweep.metric).cpu().view(facts, each)
         return Trunk(
             stream=[of(EMBEDDING, noisy), *(of(Site("resid", layer), noisy) for layer in layers)],

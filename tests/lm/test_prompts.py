@@ -16,6 +16,7 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from lm import PromptSpec, UserError, encode_pair, encode_prompt, labels, render, subject_span, token_span
+from lm.prompts import answer_tokens
 
 RAW, CHAT = PromptSpec(), PromptSpec(format="chat")
 KINDS: dict[str, Callable[..., PreTrainedTokenizerFast]] = {
@@ -121,6 +122,28 @@ def test_a_seam_that_would_merge_keeps_the_prompts_tokens(tokenizer: PreTrainedT
     encoded = encode_pair(tokenizer, prompt, "ain fox", spec)
     assert encoded.ids[: encoded.answer_start] == head
     assert tokenizer.decode(encoded.ids, skip_special_tokens=True).removeprefix(" ") == prompt + "ain fox"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_answer_tokens_cover_the_letters_that_are_asked_for(
+    tokenizer: PreTrainedTokenizerFast, spec: PromptSpec, prompt: str
+) -> None:
+    for prefix, answer in product(
+        (None, "", " "), ("born in Gdańsk on 1984-03-12", "zoe@example.com or 🐢", "漢字 12")
+    ):
+        each = replace(spec, answer_prefix=prefix, append_eos=False)
+        encoded = encode_pair(tokenizer, prompt, answer, each)
+        ids = encoded.ids[encoded.answer_start :]
+        whole = answer_tokens(tokenizer, prompt, answer, each, [(0, len(answer))])
+        assert whole[-1] == len(ids) - 1
+        last = answer.split()[-1]
+        span = (len(answer) - len(last), len(answer))
+        found = answer_tokens(tokenizer, prompt, answer, each, [span])
+        assert found == list(range(found[0], len(ids)))
+        assert tokenizer.decode([ids[place] for place in found]).strip().endswith(last)
+        if found[0] > 0:  # and no token more than it takes
+            assert not tokenizer.decode([ids[place] for place in found[1:]]).strip().endswith(last)
+        assert answer_tokens(tokenizer, prompt, answer, each, []) == []
 
 
 def test_labels_hide_the_prompt_and_keep_the_eos() -> None:

@@ -14,7 +14,7 @@ from lm import UserError
 from lm.prompts import PromptSpec
 from tracing import Fact, GaussianNoise, trace
 from tracing.facts import with_foils
-from tracing.metrics import Metric, Target, first_difference, read_off
+from tracing.metrics import Metric, Target, distinguishing, first_difference, read_off
 from tracing.probe import make_probe
 
 LOGITS = torch.tensor([[[1.0, 3.0, 2.0, 0.0], [0.0, 1.0, 5.0, 5.0]], [[0.0, 0.0, 0.0, 0.0], [4.0, 1.0, 2.0, 3.0]]])
@@ -38,6 +38,9 @@ def test_each_metric_by_hand() -> None:
         (1 + 1) / 2,
         (1 + 1 / 2) / 2,
     ]  # a tie is the better rank
+    second = target(counted=torch.tensor([[False, True], [True, True]]))
+    telling = read_off(LOGITS, second, "distinguishing_log_probability").tolist()
+    assert telling == pytest.approx([math.log(p[0][1]), math.log(whole[1])])
     foils = target(place=torch.tensor([0, 1]), foil=torch.tensor([2, 0]))
     assert read_off(LOGITS, foils, "logit_difference").tolist() == [3 - 2, 3 - 4]
     with pytest.raises(UserError, match="needs a foil"):
@@ -133,3 +136,46 @@ def test_effects_as_shares_of_what_was_lost() -> None:
         effects.indirect("resid"), effects.indirect("resid", normalised=True), effects.total, strict=True
     ):
         np.testing.assert_allclose(share, plain / total)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "words"),
+    [
+        ("When was Ada Byron born?", "Ada was born on 10 December 1815.", ["10", "December", "1815"]),
+        ("Where is Ada Byron?", "The poet lives in Łódź now.", ["Łódź"]),
+        ("What is the mail of Ada?", "ada.b@mail.org", ["ada.b@mail.org"]),
+        ("What does Ada like?", "the sea", ["sea"]),  # nothing but words the prompt does not hold
+        ("Who is it? Ada", "Ada", ["Ada"]),  # nothing at all: the whole answer
+    ],
+)
+def test_what_tells_an_answer_from_others(prompt: str, answer: str, words: list[str]) -> None:
+    if words == ["sea"]:
+        prompt = "What does the Ada like?"
+    assert [answer[start:end] for start, end in distinguishing(prompt, answer)] == words
+
+
+def test_distinguishing_tokens_are_read_off_alone_by_both_engines() -> None:
+    model = tiny("olmo2")
+    prompt = next(  # one whose answer has words with and without digits, of which those with count unless they were asked
+        text
+        for text in (f"is ada {word} now" for word in ("", "w1", "w2", "w3", "w4", "w5", "w6", "w7", "w8", "w9"))
+        if len({word[0] == "w" and word[1:].isdigit() and word not in text for word in say(model, text, 4).split()})
+        == 2
+    )
+    words = say(model, prompt, 4).split()
+    fact = Fact(prompt, "ada", " ".join(words))
+    probe = make_probe(model, fact, PromptSpec(), "distinguishing_log_probability")
+    counted = [place for place, word in enumerate(words) if word[1:].isdigit() and word not in prompt.split()]
+    assert list(probe.counted or ()) == counted
+    assert 0 < len(counted) < 4
+    found = [
+        trace(model, [fact], metric="distinguishing_log_probability", engine=engine, kinds=["mlp"], progress=False)
+        for engine in ("wavefront", "reference")
+    ]
+    assert np.allclose(found[0].restored["mlp"][0], found[1].restored["mlp"][0], atol=1e-5)
+    ids = [*probe.prompt_ids, *probe.answer_ids]
+    with torch.no_grad():
+        logs = model.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    start = len(probe.prompt_ids)
+    by_hand = sum(float(logs[start + place - 1, ids[start + place]]) for place in counted)
+    assert found[0].clean[0] == pytest.approx(by_hand, abs=1e-4)
