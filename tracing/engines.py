@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -100,11 +100,22 @@ def check(model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep, found
     telling: list[tuple[Kind, int, int]] = [(kind, probe.span[1] - 1, 0) for kind in sweep.kinds]
     chance = random.Random(0).sample(cells, min(few, len(cells)))
     asked = list(dict.fromkeys([largest, *telling, *chance]))
-    expected = score_cells(model, probe, batch, sweep, asked)
+    compare(model, probe, batch, sweep, {cell: _value(found, cell) for cell in asked}, found.corrupted)
+
+
+def compare(
+    model: LanguageModel,
+    probe: Probe,
+    batch: Tensor,
+    sweep: Sweep,
+    found: Mapping[tuple[Kind, int, int], float],
+    corrupted: float,
+) -> None:
+    """Raise UserError unless the reference gives the same scores for these cells `(kind, position, layer)`."""
+    expected = score_cells(model, probe, batch, sweep, list(found))
     allowed = _tolerance(next(model.model.parameters()).dtype)
-    for cell, value in zip(asked, expected, strict=True):
-        got = _value(found, cell)
-        size = 1.0 if sweep.metric in (*LOGARITHMIC, "logit_difference") else max(abs(value), abs(found.corrupted))
+    for (cell, got), value in zip(found.items(), expected, strict=True):
+        size = 1.0 if sweep.metric in (*LOGARITHMIC, "logit_difference") else max(abs(value), abs(corrupted))
         if abs(got - value) > allowed * max(size, 1e-12):
             kind, position, layer = cell
             raise UserError(

@@ -100,12 +100,8 @@ def trace(
         raise UserError("there are no facts to trace; give at least one.")
 
     show = progress and workers.index == 0
-    with _evaluating(model):
-        if metric == "logit_difference":
-            facts = with_foils(facts)
-        probes = [make_probe(model, fact, prompt, metric) for fact in facts]
-        corruptor = corruption.bind(model, probes)
-        known, skipped = _sort_out(model, probes, corruptor, metric, max_facts, show)
+    with evaluating(model):
+        known, skipped, corruptor = prepare(model, facts, corruption, metric, prompt, max_facts, show)
         weights = fingerprint(model)
         store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
         worker = make_engine(engine, model, sweep, int(memory * 1e9))
@@ -136,6 +132,23 @@ def trace(
             "facts_given": len(facts),
         },
     )
+
+
+def prepare(
+    model: LanguageModel,
+    facts: Sequence[Fact],
+    corruption: Corruption,
+    metric: Metric,
+    prompt: PromptSpec,
+    max_facts: int | None = None,
+    show: bool = False,
+) -> tuple[list[Probe], list[Skipped], Corruptor]:
+    """The facts that the model knows, those left out, and the corruption measured on all. Raises UserError if none is known."""
+    if metric == "logit_difference":
+        facts = with_foils(facts)
+    probes = [make_probe(model, fact, prompt, metric) for fact in facts]
+    corruptor = corruption.bind(model, probes)
+    return *_sort_out(model, probes, corruptor, metric, max_facts, show), corruptor
 
 
 def _sort_out(
@@ -244,7 +257,7 @@ def _alike(
 
 
 @contextmanager
-def _evaluating(model: LanguageModel) -> Iterator[None]:
+def evaluating(model: LanguageModel) -> Iterator[None]:
     """Eval mode while the context is open, then what it was."""
     training = model.model.training
     model.model.train(False)
