@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lm import replay
 from lm.anatomy import EMBEDDING, Kind, Site
+from lm.errors import UserError
 from lm.hooks import capture, intercept
 from lm.load import LanguageModel
 from tracing.arrays import Array
@@ -107,7 +108,7 @@ class Wavefront:
         for position in range(tokens):
             asked = [fact for fact, positions in enumerate(swept) if position in positions]
             facts = [fact for fact in asked if position >= probes[fact].span[0]]
-            for cells, rows in self._waves(facts, samples):
+            for cells, rows in self._waves(self.cells, facts, samples):
                 found = self._wave(trunk, position, cells, rows, samples, target).cpu()
                 for cell, values in zip(cells, found, strict=True):
                     here = sums[cell.kind][:, position, cell.layer]
@@ -118,6 +119,32 @@ class Wavefront:
             self._traced(probe, trunk.scores[fact], {kind: cells[fact] for kind, cells in sums.items()})
             for fact, probe in enumerate(probes)
         ]
+
+    @torch.inference_mode()
+    def score_cells(self, probe: Probe, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
+        """The scores of chosen cells `(kind, position, layer)` of one fact, in their order: `tracing.reference.score_cells`.
+
+        Raises:
+            UserError: a cell that does not exist or whose kind the sweep does not have; NaN.
+        """
+        tokens, layers, samples = len(probe.prompt_ids), self.model.anatomy.layers, len(batch) - 1
+        for kind, position, layer in asked:
+            if kind not in self.sweep.kinds or not (0 <= position < tokens and 0 <= layer < layers):
+                raise UserError(
+                    f"there is no cell of {kind} at token {position}, layer {layer}; choose of {', '.join(self.sweep.kinds)}, "
+                    f"{tokens} tokens and {layers} layers."
+                )
+        trunk, target = self._trunk([probe], batch, 1 + samples), Target.of([probe], samples)
+        corrupted = float(trunk.scores[0, 1])
+        found = {cell: corrupted if cell[1] < probe.span[0] else 0.0 for cell in asked}
+        for position in sorted({position for _, position, _ in found if position >= probe.span[0]}):
+            chosen = [cell for cell in self.cells if (cell.kind, position, cell.layer) in found]
+            for cells, rows in self._waves(chosen, [0], samples):
+                values = self._wave(trunk, position, cells, rows, samples, target).cpu().sum(1) / samples
+                for cell, value in zip(cells, values.tolist(), strict=True):
+                    found[cell.kind, position, cell.layer] += value
+        refuse_nan(self.model, probe, trunk.scores[0], [np.array(list(found.values()))])
+        return [found[cell] for cell in asked]
 
     def _traced(self, probe: Probe, scores: Array, cells: dict[Kind, Array]) -> Traced:
         for values in cells.values():
@@ -152,14 +179,16 @@ class Wavefront:
             scores=torch.stack([scores[:, 0], scores[:, 1:].mean(1)], 1).numpy(),
         )
 
-    def _waves(self, facts: Sequence[int], samples: int) -> Iterator[tuple[Sequence[Cell], Tensor]]:
+    def _waves(
+        self, cells: Sequence[Cell], facts: Sequence[int], samples: int
+    ) -> Iterator[tuple[Sequence[Cell], Tensor]]:
         """Cells and trunk rows that run together: all of them, or as many as `rows` allows."""
         sources = torch.tensor([fact * samples + sample for fact in facts for sample in range(samples)])
         if len(sources):
-            for start in range(0, len(self.cells), self.rows):
-                cells = self.cells[start : start + self.rows]
-                for rows in torch.split(sources, max(1, self.rows // len(cells))):
-                    yield cells, rows
+            for start in range(0, len(cells), self.rows):
+                some = cells[start : start + self.rows]
+                for rows in torch.split(sources, max(1, self.rows // len(some))):
+                    yield some, rows
 
     def _wave(
         self, trunk: Trunk, position: int, cells: Sequence[Cell], rows: Tensor, samples: int, target: Target
