@@ -58,17 +58,19 @@ def trace_until_apart(
     """
     sizes = looks(facts)
     each = confidence_of_each(confidence, len(sizes))
-    for look, size in enumerate(sizes, start=1):
+    taken = 0
+    for size in sizes:
+        taken += 1
         effects = trace_some(size)
         plan = choose(effects, each)
         if plan.singled_out or len(effects.facts) < size:  # apart, or there are no more known facts
             break
     said: Mapping[str, object] = {
-        "looks": look,
+        "looks": taken,
         "looks_planned": len(sizes),
         "confidence_of_each_look": each,
         "facts_traced": len(effects.facts),
         "facts_allowed": facts,
     }
     plan = replace(plan, evidence={**plan.evidence, "stopping": said})
-    return Stopped(effects=effects, plan=plan, looks=look, planned=len(sizes))
+    return Stopped(effects=effects, plan=plan, looks=taken, planned=len(sizes))

@@ -20,7 +20,7 @@ from lm.errors import UserError
 from lm.hooks import Captured, Edit, capture, patch
 from lm.load import LanguageModel
 from tracing.arrays import Array
-from tracing.metrics import Target, read_off
+from tracing.metrics import Metric, Target, read_off
 from tracing.probe import Probe, forward
 from tracing.sweep import Sweep, swept_positions, window_layers
 
@@ -97,9 +97,19 @@ class _Passes:
             return self._scores()[1]
 
     def _scores(self) -> tuple[float, float]:
-        logits = forward(self.model, self.batch, self.target.answer.shape[1])
-        found = read_off(logits, self.target, self.sweep.metric)
-        return float(found[0]), float(found[1:].mean())
+        return _clean_and_corrupted(self.model, self.target, self.batch, self.sweep.metric)
+
+
+@torch.inference_mode()
+def total_effect(model: LanguageModel, probe: Probe, batch: Tensor, metric: Metric) -> float:
+    """What the corruption takes of one fact: the clean score minus the mean corrupted one."""
+    clean, corrupted = _clean_and_corrupted(model, Target.of([probe], len(batch)), batch, metric)
+    return clean - corrupted
+
+
+def _clean_and_corrupted(model: LanguageModel, target: Target, batch: Tensor, metric: Metric) -> tuple[float, float]:
+    found = read_off(forward(model, batch, target.answer.shape[1]), target, metric)
+    return float(found[0]), float(found[1:].mean())
 
 
 def restorations(sweep: Sweep, kind: Kind, layer: int, layers: int, position: int, states: Captured) -> list[Edit]:

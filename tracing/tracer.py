@@ -30,7 +30,7 @@ from tracing.engines import Engine, check_engine, make_engine
 from tracing.facts import Fact, with_foils
 from tracing.metrics import Metric
 from tracing.probe import Probe, forward, make_probe, why_unknown, why_unscored
-from tracing.reference import Traced
+from tracing.reference import Traced, total_effect
 from tracing.sweep import Positions, Severed, Sweep, count_cells
 
 
@@ -57,6 +57,7 @@ def trace(
     sever: Severed | None = None,
     memory: float = 2.0,
     max_facts: int | None = None,
+    least_total: float | None = None,
     cache: str | Path | None = None,
     workers: Workers = Workers(),
     progress: bool = True,
@@ -79,6 +80,8 @@ def trace(
         sever: hold all MLPs, or all attention layers, at the restored token at their corrupted values; see `Sweep`.
         memory: gigabytes (10^9 bytes) that the wavefront's batches may take beside the model.
         max_facts: trace only so many of the known facts, the first ones; the others are listed as left out.
+        least_total: leave out, before any cell is computed, facts of which the corruption takes less than this (the total effect,
+            in units of the metric): dividing by it, or averaging over it, tells nothing.
         cache: a folder for finished facts. A trace that was interrupted goes on there and ends in the same numbers.
         workers: other processes that run this same call: every so-manieth fact is traced by each, through `cache`, and
             all return the same effects.
@@ -93,6 +96,8 @@ def trace(
         raise UserError(f"memory is {memory} GB; give what may be taken beside the model (2 is usual).")
     if max_facts is not None and max_facts < 1:
         raise UserError(f"max_facts is {max_facts}; give at least 1, or leave it out for all.")
+    if least_total is not None and not least_total >= 0:
+        raise UserError(f"least_total is {least_total}; give 0 or more in units of the metric, or leave it out.")
     if workers.count > 1 and cache is None:
         raise UserError("several processes trace through a cache folder that all of them see; give cache.")
     facts = list(facts)
@@ -101,7 +106,9 @@ def trace(
 
     show = progress and workers.index == 0
     with evaluating(model):
-        known, skipped, corruptor = prepare(model, facts, corruption, metric, prompt, max_facts, show)
+        known, skipped, corruptor = prepare(
+            model, facts, corruption, metric, prompt, max_facts=max_facts, least_total=least_total, show=show
+        )
         weights = fingerprint(model)
         store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
         worker = make_engine(engine, model, sweep, int(memory * 1e9))
@@ -130,6 +137,7 @@ def trace(
             "positions": positions,
             "sever": sever,
             "facts_given": len(facts),
+            "least_total": least_total,
         },
     )
 
@@ -140,7 +148,9 @@ def prepare(
     corruption: Corruption,
     metric: Metric,
     prompt: PromptSpec,
+    *,
     max_facts: int | None = None,
+    least_total: float | None = None,
     show: bool = False,
 ) -> tuple[list[Probe], list[Skipped], Corruptor]:
     """The facts that the model knows, those left out, and the corruption measured on all. Raises UserError if none is known."""
@@ -148,7 +158,7 @@ def prepare(
         facts = with_foils(facts)
     probes = [make_probe(model, fact, prompt, metric) for fact in facts]
     corruptor = corruption.bind(model, probes)
-    return *_sort_out(model, probes, corruptor, metric, max_facts, show), corruptor
+    return *_sort_out(model, probes, corruptor, metric, max_facts, least_total, show), corruptor
 
 
 def _sort_out(
@@ -157,9 +167,19 @@ def _sort_out(
     corruptor: Corruptor,
     metric: Metric,
     max_facts: int | None,
+    least_total: float | None,
     show: bool,
 ) -> tuple[list[Probe], list[Skipped]]:
     """The facts that the model knows, up to `max_facts`, and all others with reasons."""
+
+    def why_small(probe: Probe) -> str | None:
+        if least_total is None:
+            return None
+        found = total_effect(model, probe, corruptor.batch(probe), metric)
+        return (
+            f"the corruption takes only {found:.3g}, under least_total {least_total:g}" if found < least_total else None
+        )
+
     known: list[Probe] = []
     skipped: list[Skipped] = []
     with progress_bar(len(probes), label="known facts", unit="facts", enabled=show) as advance:
@@ -168,6 +188,7 @@ def _sort_out(
                 reason: str | None = f"not needed: max_facts is {max_facts}"
             else:
                 reason = corruptor.why_not(probe) or why_unscored(probe, metric) or why_unknown(model, probe)
+                reason = reason or why_small(probe)
             if reason is None:
                 known.append(probe)
             else:

@@ -241,3 +241,22 @@ def test_a_known_fact_is_what_greedy_decoding_says() -> None:
     reason = why_unknown(model, make_probe(model, Fact(prompt, "ada", other), PromptSpec(), "probability"))
     assert reason is not None
     assert repr(answer) in reason
+
+
+def test_facts_of_which_the_corruption_takes_too_little_are_left_out_first() -> None:
+    model = tiny()
+    facts = known(model, how_many=5)
+    everything = trace(model, facts, kinds=["mlp"], metric="log_probability", progress=False)
+    bound = float(np.median(everything.total))
+    some = trace(model, facts, kinds=["mlp"], metric="log_probability", least_total=bound, progress=False)
+    kept = [index for index, total in enumerate(everything.total) if total >= bound]
+    assert 0 < len(kept) < len(facts)
+    assert some.facts == tuple(facts[index] for index in kept)
+    for mine, index in enumerate(kept):
+        assert np.array_equal(some.restored["mlp"][mine], everything.restored["mlp"][index])
+    assert all("under least_total" in one.reason for one in some.skipped)
+    assert len(some.skipped) == len(facts) - len(kept)
+    with pytest.raises(UserError, match="takes only"):
+        trace(model, facts, kinds=["mlp"], least_total=2.0, progress=False)
+    with pytest.raises(UserError, match="least_total is -1"):
+        trace(model, facts, least_total=-1, progress=False)
