@@ -8,7 +8,7 @@ from typing import Literal
 from lm.errors import UserError
 from lm.load import ModelSpec
 from lm.prompts import PromptSpec
-from unlearn.objectives import Joint, Objective
+from unlearn.objectives import AsPublished, AsPublishedWeight, Joint, Loss, Objective, Retain, Weight
 from unlearn.scope import Scope
 from unlearn.trainer_config import TrainerConfig
 
@@ -55,7 +55,11 @@ class UnlearnConfig:
     scope: Scope = field(default_factory=Scope)
     """Which parameters may change."""
     objective: Objective = field(default_factory=Joint)
-    """What is minimised."""
+    """What is minimised on the forget rows."""
+    retain_loss: Retain = field(default_factory=AsPublished)
+    """What is minimised on the retain rows; AsPublished: what the objective's paper takes."""
+    retain_weight: Weight = field(default_factory=AsPublishedWeight)
+    """How hard the retain loss pulls; AsPublishedWeight: as in the objective's paper."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How the loop runs."""
     out: str = "runs/unlearn"
@@ -96,3 +100,8 @@ class UnlearnConfig:
                 f"trainer.checkpoint is {self.trainer.checkpoint}, which is judged on validation rows: "
                 "set validation.forget and validation.retain, or trainer.checkpoint: last"
             )
+
+    @property
+    def loss(self) -> Loss:
+        """What is minimised."""
+        return Loss.of(self.objective, self.retain_loss, self.retain_weight)

@@ -92,7 +92,7 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         model.model,
         encoded[0],
         encoded[1],
-        config.objective,
+        config.loss,
         config.trainer,
         pad=pad,
         run=run,
@@ -159,7 +159,7 @@ class Validation:
                 workers = Workers(self.acc.process_index, self.acc.num_processes)
                 forget, retain = (self._generate(rows, workers) for rows in self.rows)
                 answers["task_aggregate"] = score(forget, retain).task_aggregate
-        weight = self.config.objective.retain_weight(RetainMemory(), retain_ce)
+        weight = self.config.loss.weight.at(RetainMemory(), retain_ce, retain_ce)
         return {
             **answers,
             "joint_loss": -forget_ce + weight * retain_ce,

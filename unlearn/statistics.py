@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy
 
 from unlearn.batches import Inputs
+from unlearn.objectives import Statistic
 
 
 def token_logprobs(logits: Tensor, inputs: Inputs) -> Tensor:
@@ -23,12 +24,12 @@ def token_logprobs(logits: Tensor, inputs: Inputs) -> Tensor:
     return result.masked_scatter(inputs.mask, -cross_entropy(chosen, inputs.targets[inputs.mask], reduction="none"))
 
 
-def token_divergence(reference: Tensor, logits: Tensor, inputs: Inputs) -> Tensor:
-    """(rows, tokens - 1) KL(reference || model) over the vocabulary at each supervised token, 0 elsewhere (nats)."""
+def token_values(statistic: Statistic, logits: Tensor, inputs: Inputs, reference: Tensor | None) -> Tensor:
+    """(rows, tokens - 1) a statistic of each supervised target, 0 elsewhere; logits and reference (rows, tokens, vocabulary)."""
     rows, places = inputs.mask.shape
     result = torch.zeros((rows, places), dtype=torch.float32, device=logits.device)
-    ours = log_softmax(logits[:, :-1][inputs.mask].float(), dim=-1)
-    if ours.shape[0] == 0:
+    chosen = logits[:, :-1][inputs.mask].float()
+    if chosen.shape[0] == 0:
         return result + 0.0 * logits.float().sum()
-    theirs = log_softmax(reference[:, :-1][inputs.mask].float(), dim=-1)
-    return result.masked_scatter(inputs.mask, (theirs.exp() * (theirs - ours)).sum(dim=-1))
+    theirs = reference[:, :-1][inputs.mask].float() if statistic.reference and reference is not None else None
+    return result.masked_scatter(inputs.mask, statistic.function(chosen, inputs.targets[inputs.mask], theirs))

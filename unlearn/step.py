@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from lm.devices import sum_over_processes, without_gradient_sync
 from lm.prompts import Encoded
 from unlearn.batches import Inputs, StepRows, collate, micro_batches
-from unlearn.objectives import Objective, RetainMemory, TokenStats
+from unlearn.objectives import Loss, Needs, RetainMemory, TokenStats
 from unlearn.objectives.base import Term
 from unlearn.reference import Original
-from unlearn.statistics import token_divergence, token_logprobs
+from unlearn.statistics import token_logprobs, token_values
 
 Weighting = Literal["global_tokens", "global_rows", "micro_batch_mean"]
 
@@ -47,7 +47,7 @@ class Stepper:
         self,
         acc: Accelerator,
         model: nn.Module,
-        objective: Objective,
+        loss: Loss,
         forget: Sequence[Encoded],
         retain: Sequence[Encoded],
         *,
@@ -56,7 +56,7 @@ class Stepper:
         micro_batch: int,
         weighting: Weighting,
     ) -> None:
-        self.acc, self.model, self.objective, self.original = acc, model, objective, original
+        self.acc, self.model, self.loss, self.original = acc, model, loss, original
         self.forget, self.retain = forget, retain
         self.pad, self.micro_batch, self.weighting = pad, micro_batch, weighting
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -69,19 +69,19 @@ class Stepper:
 
     def _global(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         retain_ce = weight = retain_loss = 0.0
-        if self.objective.uses_retain and rows.retain:
+        if self.loss.uses_retain and rows.retain:
             divisor = _Counts.of([self.retain[i] for i in rows.retain])
             sums = torch.zeros(2, dtype=torch.float64, device=self.acc.device)
             count = divisor.rows if self._by_row else divisor.tokens
             for micro in self._micro_batches(rows.retain, self.retain):
                 with without_gradient_sync(self.acc, self.model, skip=True):
                     stats = self._stats([self.retain[i] for i in micro], forget=False)
-                    loss = self._share(self.objective.retain_term(stats), divisor)
+                    loss = self._share(self.loss.retain.term(stats), divisor)
                     self.acc.backward(loss * self.acc.num_processes)
                 sums += torch.stack([stats.total(stats.cross_entropy.detach()), loss.detach()])
             ce_sum, retain_loss = sum_over_processes(sums).tolist()
             retain_ce = ce_sum / count
-            weight = self.objective.retain_weight(memory, retain_ce)
+            weight = self.loss.weight.at(memory, retain_ce, retain_loss)
             memory.add(cross_entropy=ce_sum, tokens=count, batch_means=retain_ce, rows=divisor.rows)
             with torch.no_grad():
                 for parameter in self.parameters:
@@ -94,7 +94,7 @@ class Stepper:
         for place, micro in enumerate(micros):
             with without_gradient_sync(self.acc, self.model, skip=place + 1 < len(micros)):
                 stats = self._stats([self.forget[i] for i in micro], forget=True)
-                loss = self._share(self.objective.forget_term(stats), divisor)
+                loss = self._share(self.loss.objective.forget_term(stats), divisor)
                 self.acc.backward(loss * self.acc.num_processes)
             sums += torch.stack([stats.cross_entropy.detach().sum(), loss.detach(), self._beyond_cap(stats)])
         ce_sum, forget_loss, beyond = sum_over_processes(sums).tolist()
@@ -117,17 +117,18 @@ class Stepper:
         sums = torch.zeros(9, dtype=torch.float64, device=self.acc.device)
         for place, micro in enumerate(micros):
             forget = [self.forget[i] for is_forget, i in micro if is_forget]
-            retain = [self.retain[i] for is_forget, i in micro if not is_forget] if self.objective.uses_retain else []
+            retain = [self.retain[i] for is_forget, i in micro if not is_forget] if self.loss.uses_retain else []
             with without_gradient_sync(self.acc, self.model, skip=place + 1 < len(micros)):
                 stats = self._stats(forget, forget=True)
-                loss = self._share(self.objective.forget_term(stats), _Counts.of(forget))
+                loss = self._share(self.loss.objective.forget_term(stats), _Counts.of(forget))
                 seen = [float(stats.cross_entropy.detach().sum()), float(self._beyond_cap(stats)), float(stats.tokens)]
                 mean = weight = 0.0
                 other = self._stats(retain, forget=False)
                 if retain:
                     mean = float(other.cross_entropy.detach().sum()) / other.tokens
-                    weight = self.objective.retain_weight(memory, mean)
-                    loss = loss + weight * self._share(self.objective.retain_term(other), _Counts.of(retain))
+                    kept = self._share(self.loss.retain.term(other), _Counts.of(retain))
+                    weight = self.loss.weight.at(memory, mean, float(kept.detach()))
+                    loss = loss + weight * kept
                 else:
                     loss = loss + other.logprob.sum() * 0.0
                 self.acc.backward(loss * self.acc.num_processes / len(whole))
@@ -152,19 +153,20 @@ class Stepper:
         return micro_batches(by_length, self.micro_batch, self.acc.process_index, self.acc.num_processes)
 
     def _stats(self, rows: Sequence[Encoded], *, forget: bool) -> TokenStats:
+        needs = self.loss.forget_needs if forget else self.loss.retain_needs
         inputs = collate(rows, self.pad, self.acc.device)
-        reference = self._original(inputs) if self._needs_original(forget) else None
+        reference = self._original(inputs) if needs.reference else None
         logits = self._logits(inputs)
         return TokenStats(
             logprob=token_logprobs(logits, inputs),
             mask=inputs.mask,
-            reference_logprob=token_logprobs(reference, inputs) if reference is not None and forget else None,
-            divergence=token_divergence(reference, logits, inputs) if reference is not None and not forget else None,
+            reference_logprob=self._reference_logprob(needs, reference, inputs),
+            values={one.name: token_values(one, logits, inputs, reference) for one in needs.statistics},
             row_weight=1.0 / inputs.mask.sum(dim=1, keepdim=True).clamp(min=1) if self._by_row else None,
         )
 
-    def _needs_original(self, forget: bool) -> bool:
-        return self.objective.needs_forget_reference if forget else self.objective.needs_retain_divergence
+    def _reference_logprob(self, needs: Needs, reference: Tensor | None, inputs: Inputs) -> Tensor | None:
+        return token_logprobs(reference, inputs) if needs.reference_logprob and reference is not None else None
 
     def _original(self, inputs: Inputs) -> Tensor:
         assert self.original is not None  # the trainer keeps it for every objective that says it needs one
@@ -176,7 +178,7 @@ class Stepper:
         return logits
 
     def _beyond_cap(self, stats: TokenStats) -> Tensor:
-        cap = getattr(self.objective, "forget_cap", None)
+        cap = getattr(self.loss.objective, "forget_cap", None)
         if cap is None:
             return torch.zeros((), device=stats.logprob.device)
         beyond: Tensor = (stats.cross_entropy.detach() > cap).sum().float()
@@ -191,7 +193,7 @@ class Stepper:
 
     def _tokens(self, rows: StepRows) -> int:
         used = sum(len(self.forget[i].ids) for i in rows.forget)
-        return used + (sum(len(self.retain[i].ids) for i in rows.retain) if self.objective.uses_retain else 0)
+        return used + (sum(len(self.retain[i].ids) for i in rows.retain) if self.loss.uses_retain else 0)
 
 
 @dataclass(frozen=True)

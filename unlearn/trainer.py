@@ -24,7 +24,7 @@ from lm.prompts import Encoded
 from lm.run import RunFolder, progress
 from unlearn import state
 from unlearn.batches import PairedBatches
-from unlearn.objectives import Objective, RetainMemory
+from unlearn.objectives import Loss, RetainMemory
 from unlearn.reference import Original
 from unlearn.step import Stepper, StepResult
 from unlearn.trainer_config import TrainerConfig
@@ -54,7 +54,7 @@ def train(
     model: nn.Module,
     forget: Sequence[Encoded],
     retain: Sequence[Encoded],
-    objective: Objective,
+    loss: Loss,
     config: TrainerConfig,
     *,
     pad: int,
@@ -67,23 +67,23 @@ def train(
 
     Args:
         model: with the scope applied. Dropout stays off: one, two and N processes give the same numbers.
-        forget, retain: encoded rows; `retain` may be empty if the objective does not use it.
+        forget, retain: encoded rows; `retain` may be empty if the loss does not use it.
         prepare: wraps model and optimiser; None takes `acc.prepare`.
         validate: returns `task_aggregate` and/or `joint_loss`, on every process; called every `evaluate_every` steps.
         resume: go on from the newest checkpoint in `run`, if there is one.
 
     Raises:
-        UserError: the objective needs retain rows and there are none; the loss became NaN; the disk is full.
+        UserError: the loss needs retain rows and there are none; the loss became NaN; the disk is full.
     """
-    if objective.uses_retain and not retain:
-        raise UserError(f"{type(objective).__name__} needs retain rows and there are none: give a retain set")
+    if loss.uses_retain and not retain:
+        raise UserError(f"{type(loss.objective).__name__} needs retain rows and there are none: give a retain set")
     if config.checkpoint != "last" and validate is None:
         raise UserError(
             f"trainer.checkpoint is {config.checkpoint!r} but there is no validation split: give one, or use last"
         )
     batches = PairedBatches(
         forget=len(forget),
-        retain=len(retain) if objective.uses_retain else 0,
+        retain=len(retain) if loss.uses_retain else 0,
         batch=config.batch,
         pairing=config.pairing,
         seed=config.seed,
@@ -96,14 +96,14 @@ def train(
         [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
     )
     wrapped, optimiser = (prepare or acc.prepare)(model, optimiser)
-    loop = _Loop(acc, wrapped, optimiser, objective, config, batches, steps, run, validate)
+    loop = _Loop(acc, wrapped, optimiser, loss, config, batches, steps, run, validate)
     loop.stepper = Stepper(
         acc,
         wrapped,
-        objective,
+        loss,
         forget,
         retain,
-        original=Original(wrapped) if objective.needs_forget_reference or objective.needs_retain_divergence else None,
+        original=Original(wrapped) if loss.needs_original else None,
         pad=pad,
         micro_batch=config.micro_batch,
         weighting=config.weighting,
@@ -121,14 +121,14 @@ class _Loop:
         acc: Accelerator,
         model: nn.Module,
         optimiser: torch.optim.Optimizer,
-        objective: Objective,
+        loss: Loss,
         config: TrainerConfig,
         batches: PairedBatches,
         steps: int,
         run: RunFolder,
         validate: Validate | None,
     ) -> None:
-        self.acc, self.model, self.optimiser, self.objective = acc, model, optimiser, objective
+        self.acc, self.model, self.optimiser, self.loss = acc, model, optimiser, loss
         self.config, self.batches, self.steps, self.run, self.validate = config, batches, steps, run, validate
         self.plain = acc.unwrap_model(model)
         self.at = Progress()
@@ -187,7 +187,7 @@ class _Loop:
         if every is not None and self.validate is not None and (step % every == 0 or step == self.steps):
             scores = self.validate()
             self.run.log(step, {f"validation/{name}": value for name, value in scores.items()})
-            self.objective.observe_validation(self.at.memory, scores)
+            self.loss.weight.observe_validation(self.at.memory, scores)
             self._keep_if_best(scores)
         if step % self.config.save_every == 0 and step < self.steps:
             self._save(self.run.checkpoint_name(step), with_moments=True)

@@ -105,7 +105,8 @@ def test_wrong_key_and_wrong_type(tiny: Path, tmp_path: Path) -> None:
     for extra, says in (
         (["--trainer.stepz", "3"], "trainer.steps"),
         (["--objective", "Jont"], "Joint"),
-        (["--objective.alpha_maxx", "3"], "alpha_max"),
+        (["--objective.forget_capp", "3"], "forget_cap"),
+        (["--retain_weight", "Fixd"], "Fixed"),
         (["--model.dtype", "float33"], "float32"),
         (["--trainer.steps", "many"], "trainer.steps"),
         (["--trainer.batch", "-3"], "trainer.batch is -3"),

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from unlearn.objectives import NPO, GradientAscent, GradientDifference, Joint, KLMinimisation, RetainMemory, TokenStats
+from unlearn.objectives import (
+    NPO,
+    Adaptive,
+    Fixed,
+    GradientAscent,
+    GradientDifference,
+    Joint,
+    KLMinimisation,
+    Loss,
+    RetainMemory,
+    TokenStats,
+)
 
 
 def stats(
@@ -30,11 +41,11 @@ def gradient(total: Tensor, of: TokenStats) -> list[list[float]]:
     ("d", "value"), [(0.1, 1.2), (math.log(4 / 3) / math.log(6), 1.2), (0.5, 1.5348), (0.898244, 2.3), (3.0, 2.3)]
 )
 def test_adaptive_weight_follows_the_published_table(d: float, value: float) -> None:
-    assert Joint().alpha(d) == pytest.approx(value, abs=1e-4)
+    assert Adaptive().alpha(d) == pytest.approx(value, abs=1e-4)
 
 
 def test_upper_clip_of_the_summary_is_reached_where_the_reference_says() -> None:
-    joint = Joint(alpha_max=2.8)
+    joint = Adaptive(alpha_max=2.8)
     edge = math.log(20 / 3) / math.log(6)
     assert joint.alpha(edge - 1e-6) < 2.8
     assert joint.alpha(edge + 1e-6) == 2.8
@@ -42,35 +53,35 @@ def test_upper_clip_of_the_summary_is_reached_where_the_reference_says() -> None
 
 
 def test_rounding_happens_before_clipping() -> None:
-    assert Joint(round_alpha=True).alpha(0.5) == 1.5
-    assert Joint(round_alpha=True, alpha_min=1.25).alpha(0.0) == 1.25
+    assert Adaptive(round_alpha=True).alpha(0.5) == 1.5
+    assert Adaptive(round_alpha=True, alpha_min=1.25).alpha(0.0) == 1.25
 
 
 def test_weight_is_the_minimum_in_epoch_0_and_whenever_retain_is_no_worse() -> None:
     memory = RetainMemory(cross_entropy=10.0, tokens=20.0, batch_means=1.0, rows=12.0)
-    assert Joint().retain_weight(memory, 100.0) == 1.2
+    assert Adaptive().at(memory, 100.0, 100.0) == 1.2
     memory.epoch = 1
-    assert Joint().retain_weight(memory, 0.5) == 1.2
-    assert Joint().retain_weight(memory, 1.0) == pytest.approx(0.3 * 6**0.5 + 0.8)
+    assert Adaptive().at(memory, 0.5, 0.5) == 1.2
+    assert Adaptive().at(memory, 1.0, 1.0) == pytest.approx(0.3 * 6**0.5 + 0.8)
 
 
 def test_authors_reference_divides_batch_means_by_rows() -> None:
     memory = RetainMemory(epoch=0)
     for mean in (0.6, 0.4):  # two micro-batches of 12 rows, 6 of them retain
         memory.add(cross_entropy=mean * 60, tokens=60, batch_means=mean, rows=6)
-    assert Joint().reference_value(memory) == pytest.approx(0.5)
-    assert Joint(reference="authors_sum_over_rows").reference_value(memory) == pytest.approx(1.0 / 12)
+    assert Adaptive().reference_value(memory) == pytest.approx(0.5)
+    assert Adaptive(reference="authors_sum_over_rows").reference_value(memory) == pytest.approx(1.0 / 12)
     memory.epoch = 1
     memory.add(cross_entropy=99.0, tokens=1, batch_means=99.0, rows=1)
-    assert Joint().reference_value(memory) == pytest.approx(0.5), "the reference is fixed after epoch 0"
+    assert Adaptive().reference_value(memory) == pytest.approx(0.5), "the reference is fixed after epoch 0"
 
 
 def test_authors_reference_counts_the_evaluation_passes_of_epoch_0() -> None:
     memory = RetainMemory()
     scores = {"retain_batch_means": 3.0, "retain_rows": 30.0}
-    Joint().observe_validation(memory, scores)
+    Adaptive().observe_validation(memory, scores)
     assert memory.rows == 0
-    Joint(reference="authors_sum_over_rows").observe_validation(memory, scores)
+    Adaptive(reference="authors_sum_over_rows").observe_validation(memory, scores)
     assert (memory.batch_means, memory.rows) == (3.0, 30.0)
 
 
@@ -89,15 +100,17 @@ def test_cap_stops_each_forgotten_token_and_no_other() -> None:
 
 
 def test_gradient_difference_has_a_fixed_weight_and_plain_retain_cross_entropy() -> None:
-    objective = GradientDifference(retain_factor=3.0)
-    assert objective.retain_weight(RetainMemory(epoch=5), 99.0) == 3.0
-    assert float(objective.retain_term(stats([[-0.5, -0.25]])).total) == 0.75
-    assert not GradientAscent().uses_retain
+    loss = Loss.of(GradientDifference(), weight=Fixed(factor=3.0))
+    assert loss.weight.at(RetainMemory(epoch=5), 99.0, 99.0) == 3.0
+    assert float(loss.retain.term(stats([[-0.5, -0.25]])).total) == 0.75
+    assert not Loss.of(GradientAscent()).uses_retain
 
 
 def test_kl_term_is_the_masked_sum() -> None:
-    one = TokenStats(torch.zeros(1, 2), torch.tensor([[True, False]]), divergence=torch.tensor([[0.7, 5.0]]))
-    assert float(KLMinimisation().retain_term(one).total) == pytest.approx(0.7)
+    one = TokenStats(
+        torch.zeros(1, 2), torch.tensor([[True, False]]), values={"divergence": torch.tensor([[0.7, 5.0]])}
+    )
+    assert float(KLMinimisation.published_retain.term(one).total) == pytest.approx(0.7)
 
 
 def test_npo_by_hand() -> None:
@@ -130,8 +143,8 @@ def test_npo_does_not_count_an_empty_row() -> None:
 @pytest.mark.parametrize(
     ("build", "word"),
     [
-        (lambda: Joint(alpha_min=3.0), "alpha_min"),
-        (lambda: Joint(b=0.0), "b is 0.0"),
+        (lambda: Adaptive(alpha_min=3.0), "alpha_min"),
+        (lambda: Adaptive(b=0.0), "b is 0.0"),
         (lambda: Joint(forget_cap=0.0), "forget_cap"),
         (lambda: GradientAscent(forget_cap=-1.0), "forget_cap"),
         (lambda: NPO(beta=0.0), "beta"),

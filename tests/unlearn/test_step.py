@@ -14,7 +14,17 @@ from lm.load import LanguageModel, load
 from lm.prompts import Encoded, PromptSpec
 from unlearn.batches import PairedBatches, StepRows, collate
 from unlearn.data import load_rows
-from unlearn.objectives import NPO, GradientAscent, Joint, KLMinimisation, Objective, RetainMemory
+from unlearn.objectives import (
+    NPO,
+    Adaptive,
+    Fixed,
+    GradientAscent,
+    Joint,
+    KLMinimisation,
+    Loss,
+    Objective,
+    RetainMemory,
+)
 from unlearn.reference import Original
 from unlearn.stage import encode_rows
 from unlearn.step import Stepper
@@ -39,7 +49,7 @@ def fixture_sides(tiny: Path, model: LanguageModel) -> tuple[list[Encoded], list
 def run(
     model: LanguageModel,
     sides: tuple[list[Encoded], list[Encoded]],
-    objective: Objective,
+    objective: Objective | Loss,
     memory: RetainMemory,
     **options: object,
 ) -> tuple[dict[str, Tensor], object]:
@@ -48,7 +58,7 @@ def run(
     stepper = Stepper(
         Accelerator(cpu=True),
         model.model,
-        objective,
+        objective if isinstance(objective, Loss) else Loss.of(objective),
         *sides,
         original=Original(model.model),
         pad=0,
@@ -84,7 +94,7 @@ def chosen(sides: tuple[list[Encoded], list[Encoded]], rows: StepRows = ROWS) ->
 @pytest.mark.parametrize("micro_batch", [1, 3, 64])
 def test_joint_gradient_is_the_papers_whatever_the_micro_batch(model, sides, micro_batch: int) -> None:  # type: ignore[no-untyped-def]
     memory = RetainMemory(cross_entropy=2.0, tokens=1.0, epoch=1)  # a reference of 2 nats: the adaptive branch is taken
-    objective = Joint(alpha_max=1e6, forget_cap=None)
+    objective = Loss.of(Joint(forget_cap=None), weight=Adaptive(alpha_max=1e6))
     got, result = run(model, sides, objective, memory, micro_batch=micro_batch)
     forget, retain = chosen(sides)
     ce_forget, ce_retain = mean_ce(model.model, forget), mean_ce(model.model, retain)
@@ -113,7 +123,7 @@ def test_kl_gradient_is_the_full_vocabulary_divergence_from_the_original(model, 
     stepper = Stepper(
         Accelerator(cpu=True),
         model.model,
-        KLMinimisation(),
+        Loss.of(KLMinimisation()),
         *sides,
         original=original,
         pad=0,
@@ -131,7 +141,7 @@ def test_kl_gradient_is_the_full_vocabulary_divergence_from_the_original(model, 
 
 
 def test_npo_averages_over_rows_and_knows_the_original(model, sides) -> None:  # type: ignore[no-untyped-def]
-    _, result = run(model, sides, NPO(beta=0.1, retain_factor=0.0), RetainMemory())
+    _, result = run(model, sides, Loss.of(NPO(beta=0.1), weight=Fixed(factor=0.0)), RetainMemory())
     assert result.loss == pytest.approx((2 / 0.1) * 0.6931472, rel=1e-5), "an unchanged model: -2/beta * log sigmoid(0)"
 
 
@@ -189,7 +199,7 @@ def test_a_batch_without_a_side_has_no_term_for_it(model, sides) -> None:  # typ
         stepper = Stepper(
             Accelerator(cpu=True),
             model.model,
-            Joint(forget_cap=None),
+            Loss.of(Joint(forget_cap=None)),
             *sides,
             original=None,
             pad=0,

@@ -18,7 +18,7 @@ from lm.run import RunFolder
 from tests.unlearn.helpers import SMALL, config_words, reworded, run_script, small_config
 from tracing.plan import LayerPlan
 from unlearn.config import UnlearnConfig
-from unlearn.objectives import NPO, GradientAscent, GradientDifference, Joint, KLMinimisation, Objective
+from unlearn.objectives import NPO, Fixed, GradientAscent, GradientDifference, Joint, KLMinimisation, Objective
 from unlearn.scope import Lora, Scope
 from unlearn.stage import run_unlearning
 from unlearn.trainer_config import Schedule, TrainerConfig
@@ -131,8 +131,8 @@ def test_weights_that_are_no_numbers_are_never_saved(tiny: Path, tmp_path: Path)
         (lambda: replace(SMALL, learning_rate=float("nan")), "learning_rate is nan"),
         (lambda: replace(SMALL, clip=float("nan")), "clip is nan"),
         (lambda: replace(SMALL, warmup=6), "the peak rate is never reached"),
-        (lambda: GradientDifference(retain_factor=-1.0), "retain_factor is -1"),
-        (lambda: NPO(retain_factor=float("nan")), "retain_factor is nan"),
+        (lambda: Fixed(factor=-1.0), "retain_weight.factor is -1"),
+        (lambda: Fixed(factor=float("nan")), "retain_weight.factor is nan"),
         (lambda: KLMinimisation(forget_cap=float("nan")), "forget_cap is nan"),
         (lambda: Lora(alpha=0), "alpha is 0"),
     ],

@@ -1,28 +1,37 @@
-"""The gradient-ascent family: baselines that push the forget cross-entropy up, alone, or with a fixed retain term."""
+"""The gradient-ascent family: baselines that push the forget cross-entropy up, alone, or with a retain term."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from unlearn.objectives.base import Objective, RetainMemory, Term, TokenStats, ascent
-from unlearn.objectives.joint import check_cap, check_factor
+import torch
+from torch import Tensor
+
+from lm.errors import UserError
+from unlearn.objectives.base import Objective, Retain, Term, TokenStats, Weight
+from unlearn.objectives.retain import CrossEntropy, Divergence, NoRetain
+from unlearn.objectives.weight import Fixed
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientAscent(Objective):
     """`L = -CE(forget)`. Source: Jang et al. 2022 (arXiv 2210.01504). Badge: **faithful** with `forget_cap: null`."""
 
-    uses_retain: ClassVar[bool] = False
+    published_retain: ClassVar[Retain] = NoRetain()
+    published_weight: ClassVar[Weight] = Fixed()
 
     forget_cap: float | None = None
     """Nats a token beyond which a forget token is not pushed further; null is the published form."""
 
     def __post_init__(self) -> None:
-        check_cap(self.forget_cap)
+        if self.forget_cap is not None and not self.forget_cap > 0:
+            raise UserError(
+                f"forget_cap is {self.forget_cap}: give a positive number of nats a token, or null for no cap"
+            )
 
     def forget_term(self, stats: TokenStats) -> Term:
-        """`-CE`."""
+        """`-CE`, each token stopped at the cap."""
         return Term(ascent(stats, self.forget_cap))
 
 
@@ -30,31 +39,26 @@ class GradientAscent(Objective):
 class GradientDifference(GradientAscent):
     """`L = -CE(forget) + CE(retain)`. Source: Liu et al. 2022 (arXiv 2203.12817), as in TOFU. Badge: **faithful**."""
 
-    uses_retain: ClassVar[bool] = True
-
-    retain_factor: float = 1.0
-    """The fixed weight of the retain term."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_factor(self.retain_factor)
-
-    def retain_weight(self, memory: RetainMemory, retain_cross_entropy: float) -> float:
-        """Fixed."""
-        return self.retain_factor
+    published_retain: ClassVar[Retain] = CrossEntropy()
 
 
 @dataclass(frozen=True, kw_only=True)
-class KLMinimisation(GradientDifference):
+class KLMinimisation(GradientAscent):
     """`L = -CE(forget) + KL(original || model)(retain)`, over the whole vocabulary at each supervised token.
 
     Source: TOFU (arXiv 2401.06121), section on KL minimisation. Badge: **variant**: the divergence is taken on supervised
     tokens only, where TOFU's code takes all.
     """
 
-    needs_retain_divergence: ClassVar[bool] = True
+    published_retain: ClassVar[Retain] = Divergence()
 
-    def retain_term(self, stats: TokenStats) -> Term:
-        """The divergence, summed over supervised tokens."""
-        assert stats.divergence is not None
-        return Term(stats.total(stats.divergence))
+
+def ascent(stats: TokenStats, cap: float | None) -> Tensor:
+    """Minus the forget cross-entropy, summed: `-sum(min(CE, cap))`.
+
+    Nothing bounds `-CE`: it falls for ever, and with it the model. `cap` (nats a token) is the guard: a token whose
+    cross-entropy passed it has no gradient any more, so each token is pushed until it is forgotten and no further.
+    None is the published form.
+    """
+    cross_entropy = stats.cross_entropy
+    return -stats.total(cross_entropy if cap is None else torch.clamp(cross_entropy, max=cap))

@@ -2,17 +2,81 @@
 
 The trainer minimises `forget_term + weight * retain_term`, each term a sum divided by its count over the *global* batch.
 Splitting it so (sum, unit) is what makes micro-batches, accumulation and any number of processes give the same number.
+What a term reads of the model is declared beforehand (`Needs`), so that nothing else is computed or kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-Unit = Literal["token", "row"]
+Unit = Literal["token", "row", "hidden"]
+"""What a term's sum is divided by: the supervised tokens, the rows, or the tokens whose hidden states were asked for."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number for each supervised token from the logits that predict it, over the whole vocabulary.
+
+    Attributes:
+        name: its key in `TokenStats.values`.
+        function: (logits (n, vocabulary) float32, targets (n,), reference logits or None) -> (n,). Differentiable, and
+            separate for each token: it is applied to chunks.
+        reference: whether it is given the original model's logits, detached.
+    """
+
+    name: str
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class HiddenNeed:
+    """Hidden states at one depth.
+
+    Attributes:
+        layer: the stream after this block, from 0.
+        tokens: `all` real tokens of a row, or the `answer` tokens alone.
+        reference: whether the original model's are wanted too.
+    """
+
+    layer: int
+    tokens: Literal["all", "answer"] = "all"
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a term reads. A forward pass goes no deeper, and the original model is asked no more, than this says.
+
+    Attributes:
+        logprob: the targets' log-probabilities; without them, statistics and alternates only `hidden` is computed.
+        reference_logprob: the same under the original model.
+        statistics: further numbers for each supervised token.
+        hidden: hidden states.
+        alternate: the same statistics of an alternate answer to each row's question, in `TokenStats.alternate`.
+    """
+
+    logprob: bool = True
+    reference_logprob: bool = False
+    statistics: tuple[Statistic, ...] = ()
+    hidden: HiddenNeed | None = None
+    alternate: bool = False
+
+    @property
+    def reference(self) -> bool:
+        """Whether anything of the original model is wanted."""
+        wanted = self.reference_logprob or any(one.reference for one in self.statistics)
+        return wanted or (self.hidden is not None and self.hidden.reference)
+
+    @property
+    def vocabulary(self) -> bool:
+        """Whether the head is needed at all."""
+        return self.logprob or self.reference_logprob or bool(self.statistics)
 
 
 @dataclass(frozen=True)
@@ -20,22 +84,31 @@ class TokenStats:
     """Statistics of the supervised tokens of some rows, in float32.
 
     Attributes:
-        logprob: (rows, tokens) log-probability of each target token under the model, natural log; 0 where not supervised.
+        logprob: (rows, tokens) log-probability of each target token under the model, natural log; 0 where not supervised
+            or not needed.
         mask: (rows, tokens) True on supervised tokens.
         reference_logprob: the same under the original model, or None if the objective does not need it.
-        divergence: (rows, tokens) KL(original || model) over the whole vocabulary, or None.
+        values: `Statistic.name` -> (rows, tokens), 0 where not supervised.
+        hidden: (rows, positions, hidden) at the layer asked for, or None.
+        reference_hidden: the same of the original model, detached, or None.
+        hidden_mask: (rows, positions) True on the tokens asked for; (rows, positions) are those of `hidden`.
+        alternate: the statistics of the alternate answers, row by row, or None.
         row_weight: (rows, 1) what each row's tokens count, or None for 1 each.
     """
 
     logprob: Tensor
     mask: Tensor
     reference_logprob: Tensor | None = None
-    divergence: Tensor | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    reference_hidden: Tensor | None = None
+    hidden_mask: Tensor | None = None
+    alternate: TokenStats | None = None
     row_weight: Tensor | None = None
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of (rows, tokens) values over supervised tokens, each counted with its row's weight."""
-        kept = values * self.mask
+        kept = torch.where(self.mask, values, 0.0)
         return (kept if self.row_weight is None else kept * self.row_weight).sum()
 
     @property
@@ -48,6 +121,10 @@ class TokenStats:
         """(rows, tokens) minus log-probability; 0 where not supervised."""
         return -self.logprob * self.mask
 
+    def row_logprob(self) -> Tensor:
+        """(rows,) log-probability of each row's supervised tokens together."""
+        return torch.where(self.mask, self.logprob, 0.0).sum(dim=1)
+
 
 @dataclass(frozen=True)
 class Term:
@@ -59,13 +136,15 @@ class Term:
 
 @dataclass
 class RetainMemory:
-    """What an adaptive weight may remember of the retain set: sums over epoch 0. Saved in checkpoints; no tensor in it."""
+    """What an adaptive weight may remember of the retain set: sums over epoch 0, and a dual variable. Saved in checkpoints;
+    no tensor in it, and the same on every process."""
 
     cross_entropy: float = 0.0
     tokens: float = 0.0
     batch_means: float = 0.0
     rows: float = 0.0
     epoch: int = field(default=0)
+    dual: float | None = None
 
     def add(self, *, cross_entropy: float, tokens: float, batch_means: float, rows: float) -> None:
         """Count one step (or one evaluation pass) of epoch 0; later epochs are not counted: the reference is fixed."""
@@ -77,36 +156,51 @@ class RetainMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
-    """The axis "objective": what is pushed up, what is held down, and how hard."""
+class Retain:
+    """The axis "retain term": what holds the model where it was on the rows to keep."""
 
     config_axis: ClassVar[bool] = True
-    needs_forget_reference: ClassVar[bool] = False
-    needs_retain_divergence: ClassVar[bool] = False
-    uses_retain: ClassVar[bool] = True
+
+    def needs(self) -> Needs:
+        """What the term reads."""
+        return Needs()
+
+    def term(self, stats: TokenStats) -> Term:
+        """The loss on the retain rows."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """The axis "retain weight": how hard the retain term pulls at a step. It sees numbers of the global batch alone."""
+
+    config_axis: ClassVar[bool] = True
+    needs_cross_entropy: ClassVar[bool] = False
+    """Whether the retain rows' cross-entropy must be known, even if the retain term is another."""
+
+    def at(self, memory: RetainMemory, cross_entropy: float, loss: float) -> float:
+        """The weight of this step, from the batch's mean retain cross-entropy (nats a token) and its mean retain loss (which
+        are the same for `CrossEntropy`). May change `memory.dual`."""
+        raise NotImplementedError
+
+    def observe_validation(self, memory: RetainMemory, scores: dict[str, float]) -> None:
+        """Told of every scoring on the validation split. Nothing is learnt from it unless a weight says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The axis "objective": what is pushed out. What holds the rest, and how hard, are axes of their own (`Loss`)."""
+
+    config_axis: ClassVar[bool] = True
+    published_retain: ClassVar[Retain]
+    """The retain term of the paper."""
+    published_weight: ClassVar[Weight]
+    """Its weight."""
+
+    def forget_needs(self) -> Needs:
+        """What the forget term reads."""
+        return Needs()
 
     def forget_term(self, stats: TokenStats) -> Term:
         """The loss on the forget rows."""
         raise NotImplementedError
-
-    def retain_term(self, stats: TokenStats) -> Term:
-        """The loss on the retain rows: cross-entropy unless an objective says otherwise."""
-        return Term(stats.total(stats.cross_entropy))
-
-    def retain_weight(self, memory: RetainMemory, retain_cross_entropy: float) -> float:
-        """The factor of the retain term at this step, from the batch's mean retain cross-entropy (nats a token)."""
-        return 1.0
-
-    def observe_validation(self, memory: RetainMemory, scores: dict[str, float]) -> None:
-        """Told of every scoring on the validation split. Nothing is learnt from it unless an objective says so."""
-
-
-def ascent(stats: TokenStats, cap: float | None) -> Tensor:
-    """Minus the forget cross-entropy, summed: `-sum(min(CE, cap))`.
-
-    Nothing bounds `-CE`: it falls for ever, and with it the model. `cap` (nats a token) is the guard: a token whose
-    cross-entropy passed it has no gradient any more, so each token is pushed until it is forgotten and no further.
-    None is the published form.
-    """
-    cross_entropy = stats.cross_entropy
-    return -stats.total(cross_entropy if cap is None else torch.clamp(cross_entropy, max=cap))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from unlearn.objectives.base import Objective, Term, TokenStats
+from unlearn.objectives.base import Objective, Retain, Term, TokenStats, Weight
+from unlearn.objectives.retain import CrossEntropy
+from unlearn.objectives.weight import Fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +16,9 @@ class Learn(Objective):
 
     A retain-only twin is learnt from the same start by giving half of the retain rows on each side.
     """
+
+    published_retain: ClassVar[Retain] = CrossEntropy()
+    published_weight: ClassVar[Weight] = Fixed()
 
     def forget_term(self, stats: TokenStats) -> Term:
         """`+CE`: the rows to be forgotten later are learnt now."""

@@ -9,37 +9,36 @@ from typing import ClassVar
 from torch.nn.functional import logsigmoid
 
 from lm.errors import UserError
-from unlearn.objectives.base import Objective, RetainMemory, Term, TokenStats
-from unlearn.objectives.joint import check_factor
+from unlearn.objectives.base import Needs, Objective, Retain, Term, TokenStats, Weight
+from unlearn.objectives.retain import CrossEntropy
+from unlearn.objectives.weight import Fixed
 
 
 @dataclass(frozen=True, kw_only=True)
 class NPO(Objective):
-    """`L = -(2/beta) * mean_rows logsigmoid(-beta * (log p - log p_original)) + retain_factor * CE(retain)`.
+    """`L = -(2/beta) * mean_rows logsigmoid(-beta * (log p - log p_original)) + weight * CE(retain)`.
 
     `log p` is summed over the supervised tokens of a row. Source: Zhang et al. 2024 (arXiv 2404.05868), equation 3; with
-    `retain_factor: 0` it is NPO alone, with 1 its retain version. Badge: **faithful**.
+    the retain term `NoRetain` it is NPO alone, with `CrossEntropy` its retain version. Badge: **faithful**.
     """
 
-    needs_forget_reference: ClassVar[bool] = True
+    published_retain: ClassVar[Retain] = CrossEntropy()
+    published_weight: ClassVar[Weight] = Fixed()
 
     beta: float = 0.1
     """Inverse temperature; gradient ascent in the limit 0."""
-    retain_factor: float = 1.0
-    """The fixed weight of the retain cross-entropy."""
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
             raise UserError(f"beta is {self.beta}: give a positive number (0.1 is usual)")
-        check_factor(self.retain_factor)
+
+    def forget_needs(self) -> Needs:
+        """The original's log-probabilities."""
+        return Needs(reference_logprob=True)
 
     def forget_term(self, stats: TokenStats) -> Term:
         """The preference loss, summed over rows; a row without supervised tokens does not count."""
         assert stats.reference_logprob is not None
-        change = ((stats.logprob - stats.reference_logprob) * stats.mask).sum(dim=1)
+        change = stats.row_logprob() - (stats.reference_logprob * stats.mask).sum(dim=1)
         loss = -(2.0 / self.beta) * logsigmoid(-self.beta * change)
         return Term((loss * stats.mask.any(dim=1)).sum(), unit="row")
-
-    def retain_weight(self, memory: RetainMemory, retain_cross_entropy: float) -> float:
-        """Fixed."""
-        return self.retain_factor

@@ -1,0 +1,77 @@
+"""Retain terms: what holds the model where it was on the rows to keep. Any of them goes with any objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from lm.errors import UserError
+from unlearn.objectives.base import HiddenNeed, Needs, Retain, Statistic, Term, TokenStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsPublished(Retain):
+    """The one of the objective's paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoRetain(Retain):
+    """Nothing: retain rows are not even read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Retain):
+    """`CE(retain)`: the mean over supervised tokens of minus the log-probability (nats)."""
+
+    def term(self, stats: TokenStats) -> Term:
+        """The cross-entropy, summed over supervised tokens."""
+        return Term(stats.total(stats.cross_entropy))
+
+
+def divergence(logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+    """KL(original || model) over the vocabulary, (n,), of logits (n, vocabulary), nats."""
+    assert reference is not None
+    theirs = log_softmax(reference, dim=-1)
+    return (theirs.exp() * (theirs - log_softmax(logits, dim=-1))).sum(dim=-1)
+
+
+DIVERGENCE = Statistic("divergence", divergence, reference=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence(Retain):
+    """`KL(original || model)` over the whole vocabulary, the mean over supervised tokens (nats)."""
+
+    def needs(self) -> Needs:
+        """The original's logits."""
+        return Needs(statistics=(DIVERGENCE,))
+
+    def term(self, stats: TokenStats) -> Term:
+        """The divergence, summed over supervised tokens."""
+        return Term(stats.total(stats.values["divergence"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenDistance(Retain):
+    """Mean over tokens and dimensions of `(h - h_original)^2` at one layer, as in RMU (Li et al. 2024, arXiv 2403.03218)."""
+
+    layer: int
+    """The stream after this block, from 0."""
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise UserError(f"retain.layer is {self.layer}: give a layer from 0")
+
+    def needs(self) -> Needs:
+        """Hidden states of both models, and nothing above that layer."""
+        return Needs(logprob=False, hidden=HiddenNeed(self.layer, reference=True))
+
+    def term(self, stats: TokenStats) -> Term:
+        """The squared distance, its mean over dimensions, summed over the rows' tokens."""
+        assert stats.hidden is not None
+        assert stats.reference_hidden is not None
+        assert stats.hidden_mask is not None
+        apart = (stats.hidden.float() - stats.reference_hidden.float()).square().mean(dim=-1)
+        return Term(apart.where(stats.hidden_mask, 0.0).sum(), unit="hidden")
