@@ -158,19 +158,6 @@ def prepare(
         facts = with_foils(facts)
     probes = [make_probe(model, fact, prompt, metric) for fact in facts]
     corruptor = corruption.bind(model, probes)
-    return *_sort_out(model, probes, corruptor, metric, max_facts, least_total, show), corruptor
-
-
-def _sort_out(
-    model: LanguageModel,
-    probes: Sequence[Probe],
-    corruptor: Corruptor,
-    metric: Metric,
-    max_facts: int | None,
-    least_total: float | None,
-    show: bool,
-) -> tuple[list[Probe], list[Skipped]]:
-    """The facts that the model knows, up to `max_facts`, and all others with reasons."""
 
     def why_small(probe: Probe) -> str | None:
         if least_total is None:
@@ -180,6 +167,45 @@ def _sort_out(
             f"the corruption takes only {found:.3g}, under least_total {least_total:g}" if found < least_total else None
         )
 
+    def why_not(probe: Probe) -> str | None:
+        without = corruptor.why_not(probe) or why_unscored(probe, metric)
+        return without or why_unknown(model, probe) or why_small(probe)
+
+    return *_sort_out(model, probes, why_not, max_facts, show), corruptor
+
+
+def known_facts(
+    model: LanguageModel,
+    facts: Sequence[Fact],
+    prompt: PromptSpec,
+    *,
+    metric: Metric = "log_probability",
+    max_facts: int | None = None,
+    show: bool = False,
+) -> tuple[list[Probe], list[Skipped]]:
+    """`prepare` without a corruption: the facts that the model knows, and those left out.
+
+    Raises:
+        UserError: no facts, or none that the model knows.
+    """
+    if not facts:
+        raise UserError("there are no facts to locate; give at least one.")
+    if metric == "logit_difference":
+        facts = with_foils(facts)
+    probes = [make_probe(model, fact, prompt, metric) for fact in facts]
+    return _sort_out(
+        model, probes, lambda probe: why_unscored(probe, metric) or why_unknown(model, probe), max_facts, show
+    )
+
+
+def _sort_out(
+    model: LanguageModel,
+    probes: Sequence[Probe],
+    why_not: Callable[[Probe], str | None],
+    max_facts: int | None,
+    show: bool,
+) -> tuple[list[Probe], list[Skipped]]:
+    """The facts against which there is nothing to say, up to `max_facts`, and all others with reasons."""
     known: list[Probe] = []
     skipped: list[Skipped] = []
     with progress_bar(len(probes), label="known facts", unit="facts", enabled=show) as advance:
@@ -187,8 +213,7 @@ def _sort_out(
             if max_facts is not None and len(known) >= max_facts:
                 reason: str | None = f"not needed: max_facts is {max_facts}"
             else:
-                reason = corruptor.why_not(probe) or why_unscored(probe, metric) or why_unknown(model, probe)
-                reason = reason or why_small(probe)
+                reason = why_not(probe)
             if reason is None:
                 known.append(probe)
             else:
