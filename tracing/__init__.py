@@ -8,6 +8,7 @@ from tracing.choose import choose_layers
 from tracing.corruption import GaussianNoise
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
 from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts, with_foils
+from tracing.interaction import Interaction, interaction
 from tracing.localizer import CausalTracing, Localizer
 from tracing.plan import LayerPlan
 from tracing.replacement import TokenReplacement
@@ -22,6 +23,7 @@ __all__ = [
     "Effects",
     "Fact",
     "GaussianNoise",
+    "Interaction",
     "LayerPlan",
     "LayerScores",
     "Localizer",
@@ -31,6 +33,7 @@ __all__ = [
     "choose_layers",
     "facts_from_rows",
     "find_subjects",
+    "interaction",
     "load_known_facts",
     "trace",
     "with_foils",

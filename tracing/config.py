@@ -10,11 +10,16 @@ from lm.load import ModelSpec
 from lm.prompts import PromptSpec
 from tracing.choose import PlanKind
 from tracing.corruption import Corruption, GaussianNoise
-from tracing.effects import SUBJECT_ROLES, Aggregation, check_roles
+from tracing.effects import SUBJECT_ROLES, Aggregation, check_reached, check_roles
 from tracing.engines import EngineName
 from tracing.metrics import Metric
 from tracing.statistics import check_confidence
 from tracing.sweep import Positions, Severed, Sweep
+
+
+def usual_size(model_layers: int) -> int:
+    """Three eighths of the layers, as the authors of the joint method take (6 of 16)."""
+    return max(1, round(model_layers * 3 / 8))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ class PlanConfig:
 
     def layers(self, model_layers: int) -> int:
         """How many layers to choose of a model that has `model_layers`."""
-        return max(1, round(model_layers * 3 / 8)) if self.size is None else self.size
+        return usual_size(model_layers) if self.size is None else self.size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +112,7 @@ class TraceConfig:
         wanted = {"both": {"mlp", "attn"}}.get(self.plan.kind, {self.plan.kind})
         if missing := sorted(wanted - set(self.kinds)):
             raise UserError(f"plan.kind is {self.plan.kind} but kinds leaves out {', '.join(missing)}; add it to kinds")
-        reached = set(SUBJECT_ROLES) | {"last"}
-        if self.positions == "subject_and_last" and not set(self.plan.roles) & reached:
-            raise UserError(
-                f"plan.roles {', '.join(self.plan.roles)} are not traced with positions: subject_and_last; use positions: all"
-            )
+        check_reached(self.plan.roles, self.positions)
 
     @property
     def sources(self) -> tuple[str, ...]:

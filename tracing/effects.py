@@ -354,3 +354,12 @@ def check_roles(roles: Sequence[str]) -> None:
     wrong = [role for role in roles if role not in ROLES]
     if wrong or not roles:
         raise UserError(f"the token roles {tuple(wrong or roles)} are not usable; choose of {', '.join(ROLES)}.")
+
+
+def check_reached(roles: Sequence[str], positions: str) -> None:
+    """Raise UserError for roles that do not exist, or of which none has tokens where these positions are traced."""
+    check_roles(roles)
+    if positions == "subject_and_last" and not set(roles) & {*SUBJECT_ROLES, "last"}:
+        raise UserError(
+            f"the roles {', '.join(roles)} are not traced with positions: subject_and_last; use positions: all."
+        )

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lm.anatomy import Kind
+from lm.identity import fingerprint
 from lm.load import LanguageModel
 from lm.prompts import PromptSpec
 from tracing.corruption import Corruption, GaussianNoise
-from tracing.effects import SUBJECT_ROLES
+from tracing.effects import SUBJECT_ROLES, Effects, check_reached
 from tracing.facts import Fact
+from tracing.interaction import interaction
 from tracing.metrics import Metric
 from tracing.scores import LayerScores
-from tracing.sweep import Positions
+from tracing.sweep import Positions, Sweep
 from tracing.tracer import trace
 
 
@@ -29,6 +31,16 @@ class Localizer(ABC):
     """The axis: a way to localise."""
 
     config_axis: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def scored(self) -> tuple[Kind, ...]:
+        """The kinds that it scores."""
+
+    @property
+    def needs_retain(self) -> bool:
+        """Whether it cannot do without facts that must stay."""
+        return False
 
     @abstractmethod
     def localize(
@@ -56,9 +68,24 @@ class Localizer(ABC):
         """
 
 
+def made_with(model: LanguageModel, localizer: Localizer, prompt: PromptSpec) -> dict[str, Any]:
+    """The provenance of scores: model, weights, settings."""
+    return {
+        "model": model.name,
+        "architecture": model.anatomy.architecture,
+        "weights": fingerprint(model),
+        "localizer": {"kind": type(localizer).__name__, **asdict(localizer)},
+        "prompt": asdict(prompt),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class CausalTracing(Localizer):
-    """Restore one activation in a corrupted run and see what comes back: `tracing.trace`."""
+    """Restore one activation in a corrupted run and see what comes back: `tracing.trace`.
+
+    With windows, single layers are traced too, and what the windows bring back beyond the sum of their layers stands in
+    `LayerScores.details` as `interaction` (`tracing.interaction`).
+    """
 
     corruption: Corruption = field(default_factory=GaussianNoise)
     """How the subject is made unreadable."""
@@ -73,6 +100,14 @@ class CausalTracing(Localizer):
     roles: tuple[str, ...] = SUBJECT_ROLES
     """The token roles whose effects count."""
 
+    def __post_init__(self) -> None:
+        Sweep(kinds=self.kinds, window=self.window, metric=self.metric, positions=self.positions)
+        check_reached(self.roles, self.positions)
+
+    @property
+    def scored(self) -> tuple[Kind, ...]:
+        return self.kinds
+
     def localize(
         self,
         model: LanguageModel,
@@ -83,16 +118,23 @@ class CausalTracing(Localizer):
         cache: str | Path | None = None,
         progress: bool = True,
     ) -> LayerScores:
-        effects = trace(
-            model,
-            facts,
-            self.corruption,
-            kinds=self.kinds,
-            window=self.window,
-            metric=self.metric,
-            prompt=prompt,
-            positions=self.positions,
-            cache=cache,
-            progress=progress,
-        )
-        return effects.scores(self.roles)
+        def traced(window: int) -> Effects:
+            return trace(
+                model,
+                facts,
+                self.corruption,
+                kinds=self.kinds,
+                window=window,
+                metric=self.metric,
+                prompt=prompt,
+                positions=self.positions,
+                cache=cache,
+                progress=progress,
+            )
+
+        effects = traced(self.window)
+        scores = effects.scores(self.roles)
+        if self.window == 1 or set(self.kinds) == {"resid"}:
+            return scores
+        beyond = interaction(effects, traced(1)).to_json(self.roles)
+        return replace(scores, details={**scores.details, "interaction": beyond})
