@@ -4,6 +4,7 @@
 """
 
 from tracing.agreement import Agreement, agreement
+from tracing.attribution_patching import AttributionPatching
 from tracing.choose import choose_layers
 from tracing.corruption import GaussianNoise
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
@@ -18,6 +19,7 @@ from tracing.tracer import trace
 __all__ = [
     "ROLES",
     "Agreement",
+    "AttributionPatching",
     "CausalTracing",
     "EffectTable",
     "Effects",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,20 @@ import pytest
 import torch
 from families import FAMILIES
 from families import tiny as tiny_family
+from scipy.stats import binom
 from tiny_tracing import known, tiny
 
 from lm import UserError
 from lm.anatomy import Kind
 from lm.load import LanguageModel
 from lm.prompts import PromptSpec
-from tracing import Fact, GaussianNoise
+from tracing import Effects, Fact, GaussianNoise
+from tracing.attribution import attribute_fact, attributed
 from tracing.probe import Probe, make_probe
 from tracing.reference import score_cells
 from tracing.sweep import Sweep
+from tracing.tracer import evaluating
+from tracing.verify import Compared, Verification, _drawn, upper_bound, verify
 from tracing.wavefront import Wavefront
 
 NOISE = GaussianNoise(samples=2, sigma=1.0)
@@ -77,3 +82,123 @@ def test_a_cell_that_does_not_exist_is_refused() -> None:
         with pytest.raises(UserError, match=r"no cell of .*choose of mlp, \d+ tokens and 4 layers"):
             wave.score_cells(probe, batch, [cell])  # type: ignore[list-item]
     assert wave.score_cells(probe, batch, []) == []
+
+
+KINDS: tuple[Kind, ...] = ("resid", "mlp", "attn")
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gemma2", "gpt2"])
+def test_the_largest_and_random_others_are_computed_exactly(name: str) -> None:
+    model = double(name)
+    probe = make_probe(model, FACT, PromptSpec(), "log_probability")
+    corruptor = NOISE.bind(model, [probe])
+    batch = corruptor.batch(probe)
+    with evaluating(model):
+        effects = estimates(model, probe, batch)
+        found = verify(model, [probe], corruptor, effects, top=6, chance=5, seed=3, progress=False)
+    (top,), (chance,) = found.top, found.random
+    assert (len(top.cells), len(chance.cells), found.outside.tolist()) == (6, 5, [3 * 4 * 3 - 6])
+    assert not set(top.cells) & set(chance.cells)
+    assert len(set(chance.cells)) == 5
+    sweep = Sweep(kinds=KINDS, metric="log_probability")
+    for some in (top, chance):
+        exact = np.array(score_cells(model, probe, batch, sweep, some.cells)) - effects.corrupted[0]
+        np.testing.assert_allclose(some.exact, exact, rtol=0, atol=1e-9)
+    guess = {cell: effects.indirect(cell[0])[0][cell[1], cell[2]] for cell in (*top.cells, *chance.cells)}
+    assert min(abs(guess[cell]) for cell in top.cells) >= max(abs(guess[cell]) for cell in chance.cells)
+    applied = found.applied(effects)
+    for (kind, token, layer), value in zip(top.cells, top.exact, strict=True):
+        assert applied.indirect(kind)[0][token, layer] == pytest.approx(value)
+    changed = sum(int((applied.restored[kind][0] != effects.restored[kind][0]).sum()) for kind in KINDS)
+    assert changed <= 11
+
+
+def estimates(model: LanguageModel, probe: Probe, batch: torch.Tensor) -> Effects:
+    found = attribute_fact(model, probe, batch, KINDS, "log_probability")
+    return Effects(
+        facts=(probe.fact,),
+        clean=np.array([found.clean]),
+        corrupted=np.array([found.corrupted]),
+        restored={kind: [cells] for kind, cells in found.restored.items()},
+        tokens=(probe.tokens,),
+        subject_spans=(probe.span,),
+        sigma=1.0,
+        metric="log_probability",
+        window=1,
+    )
+
+
+def test_only_the_roles_that_count_are_looked_at() -> None:
+    model = tiny("llama")
+    with evaluating(model):
+        effects, probes, corruptor = attributed(
+            model, known(model), NOISE, ("mlp",), "log_probability", False, PromptSpec(), 2.0, False
+        )
+        found = verify(model, probes, corruptor, effects, roles=["last_subject", "before"], top=3, progress=False)
+        for some, probe in zip(found.top + found.random, probes * 2, strict=True):
+            assert {token for _, token, _ in some.cells} <= {probe.span[1] - 1}
+        assert found.outside.tolist() == [1, 1, 1]
+        with pytest.raises(UserError, match="other facts"):
+            verify(model, probes[1:], corruptor, effects, progress=False)
+        with pytest.raises(UserError, match="windows of 3 layers"):
+            verify(model, probes, corruptor, replace(effects, window=3), progress=False)
+
+
+def test_every_cell_outside_the_top_is_as_likely_to_be_drawn() -> None:
+    sizes = [1, 3, 0, 6]
+    counts = np.zeros(10)
+    for seed in range(2000):
+        drawn = _drawn(sizes, 4, seed)
+        assert [len(set(part)) for part in drawn] == [len(part) for part in drawn]
+        assert sum(len(part) for part in drawn) == 4
+        for start, part in zip((0, 1, 4, 4), drawn, strict=True):
+            counts[[start + place for place in part]] += 1
+    assert np.abs(counts / 2000 - 0.4).max() < 0.05
+    assert _drawn(sizes, 99, 0) == [[0], [0, 1, 2], [], [0, 1, 2, 3, 4, 5]]
+    assert _drawn([0, 0], 5, 0) == [[], []]
+
+
+def test_the_bound_is_where_so_few_hits_become_unlikely() -> None:
+    for hits, drawn in ((0, 100), (3, 50), (49, 50), (0, 1)):
+        assert binom.cdf(hits, drawn, upper_bound(hits, drawn)) == pytest.approx(0.05)
+    assert upper_bound(0, 100) == pytest.approx(3 / 100, rel=0.02)
+    assert upper_bound(5, 5) == upper_bound(0, 0) == 1.0
+
+
+def compared(estimated: list[float], exact: list[float]) -> Compared:
+    cells: tuple[tuple[Kind, int, int], ...] = tuple(("mlp", 0, layer) for layer in range(len(exact)))
+    return Compared(cells=cells, estimated=np.array(estimated), exact=np.array(exact))
+
+
+def test_what_is_said_of_the_cells_that_were_not_computed() -> None:
+    top = (compared([3.0, 2.0, -1.0], [2.0, 1.0, -2.0]), compared([1.0, 0.5, 0.4], [1.0, 2.0, -1.0]))
+    random = (compared([0.1, 0.2], [-0.4, 0.1]), compared([0.3, -0.1], [0.0, 0.3]))
+    found = Verification(
+        top=top, random=random, outside=np.array([20.0, 10.0]), total=np.array([4.0, -1.0]), matters=0.1
+    )
+    assert (found.drawn, found.missed) == (4, 2)  # -0.4 of 4 and 0.3 of 1
+    assert found.bound == upper_bound(2, 4)
+    assert found.sign_agreement(top) == pytest.approx(5 / 6)
+    assert found.rank_correlation(top) == pytest.approx((1.0 + 0.5) / 2)
+    share = f"{100 * found.bound:.2g}"
+    assert str(found) == (
+        "2 facts; of 4 random cells 2 have an effect of 10 % of the total or more: at most "
+        f"{share} % of the 30 cells outside the top do (95 %); rank correlation with the exact effects 0.75 at the top and "
+        "0.00 at random, the same sign in 83% and 25%"
+    )
+    assert found.to_json()["bound"] == found.bound
+    assert found.to_json()["facts"][1]["random"][1] == ["mlp", 0, 1, -0.1, 0.3]
+    every = replace(found, outside=np.array([2.0, 2.0]))
+    assert every.bound == 0.5
+    assert "50 % of the 4 cells outside the top do, all of which were computed" in str(every)
+    nothing = compared([], [])
+    none = replace(found, random=(nothing, nothing))
+    assert none.bound == 1.0
+    assert "nothing is known of the cells outside the top" in str(none)
+    assert "every cell was computed" in str(replace(none, outside=np.zeros(2)))
+    assert replace(none, outside=np.zeros(2)).bound == 0.0
+    turned = (compared([3.0, 2.0, 1.0], [2.0, -1.0, -3.0]),)
+    sizes = replace(found, signed=False)
+    assert found.rank_correlation(turned) == pytest.approx(1.0)
+    assert sizes.rank_correlation(turned) == pytest.approx(-0.5)
+    assert "same sign" not in str(sizes)
