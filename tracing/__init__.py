@@ -11,10 +11,12 @@ from tracing.effects import ROLES, Effects, EffectTable, Skipped
 from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts, with_foils
 from tracing.interaction import Interaction, interaction
 from tracing.localizer import CausalTracing, Localizer
+from tracing.overlap import GradientOverlap
 from tracing.plan import LayerPlan
 from tracing.replacement import TokenReplacement
 from tracing.scores import LayerScores
 from tracing.tracer import trace
+from tracing.weights import WeightAttribution
 
 __all__ = [
     "ROLES",
@@ -25,12 +27,14 @@ __all__ = [
     "Effects",
     "Fact",
     "GaussianNoise",
+    "GradientOverlap",
     "Interaction",
     "LayerPlan",
     "LayerScores",
     "Localizer",
     "Skipped",
     "TokenReplacement",
+    "WeightAttribution",
     "agreement",
     "choose_layers",
     "facts_from_rows",
