@@ -11,6 +11,7 @@ from tracing.effects import ROLES, Effects, EffectTable, Skipped
 from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts, with_foils
 from tracing.interaction import Interaction, interaction
 from tracing.localizer import CausalTracing, Localizer
+from tracing.lookup import FactLookup
 from tracing.overlap import GradientOverlap
 from tracing.plan import LayerPlan
 from tracing.replacement import TokenReplacement
@@ -26,6 +27,7 @@ __all__ = [
     "EffectTable",
     "Effects",
     "Fact",
+    "FactLookup",
     "GaussianNoise",
     "GradientOverlap",
     "Interaction",
