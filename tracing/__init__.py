@@ -1,11 +1,13 @@
 """Where is it stored? Causal mediation analysis of facts, from prompts to a plan of layers to train.
 
-`trace(model, facts)` gives `Effects`; `choose_layers(effects, size=...)` gives a `LayerPlan`, which training consumes.
+`trace(model, facts)` gives `Effects`; `choose_layers(effects, size=...)` gives a `LayerPlan`, which training consumes. Tracing
+is one `Localizer` of several, each giving `LayerScores`; `combined_plan` draws a plan from all, and says if they disagree.
 """
 
 from tracing.agreement import Agreement, agreement
 from tracing.attribution_patching import AttributionPatching
 from tracing.choose import choose_layers
+from tracing.combine import Agreements, combine, combined_plan, compare_all
 from tracing.corruption import GaussianNoise
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
 from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts, with_foils
@@ -22,6 +24,7 @@ from tracing.weights import WeightAttribution
 __all__ = [
     "ROLES",
     "Agreement",
+    "Agreements",
     "AttributionPatching",
     "CausalTracing",
     "EffectTable",
@@ -39,6 +42,9 @@ __all__ = [
     "WeightAttribution",
     "agreement",
     "choose_layers",
+    "combine",
+    "combined_plan",
+    "compare_all",
     "facts_from_rows",
     "find_subjects",
     "interaction",

@@ -26,6 +26,8 @@ class Agreement:
     Attributes:
         correlation: 1: the same order of layers, -1: the reverse; NaN where one of them has no order.
         low, high: the percentile bootstrap interval over facts (those of a group drawn together); NaN with a single group.
+        by_chance: the share of shuffled orders of the layers that are at least as alike; NaN where there is no order.
+            Neighbouring layers are alike of themselves, which shuffling destroys, so it is rather too small.
         facts: how many facts both traced.
     """
 
@@ -34,8 +36,14 @@ class Agreement:
     low: float
     high: float
     confidence: float
+    by_chance: float
     facts: int
     layers: int
+
+    @property
+    def shown(self) -> bool:
+        """Whether the two are shown to agree: the interval lies above zero, and at most 5 % of shuffled orders are as alike."""
+        return self.low > 0 and self.by_chance <= 0.05
 
     def __str__(self) -> str:
         return (
@@ -68,13 +76,15 @@ def agreement(
     low, high = np.array(np.nan), np.array(np.nan)  # of one group there is nothing to draw
     if len(set(units(groups).tolist())) > 1:
         drawn = [weighted_means(values, resample_counts(groups, resamples, seed)) for values in scores]
-        low, high = interval(np.array([spearman(a, b) for a, b in zip(*drawn, strict=True)]), confidence)
+        low, high = interval(_row_correlations(drawn[0], drawn[1]), confidence)
+    means = [mean_over_facts(values) for values in scores]
     return Agreement(
         kind=kind,
-        correlation=spearman(*(mean_over_facts(values) for values in scores)),
+        correlation=spearman(means[0], means[1]),
         low=float(low),
         high=float(high),
         confidence=confidence,
+        by_chance=as_alike_by_chance(means[0], means[1], seed=seed),
         facts=len(groups),
         layers=both[0].layers,
     )
@@ -82,6 +92,24 @@ def agreement(
 
 def spearman(one: Array, other: Array) -> float:
     """The correlation of two arrays' ranks, ties sharing the mean; NaN where one is constant or holds NaN."""
-    if np.isnan(one).any() or np.isnan(other).any() or np.ptp(one) == 0 or np.ptp(other) == 0:
+    return float(_row_correlations(one[None], other[None])[0])
+
+
+def as_alike_by_chance(one: Array, other: Array, *, shuffles: int = 2000, seed: int = 0) -> float:
+    """The share of shuffled orders of `other` whose rank correlation with `one` is at least its own, which counts as one of them.
+
+    NaN where there is no correlation.
+    """
+    if np.isnan(spearman(one, other)):
         return float("nan")
-    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
+    ranks, others = rankdata(one) - (len(one) + 1) / 2, rankdata(other)
+    drawn = np.random.default_rng(seed).permuted(np.tile(others, (shuffles, 1)), axis=1) @ ranks
+    return float((1 + (drawn >= others @ ranks - 1e-9).sum()) / (1 + shuffles))
+
+
+def _row_correlations(one: Array, other: Array) -> Array:
+    """(rows,): `spearman` of each row of one array with that of the other."""
+    ranks = [rankdata(values, axis=1) - (values.shape[1] + 1) / 2 for values in (one, other)]
+    length = np.sqrt((ranks[0] ** 2).sum(1) * (ranks[1] ** 2).sum(1))
+    found = np.divide((ranks[0] * ranks[1]).sum(1), length, out=np.full(len(one), np.nan), where=length > 0)
+    return np.where(np.isnan(one).any(1) | np.isnan(other).any(1), np.nan, found)

@@ -11,7 +11,7 @@ from tiny_tracing import made_up
 
 from lm import UserError
 from tracing import agreement
-from tracing.agreement import spearman
+from tracing.agreement import as_alike_by_chance, spearman
 
 PROFILE = [0.1, 0.5, 0.3, 0.2, 0.05, 0.0]
 
@@ -44,6 +44,30 @@ def test_the_same_order_the_reverse_and_no_relation() -> None:
     assert str(alike) == (
         f"mlp: rank correlation 1.00 (95% interval {alike.low:.2f} to {alike.high:.2f}) over 6 layers and 20 facts"
     )
+
+
+def test_shuffled_orders_are_rarely_as_alike() -> None:
+    order = np.arange(4.0)
+    assert as_alike_by_chance(order, order, shuffles=20000) == pytest.approx(1 / 24, abs=0.005)
+    assert as_alike_by_chance(order, -order) == 1.0
+    assert as_alike_by_chance(np.arange(3.0), np.arange(3.0), shuffles=20000) == pytest.approx(1 / 6, abs=0.01)
+    assert as_alike_by_chance(np.arange(16.0), np.arange(16.0)) == pytest.approx(1 / 2001)
+    assert np.isnan(as_alike_by_chance(order, np.ones(4)))
+    draw = np.random.default_rng(0)
+    found = [as_alike_by_chance(draw.normal(size=8), draw.normal(size=8), shuffles=300) for _ in range(300)]
+    assert 0.02 < np.mean(np.array(found) <= 0.05) < 0.09
+
+
+def test_agreement_is_shown_by_facts_and_by_layers() -> None:
+    one = named(made_up(PROFILE, facts=20, noise=0.01, seed=1))
+    alike = agreement(one, named(made_up(PROFILE, facts=20, noise=0.01, seed=2)))
+    assert alike.shown
+    assert alike.by_chance < 0.01
+    noise = agreement(one, named(made_up([0.0] * 6, facts=20, noise=1.0, seed=4)))
+    assert not noise.shown  # not by facts
+    few = agreement(*(named(made_up([0.3, 0.1, 0.2], facts=20, noise=0.001, seed=seed)) for seed in (1, 2)))
+    assert few.low > 0.9
+    assert not few.shown  # three layers come in this order once in six times
 
 
 def test_only_common_facts_count_and_facts_are_matched_by_what_they_ask() -> None:
