@@ -217,12 +217,10 @@ def _known(cls: type[Any], prefix: str = "") -> list[str]:
     for field, hint in _fields(cls):
         name = prefix + field.name
         names.append(name)
-        axis = _axis(hint)
-        if axis is not None:
-            names += list(_subclasses(axis))
-            for sub in _subclasses(axis).values():
-                names += _known(sub, name + ".")
         for part in (hint, *typing.get_args(hint)):
+            axis = _axis(part)
+            for kind, sub in _subclasses(axis).items() if axis is not None else ():
+                names += [kind, *_known(sub, name + ".")]
             if dataclasses.is_dataclass(part) and isinstance(part, type) and axis is None:
                 names += _known(part, name + ".")
             if typing.get_origin(part) is typing.Literal:

@@ -27,12 +27,12 @@ from tracing.arrays import Array
 from tracing.effects import Effects, EffectTable
 from tracing.sweep import cut_windows
 
-_INK, _SOFT, _MISSING, _ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
+INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
 # One hue, lightness falling evenly: readable in grey and by the colour-blind.
 _SCALE = LinearSegmentedColormap.from_list(
     "indigo", ["#f1f4f9", "#cfdbed", "#a3badd", "#7293c6", "#476cab", "#26467f", "#0f2350"]
 )
-_KINDS = {"resid": "whole stream after a block", "mlp": "MLP", "attn": "attention"}
+KIND_NAMES = {"resid": "whole stream after a block", "mlp": "MLP", "attn": "attention"}
 _ROLES = {
     "before": "before the subject",
     "first_subject": "first subject token",
@@ -97,15 +97,15 @@ def figure(
     sheet.set_layout_engine("constrained", w_pad=0.06, wspace=0.03)
     axes: Any = sheet.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axis, table in zip(axes, tables, strict=True):
-        _panel(axis, table.mean[list(shown)], norm, _KINDS[table.kind], table.window)
+        _panel(axis, table.mean[list(shown)], norm, KIND_NAMES[table.kind], table.window)
         _hatch(axis, cut_windows(table.window, layers, table.kind), len(shown))
         if band_kinds is None or table.kind in band_kinds:
             _outline(axis, band, len(shown), tentative)
     axes[0].set_yticks([row + 0.5 for row in range(len(shown))], [_label(first, row) for row in shown])
     for axis in axes:
-        axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=_INK)
+        axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
     _bar(sheet, axes, norm, "mean indirect effect")
-    text = sheet.supxlabel("\n".join(caption), fontsize=8.5, color=_SOFT, x=0.012, ha="left")
+    text = sheet.supxlabel("\n".join(caption), fontsize=8.5, color=SOFT, x=0.012, ha="left")
     text.set_linespacing(1.35)
     buffer = io.BytesIO()
     sheet.savefig(buffer, format="png", metadata={"Software": None})
@@ -128,19 +128,19 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
     axes: Any = sheet.subplots(1, len(cells), sharey=True, squeeze=False)[0]
     for axis, (kind, values) in zip(axes, cells.items(), strict=True):
         window = 1 if kind == "resid" else effects.window
-        _panel(axis, values[shown], norm, _KINDS[kind], window)
+        _panel(axis, values[shown], norm, KIND_NAMES[kind], window)
         _hatch(axis, cut_windows(window, effects.layers, kind), len(shown))
     start, end = effects.subject_spans[fact]
     words = [_word(effects.tokens[fact][row]) + (" *" if start <= row < end else "") for row in shown]
     axes[0].set_yticks([row + 0.5 for row in range(len(shown))], words)
-    axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=_INK)
+    axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=INK)
     for axis in axes[1:]:
         axis.tick_params(axis="y", length=0)
     _bar(sheet, axes, norm, "indirect effect")
     total = effects.total[fact]
     caption = f"{effects.facts[fact].label}: what each cell brings back of {total:.3g} lost; * is the subject"
     text = sheet.supxlabel(
-        "\n".join(textwrap.wrap(caption, int(width * 15))), fontsize=8.5, color=_SOFT, x=0.012, ha="left"
+        "\n".join(textwrap.wrap(caption, int(width * 15))), fontsize=8.5, color=SOFT, x=0.012, ha="left"
     )
     text.set_linespacing(1.35)
     buffer = io.BytesIO()
@@ -165,8 +165,8 @@ class Picture:
 def _bar(sheet: Figure, axes: Any, norm: Normalize, label: str) -> None:
     bar: Any = sheet.colorbar(ScalarMappable(norm, _SCALE), ax=list(axes), pad=0.012, fraction=0.03, aspect=16)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, colors=_SOFT, length=2)
-    bar.set_label(label, fontsize=8.5, color=_SOFT)
+    bar.ax.tick_params(labelsize=8, colors=SOFT, length=2)
+    bar.set_label(label, fontsize=8.5, color=SOFT)
 
 
 def _word(token: str) -> str:
@@ -191,16 +191,16 @@ def _panel(axis: Any, mean: Array, norm: Normalize, title: str, window: int) -> 
     axis.set_ylim(rows, 0)
     step = next(step for step in (1, 2, 4, 5, 10, 20, 50) if layers / step <= 12 or step == 50)
     axis.set_xticks([layer + 0.5 for layer in range(0, layers, step)], [str(layer) for layer in range(0, layers, step)])
-    axis.tick_params(axis="x", length=0, labelsize=8, colors=_SOFT)
+    axis.tick_params(axis="x", length=0, labelsize=8, colors=SOFT)
     around = f", {window} layers around; hatched: fewer" if window > 1 else ""
-    axis.set_xlabel(f"layer{around}", fontsize=8.5, color=_SOFT)
-    axis.set_title(title, fontsize=10.5, color=_INK, loc="left", pad=7)
+    axis.set_xlabel(f"layer{around}", fontsize=8.5, color=SOFT)
+    axis.set_title(title, fontsize=10.5, color=INK, loc="left", pad=7)
 
 
 def _outline(axis: Any, band: Sequence[int], rows: int, tentative: bool) -> None:
     style = "--" if tentative else "-"
-    for start, end in _runs(band):
-        box = Rectangle((start, 0), end - start, rows, fill=False, edgecolor=_ACCENT, linewidth=1.8, linestyle=style)
+    for start, end in runs(band):
+        box = Rectangle((start, 0), end - start, rows, fill=False, edgecolor=ACCENT, linewidth=1.8, linestyle=style)
         box.set_clip_on(False)
         axis.add_patch(box)
 
@@ -219,7 +219,7 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
         "other names" if table.sigma is None else f"noise σ = {table.sigma:.3g}",
     ]
     if band:
-        names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in _runs(band))
+        names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in runs(band))
         parts.append(f"outlined{' (not singled out)' if tentative else ''}: layers {names}")
     if top <= 0:
         parts.append("no effect is above zero")
@@ -228,7 +228,7 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
     return " · ".join(parts)
 
 
-def _runs(layers: Sequence[int]) -> list[tuple[int, int]]:
+def runs(layers: Sequence[int]) -> list[tuple[int, int]]:
     """Neighbouring layers as `[start, end)`."""
     runs: list[tuple[int, int]] = []
     for layer in sorted(set(layers)):

@@ -47,7 +47,7 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
         UserError: whatever the user can mend; finished facts stay in the run folder.
     """
     started = time.monotonic()
-    facts = drawn(facts, config)
+    facts = drawn(facts, config.max_facts, config.seed)
     acc = accelerator(cpu=config.model.device == "cpu")
     several = acc.num_processes > 1  # then each has its own device, and a name in the config would put all on one
     model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
@@ -148,11 +148,11 @@ def readable(effects: Effects, tables: Sequence[EffectTable]) -> dict[str, Any]:
     }
 
 
-def drawn(facts: Sequence[Fact], config: TraceConfig) -> list[Fact]:
-    """The facts in the order in which they are traced: as they come, or shuffled where only some are wanted."""
-    if config.max_facts is None:
+def drawn(facts: Sequence[Fact], max_facts: int | None, seed: int) -> list[Fact]:
+    """The facts in the order in which they are asked: as they come, or shuffled where only some are wanted."""
+    if max_facts is None:
         return list(facts)
-    return [facts[index] for index in np.random.default_rng(config.seed).permutation(len(facts))]
+    return [facts[index] for index in np.random.default_rng(seed).permutation(len(facts))]
 
 
 def facts_hash(facts: Sequence[Fact]) -> str:

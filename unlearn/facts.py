@@ -5,6 +5,7 @@ Reading rows is `unlearn.data`, which stands above `tracing`; this puts the two 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lm.errors import UserError
@@ -14,20 +15,25 @@ from unlearn.data import load_rows
 
 
 def read_facts(config: TraceConfig) -> list[Fact]:
-    """The facts of every source, in order."""
+    """The facts of every source of a trace, in order."""
+    return read_sources(config.sources, columns=config.columns, tasks=config.tasks, subject=config.subject)
+
+
+def read_sources(
+    sources: Sequence[str], *, columns: Mapping[str, str] | None, tasks: Sequence[str], subject: str | None
+) -> list[Fact]:
+    """The facts of every source, in order: files of facts whole, of rows those of `tasks` (see `TraceConfig` for all four)."""
     facts: list[Fact] = []
-    for source in config.sources:
+    for source in sources:
         if is_known_facts(source):
             facts += load_known_facts(source)
             continue
-        rows = load_rows(source, columns=config.columns)
-        kept = [row for row in rows if not config.tasks or row.task in config.tasks]
+        rows = load_rows(source, columns=columns)
+        kept = [row for row in rows if not tasks or row.task in tasks]
         if not kept:
             have = ", ".join(sorted({row.task for row in rows}))
-            raise UserError(
-                f"{source} has no rows of {', '.join(config.tasks)} (it has {have}); set tasks to what it has"
-            )
-        facts += facts_from_rows(kept, config.subject)
+            raise UserError(f"{source} has no rows of {', '.join(tasks)} (it has {have}); set tasks to what it has")
+        facts += facts_from_rows(kept, subject)
     return facts
 
 

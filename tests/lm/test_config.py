@@ -157,6 +157,7 @@ def test_every_script_has_help_that_names_its_settings(script: str) -> None:
 def test_every_setting_has_a_sentence() -> None:
     from sae.trainer import TrainSaeConfig
     from tracing.config import TraceConfig
+    from tracing.localize_config import LocalizeConfig
     from unlearn.config import UnlearnConfig
     from unlearn.demo import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
@@ -174,7 +175,7 @@ def test_every_setting_has_a_sentence() -> None:
                     if dataclasses.is_dataclass(one) and isinstance(one, type):
                         look(one, f"{prefix}{item.name}.")
 
-    for cls in (TraceConfig, UnlearnConfig, DemoConfig, EvaluateConfig, TrainSaeConfig):
+    for cls in (TraceConfig, LocalizeConfig, UnlearnConfig, DemoConfig, EvaluateConfig, TrainSaeConfig):
         look(cls, f"{cls.__name__}.")
     assert silent == []
 
@@ -183,12 +184,14 @@ def test_every_shipped_config_is_read_by_its_script() -> None:
     from sae.activations.stage import CacheConfig
     from sae.trainer import TrainSaeConfig
     from tracing.config import TraceConfig
+    from tracing.localize_config import LocalizeConfig
     from unlearn.config import UnlearnConfig
     from unlearn.demo import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
 
     kinds = {
         "trace": TraceConfig,
+        "localize": LocalizeConfig,
         "unlearn": UnlearnConfig,
         "evaluate": EvaluateConfig,
         "sae": TrainSaeConfig,
