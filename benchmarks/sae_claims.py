@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -83,9 +83,10 @@ class Claims:
     tokens: int = 262_144
     """real: tokens of the training cache, each text token at most once."""
     held_out_tokens: int | None = None
-    """Tokens to score on, at most; null: a million made ones, or 131,072 harvested ones."""
-    calibrate_tokens: int = 32_768
-    """Tokens on which thresholds are scaled to k active features a token, apart from those scored."""
+    """Tokens to score on, at most; null: 262,144 made ones, or 65,536 harvested ones."""
+    calibrate_tokens: int | None = None
+    """Tokens on which thresholds are scaled to k active features a token, apart from those scored; null: 32,768 made
+    ones, or 16,384 harvested ones."""
     contexts: int = 64
     """real: contexts for cross-entropy recovered."""
 
@@ -94,8 +95,12 @@ class Claims:
             raise UserError("real data needs a model and two texts: give --model, --text and --held_out_text")
 
     @property
+    def calibration(self) -> int:
+        return self.calibrate_tokens or (1 << 15 if self.data == "synthetic" else 1 << 14)
+
+    @property
     def scored_tokens(self) -> int:
-        return self.held_out_tokens or (1 << 20 if self.data == "synthetic" else 1 << 17)
+        return self.held_out_tokens or (1 << 18 if self.data == "synthetic" else 1 << 16)
 
 
 class Made:
@@ -111,7 +116,7 @@ class Made:
 
     def score(self, model: SparseAutoencoder, config: TrainSaeConfig) -> dict[str, float]:
         assert isinstance(config.source, Synthetic)
-        sample = next(SyntheticActivations(replace(config.source, draw=2), batch_tokens=self.asked.calibrate_tokens))
+        sample = next(SyntheticActivations(replace(config.source, draw=2), batch_tokens=self.asked.calibration))
         model, factor = matched(model, next(iter(sample.by_site.values())))
         world = replace(config.source, draw=3)
         stream = SyntheticActivations(world, batch_tokens=2048)
@@ -151,7 +156,7 @@ class Harvested:
         self.scored = Texts(texts=tuple(text for place, text in enumerate(articles) if place % 5))
         texts = {
             "train": (TextFiles(path=asked.text, new_document=WIKITEXT), asked.tokens),
-            "calibration": (Texts(texts=tuple(articles[::5])), asked.calibrate_tokens),
+            "calibration": (Texts(texts=tuple(articles[::5])), asked.calibration),
             "held_out": (self.scored, asked.scored_tokens),
         }
         harvest = replace(config.harvest, context=replace(config.harvest.context, epochs=1))
@@ -208,7 +213,11 @@ def main(asked: Claims) -> None:
     path = asked.recipe or str(ROOT / "configs" / "sae" / f"claims_{asked.data}.yaml")
     base = parse_config(TrainSaeConfig, ["--config", path, *asked.change])
     data = Made(asked, base) if asked.data == "synthetic" else Harvested(asked, base)
-    how = {name: getattr(asked, name) for name in ("scored_tokens", "calibrate_tokens", "contexts")}
+    how = {
+        "scored_tokens": asked.scored_tokens,
+        "calibrate_tokens": asked.calibration,
+        "contexts": asked.contexts,
+    }
     wanted = chosen(base.autoencoders, asked)
     for seed in asked.only or asked.seeds:
         for rate in dict.fromkeys(wanted.values()):
@@ -221,12 +230,12 @@ def main(asked: Claims) -> None:
                 out=str(folder),
                 resume=(folder / "config.yaml").exists(),
             )
-            trained = run_training(config)
-            for name in names:
-                scores = scores_of(out, rate, seed, name)
-                if not scores.exists() or json.loads(scores.read_text())["scored_with"] != how:
-                    found = data.score(load_autoencoder(trained[name]), config)
-                    write_json(scores, {**found, **in_training(folder, name), "rate": rate, "scored_with": how})
+            lacking = [name for name in names if not scored(scores_of(out, rate, seed, name), how)]
+            trained = run_training(config) if lacking else {}
+            for name in lacking:
+                found = data.score(load_autoencoder(trained[name]), config)
+                kept = {**found, **in_training(folder, name), "rate": rate, "scored_with": how}
+                write_json(scores_of(out, rate, seed, name), kept)
     found = {name: collected(out, name, rate, asked.seeds) for name, rate in wanted.items()}
     tried = {
         name: {rate: runs for rate in rates_in(out) if (runs := collected(out, name, rate, asked.seeds[:1]))}
@@ -271,6 +280,11 @@ def run_folder(out: Path, rate: float, seed: int) -> Path:
 
 def scores_of(out: Path, rate: float, seed: int, name: str) -> Path:
     return out / f"rate-{rate:g}" / "scores" / f"seed-{seed}-{name}.json"
+
+
+def scored(path: Path, how: Mapping[str, int]) -> bool:
+    """Whether an autoencoder was scored in this way; its weights are not needed any more then."""
+    return path.exists() and bool(json.loads(path.read_text())["scored_with"] == how)
 
 
 def rates_in(out: Path) -> list[float]:
