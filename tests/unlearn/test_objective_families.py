@@ -112,6 +112,14 @@ def test_npo_is_dpo_with_an_alternate_that_is_as_likely_as_it_was() -> None:
     assert value(dpo, "row") == pytest.approx(value(NPO(beta=0.4).forget_term(answer), "row"))
 
 
+def test_dpo_without_temperature_unlearns_the_answer_and_learns_the_alternate() -> None:
+    answer, alternate = said([0.5, 0.25], reference=[[0.3, 0.2]]), said([0.2], reference=[[0.7]])
+    term = DPO(beta=1e-6).forget_term(replace(answer, alternate=alternate))
+    found = torch.autograd.grad(term.total, [answer.logprob, alternate.logprob])
+    torch.testing.assert_close(found[0], torch.ones(1, 2, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1], -torch.ones(1, 1, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
 # --------------------------------------------------------------------------------------------------------- reweighted
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.unlearn.helpers import ROOT
 from tests.unlearn.objective_cases import CASES, HIDDEN, VOCABULARY, Batch, Case, draw, statistics
-from unlearn.objectives import AsPublished, AsPublishedWeight, Loss, NoRetain, Objective, Retain
+from unlearn.alternates import Alternates, NoAlternates
+from unlearn.merging import Merge
+from unlearn.objectives import AsPublished, AsPublishedWeight, Loss, NoRetain, Objective, Retain, Weight
 
 
 def each(cases: list[Case]) -> pytest.MarkDecorator:
@@ -33,6 +37,17 @@ def test_every_objective_and_retain_term_is_in_the_table() -> None:
         one for one in subclasses(Objective) | subclasses(Retain) if one.__module__.startswith("unlearn.objectives.")
     }
     assert known - {type(case.of) for case in CASES} == {Objective, Retain, AsPublished, NoRetain}
+
+
+def test_the_page_of_methods_names_every_one_with_its_badges() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text().splitlines()
+    axes = (Objective, Retain, Weight, Alternates, Merge)
+    for kind in set[type]().union(*map(subclasses, axes)) - {*axes, AsPublished, AsPublishedWeight, NoAlternates}:
+        if kind.__module__.startswith("unlearn."):
+            rows = "".join(line for line in page if line.startswith(f"| `{kind.__name__}`"))
+            assert rows, kind.__name__
+            badges = re.findall(r"\*\*(faithful|variant|reconstruction)\*\*", (kind.__doc__ or "").replace("\n", " "))
+            assert all(badge in rows for badge in badges), (kind.__name__, badges)
 
 
 @every
