@@ -162,9 +162,14 @@ def tokens(batch: Batch, row: int) -> Iterator[tuple[Tensor, Tensor, int]]:
             yield batch.logits[row, place], batch.reference[row, place], int(batch.targets[row, place])
 
 
+def distribution(logits: Tensor) -> Tensor:
+    """Probabilities of all tokens."""
+    return torch.exp(logits) / torch.exp(logits).sum()
+
+
 def p(logits: Tensor, target: int) -> Tensor:
     """Probability of the target."""
-    return torch.exp(logits[target]) / torch.exp(logits).sum()
+    return distribution(logits)[target]
 
 
 def token_mean(one: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[[Batch], Tensor]:
@@ -210,19 +215,19 @@ def log_sigmoid(x: Tensor) -> Tensor:
 
 
 def kl(z: Tensor, theirs: Tensor, y: int) -> Tensor:
-    return sum((p(theirs, v) * torch.log(p(theirs, v) / p(z, v)) for v in range(VOCABULARY)), torch.zeros(()))
+    return (distribution(theirs) * torch.log(distribution(theirs) / distribution(z))).sum()
 
 
 def undial(z: Tensor, theirs: Tensor, y: int) -> Tensor:
     lowered = theirs.clone()
     lowered[y] -= 10.0
-    return -sum((p(lowered, v) * torch.log(p(z, v)) for v in range(VOCABULARY)), torch.zeros(()))
+    return -(distribution(lowered) * torch.log(distribution(z))).sum()
 
 
 def ceu(z: Tensor, theirs: Tensor, y: int) -> Tensor:
-    rest = [v for v in range(VOCABULARY) if v != y]
-    left = sum((p(z, v).detach() for v in rest), torch.zeros(()))
-    return -sum((p(z, v).detach() / left * torch.log(p(z, v)) for v in rest), torch.zeros(()))
+    rest = [v for v in range(len(z)) if v != y]
+    others = distribution(z)[rest].detach()
+    return -(others / others.sum() * torch.log(distribution(z)[rest])).sum()
 
 
 def mean_p(batch: Batch, row: int) -> Tensor:
@@ -249,7 +254,7 @@ def flat(divergence: str) -> Callable[[Batch], Tensor]:
 
 
 def steered(batch: Batch, row: int, place: int) -> Tensor:
-    u = torch.rand(HIDDEN, generator=torch.Generator().manual_seed(3)).double()
+    u = torch.rand(batch.hidden.shape[-1], generator=torch.Generator().manual_seed(3)).double()
     return 2.0 * u / torch.sqrt((u**2).sum())
 
 
@@ -316,7 +321,7 @@ CASES = [
     Case(GeneralisedCrossEntropy(q=1.0), token_mean(lambda z, _, y: p(z, y) - 1)),
     Case(UNDIAL(strength=10.0), token_mean(undial)),
     Case(CEU(), token_mean(ceu)),
-    Case(PDU(), token_mean(lambda z, _, y: (z.max() - z.sum() / VOCABULARY) ** 2)),
+    Case(PDU(), token_mean(lambda z, _, y: (z.max() - z.sum() / len(z)) ** 2)),
     Case(
         LearnAlternate(),
         row_mean(lambda b, r: -sequence(other(b), r, ratio=False) / int(other(b).mask[r].sum())),
