@@ -25,6 +25,7 @@ from lm.errors import UserError
 from lm.run import write_atomic
 from tracing.arrays import Array
 from tracing.effects import Effects, EffectTable
+from tracing.plan import layer_runs
 from tracing.sweep import cut_windows
 
 INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
@@ -199,7 +200,7 @@ def _panel(axis: Any, mean: Array, norm: Normalize, title: str, window: int) -> 
 
 def _outline(axis: Any, band: Sequence[int], rows: int, tentative: bool) -> None:
     style = "--" if tentative else "-"
-    for start, end in runs(band):
+    for start, end in layer_runs(band):
         box = Rectangle((start, 0), end - start, rows, fill=False, edgecolor=ACCENT, linewidth=1.8, linestyle=style)
         box.set_clip_on(False)
         axis.add_patch(box)
@@ -219,21 +220,10 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
         "other names" if table.sigma is None else f"noise σ = {table.sigma:.3g}",
     ]
     if band:
-        names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in runs(band))
+        names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in layer_runs(band))
         parts.append(f"outlined{' (not singled out)' if tentative else ''}: layers {names}")
     if top <= 0:
         parts.append("no effect is above zero")
     elif any(np.nanmin(np.where(np.isnan(one.mean), 0.0, one.mean)) < -0.02 * top for one in tables):
         parts.append("effects below zero are palest")
     return " · ".join(parts)
-
-
-def runs(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring layers as `[start, end)`."""
-    runs: list[tuple[int, int]] = []
-    for layer in sorted(set(layers)):
-        if runs and runs[-1][1] == layer:
-            runs[-1] = (runs[-1][0], layer + 1)
-        else:
-            runs.append((layer, layer + 1))
-    return runs
