@@ -52,8 +52,8 @@ def pick_p_value(rule: Rule, profiles: Array, *, shuffles: int, seed: int) -> fl
 def group_profiles(scores: Array, groups: Sequence[str]) -> Array:
     """(groups, layers): each group's mean scores, weighted so that the mean over groups is the mean over facts; facts with NaN
     are left out."""
-    known = ~np.isnan(scores).any(axis=1)
-    unit = units([group for group, one in zip(groups, known, strict=True) if one])
+    known = np.asarray(~np.isnan(scores).any(axis=1))
+    unit = units([group for group, one in zip(groups, known.tolist(), strict=True) if one])
     sums = np.zeros((int(unit.max(initial=-1)) + 1, scores.shape[1]))
     np.add.at(sums, unit, scores[known])
     return np.asarray(sums * len(sums) / max(1, len(unit)))
@@ -65,7 +65,7 @@ def standing_out(values: Array) -> Array:
     rounding = 1e-9 * np.abs(values).max(axis=-2)
     error = np.sqrt(values.var(axis=-2, ddof=1) / count + rounding**2)
     mean = values.mean(axis=-2)
-    return np.divide(mean, error, out=np.zeros_like(mean), where=error > 0)
+    return np.asarray(np.divide(mean, error, out=np.zeros_like(mean), where=error > 0))
 
 
 def _p_values(statistic: Callable[[Array], Array], profiles: Array, shuffles: int, seed: int) -> Array:

@@ -67,7 +67,7 @@ class Band(Rule):
     def pick(self, profiles: Array) -> Mask:
         start = self.sums(profiles).argmax(axis=-1)[..., None]
         layer = np.arange(profiles.shape[-1])
-        return (layer >= start) & (layer < start + self.size)
+        return np.asarray((layer >= start) & (layer < start + self.size))
 
     def margin(self, profiles: Array, chosen: Mask) -> Array:
         """(...): the sum of the chosen band less the mean of all other bands' sums."""
