@@ -9,6 +9,7 @@ from tracing.attribution_patching import AttributionPatching
 from tracing.choose import choose_layers
 from tracing.combine import Agreements, combine, combined_plan, compare_all
 from tracing.corruption import GaussianNoise
+from tracing.difference import Difference, difference
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
 from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts, with_foils
 from tracing.interaction import Interaction, interaction
@@ -17,6 +18,7 @@ from tracing.lookup import FactLookup
 from tracing.overlap import GradientOverlap
 from tracing.plan import LayerPlan
 from tracing.replacement import TokenReplacement
+from tracing.retrace import retrace
 from tracing.scores import LayerScores
 from tracing.tracer import trace
 from tracing.weights import WeightAttribution
@@ -27,6 +29,7 @@ __all__ = [
     "Agreements",
     "AttributionPatching",
     "CausalTracing",
+    "Difference",
     "EffectTable",
     "Effects",
     "Fact",
@@ -45,10 +48,12 @@ __all__ = [
     "combine",
     "combined_plan",
     "compare_all",
+    "difference",
     "facts_from_rows",
     "find_subjects",
     "interaction",
     "load_known_facts",
+    "retrace",
     "trace",
     "with_foils",
 ]

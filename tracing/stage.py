@@ -205,19 +205,24 @@ def readable(effects: Effects, tables: Sequence[EffectTable]) -> dict[str, Any]:
             for fact, clean, corrupted in zip(effects.facts, effects.clean, effects.corrupted, strict=True)
         ],
         "left_out": [{**asdict(one.fact), "reason": one.reason} for one in effects.skipped],
-        "tables": {
-            table.kind: {
-                role: {
-                    "facts": int(table.facts[row]),
-                    "mean": _numbers(table.mean[row]),
-                    "low": _numbers(table.low[row]),
-                    "high": _numbers(table.high[row]),
-                }
-                for row, role in enumerate(table.roles)
-            }
-            for table in tables
-        },
+        "tables": readable_tables(tables),
         "provenance": dict(effects.provenance),
+    }
+
+
+def readable_tables(tables: Sequence[EffectTable]) -> dict[str, Any]:
+    """kind -> token role -> facts, mean, low and high by layer; null where no fact has the role."""
+    return {
+        table.kind: {
+            role: {
+                "facts": int(table.facts[row]),
+                "mean": _numbers(table.mean[row]),
+                "low": _numbers(table.low[row]),
+                "high": _numbers(table.high[row]),
+            }
+            for row, role in enumerate(table.roles)
+        }
+        for table in tables
     }
 
 
