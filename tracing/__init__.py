@@ -11,10 +11,11 @@ from tracing.combine import Agreements, combine, combined_plan, compare_all
 from tracing.corruption import GaussianNoise
 from tracing.difference import Difference, difference
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
-from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts, with_foils
+from tracing.facts import Fact, facts_from_rows, load_known_facts, with_foils
 from tracing.interaction import Interaction, interaction
 from tracing.localizer import CausalTracing, Localizer
 from tracing.lookup import FactLookup
+from tracing.names import find_subjects
 from tracing.overlap import GradientOverlap
 from tracing.plan import LayerPlan
 from tracing.replacement import TokenReplacement

@@ -81,6 +81,8 @@ class TraceConfig:
     subject: str | None = None
     """A regular expression whose group `subject` (else first group, else whole match) is the subject of a question; null
     finds the person's name by comparing rows."""
+    leave_out_unnamed: bool = False
+    """Leave out questions whose subject is not found instead of refusing the file (TOFU's "What is the full name of …?")."""
     max_facts: int | None = None
     """Trace only so many known facts, drawn at random with `seed`; null traces all."""
     least_total: float | None = None

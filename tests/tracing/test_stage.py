@@ -24,6 +24,7 @@ from tracing.config import PlanConfig, TraceConfig
 from tracing.early import looks
 from tracing.stage import run_tracing
 from tracing.tracer import Workers
+from unlearn.facts import read_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBJECT = r"\b(ada byron king|ada byron|byron king|king|ada)\b"
@@ -275,6 +276,23 @@ def test_the_script_reads_rows_of_the_asked_tasks_and_known_facts(tmp_path: Path
     assert [fact.subject for fact in both[1:]] == [subject for _, subject in PROMPTS]
     with pytest.raises(UserError, match=r"has no rows of Task3 \(it has Task2\)"):
         module.read_facts(TraceConfig(facts=rows, tasks=("Task3",)))
+
+
+def test_questions_and_answers_alone_are_read_and_the_unnamed_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [(f"{word} did Ada Byron do?", "much") for word in ("What", "When", "Where", "Why", "How")]
+    pairs += [(f"{word} did Bo Diddley do?", "little") for word in ("What", "When", "Where", "Why", "How")]
+    pairs += [("Who was it?", "Ada Byron")]
+    path = tmp_path / "questions.json"
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in pairs))
+    columns = {"input": "question", "output": "answer"}
+    config = TraceConfig(facts=str(path), columns=columns, tasks=(), leave_out_unnamed=True)
+    facts = read_facts(config)
+    assert [fact.subject for fact in facts] == ["Ada Byron"] * 5 + ["Bo Diddley"] * 5
+    assert "left out 1 of 11 questions" in capsys.readouterr().err
+    with pytest.raises(UserError, match="1 of 11 rows"):
+        read_facts(replace(config, leave_out_unnamed=False))
 
 
 def test_a_killed_trace_goes_on_to_the_same_file(model_folder: Path, tmp_path: Path) -> None:
