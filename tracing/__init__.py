@@ -8,6 +8,7 @@ from tracing.agreement import Agreement, agreement
 from tracing.attribution_patching import AttributionPatching
 from tracing.choose import choose_layers
 from tracing.combine import Agreements, combine, combined_plan, compare_all
+from tracing.confirm import confirm
 from tracing.corruption import GaussianNoise
 from tracing.difference import Difference, difference
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
@@ -49,6 +50,7 @@ __all__ = [
     "combine",
     "combined_plan",
     "compare_all",
+    "confirm",
     "difference",
     "facts_from_rows",
     "find_subjects",
