@@ -17,7 +17,13 @@ from unlearn.facts import read_sources
 
 def main(config: LocalizeConfig) -> None:
     facts, retain = (
-        read_sources(sources, columns=config.columns, tasks=config.tasks, subject=config.subject)
+        read_sources(
+            sources,
+            columns=config.columns,
+            tasks=config.tasks,
+            subject=config.subject,
+            leave_out_unnamed=config.leave_out_unnamed,
+        )
         for sources in (config.sources, config.retain_sources)
     )
     result = run_localizing(config, facts, retain)

@@ -11,6 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/
 
 from lm.config import script
 from lm.devices import is_main
+from tracing import Agreement
 from tracing.config import TraceConfig
 from tracing.stage import run_tracing
 from unlearn.facts import read_facts
@@ -24,6 +25,9 @@ def main(config: TraceConfig) -> None:
             f"traced {len(effects.facts)} facts, left out {len(effects.skipped)} (reasons in {config.out}/effects.json)"
         )
         print(f"answer {effects.metric}: clean {effects.clean.mean():.4g}, corrupted {effects.corrupted.mean():.4g}")
+        for name, said in plan.evidence.get("also", {}).items():
+            for alike in said.get("agreement", {}).values():
+                print(f"{name}, {Agreement(**alike)}")
         print(plan.verdict)
         print(
             f"wrote {config.out}/plan.json: layers {list(plan.layers)} of {effects.layers}, {' and '.join(plan.modules)}"

@@ -61,11 +61,23 @@ def test_train_and_read_an_sae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_where_is_it_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = executed("01_where_is_it_stored.ipynb", "MAX_FACTS = 4", tmp_path, monkeypatch)
     data = [output.data for output in outputs if output.output_type == "execute_result"]
-    assert sum("image/png" in one for one in data) == 3
+    assert sum("image/png" in one for one in data) == 4  # means, one fact, severed paths, other names
     assert any("Effects(4 facts" in one["text/plain"] for one in data)
     assert "indirect" in data[-1]["text/html"]
     said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
-    assert said.count("held at the last subject token") == 3
-    assert said.count("The evidence") == 2
-    assert said.count("rank correlation") == 3
+    assert said.count("The evidence") == 5  # a band, three other rules, and the band beside other names
+    assert said.count("rank correlation") >= 3
     assert "controls: {'random'" in said
+
+
+def test_from_the_model_to_a_plan_in_fewer_than_twenty_lines() -> None:
+    code = [
+        cell.source
+        for cell in read(ROOT / "notebooks" / "01_where_is_it_stored.ipynb").cells
+        if cell.cell_type == "code"
+    ]
+    lines = [line for line in "\n".join(code).splitlines() if line.strip()]
+    first = next(place for place, line in enumerate(lines) if 'lm.load("builtin")' in line)
+    planned = next(place for place, line in enumerate(lines) if "choose_layers(effects" in line)
+    assert planned - first + 1 < 20
+    assert planned + 1 < 20  # with the imports

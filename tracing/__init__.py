@@ -8,15 +8,19 @@ from tracing.agreement import Agreement, agreement
 from tracing.attribution_patching import AttributionPatching
 from tracing.choose import choose_layers
 from tracing.combine import Agreements, combine, combined_plan, compare_all
+from tracing.confirm import confirm
 from tracing.corruption import GaussianNoise
+from tracing.difference import Difference, difference
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
-from tracing.facts import Fact, facts_from_rows, find_subjects, load_known_facts, with_foils
+from tracing.facts import Fact, facts_from_rows, load_known_facts, with_foils
 from tracing.interaction import Interaction, interaction
 from tracing.localizer import CausalTracing, Localizer
 from tracing.lookup import FactLookup
+from tracing.names import find_subjects
 from tracing.overlap import GradientOverlap
 from tracing.plan import LayerPlan
 from tracing.replacement import TokenReplacement
+from tracing.retrace import retrace
 from tracing.scores import LayerScores
 from tracing.tracer import trace
 from tracing.weights import WeightAttribution
@@ -27,6 +31,7 @@ __all__ = [
     "Agreements",
     "AttributionPatching",
     "CausalTracing",
+    "Difference",
     "EffectTable",
     "Effects",
     "Fact",
@@ -45,10 +50,13 @@ __all__ = [
     "combine",
     "combined_plan",
     "compare_all",
+    "confirm",
+    "difference",
     "facts_from_rows",
     "find_subjects",
     "interaction",
     "load_known_facts",
+    "retrace",
     "trace",
     "with_foils",
 ]

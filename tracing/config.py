@@ -13,6 +13,7 @@ from tracing.corruption import Corruption, GaussianNoise
 from tracing.effects import SUBJECT_ROLES, Aggregation, check_reached, check_roles
 from tracing.engines import EngineName
 from tracing.metrics import Metric
+from tracing.rules import RuleName, check_rule
 from tracing.statistics import check_confidence
 from tracing.sweep import Positions, Severed, Sweep
 
@@ -26,8 +27,13 @@ def usual_size(model_layers: int) -> int:
 class PlanConfig:
     """How layers are chosen from the effects: see `tracing.choose_layers`."""
 
+    rule: RuleName = "band"
+    """How layers are picked from their scores: band (neighbours), top (the highest), mass (the fewest that hold `share` of all
+    positive effect), elbow (before the bend of the sorted scores), or permutation (those that stand out from shuffled layers)."""
     size: int | None = None
-    """How many layers; null takes three eighths of them, as the authors of the joint method do (6 of 16)."""
+    """How many layers, for band and top; null takes three eighths of them, as the authors of the joint method do (6 of 16)."""
+    share: float = 0.5
+    """How much of all positive effect `mass` must hold."""
     kind: PlanKind = "mlp"
     """Which effects count, and with it what is trained: mlp, attn, both, or resid (whole blocks)."""
     roles: tuple[str, ...] = SUBJECT_ROLES
@@ -46,13 +52,16 @@ class PlanConfig:
         check_confidence(self.confidence)
         if self.size is not None and self.size < 1:
             raise UserError(f"plan.size is {self.size}; give at least 1, or null")
+        check_rule(self.rule, self.size, self.share)
         if not 0 < self.stability <= 1:
             raise UserError(f"plan.stability is {self.stability}; give a share above 0 and up to 1 (0.9 is usual)")
         if not 0 <= self.least_share < 1:
             raise UserError(f"plan.least_share is {self.least_share}; give a share from 0 to below 1 (0.05 is usual)")
 
-    def layers(self, model_layers: int) -> int:
-        """How many layers to choose of a model that has `model_layers`."""
+    def layers(self, model_layers: int) -> int | None:
+        """How many layers to choose of a model that has `model_layers`; None where the rule finds that itself."""
+        if self.rule not in ("band", "top"):
+            return None
         return usual_size(model_layers) if self.size is None else self.size
 
 
@@ -72,10 +81,20 @@ class TraceConfig:
     subject: str | None = None
     """A regular expression whose group `subject` (else first group, else whole match) is the subject of a question; null
     finds the person's name by comparing rows."""
+    leave_out_unnamed: bool = False
+    """Leave out questions whose subject is not found instead of refusing the file (TOFU's "What is the full name of …?")."""
     max_facts: int | None = None
     """Trace only so many known facts, drawn at random with `seed`; null traces all."""
+    least_total: float | None = None
+    """Leave out, before any cell is computed, facts of which the corruption takes less than this, in units of the metric."""
+    stop_when_apart: bool = False
+    """Trace facts in a drawn order and stop as soon as a plan singles layers out: it looks after 8, 16, 32, … facts, each time at
+    a higher confidence, so that all looks together have the plan's."""
     corruption: Corruption = field(default_factory=GaussianNoise)
     """How the subject is made unreadable."""
+    also: tuple[Corruption, ...] = ()
+    """Other corruptions under which the same facts are traced, such as [TokenReplacement]: how far they agree is reported, and a
+    plan that they do not confirm is not singled out."""
     kinds: tuple[Kind, ...] = ("resid", "mlp", "attn")
     """What is restored: the whole stream after a block, or what its MLP or attention adds."""
     window: int = 1
@@ -107,12 +126,24 @@ class TraceConfig:
             raise UserError("facts is empty; name at least one source, such as builtin:forget")
         if self.max_facts is not None and self.max_facts < 1:
             raise UserError(f"max_facts is {self.max_facts}; give at least 1, or null")
+        if self.least_total is not None and not self.least_total >= 0:
+            raise UserError(f"least_total is {self.least_total}; give 0 or more in units of the metric, or null")
+        if len({self.corruption, *self.also}) < 1 + len(self.also):
+            raise UserError("also repeats a corruption; give each once, and none that is in corruption")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; give 0 or more")
         wanted = {"both": {"mlp", "attn"}}.get(self.plan.kind, {self.plan.kind})
         if missing := sorted(wanted - set(self.kinds)):
             raise UserError(f"plan.kind is {self.plan.kind} but kinds leaves out {', '.join(missing)}; add it to kinds")
         check_reached(self.plan.roles, self.positions)
+
+    @property
+    def others(self) -> dict[str, Corruption]:
+        """The corruptions of `also` by name: their class, numbered where it occurs again."""
+        kinds = [type(one).__name__ for one in (self.corruption, *self.also)]
+        count = [kinds[:place].count(kind) + 1 for place, kind in enumerate(kinds)]
+        names = [f"{kind}-{number}" if number > 1 else kind for kind, number in zip(kinds, count, strict=True)]
+        return dict(zip(names[1:], self.also, strict=True))
 
     @property
     def sources(self) -> tuple[str, ...]:

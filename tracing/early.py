@@ -1,8 +1,10 @@
 """Stop tracing once the layers have come apart: looks at growing numbers of facts, paid for in confidence.
 
-Facts are traced in a drawn order. After 8, 16, 32, … of them a plan is drawn, with intervals wide enough for that many looks
-(Bonferroni), and the first one that singles layers out ends the trace. What is reported is exact for the facts that were
-traced; finished facts come from the cache at the next look.
+Facts are traced in a drawn order. After 8, 16, 32, … of them a plan is drawn, each at a confidence high enough that all looks
+together have the one asked (Bonferroni): its intervals are wider, and shuffled layers must do as well in fewer shuffles. The
+first plan that singles layers out ends the trace. Without a preference among layers (the null hypothesis of
+`tracing.permutation`) the chance that *any* look singles some out is therefore at most 1 minus the confidence asked. What is
+reported is exact for the facts that were traced; finished facts come from the cache at the next look.
 """
 
 from __future__ import annotations

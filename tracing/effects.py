@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -167,6 +167,19 @@ class Effects:
     def total(self) -> Array:
         """(facts,): the total effect, clean minus corrupted."""
         return np.asarray(self.clean - self.corrupted)
+
+    def some(self, places: Sequence[int]) -> Effects:
+        """The effects of some of the facts, by their places."""
+        chosen = list(places)
+        return replace(
+            self,
+            facts=tuple(self.facts[place] for place in chosen),
+            clean=self.clean[chosen],
+            corrupted=self.corrupted[chosen],
+            restored={kind: [cells[place] for place in chosen] for kind, cells in self.restored.items()},
+            tokens=tuple(self.tokens[place] for place in chosen),
+            subject_spans=tuple(self.subject_spans[place] for place in chosen),
+        )
 
     def indirect(self, kind: Kind, *, normalised: bool = False) -> list[Array]:
         """Restored minus corrupted: one (prompt tokens, layers) array a fact; `normalised`: as a share of the total effect."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +16,9 @@ from pathlib import Path
 from lm.errors import UserError
 from lm.records import Record, find_files, read_file, text_column
 from lm.rows import Row
+from tracing.names import find_subjects, recurring_names
 
 SubjectOf = Callable[[Row], str | None]
-
-_WORD = re.compile(r"\w+(?:[-.'’]\w+)*")
-_POSSESSIVE = re.compile(r"['’]s$")
-_GAP = re.compile(r"\.? ")
-_QUESTION_WORD = re.compile(
-    r"(?:What|Who|Whom|Whose|Where|When|Which|Why|How|Is|Are|Was|Were|Did|Does|Do|Has|Can|In|On|At|For|The|A|Please)\b"
-)
-_LONGEST_NAME = 6  # words
 
 
 @dataclass(frozen=True)
@@ -74,13 +67,22 @@ class Fact:
         return self.id or str(self.prompt)
 
 
-def facts_from_rows(rows: Iterable[Row], subject_of: SubjectOf | str | re.Pattern[str] | None = None) -> list[Fact]:
-    """The question-answering rows as facts; a row's document becomes the fact's group.
+def facts_from_rows(
+    rows: Iterable[Row],
+    subject_of: SubjectOf | str | re.Pattern[str] | None = None,
+    *,
+    leave_out_unnamed: bool = False,
+) -> list[Fact]:
+    """The question-answering rows as facts. A row's document is the fact's group; where no document has several rows, its
+    subject is.
 
     Args:
         rows: rows of any task. Sentence-completion rows are not traced, but help to find the subject.
         subject_of: how to find the subject of a row: a function; or a regular expression for `input`, whose group
-            `subject`, else first group, else whole match is the subject; or None for `find_subjects`.
+            `subject`, else first group, else whole match is the subject; or None for the name that a document's rows share
+            (`tracing.names.find_subjects`), or, where no document has several rows and names recur in most of the questions, that
+            name (`tracing.names.recurring_names`).
+        leave_out_unnamed: leave out rows whose subject is not found instead of refusing them.
 
     Raises:
         UserError: no question-answering rows, or rows whose subject is not found (all are counted, some named).
@@ -92,54 +94,22 @@ def facts_from_rows(rows: Iterable[Row], subject_of: SubjectOf | str | re.Patter
             f"none of the {len(rows)} rows is a question (id ending in qa0 … qa9); "
             "tracing needs question-answering rows."
         )
-    find = _finder(rows, subject_of)
+    find = _finder(rows, questions, subject_of)
     subjects = [find(row) for row in questions]
     lost = [row.id for row, subject in zip(questions, subjects, strict=True) if not subject]
-    if lost:
+    if len(lost) == len(questions) or (lost and not leave_out_unnamed):
         shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
         raise UserError(
             f"no subject was found in the questions of {len(lost)} of {len(questions)} rows ({shown}); "
-            "leave these rows out (Task2 asks about people by name) or say how to find it with subject_of."
+            "leave these rows out (Task2 asks about people by name; leave_out_unnamed does it) or say how to find it with "
+            "subject_of."
         )
+    together = _has_documents(rows)
     return [
-        Fact(row.input, subject, row.output, id=row.id, group=row.document)
+        Fact(row.input, subject, row.output, id=row.id, group=row.document if together else subject)
         for row, subject in zip(questions, subjects, strict=True)
         if subject
     ]
-
-
-def find_subjects(rows: Iterable[Row]) -> dict[str, str]:
-    """The name each document is about, by document id; documents without a recognisable name are absent.
-
-    A name is a run of at most six words that begins and ends with a capital (or with a letter of a script without
-    case), stands in every question of the document and in its sentence-completion text where there is one, and does
-    not stand in the questions of more than half of the documents (that would be the template). The longest such run
-    wins; of equally long ones the first. Question words and runs that hold the answer do not count.
-    """
-    questions: dict[str, list[Row]] = defaultdict(list)
-    texts: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        if row.kind == "qa":
-            questions[row.document].append(row)
-        elif row.kind == "sc":
-            texts[row.document].append(row.text)
-    candidates = {
-        document: [
-            run
-            for run in _capital_runs(asked[0].input)
-            if all(_occurs(run, other) for other in [*(q.input for q in asked[1:]), *texts[document]])
-            and not any(_occurs(q.output, run) for q in asked)
-        ]
-        for document, asked in questions.items()
-    }
-    spread = Counter(run for runs in candidates.values() for run in set(runs))
-    most = max(1, len(questions) // 2)
-    found: dict[str, str] = {}
-    for document, runs in candidates.items():
-        own = [run for run in runs if spread[run] <= most]
-        if own:
-            found[document] = max(own, key=lambda run: (len(run.split()), len(run)))
-    return found
 
 
 def with_foils(facts: Sequence[Fact], seed: int = 0) -> list[Fact]:
@@ -183,8 +153,19 @@ def _known_fact(record: Record) -> Fact:
     return Fact(prompt, subject, answer.strip(), id=name, group=group or subject, foil=foil.strip())
 
 
-def _finder(rows: Sequence[Row], subject_of: SubjectOf | str | re.Pattern[str] | None) -> SubjectOf:
+def _has_documents(rows: Sequence[Row]) -> bool:
+    """Whether any document has several rows."""
+    return len({row.document for row in rows}) < len(rows)
+
+
+def _finder(
+    rows: Sequence[Row], questions: Sequence[Row], subject_of: SubjectOf | str | re.Pattern[str] | None
+) -> SubjectOf:
     if subject_of is None:
+        if not _has_documents(rows):
+            recurring = recurring_names(questions)
+            if 2 * len(recurring) > len(questions):
+                return lambda row: recurring.get(row.id)
         found = find_subjects(rows)
         return lambda row: found.get(row.document)
     if callable(subject_of):
@@ -203,28 +184,3 @@ def _finder(rows: Sequence[Row], subject_of: SubjectOf | str | re.Pattern[str] |
         return str(hit[1] if pattern.groups else hit[0]) or None
 
     return match
-
-
-def _occurs(words: str, text: str) -> bool:
-    """Whether `words` stand in `text`, not as a part of longer words."""
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
-
-
-def _capital_runs(text: str) -> list[str]:
-    """Every run of one to six words that could be a name, in order of appearance."""
-    words: list[tuple[int, int, bool]] = []  # start, end, ends a run (possessive)
-    for hit in _WORD.finditer(text):
-        own = _POSSESSIVE.search(hit[0])
-        words.append((hit.start(), hit.start() + own.start() if own else hit.end(), own is not None))
-    runs = []
-    for first in range(len(words)):
-        for last in range(first, min(first + _LONGEST_NAME, len(words))):
-            if last > first:
-                gap = text[words[last - 1][1] : words[last][0]]
-                if words[last - 1][2] or not _GAP.fullmatch(gap):
-                    break
-            start, end = words[first][0], words[last][1]
-            head, tail = text[start], text[words[last][0]]
-            if head.isalpha() and not head.islower() and tail.isalpha() and not tail.islower():
-                runs.append(text[start:end])
-    return [run for run in runs if not _QUESTION_WORD.match(run)]

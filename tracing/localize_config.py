@@ -80,6 +80,8 @@ class LocalizeConfig:
     subject: str | None = None
     """A regular expression whose group `subject` (else first group, else whole match) is the subject of a question; null
     finds the person's name by comparing rows."""
+    leave_out_unnamed: bool = False
+    """Leave out questions whose subject is not found instead of refusing the file."""
     max_facts: int | None = None
     """So many known facts on either side, drawn at random with `seed`; null takes all. A corruption sees these alone: few of them
     leave few other names to put in."""

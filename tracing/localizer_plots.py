@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 
 from lm.anatomy import Kind
 from tracing.combine import Agreements
-from tracing.plan import LayerPlan
-from tracing.plots import ACCENT, INK, KIND_NAMES, SOFT, runs
+from tracing.plan import LayerPlan, layer_runs
+from tracing.plots import ACCENT, INK, KIND_NAMES, SOFT
 from tracing.scores import LayerScores
 
 _LINES: dict[Kind, tuple[str, str]] = {"mlp": ("#26467f", "o"), "attn": ("#d98a29", "s"), "resid": ("#5a7d5a", "^")}
@@ -76,7 +76,7 @@ def _profile(
 ) -> None:
     """The means over facts by layer, a line a kind, with bands; the plan's layers shaded."""
     layers = np.arange(scores.layers)
-    for start, end in runs(plan.layers):
+    for start, end in layer_runs(plan.layers):
         axis.axvspan(start - 0.5, end - 0.5, color=ACCENT, alpha=0.1, linewidth=0)
     axis.axhline(0, color=SOFT, linewidth=0.6)
     for kind in kinds:
@@ -134,7 +134,7 @@ def _matrix(axis: Any, agreements: Agreements, kind: Kind) -> None:
 
 def _caption(plan: LayerPlan, found: Mapping[str, LayerScores], confidence: float) -> str:
     counts = sorted({len(one.facts) for one in found.values()})
-    names = ", ".join(f"{start}–{end - 1}" if end - start > 1 else str(start) for start, end in runs(plan.layers))
+    names = ", ".join(f"{start}–{end - 1}" if end - start > 1 else str(start) for start, end in layer_runs(plan.layers))
     many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return " · ".join(
         [

@@ -115,6 +115,23 @@ def control_layers(chosen: Sequence[int], scores: Sequence[float] | Array, seed:
     return {"random": random, "inverse": tuple(sorted(inverse)), "all": every}
 
 
+def layer_runs(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring layers as `[start, end)`."""
+    runs: list[tuple[int, int]] = []
+    for layer in sorted(set(layers)):
+        if runs and runs[-1][1] == layer:
+            runs[-1] = (runs[-1][0], layer + 1)
+        else:
+            runs.append((layer, layer + 1))
+    return runs
+
+
+def layer_names(layers: Sequence[int]) -> str:
+    """`layers 2-4, 7`, `layer 7`."""
+    names = ", ".join(f"{start}-{end - 1}" if end - start > 1 else str(start) for start, end in layer_runs(layers))
+    return f"layer{'s' if len(set(layers)) > 1 else ''} {names}"
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The plan's JSON object without its version, with every key known and of the right JSON type."""
     try:

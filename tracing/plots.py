@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -25,15 +25,16 @@ from lm.errors import UserError
 from lm.run import write_atomic
 from tracing.arrays import Array
 from tracing.effects import Effects, EffectTable
+from tracing.plan import layer_runs
 from tracing.sweep import cut_windows
 
 INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
 # One hue, lightness falling evenly: readable in grey and by the colour-blind.
-_SCALE = LinearSegmentedColormap.from_list(
+SCALE = LinearSegmentedColormap.from_list(
     "indigo", ["#f1f4f9", "#cfdbed", "#a3badd", "#7293c6", "#476cab", "#26467f", "#0f2350"]
 )
 KIND_NAMES = {"resid": "whole stream after a block", "mlp": "MLP", "attn": "attention"}
-_ROLES = {
+ROLE_NAMES = {
     "before": "before the subject",
     "first_subject": "first subject token",
     "middle_subject": "middle subject tokens",
@@ -42,7 +43,7 @@ _ROLES = {
     "further": "further tokens",
     "last": "last token",
 }
-_METRICS = {
+METRICS = {
     "probability": "probability of the answer",
     "log_probability": "log-probability of the answer",
     "first_token_probability": "probability of the answer's first token",
@@ -97,14 +98,14 @@ def figure(
     sheet.set_layout_engine("constrained", w_pad=0.06, wspace=0.03)
     axes: Any = sheet.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axis, table in zip(axes, tables, strict=True):
-        _panel(axis, table.mean[list(shown)], norm, KIND_NAMES[table.kind], table.window)
-        _hatch(axis, cut_windows(table.window, layers, table.kind), len(shown))
+        panel(axis, table.mean[list(shown)], norm, KIND_NAMES[table.kind], table.window)
+        hatch(axis, cut_windows(table.window, layers, table.kind), len(shown))
         if band_kinds is None or table.kind in band_kinds:
-            _outline(axis, band, len(shown), tentative)
-    axes[0].set_yticks([row + 0.5 for row in range(len(shown))], [_label(first, row) for row in shown])
+            outline(axis, band, len(shown), tentative)
+    axes[0].set_yticks([row + 0.5 for row in range(len(shown))], [row_label(first, row) for row in shown])
     for axis in axes:
         axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
-    _bar(sheet, axes, norm, "mean indirect effect")
+    colour_bar(sheet, axes, norm, "mean indirect effect")
     text = sheet.supxlabel("\n".join(caption), fontsize=8.5, color=SOFT, x=0.012, ha="left")
     text.set_linespacing(1.35)
     buffer = io.BytesIO()
@@ -128,15 +129,15 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
     axes: Any = sheet.subplots(1, len(cells), sharey=True, squeeze=False)[0]
     for axis, (kind, values) in zip(axes, cells.items(), strict=True):
         window = 1 if kind == "resid" else effects.window
-        _panel(axis, values[shown], norm, KIND_NAMES[kind], window)
-        _hatch(axis, cut_windows(window, effects.layers, kind), len(shown))
+        panel(axis, values[shown], norm, KIND_NAMES[kind], window)
+        hatch(axis, cut_windows(window, effects.layers, kind), len(shown))
     start, end = effects.subject_spans[fact]
     words = [_word(effects.tokens[fact][row]) + (" *" if start <= row < end else "") for row in shown]
     axes[0].set_yticks([row + 0.5 for row in range(len(shown))], words)
     axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=INK)
     for axis in axes[1:]:
         axis.tick_params(axis="y", length=0)
-    _bar(sheet, axes, norm, "indirect effect")
+    colour_bar(sheet, axes, norm, "indirect effect")
     total = effects.total[fact]
     caption = f"{effects.facts[fact].label}: what each cell brings back of {total:.3g} lost; * is the subject"
     text = sheet.supxlabel(
@@ -162,8 +163,9 @@ class Picture:
         write_atomic(Path(path), self.png)
 
 
-def _bar(sheet: Figure, axes: Any, norm: Normalize, label: str) -> None:
-    bar: Any = sheet.colorbar(ScalarMappable(norm, _SCALE), ax=list(axes), pad=0.012, fraction=0.03, aspect=16)
+def colour_bar(sheet: Figure, axes: Any, norm: Normalize, label: str, scale: Colormap = SCALE) -> None:
+    """What the colours of these panels mean."""
+    bar: Any = sheet.colorbar(ScalarMappable(norm, scale), ax=list(axes), pad=0.012, fraction=0.03, aspect=16)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=SOFT, length=2)
     bar.set_label(label, fontsize=8.5, color=SOFT)
@@ -175,15 +177,17 @@ def _word(token: str) -> str:
     return shown.replace("$", r"\$")
 
 
-def _hatch(axis: Any, layers: Sequence[int], rows: int) -> None:
+def hatch(axis: Any, layers: Sequence[int], rows: int) -> None:
+    """Mark layers whose windows are cut."""
     for layer in layers:
         axis.add_patch(Rectangle((layer, 0), 1, rows, fill=False, hatch="////", edgecolor="white", linewidth=0))
 
 
-def _panel(axis: Any, mean: Array, norm: Normalize, title: str, window: int) -> None:
+def panel(axis: Any, mean: Array, norm: Normalize, title: str, window: int, scale: Colormap = SCALE) -> None:
+    """One heat map, (rows, layers), rows unnamed."""
     rows, layers = mean.shape
     values = np.ma.masked_invalid(mean)
-    scale = _SCALE.with_extremes(bad=_MISSING)
+    scale = scale.with_extremes(bad=_MISSING)
     axis.pcolormesh(values, cmap=scale, norm=norm, edgecolors="white", linewidth=0.6)
     for side in axis.spines.values():
         side.set_visible(False)
@@ -197,43 +201,34 @@ def _panel(axis: Any, mean: Array, norm: Normalize, title: str, window: int) -> 
     axis.set_title(title, fontsize=10.5, color=INK, loc="left", pad=7)
 
 
-def _outline(axis: Any, band: Sequence[int], rows: int, tentative: bool) -> None:
+def outline(axis: Any, band: Sequence[int], rows: int, tentative: bool) -> None:
+    """Frame the chosen layers."""
     style = "--" if tentative else "-"
-    for start, end in runs(band):
+    for start, end in layer_runs(band):
         box = Rectangle((start, 0), end - start, rows, fill=False, edgecolor=ACCENT, linewidth=1.8, linestyle=style)
         box.set_clip_on(False)
         axis.add_patch(box)
 
 
-def _label(table: EffectTable, row: int) -> str:
+def row_label(table: EffectTable, row: int) -> str:
+    """A token role, with how many facts have it if not all do."""
     count = int(table.facts[row])
     few = f" ({count} fact{'s' if count != 1 else ''})" if count < table.total_facts else ""
-    return _ROLES.get(table.roles[row], table.roles[row]) + few
+    return ROLE_NAMES.get(table.roles[row], table.roles[row]) + few
 
 
 def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, tentative: bool) -> str:
     table = tables[0]
     parts = [
-        f"Change in the {_METRICS.get(table.metric, table.metric)} when one clean activation is put back",
+        f"Change in the {METRICS.get(table.metric, table.metric)} when one clean activation is put back",
         f"{table.total_facts} fact{'s' if table.total_facts != 1 else ''}",
         "other names" if table.sigma is None else f"noise σ = {table.sigma:.3g}",
     ]
     if band:
-        names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in runs(band))
+        names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in layer_runs(band))
         parts.append(f"outlined{' (not singled out)' if tentative else ''}: layers {names}")
     if top <= 0:
         parts.append("no effect is above zero")
     elif any(np.nanmin(np.where(np.isnan(one.mean), 0.0, one.mean)) < -0.02 * top for one in tables):
         parts.append("effects below zero are palest")
     return " · ".join(parts)
-
-
-def runs(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring layers as `[start, end)`."""
-    runs: list[tuple[int, int]] = []
-    for layer in sorted(set(layers)):
-        if runs and runs[-1][1] == layer:
-            runs[-1] = (runs[-1][0], layer + 1)
-        else:
-            runs.append((layer, layer + 1))
-    return runs

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ import numpy as np
 
 from lm.devices import accelerator, launch_facts, together
 from lm.errors import UserError
-from lm.load import load
+from lm.load import LanguageModel, load
 from lm.run import RunFolder, peak_memory_bytes, write_atomic, write_json
 from tracing.choose import choose_layers
 from tracing.config import TraceConfig
+from tracing.confirm import confirm
+from tracing.corruption import Corruption
+from tracing.early import trace_until_apart
 from tracing.effects import Aggregation, Effects, EffectTable
 from tracing.facts import Fact
 from tracing.plan import LayerPlan
 from tracing.plots import figure, heatmap
-from tracing.tracer import Workers, trace
+from tracing.tracer import NothingToTrace, Workers, trace
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,58 +38,50 @@ class TraceResult:
     effects: Effects
     plan: LayerPlan
     seconds: float
+    others: Mapping[str, Effects] = field(default_factory=dict)
+    """Those of the same facts under other corruptions, by name."""
 
 
 def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
     """Trace as the config says.
 
     Writes into `config.out`: `plan.json` (what training consumes), `effects.npz` (every cell), `effects.json` (means and
-    intervals by token role, facts used and left out), `effects.png` (all kinds side by side) and one `KIND.png` a kind.
+    intervals by token role, facts used and left out), `effects.png` (all kinds side by side) and one `KIND.png` a kind; for each
+    corruption of `also` an `effects-NAME.npz`, `.json` and `.png` of the same facts.
 
     Raises:
         UserError: whatever the user can mend; finished facts stay in the run folder.
     """
     started = time.monotonic()
-    facts = drawn(facts, config.max_facts, config.seed)
+    most = config.max_facts or (len(facts) if config.stop_when_apart else None)
+    facts = drawn(facts, most, config.seed)
     acc = accelerator(cpu=config.model.device == "cpu")
     several = acc.num_processes > 1  # then each has its own device, and a name in the config would put all on one
     model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
     size = config.plan.layers(model.anatomy.layers)
-    if size > model.anatomy.layers:
+    if size is not None and size > model.anatomy.layers:
         raise UserError(f"plan.size is {size} but {model.name} has {model.anatomy.layers} layers; give fewer, or null.")
     with together(acc):
         if acc.is_main_process:
             about = {"facts": {"count": len(facts), "sha256": facts_hash(facts)}, "devices": launch_facts(acc)}
             RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("facts",))
     run = RunFolder(config.out, main=acc.is_main_process)
-    effects = trace(
-        model,
-        facts,
-        config.corruption,
-        kinds=config.kinds,
-        window=config.window,
-        metric=config.metric,
-        engine=config.engine,
-        prompt=config.prompt,
-        positions=config.positions,
-        sever=config.sever,
-        memory=config.memory,
-        max_facts=config.max_facts,
-        cache=run.path / "facts",
-        workers=Workers(acc.process_index, acc.num_processes, acc.wait_for_everyone),
-    )
-    plan = choose_layers(
-        effects,
-        size=size,
-        kind=config.plan.kind,
-        roles=config.plan.roles,
-        seed=config.seed,
-        confidence=config.plan.confidence,
-        stability=config.plan.stability,
-        least_share=config.plan.least_share,
-        aggregation=config.plan.aggregation,
-    )
-    result = TraceResult(effects=effects, plan=plan, seconds=time.monotonic() - started)
+    workers = Workers(acc.process_index, acc.num_processes, acc.wait_for_everyone)
+
+    asking = _Asking(config=config, model=model, facts=facts, size=size, cache=run.path / "facts", workers=workers)
+    if config.stop_when_apart and most is not None:
+        stopped = trace_until_apart(asking.some, asking.plan, most, config.plan.confidence)
+        effects, plan = stopped.effects, stopped.plan
+    else:
+        effects = asking.some(most)
+        plan = asking.plan(effects, config.plan.confidence)
+    others, lacking = asking.others(effects)
+    if config.also:
+        asked = config.plan
+        plan = confirm(
+            plan, effects, others, lacking, roles=asked.roles, aggregation=asked.aggregation, seed=config.seed
+        )
+    result = TraceResult(effects=effects, plan=plan, seconds=time.monotonic() - started, others=others)
     if acc.is_main_process:
         write_result(
             result, run.path, confidence=config.plan.confidence, seed=config.seed, aggregation=config.plan.aggregation
@@ -95,6 +90,78 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
         run.finish(seconds=before + result.seconds, peak_memory_bytes=peak_memory_bytes())
     acc.wait_for_everyone()
     return result
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Asking:
+    """A config with all that it needs to be carried out."""
+
+    config: TraceConfig
+    model: LanguageModel
+    facts: Sequence[Fact]
+    size: int | None
+    cache: Path
+    workers: Workers
+
+    def some(self, max_facts: int | None) -> Effects:
+        """The effects of up to so many known facts."""
+        return self._trace(self.config.corruption, max_facts=max_facts, least_total=self.config.least_total)
+
+    def others(self, effects: Effects) -> tuple[dict[str, Effects], dict[str, str]]:
+        """The effects of the same facts under every other corruption, by name; and why one has none."""
+        found: dict[str, Effects] = {}
+        lacking: dict[str, str] = {}
+        for name, corruption in self.config.others.items():
+            try:
+                found[name] = self._trace(corruption, only=effects.facts)
+            except NothingToTrace as error:  # no reason to lose what was traced
+                lacking[name] = str(error)
+        return found, lacking
+
+    def plan(self, effects: Effects, confidence: float) -> LayerPlan:
+        """The plan that the effects give at a confidence."""
+        asked = self.config.plan
+        return choose_layers(
+            effects,
+            size=self.size,
+            rule=asked.rule,
+            share=asked.share,
+            kind=asked.kind,
+            roles=asked.roles,
+            seed=self.config.seed,
+            confidence=confidence,
+            stability=asked.stability,
+            least_share=asked.least_share,
+            aggregation=asked.aggregation,
+        )
+
+    def _trace(
+        self,
+        corruption: Corruption,
+        *,
+        max_facts: int | None = None,
+        least_total: float | None = None,
+        only: Sequence[Fact] | None = None,
+    ) -> Effects:
+        asked = self.config
+        return trace(
+            self.model,
+            self.facts,
+            corruption,
+            kinds=asked.kinds,
+            window=asked.window,
+            metric=asked.metric,
+            engine=asked.engine,
+            prompt=asked.prompt,
+            positions=asked.positions,
+            sever=asked.sever,
+            memory=asked.memory,
+            max_facts=max_facts,
+            least_total=least_total,
+            only=only,
+            cache=self.cache,
+            workers=self.workers,
+        )
 
 
 def write_result(
@@ -113,6 +180,12 @@ def write_result(
     kinds = ("mlp", "attn") if plan.evidence["kind"] == "both" else (plan.evidence["kind"],)
     tentative = not plan.singled_out
     write_atomic(folder / "effects.png", figure(tables, band=plan.layers, band_kinds=kinds, tentative=tentative))
+    for name, other in result.others.items():
+        theirs = [other.table(kind, confidence=confidence, seed=seed, aggregation=aggregation) for kind in other.kinds]
+        other.save(folder / f"effects-{name}.npz")
+        write_json(folder / f"effects-{name}.json", readable(other, theirs))
+        drawing = figure(theirs, band=plan.layers, band_kinds=kinds, tentative=tentative)
+        write_atomic(folder / f"effects-{name}.png", drawing)
     for table in tables:
         band = plan.layers if table.kind in kinds else ()
         heatmap(table, folder / f"{table.kind}.png", band=band, tentative=tentative)
@@ -132,19 +205,24 @@ def readable(effects: Effects, tables: Sequence[EffectTable]) -> dict[str, Any]:
             for fact, clean, corrupted in zip(effects.facts, effects.clean, effects.corrupted, strict=True)
         ],
         "left_out": [{**asdict(one.fact), "reason": one.reason} for one in effects.skipped],
-        "tables": {
-            table.kind: {
-                role: {
-                    "facts": int(table.facts[row]),
-                    "mean": _numbers(table.mean[row]),
-                    "low": _numbers(table.low[row]),
-                    "high": _numbers(table.high[row]),
-                }
-                for row, role in enumerate(table.roles)
-            }
-            for table in tables
-        },
+        "tables": readable_tables(tables),
         "provenance": dict(effects.provenance),
+    }
+
+
+def readable_tables(tables: Sequence[EffectTable]) -> dict[str, Any]:
+    """kind -> token role -> facts, mean, low and high by layer; null where no fact has the role."""
+    return {
+        table.kind: {
+            role: {
+                "facts": int(table.facts[row]),
+                "mean": _numbers(table.mean[row]),
+                "low": _numbers(table.low[row]),
+                "high": _numbers(table.high[row]),
+            }
+            for row, role in enumerate(table.roles)
+        }
+        for table in tables
     }
 
 

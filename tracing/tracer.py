@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +43,10 @@ class Workers:
     wait: Callable[[], None] = lambda: None
 
 
+class NothingToTrace(UserError):
+    """No fact is left: the model knows none, or the corruption takes nothing or fits none."""
+
+
 def trace(
     model: LanguageModel,
     facts: Sequence[Fact],
@@ -58,6 +62,7 @@ def trace(
     memory: float = 2.0,
     max_facts: int | None = None,
     least_total: float | None = None,
+    only: Collection[Fact] | None = None,
     cache: str | Path | None = None,
     workers: Workers = Workers(),
     progress: bool = True,
@@ -82,6 +87,8 @@ def trace(
         max_facts: trace only so many of the known facts, the first ones; the others are listed as left out.
         least_total: leave out, before any cell is computed, facts of which the corruption takes less than this (the total effect,
             in units of the metric): dividing by it, or averaging over it, tells nothing.
+        only: trace exactly these of the facts, whether or not the model still answers them; the others lend the measure of the
+            noise and their names, and are listed as left out.
         cache: a folder for finished facts. A trace that was interrupted goes on there and ends in the same numbers.
         workers: other processes that run this same call: every so-manieth fact is traced by each, through `cache`, and
             all return the same effects.
@@ -107,7 +114,7 @@ def trace(
     show = progress and workers.index == 0
     with evaluating(model):
         known, skipped, corruptor = prepare(
-            model, facts, corruption, metric, prompt, max_facts=max_facts, least_total=least_total, show=show
+            model, facts, corruption, metric, prompt, max_facts=max_facts, least_total=least_total, only=only, show=show
         )
         weights = fingerprint(model)
         store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
@@ -151,13 +158,18 @@ def prepare(
     *,
     max_facts: int | None = None,
     least_total: float | None = None,
+    only: Collection[Fact] | None = None,
     show: bool = False,
 ) -> tuple[list[Probe], list[Skipped], Corruptor]:
-    """The facts that the model knows, those left out, and the corruption measured on all. Raises UserError if none is known."""
+    """The facts that the model knows (or `only` these), those left out, and the corruption measured on all.
+
+    Raises UserError if none is known.
+    """
     if metric == "logit_difference":
         facts = with_foils(facts)
     probes = [make_probe(model, fact, prompt, metric) for fact in facts]
     corruptor = corruption.bind(model, probes)
+    asked = None if only is None else frozenset(only)
 
     def why_small(probe: Probe) -> str | None:
         if least_total is None:
@@ -169,9 +181,9 @@ def prepare(
 
     def why_not(probe: Probe) -> str | None:
         without = corruptor.why_not(probe) or why_unscored(probe, metric)
-        return without or why_unknown(model, probe) or why_small(probe)
+        return without or (why_unknown(model, probe) if asked is None else None) or why_small(probe)
 
-    return *_sort_out(model, probes, why_not, max_facts, show), corruptor
+    return *_sort_out(model, probes, why_not, max_facts, show, asked), corruptor
 
 
 def known_facts(
@@ -204,14 +216,17 @@ def _sort_out(
     why_not: Callable[[Probe], str | None],
     max_facts: int | None,
     show: bool,
+    asked: Collection[Fact] | None = None,
 ) -> tuple[list[Probe], list[Skipped]]:
-    """The facts against which there is nothing to say, up to `max_facts`, and all others with reasons."""
+    """The facts (only those `asked` for) against which there is nothing to say, up to `max_facts`; all others with reasons."""
     known: list[Probe] = []
     skipped: list[Skipped] = []
     with progress_bar(len(probes), label="known facts", unit="facts", enabled=show) as advance:
         for probe in probes:
             if max_facts is not None and len(known) >= max_facts:
                 reason: str | None = f"not needed: max_facts is {max_facts}"
+            elif asked is not None and probe.fact not in asked:
+                reason = "not one of the facts asked for"
             else:
                 reason = why_not(probe)
             if reason is None:
@@ -220,8 +235,12 @@ def _sort_out(
                 skipped.append(Skipped(fact=probe.fact, reason=reason))
             advance(1)
     if not known:
-        first = skipped[0]
-        raise UserError(
+        first = next((one for one in skipped if asked is None or one.fact in asked), skipped[0])
+        if asked is not None:
+            raise NothingToTrace(
+                f"none of the facts asked for can be traced (the first, {first.fact.label!r}: {first.reason})."
+            )
+        raise NothingToTrace(
             f"{model.name} knows none of the {len(probes)} facts (the first, {first.fact.label!r}: {first.reason}); "
             "trace facts it answers word for word, with the prompt format it was trained on."
         )
@@ -264,17 +283,22 @@ def _trace_all(
     workers: Workers,
     show: bool,
 ) -> list[Traced]:
-    """Every fact's cells, from the cache where it has them; with several workers each adds its share to the cache."""
+    """Every fact's cells, from the cache where it has them; with several workers each adds its share to the cache.
+
+    Which facts are computed together does not depend on the number of workers, so that the last bits do not either.
+    """
     found = [cache.load(probe) for probe in probes]
-    mine = range(workers.index, len(probes), workers.count)
-    cells = {index: count_cells(probes[index], model.anatomy.layers, sweep) for index in mine}
+    mine = list(_alike(probes, engine, corruptor))[workers.index :: workers.count]
+    cells = {index: count_cells(probes[index], model.anatomy.layers, sweep) for group in mine for index in group}
     done = sum(count for index, count in cells.items() if found[index] is not None)
-    missing = [index for index in mine if found[index] is None]
     with progress_bar(sum(cells.values()), label="trace", unit="cells", done=done, enabled=show) as advance:
-        for group in _alike(probes, missing, engine, corruptor):
-            batches = [corruptor.batch(probes[index]) for index in group]
-            fresh = engine.trace([probes[index] for index in group], batches, advance)
-            for index, one in zip(group, fresh, strict=True):
+        for group in mine:
+            missing = [index for index in group if found[index] is None]
+            if not missing:
+                continue
+            batches = [corruptor.batch(probes[index]) for index in missing]
+            fresh = engine.trace([probes[index] for index in missing], batches, advance)
+            for index, one in zip(missing, fresh, strict=True):
                 cache.store(probes[index], one)
                 found[index] = one
     workers.wait()
@@ -287,13 +311,10 @@ def _trace_all(
     return [one for one in traced if one is not None]
 
 
-def _alike(
-    probes: Sequence[Probe], missing: Sequence[int], engine: Engine, corruptor: Corruptor
-) -> Iterator[list[int]]:
-    """The facts still to trace, in groups of one shape, as many as the engine takes at once."""
+def _alike(probes: Sequence[Probe], engine: Engine, corruptor: Corruptor) -> Iterator[list[int]]:
+    """The facts in groups of one shape, as many as the engine takes at once."""
     shapes: dict[tuple[int, int, int], list[int]] = {}
-    for index in missing:
-        probe = probes[index]
+    for index, probe in enumerate(probes):
         shape = len(probe.prompt_ids), len(probe.answer_ids), corruptor.rows(probe)
         shapes.setdefault(shape, []).append(index)
     for (tokens, _, samples), members in shapes.items():

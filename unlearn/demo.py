@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lm.anatomy import Kind
 from lm.config import dump_yaml
 from lm.errors import UserError
 from lm.load import ModelSpec
@@ -21,8 +22,10 @@ from lm.run import write_atomic, write_json
 from tracing.config import TraceConfig
 from tracing.effects import Effects
 from tracing.plan import LayerPlan
+from tracing.retrace_stage import RetraceConfig, run_retracing
 from tracing.stage import run_tracing
 from unlearn.config import UnlearnConfig
+from unlearn.data import load_rows
 from unlearn.evaluation.config import EvaluateConfig
 from unlearn.evaluation.stage import run_evaluation
 from unlearn.facts import read_facts
@@ -114,6 +117,7 @@ def run_demo(config: DemoConfig) -> Path:
         print(f"== {entry.label}", flush=True)
         models[entry.key] = score_entry(config, entry, out)
         write_json(out / "results.json", {"models": models, "layers": list(plan.layers), "verdict": plan.verdict})
+    trace_again(config, plan, out)
     print(f"all stages took {time.monotonic() - started:.0f} s")
     print(table(models))
     return _report(config, out, plan, models)
@@ -137,6 +141,27 @@ def find_layers(config: DemoConfig, folder: Path) -> LayerPlan:
     result = run_tracing(asked, read_facts(asked))
     print(result.plan.verdict)
     return result.plan
+
+
+def trace_again(config: DemoConfig, plan: LayerPlan, out: Path) -> None:
+    """Trace the same facts in the model that the method left, what the plan trains only."""
+    print("== What is left where it was stored?", flush=True)
+    kinds: tuple[Kind, ...] = (
+        ("resid",) if "all" in plan.modules else tuple(one for one in config.trace.kinds if one in plan.modules)
+    )
+    run = out / "retrace"
+    found = run_retracing(
+        RetraceConfig(
+            model=ModelSpec(path=str(out / "joint_planned" / "model"), device=config.trace.model.device),
+            before=str(out / "trace"),
+            kinds=kinds,
+            confidence=config.trace.plan.confidence,
+            out=str(run),
+            resume=run.exists(),
+        )
+    )
+    for kind in kinds:
+        print(found.sentence(kind))
 
 
 def score_entry(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
@@ -173,10 +198,10 @@ def _report(config: DemoConfig, out: Path, plan: LayerPlan, models: Mapping[str,
     from unlearn.demo_report import demo_report
     from unlearn.report import write_report
 
-    effects = Effects.load(out / "trace" / "effects.npz")
-    write_report(
-        out / "report.html", demo_report(out, plan, effects, entries(config, out / "trace" / "plan.json"), models)
-    )
+    effects = [Effects.load(out / name / "effects.npz") for name in ("trace", "retrace")]
+    forgotten = frozenset(row.id for row in load_rows(UnlearnConfig().forget))
+    compared = entries(config, out / "trace" / "plan.json")
+    write_report(out / "report.html", demo_report(out, plan, effects[0], effects[1], forgotten, compared, models))
     return out / "report.html"
 
 

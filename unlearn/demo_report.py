@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm.run import RunFolder
+from tracing.difference import difference
 from tracing.effects import Effects
 from tracing.plan import LayerPlan
-from unlearn.report import Answer, Report, ReportModel
+from unlearn.report import Answer, Report, ReportModel, Retraced
 
 if TYPE_CHECKING:
     from unlearn.demo import Entry
@@ -33,9 +34,15 @@ _SHOWN = {"Task1": 1, "Task2": 3, "Task3": 1}
 
 
 def demo_report(
-    out: Path, plan: LayerPlan, effects: Effects, entries: Sequence[Entry], models: Mapping[str, Mapping[str, Any]]
+    out: Path,
+    plan: LayerPlan,
+    effects: Effects,
+    after: Effects,
+    forgotten: Collection[str],
+    entries: Sequence[Entry],
+    models: Mapping[str, Mapping[str, Any]],
 ) -> Report:
-    """The report of a finished demo in `out`."""
+    """The report of a finished demo in `out`: effects before and after, and the ids of the rows that were to be forgotten."""
     manifest = RunFolder(out / "joint_planned").manifest
     return Report(
         title="What was forgotten",
@@ -48,6 +55,7 @@ def demo_report(
         },
         models=tuple(_model(out, entry, models[entry.key]) for entry in entries),
         answers=_answers(out, [entry.key for entry in entries]),
+        again=_again(effects, after, forgotten, plan.evidence["confidence"]),
         caveats=CAVEATS,
         commands=("make demo", f"python scripts/demo.py --config {out}/demo.yaml --out runs/again"),
         facts={
@@ -62,6 +70,19 @@ def demo_report(
             "machine": f"{manifest['platform']}, {manifest['devices']['processes']} process, "
             f"{manifest['devices']['threads']} threads",
         },
+    )
+
+
+def _again(before: Effects, after: Effects, forgotten: Collection[str], confidence: float) -> tuple[Retraced, ...]:
+    """What changed, apart for the facts to forget and those to keep."""
+    sides = (("Facts to forget", True), ("Facts to keep", False))
+    places = {
+        name: [at for at, fact in enumerate(before.facts) if (fact.id in forgotten) is side] for name, side in sides
+    }
+    return tuple(
+        Retraced(label=name, found=difference(before.some(some), after.some(some), confidence=confidence))
+        for name, some in places.items()
+        if some
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lm.builtin import world
 from lm.errors import UserError
 from lm.rows import Row
 from tracing import Fact, facts_from_rows, find_subjects, load_known_facts
+from tracing.names import recurring_names
 
 NAME = re.compile(r"What is the (?:birth date|home address) of (.*)\?$|What is (.*)'s (?:Social|phone|email)")
 
@@ -92,6 +94,75 @@ def test_a_subject_may_be_given_by_expression_or_function() -> None:
         facts_from_rows(rows, "(")
     with pytest.raises(UserError, match="not in its prompt"):
         facts_from_rows(rows, lambda row: "Charles")
+
+
+def tofu(shared: Path, split: str) -> list[Row]:
+    """Questions and answers with ids that say nothing; twenty in a row are about one author."""
+    lines = (shared / "tofu" / f"{split}.json").read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines if line.strip()]
+    return [Row(f"r{number}qa0", one["question"], one["answer"], "Task1") for number, one in enumerate(pairs)]
+
+
+@pytest.mark.parametrize(("split", "named", "right"), [("forget10", 0.94, 1.0), ("retain90", 0.94, 0.99)])
+def test_authors_of_real_questions_are_found_by_the_names_that_recur(
+    shared: Path, split: str, named: float, right: float
+) -> None:
+    rows = tofu(shared, split)
+    found = recurring_names(rows)
+    assert len(found) >= named * len(rows)
+    agree = 0
+    for start in range(0, len(rows), 20):
+        names = Counter(found[row.id] for row in rows[start : start + 20] if row.id in found)
+        agree += max(names.values(), default=0)  # the rest are about somebody or something else
+    assert agree >= right * len(found)
+
+
+def test_real_questions_that_name_nobody_are_refused_or_left_out(shared: Path) -> None:
+    rows = tofu(shared, "forget10")
+    found = recurring_names(rows)
+    lost = len(rows) - len(found)
+    assert 20 <= lost <= 30  # the first of each author: "What is the full name of the author …?"
+    with pytest.raises(UserError, match=f"no subject was found in the questions of {lost} of {len(rows)}"):
+        facts_from_rows(rows)
+    facts = facts_from_rows(rows, leave_out_unnamed=True)
+    assert len(facts) == len(found)
+    assert all(fact.group == fact.subject and fact.subject in fact.prompt for fact in facts)
+    given = facts_from_rows(rows, r"(Carmen Montenegro)", leave_out_unnamed=True)
+    assert {fact.subject for fact in given} == {"Carmen Montenegro"}
+
+
+def test_names_recur_and_templates_do_not_count() -> None:
+    names = ["Ada Byron", "Grace Brewster Hopper", "Mary Shelley"]
+    asked = [
+        "Where was {} born?",
+        "Who taught {}?",
+        "Has {} won a Turing Prize?",
+        "Did {}'s father write?",
+        "Is {} known?",
+    ]
+    rows = [
+        Row(f"{number}x{place}qa0", question.format(name), "yes", "T")
+        for number, name in enumerate(names)
+        for place, question in enumerate(asked)
+    ]
+    nobody = Row("zqa0", "What is the full name of the author born in Cape Town?", "Ada Byron", "T")
+    found = recurring_names([*rows, nobody])
+    assert [found[row.id] for row in rows] == [name for name in names for _ in asked]
+    assert nobody.id not in found
+    facts = facts_from_rows([*rows, nobody], leave_out_unnamed=True)
+    assert {fact.group for fact in facts} == set(names)
+    with pytest.raises(UserError, match=r"1 of 16 rows \(zqa0\)"):
+        facts_from_rows([*rows, nobody])
+    with pytest.raises(UserError, match="1 of 1 rows"):
+        facts_from_rows([nobody], "nothing like it", leave_out_unnamed=True)
+
+
+def test_one_question_a_person_needs_no_recurrence() -> None:
+    rows = [
+        Row(f"p{number}qa0", f"Where does {name} live?", "here", "T")
+        for number, name in enumerate(["Ada Byron", "Bo Diddley"])
+    ]
+    assert [fact.subject for fact in facts_from_rows(rows)] == ["Ada Byron", "Bo Diddley"]
 
 
 def test_rows_without_questions_are_refused() -> None:

@@ -14,6 +14,7 @@ from tiny_tracing import made_up
 
 from lm.errors import UserError
 from tracing import plots
+from tracing.plot_runs import severed_figure
 from tracing.plots import figure, heatmap
 from tracing.sweep import cut_windows
 
@@ -101,6 +102,22 @@ def test_pictures_for_a_notebook(tmp_path: Path) -> None:
     assert (tmp_path / "fact.png").read_bytes() == effects.plot(2).png
     with pytest.raises(UserError, match="there is no fact 3; these effects hold 0 to 2"):
         effects.plot(3)
+
+
+def test_severed_paths_are_lines_with_intervals() -> None:
+    runs = {
+        "nothing": made_up([0.1, 0.6, 0.3], noise=0.1, kinds=("resid",)),
+        "mlp": made_up([0.1, 0.1, 0.3], kinds=("resid",)),
+    }
+    picture = severed_figure(runs)
+    assert picture.png.startswith(b"\x89PNG")
+    assert picture.png == severed_figure(runs).png
+    assert picture.png != severed_figure({**runs, "mlp": runs["nothing"]}).png
+    assert picture.png != severed_figure(runs, role="last").png
+    with pytest.raises(UserError, match="0 runs are to be drawn"):
+        severed_figure({})
+    with pytest.raises(UserError, match="'attn' was not traced"):
+        severed_figure(runs, kind="attn")
 
 
 def test_windows_cut_by_the_ends_are_known() -> None:

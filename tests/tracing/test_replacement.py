@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,13 @@ import pytest
 import torch
 from tiny_tracing import say, tiny
 
+import lm
 from lm import UserError
+from lm.builtin import world
 from lm.load import LanguageModel
 from lm.prompts import PromptSpec
-from tracing import Fact, TokenReplacement, trace
+from lm.rows import Row
+from tracing import Fact, TokenReplacement, facts_from_rows, trace
 from tracing.probe import make_probe
 
 SUBJECTS = ("ada byron", "king now", "w3 w9", "w1 w2", "ada")
@@ -127,6 +132,47 @@ def test_both_engines_agree_and_the_cache_is_of_these_donors(tmp_path: Any) -> N
     files = len(list(tmp_path.iterdir()))
     trace(model, asked[:3], TokenReplacement(), kinds=["mlp"], cache=tmp_path, progress=False)  # fewer donors
     assert len(list(tmp_path.iterdir())) == files + 3
+
+
+def real_people(shared: Path) -> list[Fact]:
+    lines = [
+        json.loads(line)
+        for split in ("forget_train", "retain_train")
+        for line in (shared / "lume" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    return facts_from_rows([row for row in (Row(**line) for line in lines) if row.task == "Task2"])
+
+
+@pytest.fixture(params=["real", "built in"])
+def people(request: pytest.FixtureRequest) -> list[Fact]:
+    """Questions about people by name, of LUME's public data (skipped without it) and of the built-in world."""
+    if request.param == "real":
+        return real_people(request.getfixturevalue("shared"))
+    built = world.build()
+    return facts_from_rows([row for row in (*built.forget, *built.retain) if row.task == "Task2"])
+
+
+def test_people_s_names_are_replaced_by_others_of_equal_length_in_the_same_question(people: list[Fact]) -> None:
+    model = lm.load("builtin")
+    probes = [make_probe(model, fact, PromptSpec(), "log_probability") for fact in people]
+    corruptor = TokenReplacement(samples=3).bind(model, probes)
+    fitting = [probe for probe in probes if corruptor.why_not(probe) is None]
+    assert len(fitting) >= 0.75 * len(probes)
+    table = model.model.get_input_embeddings().weight.detach()  # type: ignore[union-attr]
+    asked: dict[tuple[str, str], set[str]] = {}
+    for fact in people:
+        asked.setdefault(fact.question, set()).add(fact.subject)
+    for probe in fitting[:: max(1, len(fitting) // 25)]:
+        start, end = probe.span
+        batch = corruptor.batch(probe)
+        ids = [[int((table == vector).all(1).nonzero()[0]) for vector in row] for row in batch]
+        assert ids[0] == list(probe.input_ids)
+        assert 1 <= len(ids) - 1 == corruptor.rows(probe) <= 3
+        for row in ids[1:]:
+            assert row[:start] + row[end:] == ids[0][:start] + ids[0][end:]
+            name = model.tokenizer.decode(row[start:end]).strip()
+            assert name != probe.fact.subject
+            assert name in asked[probe.fact.question]
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"seed": -1}])

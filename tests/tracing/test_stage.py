@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ import numpy as np
 import pytest
 from tiny_tracing import PROMPTS, known, say, tiny
 
-from lm.config import parse_config
+from lm.config import dump_yaml, parse_config
 from lm.errors import UserError
 from lm.load import LanguageModel, ModelSpec
-from tracing import Effects, LayerPlan, trace
+from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, early, trace
 from tracing.config import PlanConfig, TraceConfig
+from tracing.early import looks
 from tracing.stage import run_tracing
 from tracing.tracer import Workers
+from unlearn.facts import read_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBJECT = r"\b(ada byron king|ada byron|byron king|king|ada)\b"
@@ -82,6 +86,78 @@ def test_max_facts_are_drawn_with_the_seed(model_folder: Path, tmp_path: Path) -
     assert any(chosen(f"c{seed}", seed) != first for seed in (1, 2))
 
 
+def stage(model_folder: Path, out: Path, **settings: Any) -> TraceConfig:
+    return TraceConfig(model=ModelSpec(path=str(model_folder), device="cpu"), kinds=("mlp",), out=str(out), **settings)
+
+
+def test_weak_facts_are_left_out_and_the_rest_may_end_early(model_folder: Path, tmp_path: Path) -> None:
+    facts = known(tiny("olmo"), how_many=6)
+    everything = run_tracing(stage(model_folder, tmp_path / "all"), facts).effects
+    bound = float(np.sort(everything.total)[1])
+    config = stage(model_folder, tmp_path / "some", least_total=bound, stop_when_apart=True, max_facts=5, seed=1)
+    result = run_tracing(config, facts)
+    drawn = np.random.default_rng(1).permutation(6)
+    kept = [facts[place] for place in drawn if everything.total[place] >= bound]
+    assert list(result.effects.facts) == kept[:5]
+    assert result.effects.provenance["least_total"] == bound
+    stopping = LayerPlan.load(tmp_path / "some" / "plan.json").evidence["stopping"]
+    assert (stopping["looks"], stopping["looks_planned"], stopping["facts_allowed"]) == (1, 1, 5)
+    (tmp_path / "some" / "plan.json").unlink()
+    again = run_tracing(replace(config, resume=True), facts)
+    assert again.plan == result.plan
+
+
+def test_a_trace_looks_at_growing_numbers_of_facts(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "looks", lambda facts: looks(facts, 2))
+    facts = known(tiny("olmo"), how_many=6)
+    result = run_tracing(stage(model_folder, tmp_path / "run", stop_when_apart=True), facts)
+    stopping = result.plan.evidence["stopping"]
+    assert (stopping["looks"], stopping["looks_planned"]) == (
+        3,
+        3,
+    )  # two groups of facts are too few, a random model has no places
+    assert result.plan.evidence["confidence"] == pytest.approx(1 - 0.05 / 3)
+    assert not result.plan.singled_out
+    at_once = run_tracing(stage(model_folder, tmp_path / "once", max_facts=6), facts)  # the same order
+    assert at_once.effects.facts == result.effects.facts
+    for one, other in zip(at_once.effects.restored["mlp"], result.effects.restored["mlp"], strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_other_corruptions_of_the_same_facts_are_traced_beside(model_folder: Path, tmp_path: Path) -> None:
+    model = tiny("olmo")
+    names = ["ada byron", "byron king", "w3 w9", "king now", "ada"]
+    facts = [Fact(f"where is {name} ?", name, say(model, f"where is {name} ?", 2), id=name) for name in names]
+    config = stage(
+        model_folder, tmp_path / "run", also=(TokenReplacement(samples=2), GaussianNoise(sigmas=1.0)), seed=3
+    )
+    result = run_tracing(config, facts)
+    assert list(result.others) == ["TokenReplacement", "GaussianNoise-2"]
+    swapped = Effects.load(tmp_path / "run" / "effects-TokenReplacement.npz")
+    assert [fact.id for fact in swapped.facts] == names[:4]
+    assert "no other subject of 1 token" in swapped.skipped[0].reason
+    alone = trace(model, facts, TokenReplacement(samples=2), kinds=["mlp"], progress=False)
+    for one, other in zip(alone.restored["mlp"], swapped.restored["mlp"], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-9)
+    said = LayerPlan.load(tmp_path / "run" / "plan.json").evidence["also"]
+    assert said["TokenReplacement"]["agreement"]["mlp"]["facts"] == 4
+    assert said["GaussianNoise-2"]["agreement"]["mlp"]["facts"] == 5
+    assert not result.plan.singled_out
+    for name in ("effects-TokenReplacement.json", "effects-GaussianNoise-2.png"):
+        assert (tmp_path / "run" / name).is_file()
+
+
+def test_a_corruption_that_fits_no_fact_costs_no_finished_work(model_folder: Path, tmp_path: Path) -> None:
+    facts = known(tiny("olmo"), how_many=4)  # all ask something else
+    result = run_tracing(stage(model_folder, tmp_path / "run", also=(TokenReplacement(),)), facts)
+    assert len(result.effects.facts) == 4
+    assert not result.others
+    assert "TokenReplacement could not be compared: none of the facts asked for can be traced" in result.plan.verdict
+    assert LayerPlan.load(tmp_path / "run" / "plan.json") == result.plan
+
+
 def test_several_processes_share_the_facts_and_agree(tmp_path: Path) -> None:
     model = tiny()
     facts = known(model)
@@ -118,6 +194,10 @@ def test_several_processes_share_the_facts_and_agree(tmp_path: Path) -> None:
         ({"plan": {"size": 0}}, "plan.size is 0"),
         ({"plan": {"roles": ("lst",)}}, "lst"),
         ({"plan": {"stability": 0}}, "stability is 0"),
+        ({"plan": {"rule": "elbow", "size": 3}}, "rule elbow finds how many layers there are"),
+        ({"plan": {"rule": "mass", "share": 0}}, "share is 0"),
+        ({"least_total": -1}, "least_total is -1"),
+        ({"also": (GaussianNoise(),)}, "also repeats a corruption"),
     ],
 )
 def test_impossible_configs_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -129,6 +209,18 @@ def test_impossible_configs_are_refused_at_once(settings: dict[str, Any], messag
 def test_the_default_size_is_three_eighths_as_published() -> None:
     assert [PlanConfig().layers(count) for count in (1, 8, 12, 16, 32)] == [1, 3, 4, 6, 12]
     assert PlanConfig(size=5).layers(16) == 5
+    assert PlanConfig(rule="mass").layers(16) is None
+
+
+def test_the_rule_and_several_corruptions_are_read_from_the_command_line(tmp_path: Path) -> None:
+    words = ["--plan.rule", "mass", "--plan.share", "0.7", "--also", "[TokenReplacement]", "--least_total", "0.5"]
+    config = parse_config(TraceConfig, [*words, "--stop_when_apart", "true"])
+    assert (config.plan.rule, config.plan.share, config.also) == ("mass", 0.7, (TokenReplacement(),))
+    assert config.stop_when_apart
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    assert parse_config(TraceConfig, ["--config", str(tmp_path / "config.yaml")]) == config
+    with pytest.raises(UserError, match="did you mean 'elbow'"):
+        parse_config(TraceConfig, ["--plan.rule", "elbo"])
 
 
 def test_a_size_beyond_the_model_is_refused_before_tracing(model_folder: Path, tmp_path: Path) -> None:
@@ -186,6 +278,64 @@ def test_the_script_reads_rows_of_the_asked_tasks_and_known_facts(tmp_path: Path
         module.read_facts(TraceConfig(facts=rows, tasks=("Task3",)))
 
 
+def test_questions_and_answers_alone_are_read_and_the_unnamed_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [(f"{word} did Ada Byron do?", "much") for word in ("What", "When", "Where", "Why", "How")]
+    pairs += [(f"{word} did Bo Diddley do?", "little") for word in ("What", "When", "Where", "Why", "How")]
+    pairs += [("Who was it?", "Ada Byron")]
+    path = tmp_path / "questions.json"
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in pairs))
+    columns = {"input": "question", "output": "answer"}
+    config = TraceConfig(facts=str(path), columns=columns, tasks=(), leave_out_unnamed=True)
+    facts = read_facts(config)
+    assert [fact.subject for fact in facts] == ["Ada Byron"] * 5 + ["Bo Diddley"] * 5
+    assert "left out 1 of 11 questions" in capsys.readouterr().err
+    with pytest.raises(UserError, match="1 of 11 rows"):
+        read_facts(replace(config, leave_out_unnamed=False))
+
+
+def test_a_killed_trace_goes_on_to_the_same_file(model_folder: Path, tmp_path: Path) -> None:
+    rows = str(rows_file(tiny("olmo"), tmp_path / "rows.jsonl"))
+    words = ["--model.path", str(model_folder), "--model.device", "cpu", "--facts", rows, "--subject", SUBJECT]
+    words += [
+        "--engine",
+        "reference",
+        "--corruption.samples",
+        "40",
+        "--also",
+        "[{class_path: GaussianNoise, init_args: {seed: 2}}]",
+    ]
+
+    def start(name: str, *more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(ROOT / "scripts" / "trace.py"), *words, "--out", str(tmp_path / name), *more]
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    whole = start("whole")
+    assert whole.wait(timeout=120) == 0
+    killed = start("killed")
+    finished = tmp_path / "killed" / "facts"
+    while killed.poll() is None and len(list(finished.glob("*.npz"))) < 2:
+        time.sleep(0.002)
+    killed.kill()
+    killed.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in finished.glob("*.npz")}
+    assert 2 <= len(kept) < 12  # six facts under two corruptions
+    assert not (tmp_path / "killed" / "plan.json").exists()
+    again = start("killed", "--resume", "true")
+    assert again.wait(timeout=120) == 0
+    assert len(list(finished.glob("*.npz"))) == 12
+    assert all((finished / name).stat().st_mtime_ns == stamp for name, stamp in kept.items())
+    for name in ("effects.npz", "effects-GaussianNoise-2.npz", "plan.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_two_processes_write_what_one_writes(model_folder: Path, tmp_path: Path) -> None:
     rows = str(rows_file(tiny("olmo"), tmp_path / "rows.jsonl"))
     words = ["--model.path", str(model_folder), "--model.device", "cpu", "--facts", rows, "--subject", SUBJECT]
@@ -218,7 +368,7 @@ def test_two_processes_write_what_one_writes(model_folder: Path, tmp_path: Path)
     assert one.facts == two.facts
     for kind in one.kinds:
         for a, b in zip(one.restored[kind], two.restored[kind], strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+            assert np.array_equal(a, b)
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["devices"]["processes"] == 2
     assert (
         LayerPlan.load(tmp_path / "two" / "plan.json").layers == LayerPlan.load(tmp_path / "one" / "plan.json").layers

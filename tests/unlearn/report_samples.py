@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from tracing.effects import ROLES, EffectTable
+from tracing import Fact, difference
+from tracing.effects import ROLES, Effects, EffectTable
 from tracing.plan import LayerPlan
-from unlearn.report import Answer, Report, ReportModel
+from unlearn.report import Answer, Report, ReportModel, Retraced
 
 NAN = math.nan
 VOID = {"meta", "br", "col"}
@@ -97,6 +98,27 @@ def report(*models: ReportModel, **other: object) -> Report:
     return dataclasses.replace(made, **other)  # type: ignore[arg-type]
 
 
+def retraced(label: str = "Facts to forget", after: float = 0.05) -> Retraced:
+    """Four facts whose effect at one layer falls to `after`."""
+
+    def effects(peak: float, clean: float) -> Effects:
+        cells = np.zeros((6, 8))
+        cells[1:4, 3] = peak
+        return Effects(
+            facts=tuple(Fact("who is ada", "ada", "w", id=str(place)) for place in range(4)),
+            clean=np.full(4, clean),
+            corrupted=np.full(4, 0.1),
+            restored={"mlp": [cells + 0.1 + 0.01 * place for place in range(4)]},
+            tokens=(tuple("abcdef"),) * 4,
+            subject_spans=((1, 4),) * 4,
+            sigma=0.1,
+            metric="probability",
+            window=1,
+        )
+
+    return Retraced(label=label, found=difference(effects(0.4, 0.9), effects(after, 0.2)))
+
+
 def full() -> Report:
     log = [{"step": step, "forget_ce": 0.1 * step, "retain_ce": 0.02, "alpha": 1.5} for step in range(1, 31)]
     methods = (dataclasses.replace(PLANNED, log=log), model("joint_random", 0.8, 0.7, layers=(0, 5, 7)))
@@ -111,6 +133,7 @@ def full() -> Report:
             Answer(prompt="When?", truth="1987", task="Task2", side="forget", said=said),
             Answer(prompt="Where?", truth="Varn", task="Task3", side="retain", said={"base": "Varn"}),
         ),
+        again=(retraced(), retraced("Facts to keep", 0.4)),
         caveats=("One seed.",),
         commands=("make demo",),
         facts={"Seed": "0"},

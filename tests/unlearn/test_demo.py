@@ -11,6 +11,7 @@ import pytest
 from lm.config import parse_config
 from lm.errors import UserError
 from tests.unlearn.helpers import ROOT
+from tracing import Effects
 from unlearn.demo import DemoConfig, check_results, run_demo
 from unlearn.objectives import KLMinimisation
 
@@ -43,10 +44,27 @@ def test_results_hold_every_model_and_number(quick: Path) -> None:
 
 def test_the_page_is_whole_and_self_contained(quick: Path) -> None:
     page = (quick / "report.html").read_text()
-    for label in ("Joint, planned layers", "Joint, random layers", "Gradient difference", "Never saw it"):
+    for label in (
+        "What is left where it was stored?",
+        "Facts to forget",
+        "Joint, planned layers",
+        "Joint, random layers",
+        "Gradient difference",
+        "Never saw it",
+    ):
         assert label in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+
+
+def test_the_same_facts_are_traced_again_in_the_unlearned_model(quick: Path) -> None:
+    before, after = (Effects.load(quick / name / "effects.npz") for name in ("trace", "retrace"))
+    assert after.facts == before.facts
+    assert after.sigma == before.sigma
+    assert after.provenance["before"] == before.provenance["weights"]
+    written = json.loads((quick / "retrace" / "difference.json").read_text())
+    assert written["clean"]["change"] == pytest.approx(float((after.clean - before.clean).mean()))
+    assert written["clean"]["change"] != 0
 
 
 def test_a_second_call_runs_nothing_again(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:

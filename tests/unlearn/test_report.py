@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lm.errors import UserError
-from tests.unlearn.report_samples import BASE, PLANNED, TWIN, Page, full, plan, report, table
+from tests.unlearn.report_samples import BASE, PLANNED, TWIN, Page, full, plan, report, retraced, table
 from unlearn.report import Answer, Report, ReportModel, render, write_report
 from unlearn.report.markup import Html, el
 from unlearn.report.style import DARK, LIGHT
@@ -28,7 +28,7 @@ def test_page_is_whole_well_formed_and_the_same_every_time(tmp_path: Path) -> No
     page = Page(text)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert ids == ["where", "scores", "answers", "training", "caveats", "repeat"]
+    assert ids == ["where", "scores", "answers", "again", "training", "caveats", "repeat"]
     assert [link["href"] for link in page.all("a")] == ["#where", *(f"#{name}" for name in ids)]
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["report.html"]
 
@@ -89,6 +89,7 @@ def test_nothing_from_outside_becomes_markup() -> None:
             provenance={"facts_used": [bad], "facts_left_out": {bad: bad}},
         ),
         tables={"mlp": dataclasses.replace(table(), metric=bad, roles=(bad,) * 7)},
+        again=(dataclasses.replace(retraced(), label=bad, found=dataclasses.replace(retraced().found, metric=bad)),),
         caveats=(bad,),
         commands=(bad,),
         facts={bad: bad},

@@ -7,8 +7,9 @@ import math
 import re
 
 import numpy as np
+import pytest
 
-from tests.unlearn.report_samples import BASE, NAN, PLANNED, TWIN, Page, model, plan, report, table
+from tests.unlearn.report_samples import BASE, NAN, PLANNED, TWIN, Page, model, plan, report, retraced, table
 from tracing.plan import LayerPlan
 from unlearn.report import curves, render
 from unlearn.report.charts import colour_key, heat_map, term_bars
@@ -48,6 +49,34 @@ def test_effects_without_facts_or_plan() -> None:
     Page(render(report(tables={"mlp": empty})))
     flat = dataclasses.replace(table(), mean=np.zeros((7, 8)))
     Page(render(report(tables={"mlp": flat}, plan=LayerPlan(layers=(1,)))))
+
+
+def test_facts_traced_again_are_shown_before_after_and_as_a_change() -> None:
+    again = (retraced("Facts to forget", 0.05), retraced("Facts to keep", 0.4))
+    drawn = render(report(again=again))
+    page = Page(drawn)
+    assert "What is left where it was stored?" in page.text
+    assert [text for place, text in page.texts if place == "h3"] == ["Facts to forget", "Facts to keep"]
+    assert again[0].found.sentence("mlp").replace("'", "&#x27;") in drawn
+    assert (
+        "what putting back the MLP of layer 3 at the first subject token brings, most of all before, fell from"
+        in page.text
+    )
+    assert "did not change beyond chance" in page.text
+    described = [str(svg["aria-label"]) for svg in page.all("svg") if "token role" in str(svg["aria-label"])]
+    assert [one.split(": ")[1].split(" by")[0] for one in described] == [
+        "mean indirect effect before",
+        "mean indirect effect after",
+        "change of the mean indirect effect",
+    ] * 2
+    assert "layer 3: −0.350" in described[2]
+    assert re.search(r'<rect class="minus"[^>]*fill-opacity="1"><title>subject, last token, layer 3: −0.350', drawn)
+    opacity = re.findall(r'<rect class="plus"[^>]*fill-opacity="([\d.]+)"><title>subject, last token, layer 3', drawn)
+    assert [float(one) for one in opacity[:2]] == pytest.approx([1.0, 0.064 / 0.415], abs=0.03)  # one scale for both
+    assert drawn.count("The change in numbers") == 2
+    assert "What is left where it was stored?" not in render(report())
+    unsure = render(report(again=again, plan=plan(singled=False)))
+    assert unsure.count('class="outline tentative"') == 6 + 1  # three maps a side, and the layer scores
 
 
 def test_term_bars() -> None:

@@ -4,6 +4,6 @@
 """
 
 from unlearn.report.page import render, write_report
-from unlearn.report.records import Answer, Report, ReportModel
+from unlearn.report.records import Answer, Report, ReportModel, Retraced
 
-__all__ = ["Answer", "Report", "ReportModel", "render", "write_report"]
+__all__ = ["Answer", "Report", "ReportModel", "Retraced", "render", "write_report"]

@@ -42,10 +42,19 @@ def largest(tables: Sequence[EffectTable]) -> float:
     return top if top > 0 else 1.0
 
 
-def heat_map(table: EffectTable, *, top: float, band: Sequence[int], outlined: bool, tentative: bool) -> Html:
+def heat_map(
+    table: EffectTable,
+    *,
+    top: float,
+    band: Sequence[int],
+    outlined: bool,
+    tentative: bool,
+    what: str = "mean indirect effect",
+) -> Html:
     """One table: rows are token roles, columns layers; the strength of a cell is its share of `top`.
 
-    The band is marked on the layer axis, and outlined across the rows if `outlined`; dashed if `tentative`.
+    The band is marked on the layer axis, and outlined across the rows if `outlined`; dashed if `tentative`. `what` the numbers
+    are is said in the description.
     """
     rows, layers = shown_roles(table), table.mean.shape[1]
     wide = _PLOT / layers
@@ -75,7 +84,7 @@ def heat_map(table: EffectTable, *, top: float, band: Sequence[int], outlined: b
     parts += _layer_axis(layers, 2 + height, () if outlined else band)
     if outlined:
         parts += _outline(band, layers, 2, height, tentative)
-    described = f"{words.KINDS[table.kind]}: mean indirect effect by token role and layer; {_peak(table, rows)}"
+    described = f"{words.KINDS[table.kind]}: {what} by token role and layer; {_peak(table, rows)}"
     return drawing(WIDTH, height + 40, described, *parts)
 
 
@@ -202,7 +211,7 @@ def _cell_title(table: EffectTable, row: int, layer: int, name: str) -> str:
 def _peak(table: EffectTable, rows: Sequence[int]) -> str:
     if not rows:
         return "no fact was traced."
-    values = np.where(np.isnan(table.mean), -np.inf, table.mean)
+    values = np.where(np.isnan(table.mean), -np.inf, np.abs(table.mean))
     row, layer = np.unravel_index(int(values.argmax()), values.shape)
     name = words.ROLES.get(table.roles[row], table.roles[row])
     return f"largest at {name}, layer {layer}: {words.small(float(table.mean[row, layer]))}."

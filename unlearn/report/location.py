@@ -32,7 +32,7 @@ def where(report: Report) -> Html:
     if report.plan is not None:
         parts.append(_plan(report.plan))
     if tables:
-        parts.append(_numbers(tables))
+        parts.append(numbers(tables, "The effects in numbers", "mean indirect effect by layer"))
     return join(parts)
 
 
@@ -115,7 +115,7 @@ def _reasons(left: object) -> str:
     return f" ({'; '.join(f'{count} × {reason}' for reason, count in common)}{more})"
 
 
-def _numbers(tables: Sequence[EffectTable]) -> Html:
+def numbers(tables: Sequence[EffectTable], summary: str, what: str) -> Html:
     """The same as tables, for those who cannot see colours or want to copy."""
     out = []
     for table in tables:
@@ -135,10 +135,10 @@ def _numbers(tables: Sequence[EffectTable]) -> Html:
             )
             for row in shown_roles(table)
         ]
-        caption = el("caption", f"{words.KINDS[table.kind]}: mean indirect effect by layer")
+        caption = el("caption", f"{words.KINDS[table.kind]}: {what}")
         made = el("table", caption, el("thead", el("tr", head)), el("tbody", body), class_="plain")
         out.append(el("div", made, class_="scroll", role="region", aria_label=words.KINDS[table.kind], tabindex="0"))
-    return el("details", el("summary", "The effects in numbers"), out)
+    return el("details", el("summary", summary), out)
 
 
 def _cell(table: EffectTable, row: int, layer: int) -> Html:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lm.run import write_atomic
 from unlearn.report import curves, tables, words
+from unlearn.report.again import traced_again
 from unlearn.report.answers import before_and_after
 from unlearn.report.location import where
 from unlearn.report.markup import Html, el, join
@@ -41,6 +42,7 @@ def render(report: Report) -> str:
         ("where", "Where is it stored?", where(report)),
         ("scores", "Is it gone, and is the rest still there?", _scores(report)),
         ("answers", "Before and after", _answers(report)),
+        ("again", "What is left where it was stored?", traced_again(report)),
         ("training", "Training", _training(report)),
         ("caveats", "Caveats", _caveats(report)),
         ("repeat", "How to repeat this", _repeat(report)),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lm.errors import UserError
+from tracing.difference import Difference
 from tracing.effects import EffectTable
 from tracing.plan import LayerPlan
 from unlearn.evaluation.lume import TERMS
@@ -79,6 +80,14 @@ class ReportModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retraced:
+    """Facts traced before unlearning and again after it: which ones, in words, and what changed."""
+
+    label: str
+    found: Difference
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything on the page.
 
@@ -90,6 +99,7 @@ class Report:
         tables: kind (`resid`, `mlp`, `attn`) -> mean indirect effects.
         models: in the order to show; base and twin are set apart wherever they stand.
         answers: rows to show before and after.
+        again: facts that were traced again after unlearning, in the planned model.
         caveats: sentences on what the numbers do not show.
         commands: what to type to get these results again.
         facts: versions, date, seed, commit, data hashes, machine.
@@ -102,6 +112,7 @@ class Report:
     plan: LayerPlan | None = None
     tables: Mapping[str, EffectTable] = field(default_factory=dict)
     answers: tuple[Answer, ...] = ()
+    again: tuple[Retraced, ...] = ()
     caveats: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,25 @@
+"""What is left where it was stored? Trace the facts of an earlier trace again, in the model as it is after unlearning.
+
+python scripts/retrace.py --before runs/trace --model.path runs/unlearn/model --out runs/retrace
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/trace.py must not hide other modules
+
+from lm.config import script
+from lm.devices import is_main
+from tracing.retrace_stage import RetraceConfig, run_retracing
+
+
+def main(config: RetraceConfig) -> None:
+    found = run_retracing(config)
+    if is_main():
+        for kind in found.kinds:
+            print(found.sentence(kind))
+        print(f"wrote {config.out}/effects.npz, difference.json and a picture a kind")
+
+
+if __name__ == "__main__":
+    script(main, RetraceConfig, description=__doc__)
