@@ -125,19 +125,23 @@ class Inputs:
         ids, attention: (rows, tokens) token ids, and 1 on real tokens.
         targets: (rows, tokens - 1) the next token at each position.
         mask: (rows, tokens - 1) True where that target is supervised.
+        supervised: whether any target is.
     """
 
     ids: Tensor
     attention: Tensor
     targets: Tensor
     mask: Tensor
+    supervised: bool
 
 
 def collate(rows: Sequence[Encoded], pad: int, device: torch.device) -> Inputs:
     """Pad rows to one length. No rows at all gives one row of padding with nothing supervised, so that every process works."""
     if not rows:
         ids = torch.full((1, 2), pad, dtype=torch.long, device=device)
-        return Inputs(ids, torch.ones_like(ids), ids[:, 1:], torch.zeros((1, 1), dtype=torch.bool, device=device))
+        return Inputs(
+            ids, torch.ones_like(ids), ids[:, 1:], torch.zeros((1, 1), dtype=torch.bool, device=device), False
+        )
     longest = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     attention = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -146,4 +150,5 @@ def collate(rows: Sequence[Encoded], pad: int, device: torch.device) -> Inputs:
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
         attention[index, : len(row.ids)] = 1
         mask[index, row.answer_start : len(row.ids)] = True
-    return Inputs(ids.to(device), attention.to(device), ids[:, 1:].to(device), mask[:, 1:].to(device))
+    any_target = bool(mask.any())
+    return Inputs(ids.to(device), attention.to(device), ids[:, 1:].to(device), mask[:, 1:].to(device), any_target)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from torch import nn
 
 from lm.devices import local_part, sum_over_processes
 from lm.errors import UserError
-from lm.prompts import Encoded
+from lm.load import LanguageModel
 from lm.run import RunFolder, progress
 from unlearn import state
 from unlearn.batches import PairedBatches
-from unlearn.objectives import Loss, RetainMemory
-from unlearn.reference import Original
-from unlearn.step import Stepper, StepResult
+from unlearn.objectives import Dual, Loss, RetainMemory
+from unlearn.passes import Passes, reads
+from unlearn.reference import reference
+from unlearn.step import Side, Stepper, StepResult
 from unlearn.trainer_config import TrainerConfig
 
 Validate = Callable[[], dict[str, float]]
@@ -51,15 +52,13 @@ class Progress:
 
 def train(
     acc: Accelerator,
-    model: nn.Module,
-    forget: Sequence[Encoded],
-    retain: Sequence[Encoded],
+    model: LanguageModel,
+    forget: Side,
+    retain: Side,
     loss: Loss,
     config: TrainerConfig,
     *,
-    pad: int,
     run: RunFolder,
-    prepare: Callable[[nn.Module, torch.optim.Optimizer], tuple[nn.Module, torch.optim.Optimizer]] | None = None,
     validate: Validate | None = None,
     resume: bool = False,
 ) -> tuple[nn.Module, Progress]:
@@ -68,47 +67,64 @@ def train(
     Args:
         model: with the scope applied. Dropout stays off: one, two and N processes give the same numbers.
         forget, retain: encoded rows; `retain` may be empty if the loss does not use it.
-        prepare: wraps model and optimiser; None takes `acc.prepare`.
         validate: returns `task_aggregate` and/or `joint_loss`, on every process; called every `evaluate_every` steps.
         resume: go on from the newest checkpoint in `run`, if there is one.
 
     Raises:
-        UserError: the loss needs retain rows and there are none; the loss became NaN; the disk is full.
+        UserError: the loss needs retain rows and there are none, or reads nothing of a trainable parameter; the loss became
+            NaN; the disk is full.
     """
-    if loss.uses_retain and not retain:
-        raise UserError(f"{type(loss.objective).__name__} needs retain rows and there are none: give a retain set")
-    if config.checkpoint != "last" and validate is None:
-        raise UserError(
-            f"trainer.checkpoint is {config.checkpoint!r} but there is no validation split: give one, or use last"
-        )
+    _refuse_what_cannot_be(model, forget, retain, loss, config, validates=validate is not None)
     batches = PairedBatches(
-        forget=len(forget),
-        retain=len(retain) if loss.uses_retain else 0,
+        forget=len(forget.rows),
+        retain=len(retain.rows) if loss.uses_retain else 0,
         batch=config.batch,
         pairing=config.pairing,
         seed=config.seed,
     )
     steps = config.steps or config.epochs * batches.steps_per_epoch
-    model.eval()
+    model.model.train(False)
     if config.gradient_checkpointing:
-        _enable_gradient_checkpointing(model)
+        _enable_gradient_checkpointing(model.model)
     optimiser: torch.optim.Optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
+        [p for p in model.model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
     )
-    wrapped, optimiser = (prepare or acc.prepare)(model, optimiser)
+    wrapped, optimiser = acc.prepare(model.model, optimiser)
+    model = replace(model, model=acc.unwrap_model(wrapped))
+    passes = Passes(acc, wrapped, model, reference=reference(model.model) if loss.needs_original else None)
     loop = _Loop(acc, wrapped, optimiser, loss, config, batches, steps, run, validate)
-    loop.stepper = Stepper(
-        acc,
-        wrapped,
-        loss,
-        forget,
-        retain,
-        original=Original(wrapped) if loss.needs_original else None,
-        pad=pad,
-        micro_batch=config.micro_batch,
-        weighting=config.weighting,
-    )
+    loop.stepper = Stepper(passes, loss, forget, retain, micro_batch=config.micro_batch, weighting=config.weighting)
     return wrapped, loop.run_all(resume=resume)
+
+
+def _refuse_what_cannot_be(
+    model: LanguageModel, forget: Side, retain: Side, loss: Loss, config: TrainerConfig, *, validates: bool
+) -> None:
+    if loss.uses_retain and not retain.rows:
+        raise UserError(f"{type(loss.objective).__name__} needs retain rows and there are none: give a retain set")
+    if config.checkpoint != "last" and not validates:
+        raise UserError(
+            f"trainer.checkpoint is {config.checkpoint!r} but there is no validation split: give one, or use last"
+        )
+    if config.weighting == "micro_batch_mean" and isinstance(loss.weight, Dual):
+        raise UserError(
+            "the dual variable moves with the global batch's loss, which micro_batch_mean never knows: set trainer.weighting "
+            "to global_tokens"
+        )
+    if loss.forget_needs.alternate and not forget.alternates:
+        raise UserError(f"{type(loss.objective).__name__} needs alternate answers and there are none: set alternates")
+    sides = [loss.forget_needs, *([loss.retain_needs] if loss.uses_retain else [])]
+    for needs in sides:
+        if needs.hidden is not None:
+            model.anatomy.block_path(needs.hidden.layer)
+    for name, parameter in model.model.named_parameters():
+        if parameter.requires_grad and not any(reads(model.anatomy, needs, name) for needs in sides):
+            raise UserError(
+                f"{name} may change, but {type(loss.objective).__name__} reads the model only up to layer "
+                f"{max(needs.hidden.layer for needs in sides if needs.hidden is not None)}: leave later layers out of the scope"
+            )
 
 
 class _Loop:
@@ -246,7 +262,7 @@ class _Loop:
         return bool(stop)
 
     def _log(self, result: StepResult, norm: float) -> None:
-        values = {
+        measured = {
             "loss": result.loss,
             "forget_ce": result.forget_cross_entropy,
             "retain_ce": result.retain_cross_entropy,
@@ -255,6 +271,7 @@ class _Loop:
             "grad_norm": norm,
             "lr": float(self.optimiser.param_groups[0]["lr"]),
         }
+        values = {name: value for name, value in measured.items() if not math.isnan(value)}  # not asked for, not known
         self.run.log(self.at.step, values)
         if self.acc.trackers:
             self.acc.log(values, step=self.at.step)
