@@ -8,18 +8,20 @@ numbers become losses is `unlearn.step`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from lm.anatomy import Anatomy, Site
 from lm.hooks import capture
 from lm.load import LanguageModel
-from lm.partial import backbone, forward_replaced, head_logits, up_to
+from lm.partial import backbone, forward_replaced, head_logits, starting_with, up_to
 from lm.prompts import Encoded
 from unlearn.batches import Inputs, collate
 from unlearn.objectives import HiddenNeed, Needs, TokenStats
@@ -43,30 +45,34 @@ class Passes:
         self, acc: Accelerator, wrapped: nn.Module, model: LanguageModel, *, reference: Reference | None = None
     ) -> None:
         self.acc, self.wrapped, self.model, self.reference = acc, wrapped, model, reference
+        self.start = first_block(model)
         self.pad = int(model.tokenizer.pad_token_id)
         self._head: nn.Module = model.model.get_submodule(model.anatomy.head)
         self._head_learns = any(p.requires_grad for p in self._head.parameters())
 
     def stats(
         self,
-        rows: Sequence[Encoded],
+        texts: Sequence[Encoded],
         needs: Needs,
         *,
-        alternates: Sequence[Encoded] = (),
-        reference_logprobs: Sequence[Tensor] | None = None,
+        alternates: int = 0,
+        originals: Sequence[Tensor] | None = None,
+        below: Sequence[Tensor] | None = None,
     ) -> TokenStats:
-        """The statistics of some rows, and of as many alternates, which go through the model together with them.
+        """The statistics of some rows.
 
         Args:
-            reference_logprobs: for each row, then each alternate, (supervised tokens,), where they are known already.
+            texts: the rows, and after them their alternates, which go through the model together with them.
+            alternates: how many of the texts are alternates: none, or half.
+            originals: (supervised tokens,) of each text, the original's log-probabilities where they are known already.
+            below: (tokens, hidden) of each text, what the block `self.start` reads, likewise.
         """
-        together = [*rows, *alternates]
-        inputs = collate(together, self.pad, self.acc.device)
-        asked = needs if reference_logprobs is None else replace(needs, reference_logprob=False)
-        theirs = self._original(asked, inputs) if asked.reference else {}
-        if reference_logprobs:
-            theirs["logprob"] = torch.cat(list(reference_logprobs)).to(self.acc.device)
-        ours = self._pass(inputs, needs, theirs)
+        inputs = collate(texts, self.pad, self.acc.device)
+        asked = needs if originals is None else replace(needs, reference_logprob=False)
+        theirs = self._original(asked, inputs, below) if asked.reference else {}
+        if originals:
+            theirs["logprob"] = torch.cat(list(originals)).to(self.acc.device)
+        ours = self._pass(inputs, needs, theirs, below)
         found = TokenStats(
             logprob=_placed(ours.get("logprob"), inputs),
             mask=inputs.mask,
@@ -78,36 +84,47 @@ class Passes:
         )
         if not needs.alternate:
             return found
-        if not rows:
+        if not texts:
             return replace(found, alternate=found)
-        return replace(_part(found, slice(len(rows))), alternate=_part(found, slice(len(rows), None)))
+        rows = len(texts) - alternates
+        return replace(_part(found, slice(rows)), alternate=_part(found, slice(rows, None)))
 
     def unread(self, needs: Needs) -> list[nn.Parameter]:
         """The trainable parameters on which nothing that `needs` asks for depends."""
         named = self.model.model.named_parameters()
         return [p for name, p in named if p.requires_grad and not reads(self.model.anatomy, needs, name)]
 
-    def logprobs(self, rows: Sequence[Encoded]) -> list[Tensor]:
-        """For each row, (supervised tokens,) the targets' log-probabilities, without a graph."""
-        inputs = collate(rows, self.pad, self.acc.device)
+    def logprobs(self, texts: Sequence[Encoded], *, below: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """For each text, (supervised tokens,) the targets' log-probabilities, without a graph."""
+        inputs = collate(texts, self.pad, self.acc.device)
         with torch.no_grad():
-            found = self._pass(inputs, Needs(), {})["logprob"]
+            found = self._pass(inputs, Needs(), {}, below)["logprob"]
         sizes = inputs.mask.sum(dim=1).tolist()
-        return list(torch.split(found[: sum(sizes)], sizes)) if rows else []
+        return list(torch.split(found[: sum(sizes)], sizes)) if texts else []
 
-    def _original(self, needs: Needs, inputs: Inputs) -> Read:
+    def streams(self, texts: Sequence[Encoded], layer: int) -> list[Tensor]:
+        """For each text, (tokens, hidden) the stream after block `layer`, without a graph."""
+        inputs = collate(texts, self.pad, self.acc.device)
+        with torch.no_grad():
+            found = self._pass(inputs, Needs(logprob=False, hidden=HiddenNeed(layer)), {}, None)["stream"]
+        return [stream[: len(text.ids)].clone() for stream, text in zip(found, texts, strict=False)]
+
+    def _original(self, needs: Needs, inputs: Inputs, below: Sequence[Tensor] | None) -> Read:
         """What the original model gives for the same rows, without a graph."""
         assert self.reference is not None  # made for every loss that says it needs one
         hidden = needs.hidden if needs.hidden is not None and needs.hidden.reference else None
         asked = Needs(logprob=needs.reference_logprob, hidden=hidden)
         with self.reference.restored():
-            return self._pass(inputs, asked, {}, state=any(one.reference for one in needs.statistics))
+            return self._pass(inputs, asked, {}, below, state=any(one.reference for one in needs.statistics))
 
-    def _pass(self, inputs: Inputs, needs: Needs, theirs: Read, *, state: bool = False) -> Read:
+    def _pass(
+        self, inputs: Inputs, needs: Needs, theirs: Read, below: Sequence[Tensor] | None, *, state: bool = False
+    ) -> Read:
         """One pass of the model as it is.
 
         Args:
             theirs: what the original gave, for statistics that compare.
+            below: what the block `self.start` reads, if the blocks before it need not run.
             state: also give what the head read, and keep the head.
         """
         names = [*(["logprob"] if needs.logprob else []), *(f"values.{one.name}" for one in needs.statistics)]
@@ -127,34 +144,42 @@ class Passes:
                     given |= dict(zip(names, values, strict=True))
             return given
 
-        return self._run(inputs, read, whole=state or bool(names), hidden=needs.hidden)
+        return self._run(inputs, read, below, whole=state or bool(names), hidden=needs.hidden)
 
     def _run(
         self,
         inputs: Inputs,
         read: Callable[[BaseModelOutput, Tensor | None], Read],
+        below: Sequence[Tensor] | None,
         *,
         whole: bool,
         hidden: HiddenNeed | None,
     ) -> Read:
         """`read(what the backbone gave, the stream asked for)`, inside the model's forward call and as deep as needed."""
+        site = None if hidden is None else Site("resid", hidden.layer)
 
         def forward(input_ids: Tensor, attention_mask: Tensor) -> Read:
-            with self.acc.autocast():
-                if hidden is None:
-                    return read(backbone(self.model, input_ids=input_ids, attention_mask=attention_mask), None)
-                if not whole:
-                    with up_to(self.model, hidden.layer):
-                        found = backbone(self.model, input_ids=input_ids, attention_mask=attention_mask)
-                    return read(found, found.last_hidden_state)
-                site = Site("resid", hidden.layer)
-                with capture(self.model, [site], detach=False) as seen:
-                    found = backbone(self.model, input_ids=input_ids, attention_mask=attention_mask)
-                return read(found, seen[site])
+            with self.acc.autocast(), ExitStack() as parts:
+                if hidden is not None and not whole:
+                    parts.enter_context(up_to(self.model, hidden.layer))
+                if below is not None and (hidden is None or hidden.layer >= self.start):
+                    parts.enter_context(starting_with(self.model, self.start, self._padded(below, inputs)))
+                seen = parts.enter_context(capture(self.model, [site] if site and whole else [], detach=False))
+                found = backbone(self.model, input_ids=input_ids, attention_mask=attention_mask)
+                if site is None:
+                    return read(found, None)
+                return read(found, seen[site] if whole else found.last_hidden_state)
 
         with forward_replaced(self.model.model, forward):
             found: Read = self.wrapped(input_ids=inputs.ids, attention_mask=inputs.attention)
         return found
+
+    def _padded(self, below: Sequence[Tensor], inputs: Inputs) -> Tensor:
+        """(rows, tokens, hidden) the streams of the texts; without texts as many zeros, so that every process does the same."""
+        if not below:
+            width = self.model.anatomy.hidden
+            return torch.zeros((*inputs.ids.shape, width), dtype=self.model.model.dtype, device=self.acc.device)
+        return pad_sequence(list(below), batch_first=True).to(self.acc.device)
 
     def _measure(self, needs: Needs, found: BaseModelOutput, inputs: Inputs, theirs: Read) -> Measure:
         """What is computed of a chunk's logits."""
@@ -183,6 +208,17 @@ def reads(anatomy: Anatomy, needs: Needs, name: str) -> bool:
         return needs.vocabulary
     above = [f"{anatomy.block_path(layer)}." for layer in range(needs.hidden.layer + 1, anatomy.layers)]
     return not name.startswith((*above, f"{anatomy.norm}.", f"{anatomy.head}."))
+
+
+def first_block(model: LanguageModel) -> int:
+    """The first block that something trainable changes; 0 if that is before the blocks, and their number if none is."""
+    anatomy, first = model.anatomy, model.anatomy.layers
+    for name, parameter in model.model.named_parameters():
+        if not parameter.requires_grad or name.startswith((f"{anatomy.norm}.", f"{anatomy.head}.")):
+            continue
+        inside = [layer for layer in range(first) if name.startswith(f"{anatomy.block_path(layer)}.")]
+        first = inside[0] if inside else first if name.startswith(f"{anatomy.blocks}.") else 0
+    return first
 
 
 def _supervised(hidden: Tensor, inputs: Inputs) -> Tensor:

@@ -39,6 +39,12 @@ def reference(model: nn.Module) -> Reference:
     return WithoutAdapters(adapters) if adapters else Original(model)
 
 
+def untrained(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block, a model that was not trained yet is exactly the one that was loaded: adapters may round."""
+    found = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return WithoutAdapters(found).restored() if found else nullcontext()
+
+
 class Original:
     """The first values of the trainable parameters of `model` (this process's shards of them)."""
 

@@ -139,7 +139,7 @@ class Cost:
         each = "" if processes == 1 else f" (over {processes} processes, if sharded)"
         return (
             f"trainable {self.trainable:,} of {self.total:,} parameters ({self.trainable / self.total:.1%}); "
-            f"AdamW states {_size(self.optimiser_bytes)}, gradients {_size(self.gradient_bytes)}{each}"
+            f"AdamW states {readable_size(self.optimiser_bytes)}, gradients {readable_size(self.gradient_bytes)}{each}"
         )
 
 
@@ -156,7 +156,8 @@ def cost(model: nn.Module) -> Cost:
     )
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
+    """A number of bytes for a person."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

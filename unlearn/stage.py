@@ -31,6 +31,7 @@ from unlearn.objectives import RetainMemory
 from unlearn.passes import Passes
 from unlearn.scope import cost
 from unlearn.step import Side
+from unlearn.store import forget_stores
 from unlearn.trainer import refuse_broken_weights, train
 
 
@@ -94,6 +95,7 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         config.loss,
         config.trainer,
         run=run,
+        made_from=run.manifest["weights"],
         validate=scorer,
         resume=config.resume,
     )
@@ -115,6 +117,7 @@ def run_unlearning(config: UnlearnConfig) -> Path:
     for tracker in acc.trackers:
         tracker.finish()
     run.prune_checkpoints(keep=0)
+    forget_stores(run)
     acc.wait_for_everyone()
     return result
 

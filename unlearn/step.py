@@ -7,10 +7,12 @@ forget rows follow: exact, with one pass over each row and no second gradient bu
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -22,6 +24,7 @@ from unlearn.batches import StepRows, micro_batches
 from unlearn.objectives import Loss, Needs, RetainMemory, TokenStats
 from unlearn.objectives.base import Term
 from unlearn.passes import Passes
+from unlearn.store import RowStore
 
 Weighting = Literal["global_tokens", "global_rows", "micro_batch_mean"]
 
@@ -49,14 +52,31 @@ class Side:
     Attributes:
         rows: the rows, encoded.
         alternates: for each row its alternate answers to the same question, or nothing.
+        original: the original model's log-probabilities of `texts`, (supervised tokens,) each, where they are known already.
+        below: the stream that the first block that may change reads for `texts`, (tokens, hidden) each, likewise.
     """
 
     rows: Sequence[Encoded]
     alternates: Sequence[tuple[Encoded, ...]] = ()
+    original: RowStore | None = None
+    below: RowStore | None = None
 
-    def alternate(self, row: int, epoch: int) -> Encoded:
-        """The alternate that a row takes in an epoch: each in its turn."""
-        return self.alternates[row][epoch % len(self.alternates[row])]
+    @cached_property
+    def texts(self) -> list[Encoded]:
+        """The rows, then every alternate, row by row."""
+        return [*self.rows, *itertools.chain.from_iterable(self.alternates)]
+
+    def alternate(self, row: int, epoch: int) -> int:
+        """The place in `texts` of the alternate that a row takes in an epoch: each in its turn."""
+        return len(self.rows) + self._firsts[row] + epoch % len(self.alternates[row])
+
+    def streams(self, places: Sequence[int]) -> list[Tensor] | None:
+        """What the first block that may change reads for some of `texts`, if it is known."""
+        return None if self.below is None else [self.below[place] for place in places]
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return [0, *itertools.accumulate(len(several) for several in self.alternates)]
 
 
 class Stepper:
@@ -174,8 +194,14 @@ class Stepper:
 
     def _stats(self, rows: Sequence[int], *, forget: bool, epoch: int) -> TokenStats:
         side, needs = (self.forget, self.loss.forget_needs) if forget else (self.retain, self.loss.retain_needs)
-        alternates = [side.alternate(row, epoch) for row in rows] if needs.alternate else []
-        stats = self.passes.stats([side.rows[row] for row in rows], needs, alternates=alternates)
+        places = [*rows, *(side.alternate(row, epoch) for row in rows)] if needs.alternate else rows
+        stats = self.passes.stats(
+            [side.texts[place] for place in places],
+            needs,
+            alternates=len(places) - len(rows),
+            originals=None if side.original is None else [side.original[place] for place in places],
+            below=side.streams(places),
+        )
         return _by_row(stats) if self._by_row else stats
 
     def _syncing(self, sync: bool) -> AbstractContextManager[None]:
@@ -208,7 +234,7 @@ class Stepper:
     def _tokens(self, rows: StepRows, epoch: int) -> int:
         used = sum(len(self.forget.rows[i].ids) for i in rows.forget)
         if self.loss.forget_needs.alternate:
-            used += sum(len(self.forget.alternate(i, epoch).ids) for i in rows.forget)
+            used += sum(len(self.forget.texts[self.forget.alternate(i, epoch)].ids) for i in rows.forget)
         return used + (sum(len(self.retain.rows[i].ids) for i in rows.retain) if self.loss.uses_retain else 0)
 
 

@@ -24,6 +24,7 @@ from lm.load import LanguageModel
 from lm.run import RunFolder, progress
 from unlearn import state
 from unlearn.batches import PairedBatches
+from unlearn.beforehand import asks_original, compute_beforehand, size_below, used_texts
 from unlearn.objectives import Dual, Loss, RetainMemory
 from unlearn.passes import Passes, reads
 from unlearn.reference import reference
@@ -59,6 +60,7 @@ def train(
     config: TrainerConfig,
     *,
     run: RunFolder,
+    made_from: str,
     validate: Validate | None = None,
     resume: bool = False,
 ) -> tuple[nn.Module, Progress]:
@@ -67,6 +69,7 @@ def train(
     Args:
         model: with the scope applied. Dropout stays off: one, two and N processes give the same numbers.
         forget, retain: encoded rows; `retain` may be empty if the loss does not use it.
+        made_from: the fingerprint of the model as it is, which names what is computed beforehand.
         validate: returns `task_aggregate` and/or `joint_loss`, on every process; called every `evaluate_every` steps.
         resume: go on from the newest checkpoint in `run`, if there is one.
 
@@ -93,7 +96,18 @@ def train(
     )
     wrapped, optimiser = acc.prepare(model.model, optimiser)
     model = replace(model, model=acc.unwrap_model(wrapped))
-    passes = Passes(acc, wrapped, model, reference=reference(model.model) if loss.needs_original else None)
+    live = any(asks_original(needs, config) for needs in (loss.forget_needs, loss.retain_needs))
+    passes = Passes(acc, wrapped, model, reference=reference(model.model) if live else None)
+    used = used_texts(forget, batches, steps, loss.forget_needs, forget=True)
+    kept = used_texts(retain, batches, steps, loss.retain_needs, forget=False)
+    if config.cache_below:
+        acc.print(size_below(model, [(forget, used), (retain, kept)], passes.start))
+    forget = compute_beforehand(
+        passes, forget, loss.forget_needs, config, run=run, name="forget", used=used, made_from=made_from
+    )
+    retain = compute_beforehand(
+        passes, retain, loss.retain_needs, config, run=run, name="retain", used=kept, made_from=made_from
+    )
     loop = _Loop(acc, wrapped, optimiser, loss, config, batches, steps, run, validate)
     loop.stepper = Stepper(passes, loss, forget, retain, micro_batch=config.micro_batch, weighting=config.weighting)
     return wrapped, loop.run_all(resume=resume)

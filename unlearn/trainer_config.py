@@ -45,6 +45,11 @@ class TrainerConfig:
     """Compute in this type over float32 master weights. (Pure bfloat16 is model.dtype: bfloat16 with autocast no.)"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    reference: Literal["cached", "live"] = "cached"
+    """The original's log-probabilities: computed once for every row that will be drawn and kept in the run folder, or at
+    every step. Its logits and hidden states are always asked for at every step."""
+    cache_below: bool = False
+    """Compute what the scope's first layer reads once, and keep it on disk: layers below do not run again."""
     seed: int = 42
     """Order of the batches."""
     save_every: int = 50

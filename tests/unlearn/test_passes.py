@@ -98,7 +98,7 @@ def compare(model: LanguageModel, *, rtol: float = 2e-4, atol: float = 2e-5) -> 
     original = copy.deepcopy(model)
     passes = Passes(Accelerator(cpu=True), model.model, model, reference=reference(model.model))
     disturb(model.model)
-    stats = passes.stats(ROWS, ALL, alternates=OTHERS)
+    stats = passes.stats([*ROWS, *OTHERS], ALL, alternates=3)
     dense = replace(plain(model, original, ROWS), alternate=plain(model, original, OTHERS))
     torch.testing.assert_close(number(stats), number(dense), rtol=rtol, atol=atol)
     assert float(number(dense).detach()) > 0.01, "the disturbance shows"
@@ -142,7 +142,7 @@ def test_low_precision_gives_float32_numbers(scope: Scope) -> None:
     scope.resolve(model.anatomy).apply(model.model, model.anatomy)
     compare(model, rtol=0.1, atol=0.1)
     passes = Passes(Accelerator(cpu=True), model.model, model, reference=reference(model.model))
-    stats = passes.stats(ROWS, ALL, alternates=OTHERS)
+    stats = passes.stats([*ROWS, *OTHERS], ALL, alternates=3)
     assert {t.dtype for t in (stats.logprob, stats.reference_logprob, *stats.values.values())} == {torch.float32}
 
 
@@ -160,7 +160,7 @@ def test_no_more_than_a_chunk_of_logits_ever_exists() -> None:
 
     passes = Passes(Accelerator(cpu=True), model.model, model, reference=reference(model.model))
     with Watch():
-        number(passes.stats(ROWS, ALL, alternates=OTHERS)).backward()
+        number(passes.stats([*ROWS, *OTHERS], ALL, alternates=3)).backward()
     assert largest == 3
 
 
@@ -221,12 +221,12 @@ def test_log_probabilities_known_beforehand_are_not_asked_for_again() -> None:
     model = tiny("llama")
     passes = Passes(Accelerator(cpu=True), model.model, model, reference=reference(model.model))
     needs = Needs(reference_logprob=True, alternate=True)
-    live = passes.stats(ROWS, needs, alternates=OTHERS)
+    live = passes.stats([*ROWS, *OTHERS], needs, alternates=3)
     known = passes.logprobs([*ROWS, *OTHERS])
     assert [len(one) for one in known] == [len(row.ids) - row.answer_start for row in [*ROWS, *OTHERS]]
     ran = count_blocks(model)
     alone = Passes(Accelerator(cpu=True), model.model, model).stats(
-        ROWS, needs, alternates=OTHERS, reference_logprobs=known
+        [*ROWS, *OTHERS], needs, alternates=3, originals=known
     )
     assert ran == [0, 1, 2], "one pass, and no way back to the original"
     for one, two in ((alone, live), (alone.alternate, live.alternate)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,11 +80,12 @@ AUTHORS = {"weighting": "micro_batch_mean", "pairing": "mixed_shuffle"}
         ("cpu2_ddp", KLMinimisation(), {}),
         ("cpu2_fsdp", KLMinimisation(), {}),
         ("cpu2_fsdp", Joint(), {"lora": "true"}),
+        ("cpu2_fsdp", NPO(), {"cache_below": True}),
     ],
-    ids=["joint-rows-ddp", "joint-fsdp", "joint-authors-ddp", "kl-ddp", "kl-fsdp", "lora-fsdp"],
+    ids=["joint-rows-ddp", "joint-fsdp", "joint-authors-ddp", "kl-ddp", "kl-fsdp", "lora-fsdp", "kept-fsdp"],
 )
 def test_two_processes_give_the_losses_and_weights_of_one(
-    tiny: Path, tmp_path: Path, launch: str, objective: Objective, changes: dict[str, str]
+    tiny: Path, tmp_path: Path, launch: str, objective: Objective, changes: dict[str, Any]
 ) -> None:
     scope = Scope(layers=(1,), lora=Lora(rank=2) if changes.pop("lora", None) else None)
     trainer = replace(SMALL, batch=10, micro_batch=2, **changes)  # 5 rows a side: the processes' shares differ in size
