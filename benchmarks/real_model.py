@@ -57,6 +57,10 @@ class Benchmark:
     """Layers in the plan."""
     facts: int = 10
     """Known facts that are traced."""
+    autocast: str = "bf16"
+    """Type that training computes in over float32 weights: `no` where the machine has no fast bfloat16."""
+    score_dtype: str = "bfloat16"
+    """Type in which models are scored."""
     mmlu_per_subject: int = 2
     """MMLU questions of each subject."""
     only: tuple[str, ...] = ()
@@ -98,7 +102,7 @@ def methods(asked: Benchmark, plan: str) -> dict[str, list[str]]:
 def stages(asked: Benchmark, out: Path) -> list[Stage]:
     """Every stage, in an order in which each finds what it needs."""
     data, base = out / "data", str(out / "base" / "model")
-    common = ["--model.dtype", "float32", "--trainer.autocast", "bf16", "--trainer.batch", str(asked.batch)]
+    common = ["--model.dtype", "float32", "--trainer.autocast", asked.autocast, "--trainer.batch", str(asked.batch)]
     common += ["--trainer.micro_batch", "6", "--trainer.save_every", "40"]
     sides = ["--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl")]
     halves = ["--forget", str(data / "retain_a.jsonl"), "--retain", str(data / "retain_b.jsonl")]
@@ -157,7 +161,7 @@ def made_by(folder: Path) -> list[str]:
 
 def scoring(asked: Benchmark, name: str, model: str, data: Path) -> Stage:
     """Score a model on the official terms that apply, in bfloat16 as officially."""
-    words = ["--model.path", model, "--model.dtype", "bfloat16", "--batch_size", "64"]
+    words = ["--model.path", model, "--model.dtype", asked.score_dtype, "--batch_size", "64"]
     words += ["--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl")]
     words += ["--members", str(data / "forget.jsonl"), "--nonmembers", str(data / "unseen.jsonl")]
     words += ["--membership_task", "Task2"]

@@ -186,8 +186,12 @@ def test_every_shipped_config_is_read_by_its_script() -> None:
     from unlearn.config import UnlearnConfig
     from unlearn.demo import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
+    from unlearn.inventing import InventConfig
+    from unlearn.merging import MergeConfig
 
     kinds = {
+        "alternates": InventConfig,
+        "merge": MergeConfig,
         "trace": TraceConfig,
         "unlearn": UnlearnConfig,
         "evaluate": EvaluateConfig,

@@ -1,8 +1,9 @@
-"""Greedy generation: what the model says to each prompt, batched, the same text as one prompt at a time.
+"""Generation: what the model says to each prompt, batched, the same text as one prompt at a time.
 
-Badge: faithful to the official SemEval-2025 Task 4 evaluation (raw prompt, greedy, 256 new tokens, stop at EOS,
-special tokens dropped, spaces before punctuation cleaned up). There is no sampling here, and nothing of the model's
-own generation config but its EOS tokens is heeded. Scoring the text is `unlearn.evaluation.lume`.
+Badge: the greedy default is faithful to the official SemEval-2025 Task 4 evaluation (raw prompt, 256 new tokens, stop at
+EOS, special tokens dropped, spaces before punctuation cleaned up). Nothing of the model's own generation config but its
+EOS tokens is heeded; whoever wants other tokens than the likeliest says how to choose them. Scoring the text is
+`unlearn.evaluation.lume`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from lm.devices import is_sharded
 from lm.errors import UserError
@@ -18,6 +20,13 @@ from lm.prompts import PromptSpec, encode_prompt
 from unlearn.evaluation.batching import ONE_PROCESS, Workers, evaluating, max_positions, sorted_batches
 
 Progress = Callable[[int], object]
+Choose = Callable[[Tensor, Sequence[int], int], Tensor]
+"""(n, vocabulary) float32 logits, which prompts they continue, and how many tokens each has said, to (n,) token ids."""
+
+
+def greedy(logits: Tensor, prompts: Sequence[int], said: int) -> Tensor:
+    """The likeliest token."""
+    return logits.argmax(dim=-1)
 
 
 def generate(
@@ -29,8 +38,9 @@ def generate(
     batch_size: int = 32,
     progress: Progress | None = None,
     workers: Workers = ONE_PROCESS,
+    choose: Choose = greedy,
 ) -> list[str]:
-    """The model's greedy continuation of each prompt, in the order of `prompts`.
+    """The model's continuation of each prompt, greedy unless `choose` says otherwise, in the order of `prompts`.
 
     Prompts are batched by length, padded on the left, masked, and numbered from each row's own first token; a row
     that has ended leaves the batch. In float32 the text equals that of one prompt at a time. In bfloat16 batches of
@@ -42,6 +52,7 @@ def generate(
         progress: called with the number of prompts finished since the last call.
         workers: which process this is. Each generates its own share of the prompts, and all return all texts. With
             sharded parameters (FSDP) every process must call this together.
+        choose: the next tokens; for the same text from any batch and process it must look at each row by itself.
 
     Raises:
         UserError: a prompt that fills the model's context.
@@ -67,7 +78,8 @@ def generate(
     texts: dict[int, str] = {}
     with evaluating(model):
         for batch in batches:
-            said = _continue(model, [ids[row] for row in batch], [room[row] for row in batch], stops, together)
+            parts = [ids[row] for row in batch], [room[row] for row in batch]
+            said = _continue(model, *parts, stops, together, _of(choose, batch))
             texts.update((row, _decode(model, tokens)) for row, tokens in zip(batch, said, strict=True))
             if progress is not None and batch:
                 progress(len(batch))
@@ -85,9 +97,14 @@ def eos_ids(model: LanguageModel) -> frozenset[int]:
 
 
 def _continue(
-    model: LanguageModel, prompts: list[list[int]], room: list[int], stops: frozenset[int], together: bool
+    model: LanguageModel,
+    prompts: list[list[int]],
+    room: list[int],
+    stops: frozenset[int],
+    together: bool,
+    choose: Choose,
 ) -> list[list[int]]:
-    """Greedy tokens for one batch of prompts, without the EOS; row i gets at most `room[i]`."""
+    """The tokens of one batch of prompts, without the EOS; row i gets at most `room[i]`."""
     device = model.device
     said: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
@@ -113,7 +130,7 @@ def _continue(
             logits_to_keep=1,
         )
         cache = out.past_key_values
-        chosen = out.logits[:, -1].float().argmax(dim=-1)
+        chosen = choose(out.logits[:, -1].float(), alive, len(said[alive[0]]))
         going = []
         for place, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
             if token in stops:
@@ -130,6 +147,11 @@ def _continue(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return said
+
+
+def _of(choose: Choose, batch: Sequence[int]) -> Choose:
+    """`choose` for places in a batch in place of prompts."""
+    return lambda logits, places, said: choose(logits, [batch[place] for place in places], said)
 
 
 def _anyone(busy: bool, together: bool, device: torch.device) -> bool:

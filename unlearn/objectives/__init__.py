@@ -12,22 +12,36 @@ from unlearn.objectives.base import (
     TokenStats,
     Weight,
 )
+from unlearn.objectives.instead import FLAT, LearnAlternate
 from unlearn.objectives.joint import Joint
 from unlearn.objectives.learn import Learn
 from unlearn.objectives.loss import Loss
-from unlearn.objectives.preference import NPO
-from unlearn.objectives.retain import AsPublished, CrossEntropy, Divergence, HiddenDistance, NoRetain
+from unlearn.objectives.preference import DPO, NPO, SimNPO
+from unlearn.objectives.retain import AsPublished, Blend, CrossEntropy, Divergence, HiddenDistance, NoRetain
+from unlearn.objectives.reweighted import WGA, GeneralisedCrossEntropy, SatImp
+from unlearn.objectives.steering import RMU, AdaptiveRMU
+from unlearn.objectives.target import CEU, PDU, UNDIAL
 from unlearn.objectives.weight import Adaptive, AsPublishedWeight, Dual, Fixed
 
 __all__ = [
+    "CEU",
+    "DPO",
+    "FLAT",
     "NPO",
+    "PDU",
+    "RMU",
+    "UNDIAL",
+    "WGA",
     "Adaptive",
+    "AdaptiveRMU",
     "AsPublished",
     "AsPublishedWeight",
+    "Blend",
     "CrossEntropy",
     "Divergence",
     "Dual",
     "Fixed",
+    "GeneralisedCrossEntropy",
     "GradientAscent",
     "GradientDifference",
     "HiddenDistance",
@@ -35,12 +49,15 @@ __all__ = [
     "Joint",
     "KLMinimisation",
     "Learn",
+    "LearnAlternate",
     "Loss",
     "Needs",
     "NoRetain",
     "Objective",
     "Retain",
     "RetainMemory",
+    "SatImp",
+    "SimNPO",
     "Statistic",
     "Term",
     "TokenStats",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -54,24 +57,59 @@ class Divergence(Retain):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blend(Retain):
+    """`cross_entropy * CE(retain) + divergence * KL(original || model)(retain)`, both means over supervised tokens (nats).
+
+    As two SemEval-2025 Task 4 systems hold the retain rows: ZJUKLAB (arXiv 2503.21088) and Atyaephyra (arXiv 2503.13690).
+    """
+
+    cross_entropy: float = 1.0
+    """What the cross-entropy counts."""
+    divergence: float = 1.0
+    """What the divergence counts."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.cross_entropy < math.inf and 0 <= self.divergence < math.inf):
+            raise UserError(
+                f"retain_loss.cross_entropy is {self.cross_entropy} and .divergence {self.divergence}: give 0 or more"
+            )
+
+    def needs(self) -> Needs:
+        """The original's logits."""
+        return Needs(statistics=(DIVERGENCE,))
+
+    def term(self, stats: TokenStats) -> Term:
+        """The weighted sum of both, summed over supervised tokens."""
+        both = self.cross_entropy * stats.cross_entropy + self.divergence * stats.values["divergence"]
+        return Term(stats.total(both))
+
+
+@dataclass(frozen=True, kw_only=True)
 class HiddenDistance(Retain):
     """Mean over tokens and dimensions of `(h - h_original)^2` at one layer, as in RMU (Li et al. 2024, arXiv 2403.03218)."""
 
     layer: int
     """The stream after this block, from 0."""
+    tokens: Literal["all", "answer"] = "all"
+    """All tokens of a row, as published, or those of its answer."""
 
     def __post_init__(self) -> None:
         if self.layer < 0:
-            raise UserError(f"retain.layer is {self.layer}: give a layer from 0")
+            raise UserError(f"retain_loss.layer is {self.layer}: give a layer from 0")
 
     def needs(self) -> Needs:
         """Hidden states of both models, and nothing above that layer."""
-        return Needs(logprob=False, hidden=HiddenNeed(self.layer, reference=True))
+        return Needs(logprob=False, hidden=HiddenNeed(self.layer, self.tokens, reference=True))
 
     def term(self, stats: TokenStats) -> Term:
         """The squared distance, its mean over dimensions, summed over the rows' tokens."""
-        assert stats.hidden is not None
-        assert stats.reference_hidden is not None
-        assert stats.hidden_mask is not None
-        apart = (stats.hidden.float() - stats.reference_hidden.float()).square().mean(dim=-1)
-        return Term(apart.where(stats.hidden_mask, 0.0).sum(), unit="hidden")
+        ours, theirs = asked(stats, stats.hidden), asked(stats, stats.reference_hidden)
+        return Term((ours - theirs).square().mean(dim=-1).sum(), unit="hidden")
+
+
+def asked(stats: TokenStats, hidden: Tensor | None) -> Tensor:
+    """(n, hidden) the states of the tokens asked for, row by row, in float32 at least."""
+    assert hidden is not None
+    assert stats.hidden_mask is not None
+    chosen = hidden[stats.hidden_mask]
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
