@@ -5,6 +5,7 @@ This is wiring; every decision is in the config, every computation in the module
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,9 @@ def run_unlearning(config: UnlearnConfig) -> Path:
     model = load(config.model, device="cpu")  # before the folder is made: a mistyped path must not leave one behind
     scope = config.scope.resolve(model.anatomy)
     encoded = [encode_rows(model, rows, config.prompt) for rows in (forget, retain)]
+    alternates = config.alternates.encode(model, forget, config.prompt)
+    if alternates:
+        data["alternates"] = hashlib.sha256(repr(alternates).encode()).hexdigest()[:16]
     run = RunFolder(config.out, main=acc.is_main_process)
     with together(acc):
         if acc.is_main_process:
@@ -90,7 +94,7 @@ def run_unlearning(config: UnlearnConfig) -> Path:
     wrapped, at = train(
         acc,
         model,
-        Side(encoded[0]),
+        Side(encoded[0], alternates),
         Side(encoded[1]),
         config.loss,
         config.trainer,
