@@ -34,6 +34,7 @@ def inject(model: nn.Module, anatomy: Anatomy, scope: ResolvedScope, lora: Lora,
         target_modules=targets,
         lora_dropout=0.0,
         bias="none",
+        use_dora=lora.use_dora,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # a family has one kind or the other
     )
     inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
@@ -88,19 +89,21 @@ def merged_name(name: str) -> str | None:
 
 
 def merge(model: nn.Module, weights: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Add each adapter's update, `alpha / rank * B @ A` in float32, to its plain weight in `weights` (whole CPU tensors).
+    """Add each adapter's update, `alpha / rank * B @ A`, to its plain weight in `weights` (whole CPU tensors), in float32.
 
-    The sum is rounded once, to `dtype` or else to the weight's own type.
+    With DoRA each output's row is then scaled to the length that was learnt. The result is rounded once, to `dtype` or else to
+    the weight's own type.
     """
     merged = {plain: tensor for name, tensor in weights.items() if (plain := merged_name(name)) is not None}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and _ADAPTER in module.scaling:
             low = weights[f"{name}.lora_A.{_ADAPTER}.weight"].float()
             high = weights[f"{name}.lora_B.{_ADAPTER}.weight"].float()
-            update = high @ low
+            other_way_round = isinstance(module.get_base_layer(), Conv1D)  # (in, out)
             base = merged[f"{name}.weight"]
-            merged[f"{name}.weight"] = (
-                base.float()
-                + module.scaling[_ADAPTER] * (update.T if isinstance(module.get_base_layer(), Conv1D) else update)
-            ).to(dtype or base.dtype)
+            whole = (base.T if other_way_round else base).float() + module.scaling[_ADAPTER] * (high @ low)
+            length = weights.get(f"{name}.lora_magnitude_vector.{_ADAPTER}.weight")
+            if length is not None:
+                whole = whole * (length.float() / whole.norm(dim=1))[:, None]
+            merged[f"{name}.weight"] = (whole.T if other_way_round else whole).to(dtype or base.dtype).contiguous()
     return merged

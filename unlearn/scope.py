@@ -27,12 +27,34 @@ class Lora:
     """Rank of the update."""
     alpha: int = 16
     """The update is scaled by alpha / rank."""
+    use_dora: bool = False
+    """Learn each output's length apart from its direction (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"lora rank is {self.rank}; give at least 1")
         if self.alpha < 1:
             raise UserError(f"lora alpha is {self.alpha}; give at least 1, or nothing would change")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMask:
+    """Of the weights inside the scope, those that matter most to the forget rows beside the retain rows.
+
+    A weight's score is `|g w|` on the forget rows over `|g w|` on the retain rows plus its mean, g the gradient of the mean
+    cross-entropy. See `unlearn.mask`.
+    """
+
+    share: float = 0.1
+    """Which share of the scope's weights may change."""
+    rows: int = 256
+    """At most so many rows of each side are read to choose them."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"scope.mask.share is {self.share}: give a share above 0 and up to 1")
+        if self.rows < 1:
+            raise UserError(f"scope.mask.rows is {self.rows}: give at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +71,8 @@ class Scope:
     """The plan's chosen layers, or one of its controls: random layers of equal size, the inverse, all."""
     lora: Lora | None = None
     """Train low-rank adapters instead of the weights themselves."""
+    mask: WeightMask | None = None
+    """Train a share of the single weights inside the scope."""
 
     def __post_init__(self) -> None:
         if self.plan is not None and self.layers is not None:
@@ -57,6 +81,8 @@ class Scope:
             raise UserError(
                 f"scope.use is {self.use!r} but there is no scope.plan to take it from: give the plan's file"
             )
+        if self.lora is not None and self.mask is not None:
+            raise UserError("scope.lora trains adapters and scope.mask chooses weights: give one of them")
         if self.layers == () or self.modules == ():
             raise UserError("scope.layers or scope.modules is empty, so nothing would be trained: name at least one")
 

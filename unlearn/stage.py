@@ -100,6 +100,7 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         config.trainer,
         run=run,
         made_from=run.manifest["weights"],
+        mask=config.scope.mask,
         validate=scorer,
         resume=config.resume,
     )

@@ -25,9 +25,11 @@ from lm.run import RunFolder, progress
 from unlearn import state
 from unlearn.batches import PairedBatches
 from unlearn.beforehand import asks_original, compute_beforehand, size_below, used_texts
+from unlearn.mask import Masks, make_masks
 from unlearn.objectives import Dual, Loss, RetainMemory
 from unlearn.passes import Passes, reads
 from unlearn.reference import reference
+from unlearn.scope import WeightMask
 from unlearn.step import Side, Stepper, StepResult
 from unlearn.trainer_config import TrainerConfig
 
@@ -61,6 +63,7 @@ def train(
     *,
     run: RunFolder,
     made_from: str,
+    mask: WeightMask | None = None,
     validate: Validate | None = None,
     resume: bool = False,
 ) -> tuple[nn.Module, Progress]:
@@ -70,6 +73,7 @@ def train(
         model: with the scope applied. Dropout stays off: one, two and N processes give the same numbers.
         forget, retain: encoded rows; `retain` may be empty if the loss does not use it.
         made_from: the fingerprint of the model as it is, which names what is computed beforehand.
+        mask: which single weights may change; None for all that require gradients.
         validate: returns `task_aggregate` and/or `joint_loss`, on every process; called every `evaluate_every` steps.
         resume: go on from the newest checkpoint in `run`, if there is one.
 
@@ -92,7 +96,7 @@ def train(
     optimiser: torch.optim.Optimizer = torch.optim.AdamW(
         [p for p in model.model.parameters() if p.requires_grad],
         lr=config.learning_rate,
-        weight_decay=config.weight_decay,
+        weight_decay=config.weight_decay if mask is None else 0.0,  # masked weights decay in the loop
     )
     wrapped, optimiser = acc.prepare(model.model, optimiser)
     model = replace(model, model=acc.unwrap_model(wrapped))
@@ -108,8 +112,10 @@ def train(
     retain = compute_beforehand(
         passes, retain, loss.retain_needs, config, run=run, name="retain", used=kept, made_from=made_from
     )
+    masks = make_masks(passes, forget, retain, mask, run, micro_batch=config.micro_batch) if mask else None
     loop = _Loop(acc, wrapped, optimiser, loss, config, batches, steps, run, validate)
     loop.stepper = Stepper(passes, loss, forget, retain, micro_batch=config.micro_batch, weighting=config.weighting)
+    loop.masks = masks
     return wrapped, loop.run_all(resume=resume)
 
 
@@ -145,6 +151,7 @@ class _Loop:
     """The state of one call of `train`."""
 
     stepper: Stepper
+    masks: Masks | None
 
     def __init__(
         self,
@@ -200,6 +207,8 @@ class _Loop:
                 f"the loss became {result.loss} at step {self.at.step + 1}: lower trainer.learning_rate, or set a forget_cap; "
                 "earlier checkpoints are kept"
             )
+        if self.masks is not None:
+            self.masks.keep_gradient()
         limit = self.config.clip if self.config.clip is not None else float("inf")
         norm = self.acc.clip_grad_norm_(self.model.parameters(), limit)
         if self.acc.scaler is None and not math.isfinite(_number(norm)):  # with a scaler such a step is left out
@@ -207,6 +216,8 @@ class _Loop:
                 f"the gradient's norm became {_number(norm)} at step {self.at.step + 1}: lower trainer.learning_rate, or set a "
                 "forget_cap, and begin in a new folder; earlier checkpoints are kept"
             )
+        if self.masks is not None and math.isfinite(_number(norm)):
+            self.masks.decay(1.0 - float(self.optimiser.param_groups[0]["lr"]) * self.config.weight_decay)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.at.step += 1

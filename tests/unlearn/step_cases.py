@@ -64,6 +64,7 @@ class Quiet(Objective):
 
 BLOCKS, MODEL = Scope(layers=(0, 1)), Scope(layers="model")
 ADAPTED = Scope(layers=(0, 1), modules=("all",), lora=Lora(rank=2))
+LENGTHS = Scope(layers=(1,), lora=Lora(rank=2, use_dora=True))
 COMPARED = Loss.of(NPO(), Divergence())
 CASES: dict[str, tuple[str, Scope, Loss, Weighting]] = {
     "shallow forget": ("olmo", BLOCKS, Loss.of(Quiet()), "global_tokens"),
@@ -78,6 +79,7 @@ CASES: dict[str, tuple[str, Scope, Loss, Weighting]] = {
     "compared, head learns": ("olmo", MODEL, COMPARED, "global_tokens"),
     "compared, tied head learns": ("gpt2", MODEL, COMPARED, "global_tokens"),
     "compared, adapters": ("llama", ADAPTED, COMPARED, "global_tokens"),
+    "compared, adapters with lengths": ("llama", LENGTHS, COMPARED, "global_tokens"),
     "compared, small means": ("olmo", BLOCKS, COMPARED, "micro_batch_mean"),
 }
 ROWS = StepRows(tuple((side, i) for i in range(5) for side in (True, False)))
