@@ -13,7 +13,7 @@ from torch import Tensor
 from lm.errors import UserError
 from lm.load import LanguageModel
 from lm.run import RunFolder
-from unlearn.batches import PairedBatches
+from unlearn.batches import Batches
 from unlearn.objectives import Needs
 from unlearn.passes import Passes
 from unlearn.reference import untrained
@@ -67,7 +67,7 @@ def compute_beforehand(
     return side
 
 
-def used_texts(side: Side, batches: PairedBatches, steps: int, needs: Needs, *, forget: bool) -> set[int]:
+def used_texts(side: Side, batches: Batches, steps: int, needs: Needs, *, forget: bool) -> set[int]:
     """The places in `side.texts` of everything that the steps will draw."""
     used: set[int] = set()
     for step in range(steps):

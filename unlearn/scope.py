@@ -29,8 +29,13 @@ class Lora:
     """The update is scaled by alpha / rank."""
     use_dora: bool = False
     """Learn each output's length apart from its direction (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
+    quantise: bool = False
+    """Hold the layers' linear weights in 4 bits (NF4) while training (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). Needs
+    bitsandbytes. The result is the dense model that was loaded with the update added: nothing else in it was quantised."""
 
     def __post_init__(self) -> None:
+        if self.quantise and self.use_dora:
+            raise UserError("lora.quantise and lora.use_dora do not go together: set one of them to false")
         if self.rank < 1:
             raise UserError(f"lora rank is {self.rank}; give at least 1")
         if self.alpha < 1:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from lm.config import as_dict
 from lm.devices import accelerator, launch_facts, sum_over_processes, together
@@ -53,6 +54,8 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         folder=Path(config.out),
         cpu=config.model.device == "cpu",
     )
+    if config.scope.lora is not None:
+        lora.require(config.scope.lora, sharded=acc.distributed_type == DistributedType.FSDP)
     data = {"forget": data_hash(forget), "retain": data_hash(retain)}
     if validation is not None:
         data |= {"validation_forget": data_hash(validation[0]), "validation_retain": data_hash(validation[1])}
@@ -82,6 +85,9 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         return result
 
     scope.apply(model.model, model.anatomy)
+    quantised = scope.lora is not None and scope.lora.quantise
+    if quantised:
+        lora.quantise(model.model, model.anatomy, acc.device)
     if scope.lora is not None:
         lora.inject(model.model, model.anatomy, scope, scope.lora, seed=config.trainer.seed)
     price = cost(model.model)
@@ -118,7 +124,10 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         modules=list(scope.modules),
         best=at.best,
     )
-    export.save(plain, model.tokenizer, run, dtype=DTYPES[config.save_dtype] if config.save_dtype else None)
+    dense = load(config.model, device="cpu").model if quantised and acc.is_main_process else None
+    export.save(
+        plain, model.tokenizer, run, dtype=DTYPES[config.save_dtype] if config.save_dtype else None, dense=dense
+    )
     for tracker in acc.trackers:
         tracker.finish()
     run.prune_checkpoints(keep=0)

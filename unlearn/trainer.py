@@ -23,7 +23,7 @@ from lm.errors import UserError
 from lm.load import LanguageModel
 from lm.run import RunFolder, progress
 from unlearn import state
-from unlearn.batches import PairedBatches
+from unlearn.batches import Batches
 from unlearn.beforehand import asks_original, compute_beforehand, size_below, used_texts
 from unlearn.mask import Masks, make_masks
 from unlearn.objectives import Dual, Loss, RetainMemory
@@ -82,14 +82,8 @@ def train(
             NaN; the disk is full.
     """
     _refuse_what_cannot_be(model, forget, retain, loss, config, validates=validate is not None)
-    batches = PairedBatches(
-        forget=len(forget.rows),
-        retain=len(retain.rows) if loss.uses_retain else 0,
-        batch=config.batch,
-        pairing=config.pairing,
-        seed=config.seed,
-    )
-    steps = config.steps or config.epochs * batches.steps_per_epoch
+    batches = config.batches(len(forget.rows), len(retain.rows) if loss.uses_retain else 0)
+    steps = config.steps or batches.total(config.epochs)
     model.model.train(False)
     if config.gradient_checkpointing:
         _enable_gradient_checkpointing(model.model)
@@ -160,7 +154,7 @@ class _Loop:
         optimiser: torch.optim.Optimizer,
         loss: Loss,
         config: TrainerConfig,
-        batches: PairedBatches,
+        batches: Batches,
         steps: int,
         run: RunFolder,
         validate: Validate | None,

@@ -93,8 +93,18 @@ AUTHORS = {"weighting": "micro_batch_mean", "pairing": "mixed_shuffle"}
         ("cpu2_fsdp", KLMinimisation(), {}),
         ("cpu2_fsdp", Joint(), {"lora": "true"}),
         ("cpu2_fsdp", NPO(), {"cache_below": True}),
+        ("cpu2_ddp", Joint(), {"pairing": "sequential", "chunk": 4, "retain_per_forget": 4}),
     ],
-    ids=["joint-rows-ddp", "joint-fsdp", "joint-authors-ddp", "kl-ddp", "kl-fsdp", "lora-fsdp", "kept-fsdp"],
+    ids=[
+        "joint-rows-ddp",
+        "joint-fsdp",
+        "joint-authors-ddp",
+        "kl-ddp",
+        "kl-fsdp",
+        "lora-fsdp",
+        "kept-fsdp",
+        "chunks-ddp",
+    ],
 )
 def test_two_processes_give_the_losses_and_weights_of_one(
     tiny: Path, tmp_path: Path, launch: str, objective: Objective, changes: dict[str, Any]
@@ -144,6 +154,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tiny: Path, tmp_path: Path)
     [
         (lambda: replace(SMALL, learning_rate=float("nan")), "learning_rate is nan"),
         (lambda: replace(SMALL, clip=float("nan")), "clip is nan"),
+        (lambda: replace(SMALL, chunk=5), "set trainer.pairing to sequential"),
         (lambda: replace(SMALL, warmup=6), "the peak rate is never reached"),
         (lambda: Fixed(factor=-1.0), "retain_weight.factor is -1"),
         (lambda: Fixed(factor=float("nan")), "retain_weight.factor is nan"),
