@@ -25,6 +25,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lm.errors import UserError
@@ -59,6 +60,7 @@ def accelerator(
             fsdp_version=2,  # whether to reshard after the forward is the launch file's word
             auto_wrap_policy="transformer_based_wrap",  # block by block, as the model's class names them
             state_dict_type="FULL_STATE_DICT",
+            mixed_precision_policy=_policy(mixed_precision),
         )
         if cpu:  # accelerate turns FSDP on for GPU process groups only; this is the group it would have found
             PartialState(cpu=True)
@@ -78,6 +80,14 @@ def accelerator(
         if name not in [str(getattr(kind, "value", kind)) for kind in acc.log_with]:
             raise UserError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out of trackers")
     return acc
+
+
+def _policy(precision: MixedPrecision) -> MixedPrecisionPolicy | None:
+    """Shards are computed with in low precision, and summed in float32; what a model returns keeps its type."""
+    if precision == "no":
+        return None
+    low = torch.bfloat16 if precision == "bf16" else torch.float16
+    return MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
 
 
 def is_main() -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 from lm.errors import UserError
 from lm.load import ModelSpec
 from lm.prompts import PromptSpec
+from unlearn.alternates import Alternates, NoAlternates
 from unlearn.objectives import AsPublished, AsPublishedWeight, Joint, Loss, Objective, Retain, Weight
 from unlearn.scope import Scope
 from unlearn.trainer_config import TrainerConfig
@@ -56,6 +57,8 @@ class UnlearnConfig:
     """Which parameters may change."""
     objective: Objective = field(default_factory=Joint)
     """What is minimised on the forget rows."""
+    alternates: Alternates = field(default_factory=NoAlternates)
+    """What forget rows are answered with instead, for the objectives that read it."""
     retain_loss: Retain = field(default_factory=AsPublished)
     """What is minimised on the retain rows; AsPublished: what the objective's paper takes."""
     retain_weight: Weight = field(default_factory=AsPublishedWeight)
@@ -94,6 +97,14 @@ class UnlearnConfig:
             raise UserError(
                 f"forget is {self.forget} and retain is {self.retain}: give both sides of one data set (the built-in rows are "
                 "the default)"
+            )
+        given = not isinstance(self.alternates, NoAlternates)
+        if given != self.loss.forget_needs.alternate:
+            name = type(self.objective).__name__
+            raise UserError(
+                f"alternates are given and {name} reads none: leave them out, or take an objective that does"
+                if given
+                else f"{name} reads alternate answers and none are given: set alternates, to Refusals for instance"
             )
         if self.trainer.checkpoint != "last" and self.validation.forget is None:
             raise UserError(

@@ -15,15 +15,22 @@ from unlearn import lora
 MODEL = "model"
 
 
-def gather_weights(model: nn.Module, *, main: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every parameter and saved buffer, whole, on the main process's CPU (tied ones once). Every process must call it."""
-    saved = set(model.state_dict().keys())
+def gather_weights(
+    model: nn.Module, *, main: bool, dtype: torch.dtype | None = None, dense: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """Every parameter and saved buffer, whole, on the main process's CPU (tied ones once). Every process must call it.
+
+    Args:
+        dense: where all but the adapters is taken from, if `model` holds it quantised.
+    """
+    own = _saved(model)
+    if dense is not None:
+        own = {**_saved(dense), **{name: tensor for name, tensor in own.items() if lora.merged_name(name) is None}}
     weights: dict[str, Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in saved:
-            whole = gather(tensor)
-            if main:
-                weights[name] = whole.contiguous()
+    for name, tensor in own.items():
+        whole = gather(tensor)
+        if main:
+            weights[name] = whole.contiguous()
     if not main:
         return {}
     merged = lora.merge(model, weights, dtype=dtype)  # before anything is rounded
@@ -33,18 +40,29 @@ def gather_weights(model: nn.Module, *, main: bool, dtype: torch.dtype | None = 
     }
 
 
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    kept = set(model.state_dict().keys())
+    return {name: one for name, one in [*model.named_parameters(), *model.named_buffers()] if name in kept}
+
+
 def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: RunFolder, *, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run: RunFolder,
+    *,
+    dtype: torch.dtype | None = None,
+    dense: PreTrainedModel | None = None,
 ) -> None:
     """Write `model/` in the run folder, atomically: config, safetensors, tokenizer. Every process must call it.
 
     Args:
         dtype: the type on disk; None keeps the type that was trained in. In that type frozen weights are bit-identical.
+        dense: the model as it was loaded, if `model` holds its frozen weights quantised; the main process's will do.
     """
-    weights = gather_weights(model, main=run.main, dtype=dtype)
+    weights = gather_weights(model, main=run.main, dtype=dtype, dense=dense)
     if run.main:
         with run.writing(MODEL) as folder:
-            model.save_pretrained(folder, state_dict=weights)
+            (dense or model).save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
             if dtype is not None:  # save_pretrained writes the type of the model in memory
                 config = json.loads((folder / "config.json").read_text())

@@ -5,6 +5,8 @@ The model keeps its class and its parts' names stay those of the anatomy; a save
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -16,6 +18,39 @@ from lm.errors import UserError
 from unlearn.scope import Lora, ResolvedScope
 
 _ADAPTER = "unlearn"
+
+
+def require(lora: Lora, *, sharded: bool) -> None:
+    """Refuse, before anything loads, what is not installed or cannot run."""
+    if lora.quantise and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("scope.lora.quantise needs bitsandbytes: pip install bitsandbytes, or set it to false")
+    if lora.quantise and sharded:
+        raise UserError("scope.lora.quantise holds whole 4-bit weights on every process: launch with DDP, not FSDP")
+
+
+def quantise(model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
+    """Replace every linear layer of the blocks by one with 4-bit weights (NF4) on `device`; embedding and head stay dense.
+
+    Raises:
+        UserError: a model whose blocks have no such layers (GPT-2).
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    named = [(name, module) for name, module in model.named_modules() if name.startswith(f"{anatomy.blocks}.")]
+    linear = [(name, module) for name, module in named if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError(
+            f"the blocks of {anatomy.architecture} have no plain linear layers: set scope.lora.quantise to false"
+        )
+    for name, module in linear:
+        inside, out, bias = module.in_features, module.out_features, module.bias
+        small = Linear4bit(inside, out, bias=bias is not None, compute_dtype=module.weight.dtype, quant_type="nf4")
+        small.weight = Params4bit(module.weight.detach(), requires_grad=False, quant_type="nf4")
+        if bias is not None:
+            small.bias = bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, small.to(device))  # moving it is what quantises
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft looks for
 
 
 def inject(model: nn.Module, anatomy: Anatomy, scope: ResolvedScope, lora: Lora, *, seed: int) -> list[str]:
@@ -34,6 +69,7 @@ def inject(model: nn.Module, anatomy: Anatomy, scope: ResolvedScope, lora: Lora,
         target_modules=targets,
         lora_dropout=0.0,
         bias="none",
+        use_dora=lora.use_dora,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # a family has one kind or the other
     )
     inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
@@ -88,19 +124,21 @@ def merged_name(name: str) -> str | None:
 
 
 def merge(model: nn.Module, weights: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Add each adapter's update, `alpha / rank * B @ A` in float32, to its plain weight in `weights` (whole CPU tensors).
+    """Add each adapter's update, `alpha / rank * B @ A`, to its plain weight in `weights` (whole CPU tensors), in float32.
 
-    The sum is rounded once, to `dtype` or else to the weight's own type.
+    With DoRA each output's row is then scaled to the length that was learnt. The result is rounded once, to `dtype` or else to
+    the weight's own type.
     """
     merged = {plain: tensor for name, tensor in weights.items() if (plain := merged_name(name)) is not None}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and _ADAPTER in module.scaling:
             low = weights[f"{name}.lora_A.{_ADAPTER}.weight"].float()
             high = weights[f"{name}.lora_B.{_ADAPTER}.weight"].float()
-            update = high @ low
+            other_way_round = isinstance(module.get_base_layer(), Conv1D)  # (in, out)
             base = merged[f"{name}.weight"]
-            merged[f"{name}.weight"] = (
-                base.float()
-                + module.scaling[_ADAPTER] * (update.T if isinstance(module.get_base_layer(), Conv1D) else update)
-            ).to(dtype or base.dtype)
+            whole = (base.T if other_way_round else base).float() + module.scaling[_ADAPTER] * (high @ low)
+            length = weights.get(f"{name}.lora_magnitude_vector.{_ADAPTER}.weight")
+            if length is not None:
+                whole = whole * (length.float() / whole.norm(dim=1))[:, None]
+            merged[f"{name}.weight"] = (whole.T if other_way_round else whole).to(dtype or base.dtype).contiguous()
     return merged

@@ -1,31 +1,62 @@
-"""The original model's outputs without a second model: the trainable weights' first values, put back for a moment.
+"""The original model's outputs without a second model: what training changed is taken back for a moment.
 
-Only what may change is kept twice (for six MLPs of a 1B model a quarter of the weights). It works on whole and on
-sharded parameters alike, because it never leaves this process's part.
+Only what may change is kept twice (for six MLPs of a 1B model a quarter of the weights); with adapters nothing is, since
+the model without them is the original one. Both work on whole and on sharded parameters alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+
+class Reference(Protocol):
+    """A way back to the original model."""
+
+    head_weights: dict[str, Tensor]
+    """The head's own original parameters, where they may change; known after a `restored` pass that called `keep_head`."""
+
+    def restored(self) -> AbstractContextManager[None]:
+        """Inside the block, and without gradients, a whole forward pass is the original model's."""
+
+    def at_head(self) -> AbstractContextManager[None]:
+        """Inside the block the head, given `head_weights`, is the original one; a graph of the model as it is may be open."""
+
+    def keep_head(self, head: nn.Module) -> None:
+        """Called within a restored pass, where the head's weights are whole: copy those that may change."""
+
+
+def reference(model: nn.Module) -> Reference:
+    """The way back to what `model` is now, whose trainable parameters are about to change."""
+    adapters = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return WithoutAdapters(adapters) if adapters else Original(model)
+
+
+def untrained(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block, a model that was not trained yet is exactly the one that was loaded: adapters may round."""
+    found = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return WithoutAdapters(found).restored() if found else nullcontext()
 
 
 class Original:
     """The first values of the trainable parameters of `model` (this process's shards of them)."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.head_weights: dict[str, Tensor] = {}
         self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._first = [_local(p).detach().clone() for p in self._parameters]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside the block, and without gradients, the model is the original one."""
+        """The first values are put back; a graph that was built before cannot be used after."""
         with torch.no_grad():
             now = [_local(p).detach().clone() for p in self._parameters]
             self._set(self._first)
@@ -34,12 +65,48 @@ class Original:
             finally:
                 self._set(now)
 
+    def at_head(self) -> AbstractContextManager[None]:
+        """`head_weights` say all."""
+        return nullcontext()
+
+    def keep_head(self, head: nn.Module) -> None:
+        """Copies of the head's trainable parameters."""
+        own = ((name, value) for name, value in head.named_parameters(recurse=False) if value.requires_grad)
+        self.head_weights = {name: value.detach().clone() for name, value in own}
+
     def _set(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):
             _local(parameter).copy_(value)
         for module in self._model.modules():  # a shard that stayed gathered after a forward would hide the new values
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+class WithoutAdapters:
+    """The adapters, and nothing beside them, may change."""
+
+    def __init__(self, adapters: Sequence[LoraLayer]) -> None:
+        self.head_weights: dict[str, Tensor] = {}
+        self._adapters = adapters
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The adapters are switched off. (peft's own switch would also change which parameters require gradients.)"""
+        with torch.no_grad():
+            for adapter in self._adapters:
+                adapter._disable_adapters = True
+            try:
+                yield
+            finally:
+                for adapter in self._adapters:
+                    adapter._disable_adapters = False
+
+    def at_head(self) -> AbstractContextManager[None]:
+        """No weight changes, so this may be done at any time."""
+        return self.restored()
+
+    def keep_head(self, head: nn.Module) -> None:
+        """Nothing to copy."""
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -27,12 +27,39 @@ class Lora:
     """Rank of the update."""
     alpha: int = 16
     """The update is scaled by alpha / rank."""
+    use_dora: bool = False
+    """Learn each output's length apart from its direction (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
+    quantise: bool = False
+    """Hold the layers' linear weights in 4 bits (NF4) while training (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). Needs
+    bitsandbytes. The result is the dense model that was loaded with the update added: nothing else in it was quantised."""
 
     def __post_init__(self) -> None:
+        if self.quantise and self.use_dora:
+            raise UserError("lora.quantise and lora.use_dora do not go together: set one of them to false")
         if self.rank < 1:
             raise UserError(f"lora rank is {self.rank}; give at least 1")
         if self.alpha < 1:
             raise UserError(f"lora alpha is {self.alpha}; give at least 1, or nothing would change")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMask:
+    """Of the weights inside the scope, those that matter most to the forget rows beside the retain rows.
+
+    A weight's score is `|g w|` on the forget rows over `|g w|` on the retain rows plus its mean, g the gradient of the mean
+    cross-entropy. See `unlearn.mask`.
+    """
+
+    share: float = 0.1
+    """Which share of the scope's weights may change."""
+    rows: int = 256
+    """At most so many rows of each side are read to choose them."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"scope.mask.share is {self.share}: give a share above 0 and up to 1")
+        if self.rows < 1:
+            raise UserError(f"scope.mask.rows is {self.rows}: give at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +76,8 @@ class Scope:
     """The plan's chosen layers, or one of its controls: random layers of equal size, the inverse, all."""
     lora: Lora | None = None
     """Train low-rank adapters instead of the weights themselves."""
+    mask: WeightMask | None = None
+    """Train a share of the single weights inside the scope."""
 
     def __post_init__(self) -> None:
         if self.plan is not None and self.layers is not None:
@@ -57,6 +86,8 @@ class Scope:
             raise UserError(
                 f"scope.use is {self.use!r} but there is no scope.plan to take it from: give the plan's file"
             )
+        if self.lora is not None and self.mask is not None:
+            raise UserError("scope.lora trains adapters and scope.mask chooses weights: give one of them")
         if self.layers == () or self.modules == ():
             raise UserError("scope.layers or scope.modules is empty, so nothing would be trained: name at least one")
 
@@ -139,7 +170,7 @@ class Cost:
         each = "" if processes == 1 else f" (over {processes} processes, if sharded)"
         return (
             f"trainable {self.trainable:,} of {self.total:,} parameters ({self.trainable / self.total:.1%}); "
-            f"AdamW states {_size(self.optimiser_bytes)}, gradients {_size(self.gradient_bytes)}{each}"
+            f"AdamW states {readable_size(self.optimiser_bytes)}, gradients {readable_size(self.gradient_bytes)}{each}"
         )
 
 
@@ -156,7 +187,8 @@ def cost(model: nn.Module) -> Cost:
     )
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
+    """A number of bytes for a person."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -5,13 +5,14 @@ This is wiring; every decision is in the config, every computation in the module
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import DistributedType
 
 from lm.config import as_dict
 from lm.devices import accelerator, launch_facts, sum_over_processes, together
@@ -22,15 +23,17 @@ from lm.prompts import Encoded, PromptSpec, encode_pair
 from lm.rows import Row
 from lm.run import RunFolder, peak_memory_bytes
 from unlearn import export, lora
-from unlearn.batches import collate, micro_batches
+from unlearn.batches import micro_batches
 from unlearn.config import UnlearnConfig
 from unlearn.data import canonical_id, check_disjoint, data_hash, load_rows
 from unlearn.evaluation.batching import Workers, max_positions
 from unlearn.evaluation.generate import generate
 from unlearn.evaluation.lume import check_rows, score
 from unlearn.objectives import RetainMemory
+from unlearn.passes import Passes
 from unlearn.scope import cost
-from unlearn.statistics import token_logprobs
+from unlearn.step import Side
+from unlearn.store import forget_stores
 from unlearn.trainer import refuse_broken_weights, train
 
 
@@ -51,6 +54,8 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         folder=Path(config.out),
         cpu=config.model.device == "cpu",
     )
+    if config.scope.lora is not None:
+        lora.require(config.scope.lora, sharded=acc.distributed_type == DistributedType.FSDP)
     data = {"forget": data_hash(forget), "retain": data_hash(retain)}
     if validation is not None:
         data |= {"validation_forget": data_hash(validation[0]), "validation_retain": data_hash(validation[1])}
@@ -58,6 +63,9 @@ def run_unlearning(config: UnlearnConfig) -> Path:
     model = load(config.model, device="cpu")  # before the folder is made: a mistyped path must not leave one behind
     scope = config.scope.resolve(model.anatomy)
     encoded = [encode_rows(model, rows, config.prompt) for rows in (forget, retain)]
+    alternates = config.alternates.encode(model, forget, config.prompt)
+    if alternates:
+        data["alternates"] = hashlib.sha256(repr(alternates).encode()).hexdigest()[:16]
     run = RunFolder(config.out, main=acc.is_main_process)
     with together(acc):
         if acc.is_main_process:
@@ -77,25 +85,28 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         return result
 
     scope.apply(model.model, model.anatomy)
+    quantised = scope.lora is not None and scope.lora.quantise
+    if quantised:
+        lora.quantise(model.model, model.anatomy, acc.device)
     if scope.lora is not None:
         lora.inject(model.model, model.anatomy, scope, scope.lora, seed=config.trainer.seed)
     price = cost(model.model)
     acc.print(price.sentence(acc.num_processes))
     if config.trackers:
         acc.init_trackers("unlearn", config={"config": str(as_dict(config))})
-    pad = int(model.tokenizer.pad_token_id)
 
     started = time.perf_counter()
     scorer = None if validation is None else Validation(acc, model, config, validation)
     wrapped, at = train(
         acc,
-        model.model,
-        encoded[0],
-        encoded[1],
+        model,
+        Side(encoded[0], alternates),
+        Side(encoded[1]),
         config.loss,
         config.trainer,
-        pad=pad,
         run=run,
+        made_from=run.manifest["weights"],
+        mask=config.scope.mask,
         validate=scorer,
         resume=config.resume,
     )
@@ -113,10 +124,14 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         modules=list(scope.modules),
         best=at.best,
     )
-    export.save(plain, model.tokenizer, run, dtype=DTYPES[config.save_dtype] if config.save_dtype else None)
+    dense = load(config.model, device="cpu").model if quantised and acc.is_main_process else None
+    export.save(
+        plain, model.tokenizer, run, dtype=DTYPES[config.save_dtype] if config.save_dtype else None, dense=dense
+    )
     for tracker in acc.trackers:
         tracker.finish()
     run.prune_checkpoints(keep=0)
+    forget_stores(run)
     acc.wait_for_everyone()
     return result
 
@@ -184,10 +199,8 @@ class Validation:
         ]
 
     def _cross_entropy(self, rows: Sequence[Row]) -> tuple[float, float]:
-        pad, size = int(self.model.tokenizer.pad_token_id), self.config.trainer.micro_batch
-        return mean_cross_entropy(
-            self.acc, self.model.model, encode_rows(self.model, rows, self.config.prompt), pad, size
-        )
+        encoded = encode_rows(self.model, rows, self.config.prompt)
+        return mean_cross_entropy(self.acc, self.model, encoded, self.config.trainer.micro_batch)
 
 
 def encode_rows(model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> list[Encoded]:
@@ -203,15 +216,14 @@ def encode_rows(model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -
 
 
 def mean_cross_entropy(
-    acc: Accelerator, model: nn.Module, rows: Sequence[Encoded], pad: int, size: int
+    acc: Accelerator, model: LanguageModel, rows: Sequence[Encoded], size: int
 ) -> tuple[float, float]:
     """Mean cross-entropy over the supervised tokens of all rows (nats a token), and the sum of micro-batch means."""
+    passes = Passes(acc, model.model, model)
     sums = torch.zeros(3, dtype=torch.float64, device=acc.device)
-    for micro in micro_batches(range(len(rows)), size, acc.process_index, acc.num_processes):
-        inputs = collate([rows[i] for i in micro], pad, acc.device)
-        with torch.no_grad():
-            logits = model(input_ids=inputs.ids, attention_mask=inputs.attention, use_cache=False).logits
-        loss, tokens = -token_logprobs(logits, inputs).sum(), inputs.mask.sum()
-        sums += torch.stack([loss, tokens, loss / tokens.clamp(min=1)]).to(sums)
+    for micro in micro_batches(rows, size, acc.process_index, acc.num_processes):
+        found = passes.logprobs(micro)
+        loss, tokens = -sum((float(each.sum()) for each in found), 0.0), sum(len(each) for each in found)
+        sums += torch.tensor([loss, tokens, loss / max(tokens, 1)], dtype=torch.float64, device=sums.device)
     total, count, means = sum_over_processes(sums).tolist()
     return total / max(count, 1.0), means

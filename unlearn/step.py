@@ -7,21 +7,24 @@ forget rows follow: exact, with one pass over each row and no second gradient bu
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from lm.devices import sum_over_processes, without_gradient_sync
+from lm.devices import is_sharded, sum_over_processes, without_gradient_sync
 from lm.prompts import Encoded
-from unlearn.batches import Inputs, StepRows, collate, micro_batches
+from unlearn.batches import StepRows, micro_batches
 from unlearn.objectives import Loss, Needs, RetainMemory, TokenStats
 from unlearn.objectives.base import Term
-from unlearn.reference import Original
-from unlearn.statistics import token_logprobs, token_values
+from unlearn.passes import Passes
+from unlearn.store import RowStore
 
 Weighting = Literal["global_tokens", "global_rows", "micro_batch_mean"]
 
@@ -32,7 +35,9 @@ class StepResult:
 
     loss: float
     forget_cross_entropy: float
+    """Nats a token; NaN where nothing asked for log-probabilities."""
     retain_cross_entropy: float
+    """Likewise."""
     retain_weight: float
     forgotten_share: float
     """Share of forget tokens beyond the objective's cap (0 if it has none)."""
@@ -40,26 +45,51 @@ class StepResult:
     """Real tokens, prompt and answer, that went through the model in the global batch."""
 
 
+@dataclass(frozen=True)
+class Side:
+    """The rows of one side and what goes with them.
+
+    Attributes:
+        rows: the rows, encoded.
+        alternates: for each row its alternate answers to the same question, or nothing.
+        original: the original model's log-probabilities of `texts`, (supervised tokens,) each, where they are known already.
+        below: the stream that the first block that may change reads for `texts`, (tokens, hidden) each, likewise.
+    """
+
+    rows: Sequence[Encoded]
+    alternates: Sequence[tuple[Encoded, ...]] = ()
+    original: RowStore | None = None
+    below: RowStore | None = None
+
+    @cached_property
+    def texts(self) -> list[Encoded]:
+        """The rows, then every alternate, row by row."""
+        return [*self.rows, *itertools.chain.from_iterable(self.alternates)]
+
+    def alternate(self, row: int, epoch: int) -> int:
+        """The place in `texts` of the alternate that a row takes in an epoch: each in its turn."""
+        return len(self.rows) + self._firsts[row] + epoch % len(self.alternates[row])
+
+    def streams(self, places: Sequence[int]) -> list[Tensor] | None:
+        """What the first block that may change reads for some of `texts`, if it is known."""
+        return None if self.below is None else [self.below[place] for place in places]
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return [0, *itertools.accumulate(len(several) for several in self.alternates)]
+
+
 class Stepper:
     """Computes gradients for global batches of encoded rows; it holds no optimiser and takes no step."""
 
     def __init__(
-        self,
-        acc: Accelerator,
-        model: nn.Module,
-        loss: Loss,
-        forget: Sequence[Encoded],
-        retain: Sequence[Encoded],
-        *,
-        original: Original | None,
-        pad: int,
-        micro_batch: int,
-        weighting: Weighting,
+        self, passes: Passes, loss: Loss, forget: Side, retain: Side, *, micro_batch: int, weighting: Weighting
     ) -> None:
-        self.acc, self.model, self.loss, self.original = acc, model, loss, original
-        self.forget, self.retain = forget, retain
-        self.pad, self.micro_batch, self.weighting = pad, micro_batch, weighting
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.passes, self.acc, self.model = passes, passes.acc, passes.wrapped
+        self.loss, self.forget, self.retain = loss, forget, retain
+        self.micro_batch, self.weighting = micro_batch, weighting
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._unread = {True: passes.unread(loss.forget_needs), False: passes.unread(loss.retain_needs)}
 
     def gradient(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         """Add this step's gradient to the parameters' `.grad`, and epoch-0 sums to `memory`."""
@@ -70,41 +100,44 @@ class Stepper:
     def _global(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         retain_ce = weight = retain_loss = 0.0
         if self.loss.uses_retain and rows.retain:
-            divisor = _Counts.of([self.retain[i] for i in rows.retain])
+            divisor = _Counts.of([self.retain.rows[i] for i in rows.retain], self.loss.retain_needs)
             sums = torch.zeros(2, dtype=torch.float64, device=self.acc.device)
             count = divisor.rows if self._by_row else divisor.tokens
             for micro in self._micro_batches(rows.retain, self.retain):
-                with without_gradient_sync(self.acc, self.model, skip=True):
-                    stats = self._stats([self.retain[i] for i in micro], forget=False)
+                with self._syncing(False):
+                    stats = self._stats(micro, forget=False, epoch=memory.epoch)
                     loss = self._share(self.loss.retain.term(stats), divisor)
                     self.acc.backward(loss * self.acc.num_processes)
                 sums += torch.stack([stats.total(stats.cross_entropy.detach()), loss.detach()])
             ce_sum, retain_loss = sum_over_processes(sums).tolist()
-            retain_ce = ce_sum / count
+            retain_ce = ce_sum / count if self.loss.retain_needs.logprob else math.nan
             weight = self.loss.weight.at(memory, retain_ce, retain_loss)
-            memory.add(cross_entropy=ce_sum, tokens=count, batch_means=retain_ce, rows=divisor.rows)
+            if self.loss.retain_needs.logprob:
+                memory.add(cross_entropy=ce_sum, tokens=count, batch_means=retain_ce, rows=divisor.rows)
             with torch.no_grad():
                 for parameter in self.parameters:
                     if parameter.grad is not None:
                         parameter.grad.mul_(weight)
 
-        divisor = _Counts.of([self.forget[i] for i in rows.forget])
+        divisor = _Counts.of([self.forget.rows[i] for i in rows.forget], self.loss.forget_needs)
         sums = torch.zeros(3, dtype=torch.float64, device=self.acc.device)
         micros = self._micro_batches(rows.forget, self.forget)
         for place, micro in enumerate(micros):
-            with without_gradient_sync(self.acc, self.model, skip=place + 1 < len(micros)):
-                stats = self._stats([self.forget[i] for i in micro], forget=True)
+            last = place + 1 == len(micros)
+            with self._syncing(last):
+                stats = self._stats(micro, forget=True, epoch=memory.epoch)
                 loss = self._share(self.loss.objective.forget_term(stats), divisor)
-                self.acc.backward(loss * self.acc.num_processes)
+                reached = loss + self._unreached(forget=True) if last else loss
+                self.acc.backward(reached * self.acc.num_processes)
             sums += torch.stack([stats.cross_entropy.detach().sum(), loss.detach(), self._beyond_cap(stats)])
         ce_sum, forget_loss, beyond = sum_over_processes(sums).tolist()
         return StepResult(
             loss=forget_loss + weight * retain_loss,
-            forget_cross_entropy=ce_sum / divisor.tokens,
+            forget_cross_entropy=ce_sum / divisor.tokens if self.loss.forget_needs.logprob else math.nan,
             retain_cross_entropy=retain_ce,
             retain_weight=weight,
             forgotten_share=beyond / divisor.tokens,
-            tokens=self._tokens(rows),
+            tokens=self._tokens(rows, memory.epoch),
         )
 
     def _micro(self, rows: StepRows, memory: RetainMemory) -> StepResult:
@@ -116,66 +149,71 @@ class Stepper:
         ]  # whole micro-batches are dealt out: the same ones for any number
         sums = torch.zeros(9, dtype=torch.float64, device=self.acc.device)
         for place, micro in enumerate(micros):
-            forget = [self.forget[i] for is_forget, i in micro if is_forget]
-            retain = [self.retain[i] for is_forget, i in micro if not is_forget] if self.loss.uses_retain else []
-            with without_gradient_sync(self.acc, self.model, skip=place + 1 < len(micros)):
-                stats = self._stats(forget, forget=True)
-                loss = self._share(self.loss.objective.forget_term(stats), _Counts.of(forget))
-                seen = [float(stats.cross_entropy.detach().sum()), float(self._beyond_cap(stats)), float(stats.tokens)]
-                mean = weight = 0.0
-                other = self._stats(retain, forget=False)
-                if retain:
-                    mean = float(other.cross_entropy.detach().sum()) / other.tokens
-                    kept = self._share(self.loss.retain.term(other), _Counts.of(retain))
-                    weight = self.loss.weight.at(memory, mean, float(kept.detach()))
-                    loss = loss + weight * kept
-                else:
-                    loss = loss + other.logprob.sum() * 0.0
-                self.acc.backward(loss * self.acc.num_processes / len(whole))
-            held = [float(loss.detach()), mean * other.tokens, float(other.tokens), mean, float(len(retain)), weight]
-            sums += torch.tensor([*seen, *held], dtype=torch.float64, device=sums.device)
+            last = place + 1 == len(micros)
+            forget = [i for is_forget, i in micro if is_forget]
+            retain = [i for is_forget, i in micro if not is_forget]
+            scale = self.acc.num_processes / len(whole)
+            with self._syncing(last and not self.loss.uses_retain):
+                stats = self._stats(forget, forget=True, epoch=memory.epoch)
+                divisor = _Counts.of([self.forget.rows[i] for i in forget], self.loss.forget_needs)
+                loss = self._share(self.loss.objective.forget_term(stats), divisor)
+                self.acc.backward(loss * scale)
+            held = [float(stats.cross_entropy.detach().sum()), float(self._beyond_cap(stats)), float(stats.tokens)]
+            total, mean, weight, tokens = float(loss.detach()), 0.0, 0.0, 0
+            if self.loss.uses_retain:
+                with self._syncing(last):
+                    stats = self._stats(retain, forget=False, epoch=memory.epoch)
+                    divisor = _Counts.of([self.retain.rows[i] for i in retain], self.loss.retain_needs)
+                    loss, tokens = self._share(self.loss.retain.term(stats), divisor), stats.tokens
+                    if retain:
+                        mean = float(stats.cross_entropy.detach().sum()) / tokens
+                        weight = self.loss.weight.at(memory, mean, float(loss.detach()))
+                    reached = weight * loss + self._unreached(forget=False) if last else weight * loss
+                    self.acc.backward(reached * scale)
+                total += weight * float(loss.detach())
+            held += [total, mean * tokens, float(tokens), mean, float(len(retain)), weight]
+            sums += torch.tensor(held, dtype=torch.float64, device=sums.device)
         forget_ce, beyond, forget_tokens, loss_sum, retain_ce, retain_tokens, means, count, weights = (
             sum_over_processes(sums).tolist()
         )
-        memory.add(cross_entropy=retain_ce, tokens=retain_tokens, batch_means=means, rows=count)
+        if self.loss.retain_needs.logprob:
+            memory.add(cross_entropy=retain_ce, tokens=retain_tokens, batch_means=means, rows=count)
         return StepResult(
             loss=loss_sum / len(whole),
-            forget_cross_entropy=forget_ce / max(forget_tokens, 1.0),
-            retain_cross_entropy=retain_ce / max(retain_tokens, 1.0),
+            forget_cross_entropy=forget_ce / max(forget_tokens, 1.0) if self.loss.forget_needs.logprob else math.nan,
+            retain_cross_entropy=retain_ce / max(retain_tokens, 1.0) if self.loss.retain_needs.logprob else math.nan,
             retain_weight=weights / len(whole),
             forgotten_share=beyond / max(forget_tokens, 1.0),
-            tokens=self._tokens(rows),
+            tokens=self._tokens(rows, memory.epoch),
         )
 
-    def _micro_batches(self, rows: Sequence[int], encoded: Sequence[Encoded]) -> list[list[int]]:
+    def _micro_batches(self, rows: Sequence[int], side: Side) -> list[list[int]]:
         """This process's rows, those of like length together: padding is wasted work, and the order within a batch is free."""
-        by_length = sorted(rows, key=lambda row: len(encoded[row].ids))
+        by_length = sorted(rows, key=lambda row: len(side.rows[row].ids))
         return micro_batches(by_length, self.micro_batch, self.acc.process_index, self.acc.num_processes)
 
-    def _stats(self, rows: Sequence[Encoded], *, forget: bool) -> TokenStats:
-        needs = self.loss.forget_needs if forget else self.loss.retain_needs
-        inputs = collate(rows, self.pad, self.acc.device)
-        reference = self._original(inputs) if needs.reference else None
-        logits = self._logits(inputs)
-        return TokenStats(
-            logprob=token_logprobs(logits, inputs),
-            mask=inputs.mask,
-            reference_logprob=self._reference_logprob(needs, reference, inputs),
-            values={one.name: token_values(one, logits, inputs, reference) for one in needs.statistics},
-            row_weight=1.0 / inputs.mask.sum(dim=1, keepdim=True).clamp(min=1) if self._by_row else None,
+    def _stats(self, rows: Sequence[int], *, forget: bool, epoch: int) -> TokenStats:
+        side, needs = (self.forget, self.loss.forget_needs) if forget else (self.retain, self.loss.retain_needs)
+        places = [*rows, *(side.alternate(row, epoch) for row in rows)] if needs.alternate else rows
+        stats = self.passes.stats(
+            [side.texts[place] for place in places],
+            needs,
+            alternates=len(places) - len(rows),
+            originals=None if side.original is None else [side.original[place] for place in places],
+            below=side.streams(places),
         )
+        return _by_row(stats) if self._by_row else stats
 
-    def _reference_logprob(self, needs: Needs, reference: Tensor | None, inputs: Inputs) -> Tensor | None:
-        return token_logprobs(reference, inputs) if needs.reference_logprob and reference is not None else None
+    def _syncing(self, sync: bool) -> AbstractContextManager[None]:
+        """Around forward and backward: with `sync` the gradients of all processes come together (shards always do)."""
+        return without_gradient_sync(self.acc, self.model, skip=not sync)
 
-    def _original(self, inputs: Inputs) -> Tensor:
-        assert self.original is not None  # the trainer keeps it for every objective that says it needs one
-        with self.original.restored():
-            return self._logits(inputs)
-
-    def _logits(self, inputs: Inputs) -> Tensor:
-        logits: Tensor = self.model(input_ids=inputs.ids, attention_mask=inputs.attention, use_cache=False).logits
-        return logits
+    def _unreached(self, *, forget: bool) -> Tensor:
+        """0, with a gradient of 0 for what a side does not depend on: DDP waits for every parameter's."""
+        zero = torch.zeros((), device=self.acc.device)
+        if self.acc.num_processes == 1 or is_sharded(self.model):
+            return zero
+        return sum((p.sum() * 0.0 for p in self._unread[forget]), zero)
 
     def _beyond_cap(self, stats: TokenStats) -> Tensor:
         cap = getattr(self.loss.objective, "forget_cap", None)
@@ -185,15 +223,25 @@ class Stepper:
         return beyond
 
     def _share(self, term: Term, divisor: _Counts) -> Tensor:
+        if term.unit == "hidden":
+            return term.total / divisor.hidden
         return term.total / (divisor.rows if term.unit == "row" or self._by_row else divisor.tokens)
 
     @property
     def _by_row(self) -> bool:
         return self.weighting == "global_rows"
 
-    def _tokens(self, rows: StepRows) -> int:
-        used = sum(len(self.forget[i].ids) for i in rows.forget)
-        return used + (sum(len(self.retain[i].ids) for i in rows.retain) if self.loss.uses_retain else 0)
+    def _tokens(self, rows: StepRows, epoch: int) -> int:
+        used = sum(len(self.forget.rows[i].ids) for i in rows.forget)
+        if self.loss.forget_needs.alternate:
+            used += sum(len(self.forget.texts[self.forget.alternate(i, epoch)].ids) for i in rows.forget)
+        return used + (sum(len(self.retain.rows[i].ids) for i in rows.retain) if self.loss.uses_retain else 0)
+
+
+def _by_row(stats: TokenStats) -> TokenStats:
+    """Each row's tokens count 1 together."""
+    weight = 1.0 / stats.mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return replace(stats, row_weight=weight, alternate=None if stats.alternate is None else _by_row(stats.alternate))
 
 
 @dataclass(frozen=True)
@@ -202,7 +250,11 @@ class _Counts:
 
     tokens: int
     rows: int
+    hidden: int
 
     @classmethod
-    def of(cls, rows: Sequence[Encoded]) -> _Counts:
-        return cls(max(sum(len(row.ids) - row.answer_start for row in rows), 1), max(len(rows), 1))
+    def of(cls, rows: Sequence[Encoded], needs: Needs) -> _Counts:
+        tokens = sum(len(row.ids) - row.answer_start for row in rows)
+        answers = needs.hidden is not None and needs.hidden.tokens == "answer"
+        hidden = tokens if answers else sum(len(row.ids) for row in rows)
+        return cls(max(tokens, 1), max(len(rows), 1), max(hidden, 1))

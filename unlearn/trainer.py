@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ from torch import nn
 
 from lm.devices import local_part, sum_over_processes
 from lm.errors import UserError
-from lm.prompts import Encoded
+from lm.load import LanguageModel
 from lm.run import RunFolder, progress
 from unlearn import state
-from unlearn.batches import PairedBatches
-from unlearn.objectives import Loss, RetainMemory
-from unlearn.reference import Original
-from unlearn.step import Stepper, StepResult
+from unlearn.batches import Batches
+from unlearn.beforehand import asks_original, compute_beforehand, size_below, used_texts
+from unlearn.mask import Masks, make_masks
+from unlearn.objectives import Dual, Loss, RetainMemory
+from unlearn.passes import Passes, reads
+from unlearn.reference import reference
+from unlearn.scope import WeightMask
+from unlearn.step import Side, Stepper, StepResult
 from unlearn.trainer_config import TrainerConfig
 
 Validate = Callable[[], dict[str, float]]
@@ -51,15 +55,15 @@ class Progress:
 
 def train(
     acc: Accelerator,
-    model: nn.Module,
-    forget: Sequence[Encoded],
-    retain: Sequence[Encoded],
+    model: LanguageModel,
+    forget: Side,
+    retain: Side,
     loss: Loss,
     config: TrainerConfig,
     *,
-    pad: int,
     run: RunFolder,
-    prepare: Callable[[nn.Module, torch.optim.Optimizer], tuple[nn.Module, torch.optim.Optimizer]] | None = None,
+    made_from: str,
+    mask: WeightMask | None = None,
     validate: Validate | None = None,
     resume: bool = False,
 ) -> tuple[nn.Module, Progress]:
@@ -68,53 +72,80 @@ def train(
     Args:
         model: with the scope applied. Dropout stays off: one, two and N processes give the same numbers.
         forget, retain: encoded rows; `retain` may be empty if the loss does not use it.
-        prepare: wraps model and optimiser; None takes `acc.prepare`.
+        made_from: the fingerprint of the model as it is, which names what is computed beforehand.
+        mask: which single weights may change; None for all that require gradients.
         validate: returns `task_aggregate` and/or `joint_loss`, on every process; called every `evaluate_every` steps.
         resume: go on from the newest checkpoint in `run`, if there is one.
 
     Raises:
-        UserError: the loss needs retain rows and there are none; the loss became NaN; the disk is full.
+        UserError: the loss needs retain rows and there are none, or reads nothing of a trainable parameter; the loss became
+            NaN; the disk is full.
     """
-    if loss.uses_retain and not retain:
+    _refuse_what_cannot_be(model, forget, retain, loss, config, validates=validate is not None)
+    batches = config.batches(len(forget.rows), len(retain.rows) if loss.uses_retain else 0)
+    steps = config.steps or batches.total(config.epochs)
+    model.model.train(False)
+    if config.gradient_checkpointing:
+        _enable_gradient_checkpointing(model.model)
+    optimiser: torch.optim.Optimizer = torch.optim.AdamW(
+        [p for p in model.model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay if mask is None else 0.0,  # masked weights decay in the loop
+    )
+    wrapped, optimiser = acc.prepare(model.model, optimiser)
+    model = replace(model, model=acc.unwrap_model(wrapped))
+    live = any(asks_original(needs, config) for needs in (loss.forget_needs, loss.retain_needs))
+    passes = Passes(acc, wrapped, model, reference=reference(model.model) if live else None)
+    used = used_texts(forget, batches, steps, loss.forget_needs, forget=True)
+    kept = used_texts(retain, batches, steps, loss.retain_needs, forget=False)
+    if config.cache_below:
+        acc.print(size_below(model, [(forget, used), (retain, kept)], passes.start))
+    forget = compute_beforehand(
+        passes, forget, loss.forget_needs, config, run=run, name="forget", used=used, made_from=made_from
+    )
+    retain = compute_beforehand(
+        passes, retain, loss.retain_needs, config, run=run, name="retain", used=kept, made_from=made_from
+    )
+    masks = make_masks(passes, forget, retain, mask, run, micro_batch=config.micro_batch) if mask else None
+    loop = _Loop(acc, wrapped, optimiser, loss, config, batches, steps, run, validate)
+    loop.stepper = Stepper(passes, loss, forget, retain, micro_batch=config.micro_batch, weighting=config.weighting)
+    loop.masks = masks
+    return wrapped, loop.run_all(resume=resume)
+
+
+def _refuse_what_cannot_be(
+    model: LanguageModel, forget: Side, retain: Side, loss: Loss, config: TrainerConfig, *, validates: bool
+) -> None:
+    if loss.uses_retain and not retain.rows:
         raise UserError(f"{type(loss.objective).__name__} needs retain rows and there are none: give a retain set")
-    if config.checkpoint != "last" and validate is None:
+    if config.checkpoint != "last" and not validates:
         raise UserError(
             f"trainer.checkpoint is {config.checkpoint!r} but there is no validation split: give one, or use last"
         )
-    batches = PairedBatches(
-        forget=len(forget),
-        retain=len(retain) if loss.uses_retain else 0,
-        batch=config.batch,
-        pairing=config.pairing,
-        seed=config.seed,
-    )
-    steps = config.steps or config.epochs * batches.steps_per_epoch
-    model.eval()
-    if config.gradient_checkpointing:
-        _enable_gradient_checkpointing(model)
-    optimiser: torch.optim.Optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    wrapped, optimiser = (prepare or acc.prepare)(model, optimiser)
-    loop = _Loop(acc, wrapped, optimiser, loss, config, batches, steps, run, validate)
-    loop.stepper = Stepper(
-        acc,
-        wrapped,
-        loss,
-        forget,
-        retain,
-        original=Original(wrapped) if loss.needs_original else None,
-        pad=pad,
-        micro_batch=config.micro_batch,
-        weighting=config.weighting,
-    )
-    return wrapped, loop.run_all(resume=resume)
+    if config.weighting == "micro_batch_mean" and isinstance(loss.weight, Dual):
+        raise UserError(
+            "the dual variable moves with the global batch's loss, which micro_batch_mean never knows: set trainer.weighting "
+            "to global_tokens"
+        )
+    if loss.forget_needs.alternate and not forget.alternates:
+        raise UserError(f"{type(loss.objective).__name__} needs alternate answers and there are none: set alternates")
+    sides = [loss.forget_needs, *([loss.retain_needs] if loss.uses_retain else [])]
+    for needs in sides:
+        if needs.hidden is not None:
+            model.anatomy.block_path(needs.hidden.layer)
+    for name, parameter in model.model.named_parameters():
+        if parameter.requires_grad and not any(reads(model.anatomy, needs, name) for needs in sides):
+            raise UserError(
+                f"{name} may change, but {type(loss.objective).__name__} reads the model only up to layer "
+                f"{max(needs.hidden.layer for needs in sides if needs.hidden is not None)}: leave later layers out of the scope"
+            )
 
 
 class _Loop:
     """The state of one call of `train`."""
 
     stepper: Stepper
+    masks: Masks | None
 
     def __init__(
         self,
@@ -123,7 +154,7 @@ class _Loop:
         optimiser: torch.optim.Optimizer,
         loss: Loss,
         config: TrainerConfig,
-        batches: PairedBatches,
+        batches: Batches,
         steps: int,
         run: RunFolder,
         validate: Validate | None,
@@ -170,6 +201,8 @@ class _Loop:
                 f"the loss became {result.loss} at step {self.at.step + 1}: lower trainer.learning_rate, or set a forget_cap; "
                 "earlier checkpoints are kept"
             )
+        if self.masks is not None:
+            self.masks.keep_gradient()
         limit = self.config.clip if self.config.clip is not None else float("inf")
         norm = self.acc.clip_grad_norm_(self.model.parameters(), limit)
         if self.acc.scaler is None and not math.isfinite(_number(norm)):  # with a scaler such a step is left out
@@ -177,6 +210,8 @@ class _Loop:
                 f"the gradient's norm became {_number(norm)} at step {self.at.step + 1}: lower trainer.learning_rate, or set a "
                 "forget_cap, and begin in a new folder; earlier checkpoints are kept"
             )
+        if self.masks is not None and math.isfinite(_number(norm)):
+            self.masks.decay(1.0 - float(self.optimiser.param_groups[0]["lr"]) * self.config.weight_decay)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.at.step += 1
@@ -246,7 +281,7 @@ class _Loop:
         return bool(stop)
 
     def _log(self, result: StepResult, norm: float) -> None:
-        values = {
+        measured = {
             "loss": result.loss,
             "forget_ce": result.forget_cross_entropy,
             "retain_ce": result.retain_cross_entropy,
@@ -255,6 +290,7 @@ class _Loop:
             "grad_norm": norm,
             "lr": float(self.optimiser.param_groups[0]["lr"]),
         }
+        values = {name: value for name, value in measured.items() if not math.isnan(value)}  # not asked for, not known
         self.run.log(self.at.step, values)
         if self.acc.trackers:
             self.acc.log(values, step=self.at.step)

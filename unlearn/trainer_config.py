@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lm.errors import UserError
-from unlearn.batches import Pairing
+from unlearn.batches import Batches, PairedBatches, Pairing, SequentialBatches
 from unlearn.step import Weighting
 
 Checkpoint = Literal["last", "lowest_joint_loss", "best_task_aggregate"]
@@ -37,7 +37,12 @@ class TrainerConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     pairing: Pairing = "paired"
-    """Equal numbers of forget and retain rows a step, or one mixed shuffle as the authors do."""
+    """Equal numbers of forget and retain rows a step; or one mixed shuffle as the authors do; or `sequential`: the forget rows
+    in chunks, `epochs` passes over each before the next, every forget row followed by some of the retain rows in their turn."""
+    chunk: int = 32
+    """Forget rows in a chunk (sequential)."""
+    retain_per_forget: int = 7
+    """Retain rows that follow each forget row (sequential)."""
     weighting: Weighting = "global_tokens"
     """Each token of the global batch counts alike, or each row (short answers then weigh more), or the authors' mean of
     micro-batch means."""
@@ -45,6 +50,11 @@ class TrainerConfig:
     """Compute in this type over float32 master weights. (Pure bfloat16 is model.dtype: bfloat16 with autocast no.)"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    reference: Literal["cached", "live"] = "cached"
+    """The original's log-probabilities: computed once for every row that will be drawn and kept in the run folder, or at
+    every step. Its logits and hidden states are always asked for at every step."""
+    cache_below: bool = False
+    """Compute what the scope's first layer reads once, and keep it on disk: layers below do not run again."""
     seed: int = 42
     """Order of the batches."""
     save_every: int = 50
@@ -66,6 +76,8 @@ class TrainerConfig:
             "save_every",
             "evaluate_every",
             "max_seconds",
+            "chunk",
+            "retain_per_forget",
         )
         for name in positive:
             value = getattr(self, name)
@@ -80,12 +92,31 @@ class TrainerConfig:
             raise UserError(
                 f"trainer.warmup is {self.warmup} of {self.steps} steps: the peak rate is never reached; give fewer"
             )
+        if self.pairing != "sequential" and (self.chunk, self.retain_per_forget) != (32, 7):
+            raise UserError(
+                f"trainer.chunk is {self.chunk} and trainer.retain_per_forget {self.retain_per_forget}, and {self.pairing} "
+                "batches have neither: set trainer.pairing to sequential, or leave them out"
+            )
         if self.checkpoint != "last" and self.evaluate_every is None:
             raise UserError(
                 f"trainer.checkpoint is {self.checkpoint!r}, which needs scores: set trainer.evaluate_every"
             )
         if self.weighting == "micro_batch_mean" and self.pairing == "paired" and self.micro_batch < 2:
             raise UserError("trainer.micro_batch is 1: with micro_batch_mean a paired micro-batch needs both sides")
+
+    def batches(self, forget: int, retain: int) -> Batches:
+        """The order of so many rows a side."""
+        if self.pairing == "sequential":
+            return SequentialBatches(
+                forget=forget,
+                retain=retain,
+                batch=self.batch,
+                chunk=self.chunk,
+                retain_per_forget=self.retain_per_forget,
+                epochs=self.epochs,
+                seed=self.seed,
+            )
+        return PairedBatches(forget=forget, retain=retain, batch=self.batch, pairing=self.pairing, seed=self.seed)
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of the 0-based `step` of `steps`: a linear warm-up, then linear, cosine or constant.

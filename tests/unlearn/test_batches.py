@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lm.errors import UserError
 from lm.prompts import Encoded
-from unlearn.batches import PairedBatches, collate, micro_batches
+from unlearn.batches import PairedBatches, SequentialBatches, StepRows, collate, micro_batches
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 6).map(lambda half: 2 * half), st.integers(0, 5))
@@ -32,6 +32,55 @@ def test_a_mixed_epoch_is_every_row_once(forget: int, retain: int, batch: int) -
     assert sorted(i for rows in drawn for i in rows.retain) == list(range(retain))
     assert batches.epoch(batches.steps_per_epoch - 1) == 0
     assert batches.epoch(batches.steps_per_epoch) == 1
+
+
+@given(
+    forget=st.integers(1, 30), retain=st.integers(1, 40), chunk=st.integers(1, 9), each=st.integers(1, 5),
+    at_once=st.integers(1, 4), epochs=st.integers(1, 3),
+)  # fmt: skip
+def test_sequential_chunks_follow_each_other_and_the_retain_rows_go_round(
+    forget: int, retain: int, chunk: int, each: int, at_once: int, epochs: int
+) -> None:
+    batches = SequentialBatches(
+        forget=forget, retain=retain, batch=at_once * (1 + each), chunk=chunk, retain_per_forget=each, epochs=epochs
+    )
+    total = batches.total(epochs)
+    drawn = [batches.step(step) for step in range(total)]
+    assert Counter(i for rows in drawn for i in rows.forget) == dict.fromkeys(range(forget), epochs)
+    by_epoch: dict[int, list[StepRows]] = {}
+    for step, rows in enumerate(drawn):
+        by_epoch.setdefault(batches.epoch(step), []).append(rows)
+        assert len(rows.retain) == each * len(rows.forget)
+        assert [is_forget for is_forget, _ in rows.order] == [
+            place % (1 + each) == 0 for place in range(len(rows.order))
+        ]
+    assert list(by_epoch) == list(range(-(-forget // chunk) * epochs))
+    seen: set[int] = set()
+    cycle: list[int] = []
+    for first in range(0, len(by_epoch), epochs):
+        passes = [[row for rows in by_epoch[first + one] for row in rows.order] for one in range(epochs)]
+        assert all(one == passes[0] for one in passes), "a chunk is the same in each of its epochs"
+        rows = {row for is_forget, row in passes[0] if is_forget}
+        assert len(rows) <= chunk
+        assert not rows & seen
+        seen |= rows
+        cycle += [row for is_forget, row in passes[0] if not is_forget]
+    if len(cycle) >= retain:
+        assert sorted(cycle[:retain]) == list(range(retain))
+    assert all(one == cycle[place % retain] for place, one in enumerate(cycle)), "the next ones, then from the start"
+    assert batches.step(total) == drawn[0], "after the last chunk the first again"
+    assert batches.epoch(total) == len(by_epoch)
+
+
+def test_sequential_batches_of_the_published_size() -> None:
+    batches = SequentialBatches(forget=70, retain=100, batch=8, seed=3)
+    assert batches.total(7) == 70 * 7, "a forget row with its seven a step"
+    assert batches.step(0) == batches.step(32) != SequentialBatches(forget=70, retain=100, batch=8, seed=4).step(0)
+    assert [batches.epoch(step) for step in (0, 31, 32, 223, 224, 489)] == [0, 0, 1, 6, 7, 20]
+    alone = SequentialBatches(forget=5, retain=0, batch=2, chunk=3, epochs=1)
+    assert [len(alone.step(step).order) for step in range(alone.total(1))] == [2, 1, 2]
+    with pytest.raises(UserError, match="multiple of 8"):
+        SequentialBatches(forget=5, retain=5, batch=12)
 
 
 def test_a_step_needs_no_history_and_seeds_differ() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,20 @@ from lm.prompts import PromptSpec
 from lm.run import RunFolder
 from tests.unlearn.helpers import SMALL, config_words, reworded, run_script, small_config
 from tracing.plan import LayerPlan
+from unlearn.alternates import Refusals
 from unlearn.config import UnlearnConfig
-from unlearn.objectives import NPO, Fixed, GradientAscent, GradientDifference, Joint, KLMinimisation, Objective
+from unlearn.objectives import (
+    DPO,
+    NPO,
+    RMU,
+    AdaptiveRMU,
+    Fixed,
+    GradientAscent,
+    GradientDifference,
+    Joint,
+    KLMinimisation,
+    Objective,
+)
 from unlearn.scope import Lora, Scope
 from unlearn.stage import run_unlearning
 from unlearn.trainer_config import Schedule, TrainerConfig
@@ -79,11 +92,22 @@ AUTHORS = {"weighting": "micro_batch_mean", "pairing": "mixed_shuffle"}
         ("cpu2_ddp", KLMinimisation(), {}),
         ("cpu2_fsdp", KLMinimisation(), {}),
         ("cpu2_fsdp", Joint(), {"lora": "true"}),
+        ("cpu2_fsdp", NPO(), {"cache_below": True}),
+        ("cpu2_ddp", Joint(), {"pairing": "sequential", "chunk": 4, "retain_per_forget": 4}),
     ],
-    ids=["joint-rows-ddp", "joint-fsdp", "joint-authors-ddp", "kl-ddp", "kl-fsdp", "lora-fsdp"],
+    ids=[
+        "joint-rows-ddp",
+        "joint-fsdp",
+        "joint-authors-ddp",
+        "kl-ddp",
+        "kl-fsdp",
+        "lora-fsdp",
+        "kept-fsdp",
+        "chunks-ddp",
+    ],
 )
 def test_two_processes_give_the_losses_and_weights_of_one(
-    tiny: Path, tmp_path: Path, launch: str, objective: Objective, changes: dict[str, str]
+    tiny: Path, tmp_path: Path, launch: str, objective: Objective, changes: dict[str, Any]
 ) -> None:
     scope = Scope(layers=(1,), lora=Lora(rank=2) if changes.pop("lora", None) else None)
     trainer = replace(SMALL, batch=10, micro_batch=2, **changes)  # 5 rows a side: the processes' shares differ in size
@@ -130,6 +154,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tiny: Path, tmp_path: Path)
     [
         (lambda: replace(SMALL, learning_rate=float("nan")), "learning_rate is nan"),
         (lambda: replace(SMALL, clip=float("nan")), "clip is nan"),
+        (lambda: replace(SMALL, chunk=5), "set trainer.pairing to sequential"),
         (lambda: replace(SMALL, warmup=6), "the peak rate is never reached"),
         (lambda: Fixed(factor=-1.0), "retain_weight.factor is -1"),
         (lambda: Fixed(factor=float("nan")), "retain_weight.factor is nan"),
@@ -229,6 +254,46 @@ def test_the_plan_that_tracing_wrote_names_the_layers(tiny: Path, tmp_path: Path
     for use, layers in (("chosen", [2]), ("random", [0]), ("inverse", [1]), ("all", [0, 1, 2])):
         run_unlearning(small_config(tiny, tmp_path / use, scope=Scope(plan=str(tmp_path / "plan.json"), use=use)))
         assert RunFolder(tmp_path / use).manifest["layers"] == layers
+
+
+def test_alternates_are_trained_on_and_asked_for_before_anything_loads(tiny: Path, tmp_path: Path) -> None:
+    both = {"objective": DPO(), "alternates": Refusals(per_row=2)}
+    run_unlearning(small_config(tiny, tmp_path / "cached", trainer=replace(SMALL, steps=5), **both))
+    run_unlearning(small_config(tiny, tmp_path / "live", trainer=replace(SMALL, steps=5, reference="live"), **both))
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "live"), rel=1e-6)
+    assert losses(tmp_path / "cached")[0] != losses(tmp_path / "cached")[3], "the model learns"
+    assert "alternates" in RunFolder(tmp_path / "live").manifest["data"]
+    with pytest.raises(UserError, match="DPO reads alternate answers and none are given"):
+        small_config(tiny, tmp_path / "x", objective=DPO())
+    with pytest.raises(UserError, match="NPO reads none"):
+        small_config(tiny, tmp_path / "x", objective=NPO(), alternates=Refusals())
+
+
+@pytest.mark.parametrize("objective", [RMU(layer=1), AdaptiveRMU(layer=1)], ids=lambda o: type(o).__name__)
+def test_misdirection_runs_no_deeper_than_its_layer(
+    tiny: Path, tmp_path: Path, objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def count(module: torch.nn.Module, _: object) -> None:
+        if type(module).__name__ == "OlmoDecoderLayer":
+            ran.append(module.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    folder = run_unlearning(small_config(tiny, tmp_path / "run", objective=objective))
+    handle.remove()
+    assert ran.count(2) == 1, "the check on loading"
+    passes = 4 if isinstance(objective, AdaptiveRMU) else 3  # the original too, on the sides that ask for it
+    assert ran.count(0) == ran.count(1) == 1 + SMALL.steps * passes
+    after, before = weights(folder), weights(tiny / "model")
+    assert {n for n in before if not torch.equal(after[n], before[n])} == {
+        n for n in before if n.startswith("model.layers.1.mlp.")
+    }
+    assert all("forget_ce" not in line for line in RunFolder(tmp_path / "run").metrics())
+    with pytest.raises(UserError, match="reads the model only up to layer 1: leave later layers out"):
+        run_unlearning(small_config(tiny, tmp_path / "deep", objective=objective, scope=Scope(layers=(1, 2))))
+    with pytest.raises(UserError, match="layer 7 does not exist"):
+        run_unlearning(small_config(tiny, tmp_path / "none", objective=replace(objective, layer=7)))
 
 
 def test_schedules() -> None:

@@ -1,0 +1,79 @@
+"""QLoRA: four bits while training, the dense model with an update afterwards. Skips without bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny as tiny_model
+
+from lm.errors import UserError
+from tests.unlearn.helpers import SMALL, small_config
+from tests.unlearn.test_training import losses, weights
+from unlearn import export, lora
+from unlearn.objectives import NPO
+from unlearn.scope import Lora, Scope
+from unlearn.stage import run_unlearning
+
+SCOPE = Scope(layers=(1,), modules=("all",), lora=Lora(rank=2, quantise=True))
+CPU = torch.device("cpu")
+
+
+def test_without_bitsandbytes_it_is_refused_before_anything_loads(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
+    monkeypatch.setattr("unlearn.stage.load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        run_unlearning(small_config(tiny, tmp_path / "run", scope=SCOPE))
+    assert not (tmp_path / "run").exists()
+
+
+def test_combinations_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="do not go together"):
+        Lora(quantise=True, use_dora=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: object())
+    with pytest.raises(UserError, match="DDP, not FSDP"):
+        lora.require(Lora(quantise=True), sharded=True)
+    lora.require(Lora(), sharded=True)
+
+
+def test_linear_layers_of_the_blocks_alone_are_quantised() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = tiny_model("qwen2")
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    ids = torch.arange(12).view(1, 12)
+    said = model.model(ids).logits.detach()
+    lora.quantise(model.model, model.anatomy, CPU)
+    small = {name for name, p in model.model.named_parameters() if p.dtype == torch.uint8}
+    assert small == {name for name, p in before.items() if p.ndim == 2 and name.startswith(f"{model.anatomy.blocks}.")}
+    apart = float((model.model(ids).logits.detach() - said).abs().mean() / said.abs().mean())
+    assert 0 < apart < 0.5, "four bits are near, and not the same"
+    lora.inject(model.model, model.anatomy, Scope(layers=(1,)).resolve(model.anatomy), Lora(rank=2), seed=0)
+    dense = tiny_model("qwen2").model
+    merged = export.gather_weights(model.model, main=True, dense=dense)
+    assert merged.keys() == before.keys() | {name for name, _ in dense.named_buffers() if name in dense.state_dict()}
+    assert all(torch.equal(merged[name], value) for name, value in before.items()), "nothing was learnt yet"
+    gpt2 = tiny_model("gpt2")
+    with pytest.raises(UserError, match="no plain linear layers"):
+        lora.quantise(gpt2.model, gpt2.anatomy, CPU)
+
+
+def test_a_run_saves_a_dense_model_whose_frozen_weights_are_bit_identical(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = small_config(tiny, tmp_path / "run", scope=SCOPE, objective=NPO())
+    after, before = weights(run_unlearning(config)), weights(tiny / "model")
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        if name.startswith("model.layers.1."):
+            assert 1 <= torch.linalg.matrix_rank(after[name] - tensor, rtol=1e-3) <= 2, name
+        else:
+            assert torch.equal(after[name], tensor), name
+    recomputed = replace(config, out=str(tmp_path / "two"), trainer=replace(SMALL, gradient_checkpointing=True))
+    run_unlearning(recomputed)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
