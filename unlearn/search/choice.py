@@ -14,8 +14,8 @@ from unlearn.search.scored import Scored
 
 
 def floor(base_utility: float, budget: float) -> float:
-    """The lowest utility that counts: `(1 - budget) * base_utility`."""
-    return (1.0 - budget) * base_utility
+    """The lowest utility that counts: `(1 - budget) * base_utility`, less 1e-12 for what that rounds to."""
+    return (1.0 - budget) * base_utility - 1e-12
 
 
 def value(scored: Scored, lowest: float) -> float:

@@ -44,10 +44,11 @@ class Ledger:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with writable(self.path):
             self._storage = JournalStorage(JournalFileBackend(str(self.path)))
+        self._studies: dict[str, optuna.Study] = {}
 
     def trials(self, method: str) -> list[Finished]:
         """The method's finished trials, by number."""
-        return [_finished(trial.user_attrs, trial.params) for trial in self._study(method).get_trials()]
+        return [_finished(trial.user_attrs) for trial in self._study(method).get_trials()]
 
     def add_trial(self, method: str, space: Mapping[str, Range], trial: Finished, value: float | None) -> None:
         """Keep a trial. `value` is what the sampler is to raise; None for one that failed."""
@@ -56,7 +57,7 @@ class Ledger:
             value=value,
             params=dict(trial.params),
             distributions=distributions(space),
-            user_attrs=_attributes(trial),
+            user_attrs=asdict(trial),
         )
         with writable(self.path):
             self._study(method).add_trial(entry)
@@ -69,15 +70,20 @@ class Ledger:
 
     def others(self, study: str) -> dict[str, Finished]:
         """What was kept with `keep`, by name."""
-        return {name: _finished(found, {}) for name, found in self._study(study).user_attrs.items()}
+        return {name: _finished(found) for name, found in self._study(study).user_attrs.items()}
 
     def keep(self, study: str, name: str, run: Finished) -> None:
         """Keep a run that is no trial."""
         with writable(self.path):
-            self._study(study).set_user_attr(name, _attributes(run))
+            self._study(study).set_user_attr(name, asdict(run))
 
     def _study(self, name: str) -> optuna.Study:
-        return optuna.create_study(study_name=name, storage=self._storage, direction="maximize", load_if_exists=True)
+        if name not in self._studies:
+            with writable(self.path):
+                self._studies[name] = optuna.create_study(
+                    study_name=name, storage=self._storage, direction="maximize", load_if_exists=True
+                )
+        return self._studies[name]
 
 
 def propose(
@@ -109,15 +115,9 @@ def distributions(space: Mapping[str, Range]) -> dict[str, BaseDistribution]:
     }
 
 
-def _attributes(run: Finished) -> dict[str, Any]:
-    return {"scored": None if run.scored is None else asdict(run.scored), "failed": run.failed}
-
-
-def _finished(attributes: Mapping[str, Any], params: Mapping[str, Value]) -> Finished:
+def _finished(attributes: Mapping[str, Any]) -> Finished:
     scored = attributes["scored"]
-    return Finished(
-        params=dict(params), scored=None if scored is None else Scored(**scored), failed=attributes["failed"]
-    )
+    return Finished(**{**attributes, "scored": None if scored is None else Scored(**scored)})
 
 
 def _drop_half_line(path: Path) -> None:

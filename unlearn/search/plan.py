@@ -76,8 +76,8 @@ class Plan:
                     raise UserError(f"the method {method.name} with {name} at {value}: {error}") from error
         if found.trainer.seed in self.config.seeds:
             raise UserError(
-                f"seeds is {list(self.config.seeds)}, but the trials run with trainer.seed {found.trainer.seed}: repeats on "
-                "the seed that was chosen on flatter; give others"
+                f"seeds is {list(self.config.seeds)}, but the trials run with trainer.seed {found.trainer.seed}: a repeat on the "
+                "seed that the trial was chosen on is no repeat; give others"
             )
 
 

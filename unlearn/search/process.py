@@ -24,7 +24,8 @@ from unlearn.evaluation.stage import run_evaluation
 from unlearn.stage import run_unlearning
 
 LOG = "log.txt"
-_HEAVY = ["torch", "transformers.modeling_utils", "accelerate", "peft"]
+_HEAVY = ["torch", "transformers.modeling_utils", "accelerate", "peft", "scipy.stats", "jsonargparse", "optuna"]
+_HEAVY += ["matplotlib.backends.backend_agg"]  # nothing of this project: the server's path is not the script's
 
 
 def run_apart(folder: Path, unlearning: UnlearnConfig | None, evaluation: EvaluateConfig) -> str | None:
