@@ -178,22 +178,23 @@ def test_no_row_without_its_folder_or_with_numbers_of_its_own(done: SearchResult
         check_runs(out, done.runs, MEASURES)
 
 
-def test_runs_on_other_rows_are_not_compared(done: SearchResult, tmp_path: Path) -> None:
-    """The rows' content changed behind their name between two trials."""
+@pytest.mark.parametrize(("name", "side"), [("manifest.json", "forget"), ("scores/manifest.json", "retain")])
+def test_runs_on_other_rows_are_not_compared(done: SearchResult, tmp_path: Path, name: str, side: str) -> None:
+    """The rows' content changed behind their name between two runs."""
     out = tmp_path / "copy"
     shutil.copytree(done.config.out, out)
     first, second = done.methods[0].scored_repeats
-    manifest = out / second.folder / "manifest.json"
-    facts = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**facts, "data": {**facts["data"], "forget": "0" * 64}}))
-    with pytest.raises(UserError, match="other rows or start weights"):
-        check_runs(out, [first, read_scored(out, second.folder, MEASURES)], MEASURES)
+    facts = json.loads((out / second.folder / name).read_text())
+    (out / second.folder / name).write_text(json.dumps({**facts, "data": {**facts["data"], side: "0" * 64}}))
+    with pytest.raises(UserError, match="other rows or weights"):
+        check_runs(out, [done.base, first, read_scored(out, second.folder, MEASURES)], MEASURES)
 
 
 def test_killed_and_resumed_equals_unbroken(files: Path, done: SearchResult, tmp_path: Path) -> None:
     """Killed in the middle of a trial; its process goes with the one that drove it."""
     out = tmp_path / "run"
-    (tmp_path / "search.yaml").write_text(dump_yaml(asked(files, out, DIFFERENCE)))
+    config = replace(asked(files, out, DIFFERENCE), twin=None, seeds=(1,))
+    (tmp_path / "search.yaml").write_text(dump_yaml(config))
     words = ["--config", str(tmp_path / "search.yaml")]
     process = subprocess.Popen(
         command("search", *words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -203,10 +204,10 @@ def test_killed_and_resumed_equals_unbroken(files: Path, done: SearchResult, tmp
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(Ledger(out).trials("difference")) == 1, "the search was killed in its second trial"
-    resumed = run_search(replace(asked(files, out, DIFFERENCE), resume=True)).methods[0]
-    method = done.methods[0]
-    runs = zip((*resumed.trials, *resumed.repeats.values()), (*method.trials, *method.repeats.values()), strict=True)
-    for one, two in runs:
+    resumed, method = run_search(replace(config, resume=True)).methods[0], done.methods[0]
+    assert resumed.best == method.best
+    unbroken = (*method.trials, method.repeats[1])
+    for one, two in zip((*resumed.trials, resumed.repeats[1]), unbroken, strict=True):
         assert one.scored is not None
         assert two.scored is not None
         assert one.params == two.params

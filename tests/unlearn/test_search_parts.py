@@ -35,7 +35,8 @@ def scored(quality: float, utility: float, folder: str = "m/trial-00") -> Scored
         seconds=2.0,
         tokens=1000,
         peak_bytes=5_000_000,
-        rows="r",
+        made_from="m",
+        scored_on="s",
         files={"manifest.json": "0"},
     )
 

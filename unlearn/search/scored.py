@@ -35,7 +35,8 @@ class Scored:
         seconds: of training; 0 for a model that was only scored.
         tokens: that went through the model in training, prompt and answer.
         peak_bytes: the training process's largest memory, on the GPU if there was one, else resident.
-        rows: hash of the rows and the start weights that it was made and scored with.
+        made_from: hash of the rows and the weights that training began with; empty for a model that was only scored.
+        scored_on: hash of the rows, documents and questions that it was scored on.
         files: name in the folder -> SHA-256.
     """
 
@@ -46,7 +47,8 @@ class Scored:
     seconds: float
     tokens: int
     peak_bytes: int
-    rows: str
+    made_from: str
+    scored_on: str
     files: dict[str, str]
 
 
@@ -74,7 +76,6 @@ def read_scored(out: Path, folder: str, measures: Measures) -> Scored:
     training = _json(out / folder / "manifest.json") if trained else {}
     quality, utility = measures.of(scores)
     seconds = float(training.get("train_seconds", 0.0))
-    made = [training["data"], training["weights"]] if trained else None
     return Scored(
         folder=folder,
         quality=quality,
@@ -83,7 +84,8 @@ def read_scored(out: Path, folder: str, measures: Measures) -> Scored:
         seconds=seconds,
         tokens=round(float(training.get("tokens_per_second", 0.0)) * seconds),
         peak_bytes=int(training.get("peak_gpu_bytes") or training.get("peak_memory_bytes", 0)),
-        rows=hashlib.sha256(json.dumps([made, scoring["data"]], sort_keys=True).encode()).hexdigest(),
+        made_from=_hash([training["data"], training["weights"]]) if trained else "",
+        scored_on=_hash(scoring["data"]),
         files=files,
     )
 
@@ -105,11 +107,11 @@ def check_runs(out: Path, runs: Sequence[Scored], measures: Measures) -> None:
             raise UserError(
                 f"the numbers recorded for {out / known.folder} are not those of its files: search again in a new folder"
             )
-    trained = [known for known in runs if "manifest.json" in known.files]
-    for known in trained:
-        if known.rows != trained[0].rows:
+    for known in runs:
+        first = next(one for one in runs if bool(one.made_from) is bool(known.made_from))
+        if (known.made_from, known.scored_on) != (first.made_from, runs[0].scored_on):
             raise UserError(
-                f"{known.folder} was made or scored with other rows or start weights than {trained[0].folder}: the content "
+                f"{out / known.folder} was made from or scored on other rows or weights than the runs before it: the content "
                 "behind a name changed, and they cannot be compared; search again in a new folder"
             )
 
@@ -128,6 +130,10 @@ def _digest(path: Path) -> str:
         raise UserError(
             f"{path} is missing: no row is shown for a run without it; put it back, or search again in a new folder"
         ) from None
+
+
+def _hash(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _json(path: Path) -> dict[str, Any]:
