@@ -1,0 +1,158 @@
+"""The search from files to files: score the base model, try every method equally often, repeat each one's best trial.
+
+One process drives; every run has one of its own, on one device (`unlearn.search.process`). What is known when a run has ended
+is in the journal, so a search can be killed at any time. The weights of a run are deleted once it is scored, but for those of
+each method's best trial so far.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+
+from lm.config import as_dict
+from lm.errors import UserError
+from lm.load import ModelSpec
+from lm.progress import Advance
+from lm.run import RunFolder, progress, write_atomic, write_json
+from unlearn import export
+from unlearn.config import UnlearnConfig
+from unlearn.search import choice
+from unlearn.search.config import Method, SearchConfig, Value
+from unlearn.search.ledger import Finished, Ledger
+from unlearn.search.picture import pareto
+from unlearn.search.plan import Plan
+from unlearn.search.process import run_apart
+from unlearn.search.result import MethodResult, SearchResult
+from unlearn.search.scored import Measures, Scored, check_runs, read_scored
+from unlearn.search.table import page
+
+REFERENCES = "base"
+"""The study that holds the models which were not trained."""
+_WEIGHTS = (export.MODEL, "best", "checkpoints")
+
+
+def run_search(config: SearchConfig) -> SearchResult:
+    """Search as the config says; writes `search.json`, `table.md` and `pareto.png` into `config.out`.
+
+    A search that is finished already only checks its runs' files and writes the three again.
+
+    Raises:
+        UserError: whatever the user can mend, before the first run wherever that is possible; a run whose files are missing
+            or altered, before anything is written.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise UserError(
+            f"the search was launched on {processes} processes, but one drives it and starts the runs one by one: use python, "
+            "not accelerate launch"
+        )
+    plan, measures, out = Plan.of(config), Measures(config.quality, config.keeping), Path(config.out)
+    facts = {"seed": config.seed, "optuna": optuna.__version__}
+    facts |= {"unlearn": as_dict(plan.base), "evaluate": as_dict(plan.evaluate)}
+    run = RunFolder.create(out, config, resume=config.resume, facts=facts, same=("unlearn", "evaluate"))
+    ledger = Ledger(out)
+    runs = 1 + (config.twin is not None) + len(config.methods) * (config.trials + len(config.seeds))
+    done = len(ledger.others(REFERENCES)) + sum(
+        len(ledger.trials(method.name)) + len(ledger.others(method.name)) for method in config.methods
+    )
+    with progress(runs, label="search", unit="runs", done=done) as advance:
+        result = _Search(plan, ledger, out, measures, advance).result()
+    check_runs(out, result.runs, measures)
+    write_json(out / "search.json", result.to_json())
+    write_atomic(out / "pareto.png", pareto(result))
+    write_atomic(out / "table.md", page(result))
+    run.finish(runs=len(result.runs))
+    return result
+
+
+@dataclass
+class _Search:
+    """One call of `run_search`: whatever is not in the journal yet is run, and enters it."""
+
+    plan: Plan
+    ledger: Ledger
+    out: Path
+    measures: Measures
+    advance: Advance
+
+    def result(self) -> SearchResult:
+        config = self.plan.config
+        base = self._reference("base", self.plan.base.model)
+        twin = None if config.twin is None else self._reference("twin", ModelSpec(path=config.twin))
+        if base.utility <= 0:
+            raise UserError(
+                f"the base model's utility ({config.keeping}) is {base.utility}: there is nothing to keep, and no budget of it; "
+                "measure another (keeping, or the evaluation's utility)"
+            )
+        lowest = choice.floor(base.utility, config.budget)
+        for number in range(config.trials):  # in turn: a search that is cut short has been fair so far
+            for method in config.methods:
+                self._trial(method, number, lowest)
+        return SearchResult(config, base, twin, [self._repeat(method, lowest) for method in config.methods])
+
+    def _reference(self, name: str, model: ModelSpec) -> Scored:
+        found = self.ledger.others(REFERENCES).get(name)
+        if found is None:
+            found = self._run(name, {}, None, model)
+            if found.failed is not None:
+                raise UserError(f"the {name} model could not be scored: {found.failed}")
+            self.ledger.keep(REFERENCES, name, found)
+        assert found.scored is not None
+        return found.scored
+
+    def _trial(self, method: Method, number: int, lowest: float) -> None:
+        config, trials = self.plan.config, self.ledger.trials(method.name)
+        if number >= len(trials):
+            params = self.ledger.propose(
+                method.name, method.space, sampler=config.sampler, startup=config.startup, seed=config.seed
+            )
+            folder = _trial_folder(method, number)
+            done = self._run(folder, params, self.plan.unlearning(method, params, self.out / folder, None))
+            value = None if done.scored is None else choice.value(done.scored, lowest)
+            self.ledger.add_trial(method.name, method.space, done, value)
+            trials.append(done)
+        best = choice.best(trials, lowest)
+        for other in range(len(trials)):
+            if other != best:
+                self._delete_weights(_trial_folder(method, other))
+
+    def _repeat(self, method: Method, lowest: float) -> MethodResult:
+        trials, repeats = self.ledger.trials(method.name), {}
+        best = choice.best(trials, lowest)
+        if best is None:
+            self.advance(len(self.plan.config.seeds))
+            return MethodResult(method.name, trials, None, {})
+        for seed in self.plan.config.seeds:
+            name = f"seed-{seed}"
+            folder = f"{method.name}/{name}"
+            done = self.ledger.others(method.name).get(name)
+            if done is None:
+                params = trials[best].params
+                done = self._run(folder, params, self.plan.unlearning(method, params, self.out / folder, seed))
+                self.ledger.keep(method.name, name, done)
+            self._delete_weights(folder)
+            repeats[seed] = done
+        return MethodResult(method.name, trials, best, repeats)
+
+    def _run(
+        self, folder: str, params: Mapping[str, Value], unlearning: UnlearnConfig | None, model: ModelSpec | None = None
+    ) -> Finished:
+        self.advance(0, running=folder)
+        failed = run_apart(self.out / folder, unlearning, self.plan.scoring(self.out / folder, model))
+        scored = read_scored(self.out, folder, self.measures) if failed is None else None
+        self.advance(1)
+        return Finished(params=dict(params), scored=scored, failed=failed)
+
+    def _delete_weights(self, folder: str) -> None:
+        for name in _WEIGHTS:
+            shutil.rmtree(self.out / folder / name, ignore_errors=True)
+
+
+def _trial_folder(method: Method, number: int) -> str:
+    return f"{method.name}/trial-{number:02d}"
