@@ -12,6 +12,7 @@ from lm.config import dump_yaml, parse_config
 from lm.run import RunFolder
 from tests.unlearn.helpers import SMALL, small_config
 from tests.unlearn.objective_cases import CASES, Case, draw, statistics
+from unlearn.alternates import NoAlternates, Refusals
 from unlearn.config import UnlearnConfig
 from unlearn.objectives import (
     DPO,
@@ -113,7 +114,8 @@ def test_the_dual_variable_is_that_of_the_global_batch(tiny: Path, tmp_path: Pat
 def test_every_objective_is_read_back_from_its_config(case: Case, tmp_path: Path) -> None:
     """Settings that were silently ignored."""
     assert isinstance(case.of, Objective)
-    (tmp_path / "config.yaml").write_text(dump_yaml(UnlearnConfig(objective=case.of)))
+    alternates = Refusals() if case.of.forget_needs().alternate else NoAlternates()
+    (tmp_path / "config.yaml").write_text(dump_yaml(UnlearnConfig(objective=case.of, alternates=alternates)))
     assert parse_config(UnlearnConfig, ["--config", str(tmp_path / "config.yaml")]).objective == case.of
 
 
