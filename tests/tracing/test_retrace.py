@@ -186,7 +186,7 @@ def test_the_script_writes_what_changed(tmp_path: Path) -> None:
     words = ["--before", str(tmp_path / "trace"), "--model.path", str(tmp_path / "model"), "--model.device", "cpu"]
     out = tmp_path / "again"
     command = [sys.executable, str(ROOT / "scripts" / "retrace.py"), *words, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("On 5 facts the answer's mean probability") == 2
     written = json.loads((out / "difference.json").read_text())
