@@ -190,6 +190,7 @@ def test_every_shipped_config_is_read_by_its_script() -> None:
     from unlearn.evaluation.config import EvaluateConfig
     from unlearn.inventing import InventConfig
     from unlearn.merging import MergeConfig
+    from unlearn.search.config import SearchConfig
 
     kinds = {
         "alternates": InventConfig,
@@ -200,6 +201,7 @@ def test_every_shipped_config_is_read_by_its_script() -> None:
         "evaluate": EvaluateConfig,
         "sae": TrainSaeConfig,
         "harvest": CacheConfig,
+        "search": SearchConfig,
     }
     read = 0
     for file in sorted((ROOT / "configs").rglob("*.yaml")):

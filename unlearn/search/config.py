@@ -70,7 +70,7 @@ class Method:
     name: str
     """A short name: its folder and its row."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Dotted settings of the unlearning config, e.g. {objective: NPO, objective.retain_factor: 2.0}."""
+    """Dotted settings of the unlearning config, e.g. {objective: NPO, retain_weight: Fixed, retain_weight.factor: 2.0}."""
     space: dict[str, Range] = field(default_factory=dict)
     """Dotted setting -> where it is looked for."""
 
