@@ -142,10 +142,14 @@ class RunFolder:
         loaded: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
         return loaded
 
+    def note(self, **facts: Any) -> None:
+        """Add facts to the manifest."""
+        if self.main:
+            write_json(self.path / "manifest.json", {**self.manifest, **facts})
+
     def finish(self, **facts: Any) -> None:
         """Add the closing facts (time, peak memory, result) to the manifest."""
-        if self.main:
-            write_json(self.path / "manifest.json", {**self.manifest, **facts, "finished": _now()})
+        self.note(**facts, finished=_now())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to `metrics.jsonl`."""

@@ -25,6 +25,10 @@ class Reference(Protocol):
     head_weights: dict[str, Tensor]
     """The head's own original parameters, where they may change; known after a `restored` pass that called `keep_head`."""
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """What is held in memory for it."""
+
     def restored(self) -> AbstractContextManager[None]:
         """Inside the block, and without gradients, a whole forward pass is the original model's."""
 
@@ -55,6 +59,11 @@ class Original:
         self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._others = [_local(p).detach().clone() for p in self._parameters]
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The values that are not in the model now."""
+        return [*self._others, *self.head_weights.values()]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -97,6 +106,11 @@ class WithoutAdapters:
     def __init__(self, adapters: Sequence[LoraLayer]) -> None:
         self.head_weights: dict[str, Tensor] = {}
         self._adapters = adapters
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Nothing."""
+        return []
 
     @contextmanager
     def restored(self) -> Iterator[None]:
