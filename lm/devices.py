@@ -127,9 +127,12 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The whole tensor on the CPU, whether it is a shard or not. Every process must call it, in the same order."""
+    """The whole tensor on the CPU, whether it is a shard or not. Every process must call it, in the same order.
+
+    One that is there already is not copied: it changes with the tensor.
+    """
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True)
+    return whole.detach().to("cpu")
 
 
 def scatter_into(target: Tensor, whole: Tensor) -> None:

@@ -142,10 +142,14 @@ class RunFolder:
         loaded: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
         return loaded
 
+    def note(self, **facts: Any) -> None:
+        """Add facts to the manifest."""
+        if self.main:
+            write_json(self.path / "manifest.json", {**self.manifest, **facts})
+
     def finish(self, **facts: Any) -> None:
         """Add the closing facts (time, peak memory, result) to the manifest."""
-        if self.main:
-            write_json(self.path / "manifest.json", {**self.manifest, **facts, "finished": _now()})
+        self.note(**facts, finished=_now())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to `metrics.jsonl`."""
@@ -251,6 +255,15 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; where the system does not tell, its peak."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory_bytes()
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _git_commit() -> str | None:

@@ -7,8 +7,8 @@ numbers become losses is `unlearn.step`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -46,6 +46,7 @@ class Passes:
     ) -> None:
         self.acc, self.wrapped, self.model, self.reference = acc, wrapped, model, reference
         self.start = first_block(model)
+        self.chunk = chunk_tokens(model.anatomy.vocabulary, acc.device)
         self.pad = int(model.tokenizer.pad_token_id)
         self._head: nn.Module = model.model.get_submodule(model.anatomy.head)
         self._head_learns = any(p.requires_grad for p in self._head.parameters())
@@ -88,6 +89,15 @@ class Passes:
             return replace(found, alternate=found)
         rows = len(texts) - alternates
         return replace(_part(found, slice(rows)), alternate=_part(found, slice(rows, None)))
+
+    @contextmanager
+    def one_token_at_a_time(self) -> Iterator[None]:
+        """While open, as few logits exist as can be."""
+        usual, self.chunk = self.chunk, 1
+        try:
+            yield
+        finally:
+            self.chunk = usual
 
     def unread(self, needs: Needs) -> list[nn.Parameter]:
         """The trainable parameters on which nothing that `needs` asks for depends."""
@@ -139,8 +149,7 @@ class Passes:
                     given["state"] = chosen
                 if names:
                     measure = self._measure(needs, found, inputs, theirs)
-                    size = chunk_tokens(self.model.anatomy.vocabulary, self.acc.device)
-                    values = in_chunks(measure, chosen, size=size, head_learns=self._head_learns)
+                    values = in_chunks(measure, chosen, size=self.chunk, head_learns=self._head_learns)
                     given |= dict(zip(names, values, strict=True))
             return given
 

@@ -16,12 +16,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lm.devices import is_sharded
+
 
 class Reference(Protocol):
     """A way back to the original model."""
 
     head_weights: dict[str, Tensor]
     """The head's own original parameters, where they may change; known after a `restored` pass that called `keep_head`."""
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What is held in memory for it."""
 
     def restored(self) -> AbstractContextManager[None]:
         """Inside the block, and without gradients, a whole forward pass is the original model's."""
@@ -52,31 +58,43 @@ class Original:
         self.head_weights: dict[str, Tensor] = {}
         self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._first = [_local(p).detach().clone() for p in self._parameters]
+        self._others = [_local(p).detach().clone() for p in self._parameters]
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The values that are not in the model now."""
+        return [*self._others, *self.head_weights.values()]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """The first values are put back; a graph that was built before cannot be used after."""
+        """The first values are exchanged with those of now, and back."""
         with torch.no_grad():
-            now = [_local(p).detach().clone() for p in self._parameters]
-            self._set(self._first)
+            self._exchange()
             try:
                 yield
             finally:
-                self._set(now)
+                self._exchange()
 
     def at_head(self) -> AbstractContextManager[None]:
         """`head_weights` say all."""
         return nullcontext()
 
     def keep_head(self, head: nn.Module) -> None:
-        """Copies of the head's trainable parameters."""
-        own = ((name, value) for name, value in head.named_parameters(recurse=False) if value.requires_grad)
-        self.head_weights = {name: value.detach().clone() for name, value in own}
+        """The head's trainable parameters; of shards, which are whole only for the moment, copies."""
+        own = ((name, value.detach()) for name, value in head.named_parameters(recurse=False) if value.requires_grad)
+        sharded = is_sharded(self._model)
+        self.head_weights = {name: value.clone() if sharded else value for name, value in own}
 
-    def _set(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
-            _local(parameter).copy_(value)
+    def _exchange(self) -> None:
+        """Parameters and `_others` change places: whole ones without a copy, so that a graph keeps what it holds."""
+        for place, parameter in enumerate(self._parameters):
+            other = self._others[place]
+            if isinstance(parameter, DTensor):
+                now = _local(parameter).clone()
+                _local(parameter).copy_(other)
+                other.copy_(now)
+            else:
+                self._others[place], parameter.data = parameter.data, other
         for module in self._model.modules():  # a shard that stayed gathered after a forward would hide the new values
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -88,6 +106,11 @@ class WithoutAdapters:
     def __init__(self, adapters: Sequence[LoraLayer]) -> None:
         self.head_weights: dict[str, Tensor] = {}
         self._adapters = adapters
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Nothing."""
+        return []
 
     @contextmanager
     def restored(self) -> Iterator[None]:

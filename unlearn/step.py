@@ -79,6 +79,23 @@ class Side:
         return [0, *itertools.accumulate(len(several) for several in self.alternates)]
 
 
+@dataclass(frozen=True)
+class Micro:
+    """Rows of one side that go through the model at once on one process.
+
+    Attributes:
+        rows: their places among the rows of their side; `epoch` says which alternates go with them.
+        padded: tokens with the padding, alternates included.
+        supervised: targets.
+    """
+
+    forget: bool
+    rows: tuple[int, ...]
+    epoch: int
+    padded: int
+    supervised: int
+
+
 class Stepper:
     """Computes gradients for global batches of encoded rows; it holds no optimiser and takes no step."""
 
@@ -96,6 +113,30 @@ class Stepper:
         if self.weighting == "micro_batch_mean":
             return self._micro(rows, memory)
         return self._global(rows, memory)
+
+    def micros(self, rows: StepRows, epoch: int) -> list[Micro]:
+        """What this process will run of a step, in no particular order."""
+        if self.weighting == "micro_batch_mean":
+            several = [([i for f, i in one if f], [i for f, i in one if not f]) for one in self._dealt(rows)]
+            found = [(side, one) for pair in several for side, one in zip((True, False), pair, strict=True)]
+        else:
+            found = [(True, one) for one in self._micro_batches(rows.forget, self.forget)]
+            found += [(False, one) for one in self._micro_batches(rows.retain, self.retain)]
+        return [self.measure(one, forget=side, epoch=epoch) for side, one in found if side or self.loss.uses_retain]
+
+    def measure(self, rows: Sequence[int], *, forget: bool, epoch: int) -> Micro:
+        """A micro-batch with its sizes."""
+        texts = [(self.forget if forget else self.retain).texts[place] for place in self._places(rows, forget, epoch)]
+        longest = max((len(text.ids) for text in texts), default=0)
+        supervised = sum(len(text.ids) - text.answer_start for text in texts)
+        return Micro(forget, tuple(rows), epoch, longest * len(texts), supervised)
+
+    def probe(self, micro: Micro) -> None:
+        """Forward and backward of one micro-batch, with a gradient of 0."""
+        with self._syncing(False):
+            stats = self._stats(micro.rows, forget=micro.forget, epoch=micro.epoch)
+            term = self.loss.objective.forget_term(stats) if micro.forget else self.loss.retain.term(stats)
+            self.acc.backward(term.total * 0.0)
 
     def _global(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         retain_ce = weight = retain_loss = 0.0
@@ -142,17 +183,14 @@ class Stepper:
 
     def _micro(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         """The authors' scaling: each mixed micro-batch has its own means and its own weight; the step is their average."""
-        whole = [rows.order[i : i + self.micro_batch] for i in range(0, len(rows.order), self.micro_batch)]
-        mine = micro_batches(whole, 1, self.acc.process_index, self.acc.num_processes)
-        micros = [
-            one[0] if one else () for one in mine
-        ]  # whole micro-batches are dealt out: the same ones for any number
+        count = -(-len(rows.order) // self.micro_batch)
+        micros = self._dealt(rows)
         sums = torch.zeros(9, dtype=torch.float64, device=self.acc.device)
         for place, micro in enumerate(micros):
             last = place + 1 == len(micros)
             forget = [i for is_forget, i in micro if is_forget]
             retain = [i for is_forget, i in micro if not is_forget]
-            scale = self.acc.num_processes / len(whole)
+            scale = self.acc.num_processes / count
             with self._syncing(last and not self.loss.uses_retain):
                 stats = self._stats(forget, forget=True, epoch=memory.epoch)
                 divisor = _Counts.of([self.forget.rows[i] for i in forget], self.loss.forget_needs)
@@ -173,19 +211,30 @@ class Stepper:
                 total += weight * float(loss.detach())
             held += [total, mean * tokens, float(tokens), mean, float(len(retain)), weight]
             sums += torch.tensor(held, dtype=torch.float64, device=sums.device)
-        forget_ce, beyond, forget_tokens, loss_sum, retain_ce, retain_tokens, means, count, weights = (
+        forget_ce, beyond, forget_tokens, loss_sum, retain_ce, retain_tokens, means, held_rows, weights = (
             sum_over_processes(sums).tolist()
         )
         if self.loss.retain_needs.logprob:
-            memory.add(cross_entropy=retain_ce, tokens=retain_tokens, batch_means=means, rows=count)
+            memory.add(cross_entropy=retain_ce, tokens=retain_tokens, batch_means=means, rows=held_rows)
         return StepResult(
-            loss=loss_sum / len(whole),
+            loss=loss_sum / count,
             forget_cross_entropy=forget_ce / max(forget_tokens, 1.0) if self.loss.forget_needs.logprob else math.nan,
             retain_cross_entropy=retain_ce / max(retain_tokens, 1.0) if self.loss.retain_needs.logprob else math.nan,
-            retain_weight=weights / len(whole),
+            retain_weight=weights / count,
             forgotten_share=beyond / max(forget_tokens, 1.0),
             tokens=self._tokens(rows, memory.epoch),
         )
+
+    def _dealt(self, rows: StepRows) -> list[tuple[tuple[bool, int], ...]]:
+        """This process's mixed micro-batches: whole ones are dealt out, so they are the same for any number of processes."""
+        whole = [rows.order[i : i + self.micro_batch] for i in range(0, len(rows.order), self.micro_batch)]
+        mine = micro_batches(whole, 1, self.acc.process_index, self.acc.num_processes)
+        return [one[0] if one else () for one in mine]
+
+    def _places(self, rows: Sequence[int], forget: bool, epoch: int) -> list[int]:
+        """The places among the side's texts of some rows, and of their alternates if they are needed."""
+        side, needs = (self.forget, self.loss.forget_needs) if forget else (self.retain, self.loss.retain_needs)
+        return [*rows, *(side.alternate(row, epoch) for row in rows)] if needs.alternate else [*rows]
 
     def _micro_batches(self, rows: Sequence[int], side: Side) -> list[list[int]]:
         """This process's rows, those of like length together: padding is wasted work, and the order within a batch is free."""
@@ -194,7 +243,7 @@ class Stepper:
 
     def _stats(self, rows: Sequence[int], *, forget: bool, epoch: int) -> TokenStats:
         side, needs = (self.forget, self.loss.forget_needs) if forget else (self.retain, self.loss.retain_needs)
-        places = [*rows, *(side.alternate(row, epoch) for row in rows)] if needs.alternate else rows
+        places = self._places(rows, forget, epoch)
         stats = self.passes.stats(
             [side.texts[place] for place in places],
             needs,

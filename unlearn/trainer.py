@@ -18,13 +18,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lm.devices import local_part, sum_over_processes
+from lm.devices import is_sharded, local_part, sum_over_processes
 from lm.errors import UserError
 from lm.load import LanguageModel
 from lm.run import RunFolder, progress
 from unlearn import state
 from unlearn.batches import Batches
 from unlearn.beforehand import asks_original, compute_beforehand, size_below, used_texts
+from unlearn.estimate import estimate
 from unlearn.mask import Masks, make_masks
 from unlearn.objectives import Dual, Loss, RetainMemory
 from unlearn.passes import Passes, reads
@@ -110,6 +111,10 @@ def train(
     loop = _Loop(acc, wrapped, optimiser, loss, config, batches, steps, run, validate)
     loop.stepper = Stepper(passes, loss, forget, retain, micro_batch=config.micro_batch, weighting=config.weighting)
     loop.masks = masks
+    if config.estimate and not is_sharded(model.model):
+        expected = estimate(loop.stepper, batches, steps)
+        acc.print(expected.sentence())
+        run.note(estimated={"peak_bytes": expected.peak, "train_seconds": round(expected.seconds, 3)})
     return wrapped, loop.run_all(resume=resume)
 
 

@@ -55,6 +55,8 @@ class TrainerConfig:
     every step. Its logits and hidden states are always asked for at every step."""
     cache_below: bool = False
     """Compute what the scope's first layer reads once, and keep it on disk: layers below do not run again."""
+    estimate: bool = True
+    """Say before the steps what memory and time they will take, from a few micro-batches that change nothing."""
     seed: int = 42
     """Order of the batches."""
     save_every: int = 50

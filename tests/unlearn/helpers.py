@@ -20,7 +20,7 @@ from unlearn.scope import Scope
 from unlearn.trainer_config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = TrainerConfig(steps=6, batch=8, micro_batch=4, learning_rate=3e-3, save_every=2)
+SMALL = TrainerConfig(steps=6, batch=8, micro_batch=4, learning_rate=3e-3, save_every=2, estimate=False)
 
 
 def small_config(
