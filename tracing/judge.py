@@ -45,6 +45,7 @@ def judge(rule: Rule, scores: Array, groups: Sequence[str], counts: Array, asked
     means, drawn = mean_over_facts(scores), weighted_means(scores, counts)
     chosen, again = rule.pick(means), rule.pick(drawn)
     layers = tuple(int(layer) for layer in np.flatnonzero(chosen))
+    rest = len(layers) < len(means)
     margin = float(rule.margin(means, chosen))
     low, high = interval(rule.margin(drawn, np.broadcast_to(chosen, drawn.shape)), asked.confidence)
     unseen = weighted_means(scores, (counts == 0).astype(np.float64))
@@ -53,9 +54,9 @@ def judge(rule: Rule, scores: Array, groups: Sequence[str], counts: Array, asked
     alike = (again & chosen).sum(axis=1) >= 0.75 * np.maximum(again.sum(axis=1), len(layers))
     found: dict[str, Any] = {
         **_common(scores, groups, counts, layers, asked),
-        "margin": margin,
-        "margin_low": float(low),
-        "margin_high": float(high),
+        "margin": margin if rest else None,
+        "margin_low": float(low) if rest else None,
+        "margin_high": float(high) if rest else None,
         "same_share": float((again == chosen).all(axis=1).mean()),
         "stable_share": float(alike.mean()),
         "held_out_share": float((held_out > 0).mean()) if len(held_out) else 0.0,
@@ -64,7 +65,7 @@ def judge(rule: Rule, scores: Array, groups: Sequence[str], counts: Array, asked
     against = _too_few(found, len(layers), len(means)) or _weak(found, rule, asked)
     favour = (
         f"{'their' if len(layers) > 1 else 'its'} {rule.measure} exceeds the mean of the {rule.rivals} by {margin:.3g} "
-        f"({asked.confidence:.0%} interval {found['margin_low']:.3g} to {found['margin_high']:.3g}), {rule.again} in "
+        f"({asked.confidence:.0%} interval {low:.3g} to {high:.3g}), {rule.again} in "
         f"{found['stable_share']:.0%} of the resamples, and {found['held_out_share']:.0%} agree on held-out facts "
         f"({found['facts']} facts)"
     )

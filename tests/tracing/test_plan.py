@@ -88,12 +88,15 @@ def test_few_people_are_no_evidence_however_many_questions_they_answer() -> None
     assert choose_layers(made_up(BUMP, facts=50, noise=0.05, groups=10), size=3).singled_out
 
 
-def test_all_layers_leave_nothing_to_compare_with() -> None:
+def test_all_layers_leave_nothing_to_compare_with(tmp_path: Path) -> None:
     plan = choose_layers(made_up(BUMP), size=10)
     assert plan.layers == tuple(range(10))
     assert not plan.singled_out
     assert "nothing to compare with" in plan.verdict
     assert plan.controls == {"all": tuple(range(10))}
+    assert plan.evidence["margin"] is None
+    plan.save(tmp_path / "plan.json")
+    assert LayerPlan.load(tmp_path / "plan.json") == plan
 
 
 def test_controls_have_equal_size_and_are_not_the_plan() -> None:
