@@ -170,7 +170,8 @@ def test_the_front_by_its_definition() -> None:
 
 def test_the_interval_by_hand() -> None:
     found = Estimate.of([1.0, 2.0, 3.0])  # s = 1, t(0.975, 2) = 4.302653
-    assert (found.mean, found.half) == (2.0, pytest.approx(4.302653 / math.sqrt(3), rel=1e-6))
+    assert (found.mean, found.low, found.high) == (2.0, 1.0, 3.0)
+    assert found.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert math.isnan(Estimate.of([1.0]).half)
 
 
@@ -257,7 +258,8 @@ def test_only_methods_whose_repeats_all_stand_are_ranked_and_the_page_says_why()
     text = page(result)
     rows = [line.split(" | ") for line in text.splitlines() if " of 2 | " in line]
     assert [row[0].removeprefix("| ") for row in rows] == ["1", "2", "–", "–"]
-    assert rows[1][1:7] == ["good", "0.600 ± 1.271", "0.970 ± 0.127", "0.970 ± 0.127", "0.300 ± 0.635", "2 of 2"]
+    assert rows[1][1:4] == ["good", "0.600 ± 1.271 (0.500 to 0.700)", "0.970 ± 0.127 (0.960 to 0.980)"]
+    assert rows[1][4:7] == ["0.970 ± 0.127 (0.960 to 0.980)", "0.300 ± 0.635 (0.250 to 0.350)", "2 of 2"]
     assert rows[1][7:] == ["2.0", "1,000", "5", "learning_rate 0.00123 |"]
     assert rows[2][6] == "1 of 2"
     assert "fragile has no place: with seed 2 it failed (the loss became nan)." in text

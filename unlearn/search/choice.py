@@ -50,15 +50,16 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, with half of its 95 % Student interval: NaN for one seed, of which nothing can be said."""
+    """A mean over seeds, with the smallest and the largest, and half of its 95 % Student interval: NaN for one seed."""
 
     mean: float
     half: float
+    low: float
+    high: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
         """`mean ± t(0.975, n - 1) * s / sqrt(n)`."""
         n = len(values)
-        if n < 2:
-            return cls(statistics.fmean(values), math.nan)
-        return cls(statistics.fmean(values), float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n))
+        half = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+        return cls(statistics.fmean(values), half, min(values), max(values))

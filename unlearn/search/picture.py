@@ -6,7 +6,6 @@ Drawn on a figure of its own (Agg, no pyplot state). Numbers are in `unlearn.sea
 from __future__ import annotations
 
 import io
-import math
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,9 +33,9 @@ _INK, _SOFT, _PALE = "#1f2933", "#6b7785", "#c5ccd4"
 
 
 def pareto(result: SearchResult) -> bytes:
-    """The picture. Small marks are trials (paler outside the budget), the best ringed; large ones the mean of the repeats
-    with their 95 % intervals. The grey steps are the front of all trials."""
-    figure = Figure(figsize=(7.4, 4.6), dpi=150, facecolor="white", layout="constrained")
+    """The picture. Small marks are trials (paler outside the budget), the best ringed; large ones the mean of the repeats,
+    with bars from the smallest to the largest. The grey steps are the front of all trials."""
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
     scored = [trial.scored for method in result.methods for trial in method.trials if trial.scored is not None]
@@ -66,9 +65,11 @@ def pareto(result: SearchResult) -> bytes:
     axes.set_ylabel(f"quality: {sought[result.config.quality]}", color=_INK)
     failed = sum(trial.failed is not None for method in result.methods for trial in method.trials)
     axes.set_title(
-        f"{result.config.trials} trials a method" + (f", {failed} failed and not drawn" if failed else ""),
+        f"{result.config.trials} trials a method (small), the best ringed{f'; {failed} failed' if failed else ''}\n"
+        "its settings over the seeds: mean (large), smallest and largest",
         loc="left",
-        fontsize=10,
+        fontsize=8.5,
+        color=_SOFT,
     )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -122,14 +123,14 @@ def _method(axes: Any, method: MethodResult, lowest: float, colour: str, mark: s
     axes.errorbar(
         x.mean,
         y.mean,
-        xerr=None if math.isnan(x.half) else x.half,
-        yerr=None if math.isnan(y.half) else y.half,
+        xerr=[[x.mean - x.low], [x.high - x.mean]],
+        yerr=[[y.mean - y.low], [y.high - y.mean]],
         fmt=mark,
         ms=9,
         color=colour,
         mec="white",
         elinewidth=1,
         capsize=2,
-        label=f"{name}, mean of seeds",
+        label=name,
         zorder=4,
     )

@@ -27,6 +27,9 @@ LOG = "log.txt"
 _HEAVY = ["torch", "transformers.modeling_utils", "accelerate", "peft", "scipy.stats", "jsonargparse", "optuna"]
 _HEAVY += ["matplotlib.backends.backend_agg"]  # nothing of this project: the server's path is not the script's
 
+_LEAVING = 60.0
+"""Seconds that a process has to tidy up after its answer."""
+
 
 def run_apart(folder: Path, unlearning: UnlearnConfig | None, evaluation: EvaluateConfig) -> str | None:
     """Unlearn (if asked to) and score; None when that is done, or in a sentence why this run failed.
@@ -47,6 +50,7 @@ def run_apart(folder: Path, unlearning: UnlearnConfig | None, evaluation: Evalua
     try:
         with contextlib.suppress(EOFError):  # it ended without a word
             failed, said = answers.recv()
+            process.join(_LEAVING)
             if failed == "everything":
                 raise UserError(said)
             return said if failed else None

@@ -36,13 +36,15 @@ def terms(result: SearchResult) -> str:
     )
     if config.sampler == "tpe" and config.startup >= config.trials:
         drawn = _DRAWN["random"]
+    trials = [trial for method in result.methods for trial in method.trials]
+    failed = sum(trial.failed is not None for trial in trials)
     lines = [
-        f"- Every method had {config.trials} trials, failed ones among them, {drawn}, sampler seed {config.seed}.",
+        f"- Every method had {config.trials} trials, {drawn}, sampler seed {config.seed}; {failed} of all {len(trials)} failed.",
         f"- Quality is {_QUALITY[config.quality]}; utility is {_KEEPING[config.keeping]}. Higher is better in both.",
         f"- Budget: {config.budget:.0%} of the base model's utility of {result.base.utility:.3f}. A trial counts if its utility "
         f"is at least {result.lowest:.3f}; the best trial is that of the highest quality among these.",
         f"- The best trial was run again with seeds {', '.join(map(str, config.seeds))}, none of which it was chosen on. The "
-        "table shows these runs: mean ± half of the 95 % Student interval over seeds.",
+        "table shows these runs: mean ± half of the 95 % Student interval over seeds (smallest to largest).",
         f"- The base model: quality {result.base.quality:.3f}."
         + (
             f" Its twin, which never saw the forget rows: quality {result.twin.quality:.3f}, utility {result.twin.utility:.3f}."
@@ -126,13 +128,13 @@ def _trial(trial: Finished, lowest: float) -> list[str]:
 
 
 def commands(result: SearchResult) -> str:
-    """What to type to make the table's rows again; a trial's, with its folder in the place of the repeat's."""
-    said = []
+    """What to type to make the table's rows again."""
+    said = ["A trial is made again likewise, with its folder (`NAME/trial-00`) in the place of a repeat's.", ""]
     for method in result.methods:
         said += [f"    # {method.name}"] if method.scored_repeats else []
         for run in method.scored_repeats:
             said += [f"    {line}" for line in again(result.config, run)]
-    return "\n".join(said) or "No method has a row."
+    return "\n".join(said) if len(said) > 2 else "No method has a row."
 
 
 def again(config: SearchConfig, run: Scored) -> tuple[str, str]:
@@ -145,8 +147,11 @@ def again(config: SearchConfig, run: Scored) -> tuple[str, str]:
 
 
 def shown(estimate: Estimate) -> str:
-    """`mean ± half`, or the mean alone of one seed."""
-    return f"{estimate.mean:.3f}" + ("" if math.isnan(estimate.half) else f" ± {estimate.half:.3f}")
+    """`mean ± half (smallest to largest)`, or the mean alone of one seed."""
+    mean = f"{estimate.mean:.3f}"
+    if math.isnan(estimate.half):
+        return mean
+    return f"{mean} ± {estimate.half:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
 def settings(params: Mapping[str, Value]) -> str:
