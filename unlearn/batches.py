@@ -6,7 +6,7 @@ one got; process r of n takes every n-th row of it. Turning rows into tensors is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol, TypeVar
@@ -200,16 +200,46 @@ def _permutation(seed: int, side: int, epoch: int, size: int) -> tuple[int, ...]
     return tuple(np.random.default_rng((seed, side, epoch)).permutation(size).tolist())
 
 
-def micro_batches(rows: Sequence[T], size: int, process: int, processes: int) -> list[list[T]]:
+MICRO_BATCH_COST = 128
+"""What one more micro-batch costs beside its tokens, in tokens: reading the weights, and casting them under autocast. Measured
+on a 135M model on a CPU (0.6 s beside 4.5 ms a token); it decides where micro-batches are cut, not what they add up to."""
+
+
+def micro_batches(
+    rows: Sequence[T], size: int, process: int, processes: int, length: Callable[[T], int] | None = None
+) -> list[list[T]]:
     """This process's part of a global batch, cut in micro-batches of at most `size` rows.
 
     Every process gets the same *number* of micro-batches (the last ones may be empty), at least one: collective
     operations then meet. The rows of all processes together are exactly `rows`, none repeated.
+
+    Args:
+        length: tokens of a row. With it rows of like length come together, and a cut is made wherever it saves more padding
+            than a micro-batch costs. Without it the order stays, and no more are cut than `size` asks for.
     """
-    longest = -(-len(rows) // processes)
-    count = max(1, -(-longest // size))
-    mine = list(rows[process::processes])
-    return [mine[i * size : (i + 1) * size] for i in range(count)]
+    ordered = list(rows) if length is None else sorted(rows, key=length)
+    shares = [ordered[one::processes] for one in range(processes)]
+    cuts = [_cuts([0 if length is None else length(row) for row in share], size) for share in shares]
+    most = max(1, *map(len, cuts))
+    mine = [shares[process][first:last] for first, last in cuts[process]]
+    return mine + [[] for _ in range(most - len(mine))]
+
+
+def _cuts(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Where to cut rows of rising length so that padded tokens and micro-batches cost least together: first and last + 1 of
+    each piece. Of equally good ways the one with the largest first pieces."""
+    cost, last = [0] * (len(lengths) + 1), [0] * len(lengths)
+    for first in reversed(range(len(lengths))):
+        ends = range(min(first + size, len(lengths)), first, -1)
+        costs = [MICRO_BATCH_COST + lengths[end - 1] * (end - first) + cost[end] for end in ends]
+        cost[first] = min(costs)
+        last[first] = ends[costs.index(cost[first])]
+    pieces: list[tuple[int, int]] = []
+    first = 0
+    while first < len(lengths):
+        pieces.append((first, last[first]))
+        first = last[first]
+    return pieces
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ class Stepper:
             several = [([i for f, i in one if f], [i for f, i in one if not f]) for one in self._dealt(rows)]
             found = [(side, one) for pair in several for side, one in zip((True, False), pair, strict=True)]
         else:
-            found = [(True, one) for one in self._micro_batches(rows.forget, self.forget)]
-            found += [(False, one) for one in self._micro_batches(rows.retain, self.retain)]
+            found = [(True, one) for one in self._micro_batches(rows.forget, forget=True, epoch=epoch)]
+            found += [(False, one) for one in self._micro_batches(rows.retain, forget=False, epoch=epoch)]
         return [self.measure(one, forget=side, epoch=epoch) for side, one in found if side or self.loss.uses_retain]
 
     def measure(self, rows: Sequence[int], *, forget: bool, epoch: int) -> Micro:
@@ -144,7 +144,7 @@ class Stepper:
             divisor = _Counts.of([self.retain.rows[i] for i in rows.retain], self.loss.retain_needs)
             sums = torch.zeros(2, dtype=torch.float64, device=self.acc.device)
             count = divisor.rows if self._by_row else divisor.tokens
-            for micro in self._micro_batches(rows.retain, self.retain):
+            for micro in self._micro_batches(rows.retain, forget=False, epoch=memory.epoch):
                 with self._syncing(False):
                     stats = self._stats(micro, forget=False, epoch=memory.epoch)
                     loss = self._share(self.loss.retain.term(stats), divisor)
@@ -162,7 +162,7 @@ class Stepper:
 
         divisor = _Counts.of([self.forget.rows[i] for i in rows.forget], self.loss.forget_needs)
         sums = torch.zeros(3, dtype=torch.float64, device=self.acc.device)
-        micros = self._micro_batches(rows.forget, self.forget)
+        micros = self._micro_batches(rows.forget, forget=True, epoch=memory.epoch)
         for place, micro in enumerate(micros):
             last = place + 1 == len(micros)
             with self._syncing(last):
@@ -236,10 +236,14 @@ class Stepper:
         side, needs = (self.forget, self.loss.forget_needs) if forget else (self.retain, self.loss.retain_needs)
         return [*rows, *(side.alternate(row, epoch) for row in rows)] if needs.alternate else [*rows]
 
-    def _micro_batches(self, rows: Sequence[int], side: Side) -> list[list[int]]:
+    def _micro_batches(self, rows: Sequence[int], *, forget: bool, epoch: int) -> list[list[int]]:
         """This process's rows, those of like length together: padding is wasted work, and the order within a batch is free."""
-        by_length = sorted(rows, key=lambda row: len(side.rows[row].ids))
-        return micro_batches(by_length, self.micro_batch, self.acc.process_index, self.acc.num_processes)
+        side = self.forget if forget else self.retain
+
+        def length(row: int) -> int:
+            return max(len(side.texts[place].ids) for place in self._places([row], forget, epoch))
+
+        return micro_batches(rows, self.micro_batch, self.acc.process_index, self.acc.num_processes, length)
 
     def _stats(self, rows: Sequence[int], *, forget: bool, epoch: int) -> TokenStats:
         side, needs = (self.forget, self.loss.forget_needs) if forget else (self.retain, self.loss.retain_needs)

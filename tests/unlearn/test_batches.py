@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from lm.errors import UserError
 from lm.prompts import Encoded
-from unlearn.batches import PairedBatches, SequentialBatches, StepRows, collate, micro_batches
+from unlearn.batches import MICRO_BATCH_COST, PairedBatches, SequentialBatches, StepRows, collate, micro_batches
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 6).map(lambda half: 2 * half), st.integers(0, 5))
@@ -95,6 +96,37 @@ def test_processes_share_a_batch_without_repeating_a_row(rows: list[int], size: 
     assert Counter(row for share in shares for micro in share for row in micro) == Counter(rows)
     assert len({len(share) for share in shares}) == 1, "every process runs as many micro-batches"
     assert all(len(micro) <= size for share in shares for micro in share)
+
+
+@given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 7), st.integers(1, 5))
+def test_rows_of_like_length_come_together(lengths: list[int], size: int, processes: int) -> None:
+    shares = [
+        micro_batches(range(len(lengths)), size, rank, processes, lengths.__getitem__) for rank in range(processes)
+    ]
+    assert sorted(row for share in shares for micro in share for row in micro) == list(range(len(lengths)))
+    assert len({len(share) for share in shares}) == 1, "every process runs as many micro-batches"
+    for share in shares:
+        assert all(len(micro) <= size for micro in share)
+        flat = [lengths[row] for micro in share for row in micro]
+        assert flat == sorted(flat)
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=8), st.integers(1, 4))
+def test_no_way_to_cut_a_batch_costs_less(lengths: list[int], size: int) -> None:
+    ordered = sorted(lengths)
+
+    def cost(pieces: list[list[int]]) -> int:
+        return sum(MICRO_BATCH_COST + len(piece) * max(piece) for piece in pieces)
+
+    ways = []
+    for cuts in itertools.product((False, True), repeat=len(ordered) - 1):
+        pieces = [[ordered[0]]]
+        for value, cut in zip(ordered[1:], cuts, strict=True):
+            pieces.append([value]) if cut else pieces[-1].append(value)
+        if max(map(len, pieces)) <= size:
+            ways.append(cost(pieces))
+    found = micro_batches(range(len(lengths)), size, 0, 1, lengths.__getitem__)
+    assert cost([[lengths[row] for row in micro] for micro in found]) == min(ways)
 
 
 def test_collate_supervises_the_answer_only() -> None:
