@@ -13,8 +13,8 @@ import pytest
 from lm.config import dump_yaml, parse_config
 from lm.errors import UserError
 from tests.unlearn.helpers import ROOT
-from unlearn.search import Method, Range, SearchConfig
-from unlearn.search.choice import Estimate, best, floor, front, value
+from unlearn.search import Method, Range, SearchConfig, run_search, stage
+from unlearn.search.choice import Estimate, best, floor, front, leading, value
 from unlearn.search.ledger import JOURNAL, Finished, Ledger
 from unlearn.search.picture import pareto
 from unlearn.search.plan import Plan, words
@@ -283,6 +283,32 @@ def test_a_method_without_a_trial_within_the_budget_has_no_row() -> None:
     )
     assert "n has no row: all 1 trials failed." in text
     assert "No method has a row." in text
+
+
+def test_the_leading_methods_are_those_of_the_best_trials_within_the_budget() -> None:
+    def of(quality: float, utility: float) -> list[Finished]:
+        return [Finished(scored=scored(quality, utility)), Finished(failed="nan")]
+
+    methods = {"a": of(0.5, 1.0), "outside": of(0.9, 0.5), "b": of(0.7, 1.0), "c": of(0.7, 1.0), "d": of(0.6, 1.0)}
+    assert leading(methods, 0.9, None) == ["b", "c", "d", "a"]
+    assert leading(methods, 0.9, 2) == ["b", "c"]
+    assert leading({"outside": of(0.9, 0.5)}, 0.9, 2) == []
+
+
+def test_only_the_leading_methods_are_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qualities = {"base": 0.0, "first": 0.3, "second": 0.8, "third": 0.5}
+    monkeypatch.setattr(stage, "run_apart", lambda *_: None)
+    monkeypatch.setattr(stage, "check_runs", lambda *_: None)
+    monkeypatch.setattr(stage, "read_scored", lambda _, name, __: scored(qualities[name.split("/")[0]], 1.0, name))
+    space = {"trainer.learning_rate": Range(log_uniform=(1e-4, 1e-3))}
+    methods = tuple(Method(name=name, space=space) for name in list(qualities)[1:])
+    asked = config(methods=methods, twin=None, trials=1, seeds=(1, 2), repeat=2, out=str(tmp_path / "run"))
+    result = run_search(asked)
+    assert [method.name for method in result.ranked] == ["second", "third"]
+    assert [len(method.repeats) for method in result.methods] == [0, 2, 2]
+    text = page(result)
+    assert "first was not run again: its best trial is not among the first 2." in text
+    assert "The best trial of the 2 methods that came out best was run again" in text
 
 
 def test_the_picture_is_drawn_whatever_was_found() -> None:

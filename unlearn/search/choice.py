@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy.stats import t as student
@@ -30,6 +30,12 @@ def best(trials: Sequence[Finished], lowest: float) -> int | None:
         number for number, trial in enumerate(trials) if trial.scored is not None and trial.scored.utility >= lowest
     ]
     return max(within, key=lambda number: (_quality(trials[number]), -number), default=None)
+
+
+def leading(methods: Mapping[str, Sequence[Finished]], lowest: float, count: int | None) -> list[str]:
+    """The methods that have a best trial, those of the highest quality first and the first of equals; at most `count`."""
+    found = {name: number for name, trials in methods.items() if (number := best(trials, lowest)) is not None}
+    return sorted(found, key=lambda name: -_quality(methods[name][found[name]]))[:count]
 
 
 def _quality(trial: Finished) -> float:

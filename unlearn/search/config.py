@@ -107,6 +107,8 @@ class SearchConfig:
     """Trials a method, failed ones among them."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Each method's best trial is run again with these; the table shows those runs alone."""
+    repeat: int | None = None
+    """Only so many methods, those whose best trials are best, are run again with the seeds; null: all of them."""
     budget: float = 0.05
     """Share of the base model's utility that a result may cost; a trial that costs more does not count."""
     quality: Quality = "forget_terms"
@@ -133,9 +135,9 @@ class SearchConfig:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"methods has {name} {names.count(name)} times: name each once")
-        for name in ("trials", "startup"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+        for name in ("trials", "startup", "repeat"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}: give at least 1")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"seeds is {list(self.seeds)}: give at least one, 0 or more, and none twice")
         if not 0 <= self.budget < 1:

@@ -57,7 +57,8 @@ def run_search(config: SearchConfig) -> SearchResult:
     facts |= {"unlearn": as_dict(plan.base), "evaluate": as_dict(plan.evaluate)}
     run = RunFolder.create(out, config, resume=config.resume, facts=facts, same=("unlearn", "evaluate"))
     ledger = Ledger(out)
-    runs = 1 + (config.twin is not None) + len(config.methods) * (config.trials + len(config.seeds))
+    repeated = min(config.repeat or len(config.methods), len(config.methods))
+    runs = 1 + (config.twin is not None) + len(config.methods) * config.trials + repeated * len(config.seeds)
     done = len(ledger.others(REFERENCES)) + sum(
         len(ledger.trials(method.name)) + len(ledger.others(method.name)) for method in config.methods
     )
@@ -94,7 +95,10 @@ class _Search:
         for number in range(config.trials):  # in turn: a search that is cut short has been fair so far
             for method in config.methods:
                 self._trial(method, number, lowest)
-        return SearchResult(config, base, twin, [self._repeat(method, lowest) for method in config.methods])
+        trials = {method.name: self.ledger.trials(method.name) for method in config.methods}
+        chosen = choice.leading(trials, lowest, config.repeat)
+        found = [self._repeat(method, lowest, method.name in chosen) for method in config.methods]
+        return SearchResult(config, base, twin, found)
 
     def _reference(self, name: str, model: ModelSpec) -> Scored:
         found = self.ledger.others(REFERENCES).get(name)
@@ -122,12 +126,11 @@ class _Search:
             if other != best:
                 self._delete_weights(_trial_folder(method, other))
 
-    def _repeat(self, method: Method, lowest: float) -> MethodResult:
+    def _repeat(self, method: Method, lowest: float, chosen: bool) -> MethodResult:
         trials, repeats = self.ledger.trials(method.name), {}
         best = choice.best(trials, lowest)
-        if best is None:
-            self.advance(len(self.plan.config.seeds))
-            return MethodResult(method.name, trials, None, {})
+        if best is None or not chosen:
+            return MethodResult(method.name, trials, best, {})
         for seed in self.plan.config.seeds:
             name = f"seed-{seed}"
             folder = f"{method.name}/{name}"

@@ -38,13 +38,14 @@ def terms(result: SearchResult) -> str:
         drawn = _DRAWN["random"]
     trials = [trial for method in result.methods for trial in method.trials]
     failed = sum(trial.failed is not None for trial in trials)
+    again = "" if config.repeat is None else f" of the {config.repeat} methods that came out best"
     lines = [
         f"- Every method had {config.trials} trials, {drawn}, sampler seed {config.seed}; {failed} of all {len(trials)} failed.",
         f"- Quality is {_QUALITY[config.quality]}; utility is {_KEEPING[config.keeping]}. Higher is better in both.",
         f"- Budget: {config.budget:.0%} of the base model's utility of {result.base.utility:.3f}. A trial counts if its utility "
         f"is at least {result.lowest:.3f}; the best trial is that of the highest quality among these.",
-        f"- The best trial was run again with seeds {', '.join(map(str, config.seeds))}, none of which it was chosen on. The "
-        "table shows these runs: mean ± half of the 95 % Student interval over seeds (smallest to largest).",
+        f"- The best trial{again} was run again with seeds {', '.join(map(str, config.seeds))}, none of which it was chosen on. "
+        "The table shows these runs: mean ± half of the 95 % Student interval over seeds (smallest to largest).",
         f"- The base model: quality {result.base.quality:.3f}."
         + (
             f" Its twin, which never saw the forget rows: quality {result.twin.quality:.3f}, utility {result.twin.utility:.3f}."
@@ -95,6 +96,10 @@ def _left_out(result: SearchResult) -> list[str]:
                 said.append(f"{method.name} has no place: with seed {seed} it failed ({run.failed}).")
         if method.best is None:
             said.append(f"{method.name} has no row: {_why_not(method.trials, result)}")
+        elif not method.repeats:
+            said.append(
+                f"{method.name} was not run again: its best trial is not among the first {result.config.repeat}."
+            )
     return said
 
 
