@@ -212,6 +212,22 @@ def test_a_ledger_opened_anew_for_every_trial_proposes_the_same(tmp_path: Path, 
     assert all(1e-4 <= trial.params["trainer.learning_rate"] <= 1e-2 for trial in one)  # type: ignore[operator]
 
 
+def test_a_grid_tries_every_combination_once(tmp_path: Path) -> None:
+    space = {"trainer.learning_rate": Range(choice=(1e-4, 1e-3)), "x": Range(choice=(1, 2, 3))}
+    ledger, tried = Ledger(tmp_path), []
+    for _ in range(6):
+        params = ledger.propose("m", space, sampler="grid", startup=1, seed=0)
+        ledger.add_trial("m", space, Finished(params=params, scored=scored(0.5, 0.9)), 0.5)
+        tried.append(tuple(params.values()))
+    assert tried == list(itertools.product((1e-4, 1e-3), (1, 2, 3)))
+    grid = method(space=space)
+    config(methods=(grid,), trials=6, sampler="grid")
+    with pytest.raises(UserError, match="m has 6 combinations, but trials is 5"):
+        config(methods=(grid,), trials=5, sampler="grid")
+    with pytest.raises(UserError, match="of m is a range"):
+        config(methods=(method(),), trials=1, sampler="grid")
+
+
 def test_methods_share_the_first_draws_of_what_they_share(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     one = ledger.propose("one", {"trainer.learning_rate": RATE}, sampler="random", startup=3, seed=0)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lm.errors import UserError
 
-Sampler = Literal["tpe", "random"]
+Sampler = Literal["tpe", "random", "grid"]
 Quality = Literal["forget_terms", "task_aggregate"]
 Keeping = Literal["utility", "retain_terms"]
 Value = int | float | bool | str | None
@@ -116,7 +116,7 @@ class SearchConfig:
     keeping: Keeping = "utility"
     """What the budget is counted in: accuracy on the utility questions, or the mean of the retain terms."""
     sampler: Sampler = "tpe"
-    """Tree-structured Parzen estimators, or all trials drawn at random."""
+    """Tree-structured Parzen estimators, or all trials drawn at random, or every combination of the choices of each space."""
     startup: int = 10
     """Trials of a method that are drawn at random before the estimators are used."""
     seed: int = 0
@@ -145,6 +145,20 @@ class SearchConfig:
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}: give 0 or more")
         refuse_own(self.settings, "settings")
+        if self.sampler == "grid":
+            for method in self.methods:
+                self._check_grid(method)
+
+    def _check_grid(self, method: Method) -> None:
+        for name, where in method.space.items():
+            if where.choice is None:
+                raise UserError(f"sampler is grid, but {name} of {method.name} is a range: give it as choice: [...]")
+        points = math.prod(len(where.choice or ()) for where in method.space.values())
+        if points != self.trials:
+            raise UserError(
+                f"sampler is grid, and {method.name} has {points} combinations, but trials is {self.trials}: every method has as "
+                "many trials as the others, so give each as many combinations"
+            )
 
 
 def refuse_own(settings: Mapping[str, object], where: str) -> None:

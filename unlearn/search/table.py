@@ -17,7 +17,11 @@ _QUALITY = {
     "task_aggregate": "the task aggregate, the harmonic mean of all forget and retain terms",
 }
 _KEEPING = {"utility": "accuracy on the utility questions", "retain_terms": "the mean of the retain terms"}
-_DRAWN = {"random": "drawn at random", "tpe": "proposed by tree-structured Parzen estimators"}
+_DRAWN = {
+    "random": "drawn at random",
+    "grid": "every combination of its choices",
+    "tpe": "proposed by tree-structured Parzen estimators",
+}
 
 
 def page(result: SearchResult) -> str:
