@@ -122,8 +122,9 @@ class SequentialBatches:
 
     Every forget row is followed by its own `retain_per_forget` retain rows, the next ones of a list that begins anew when it
     is used up; they are the same in each epoch. Both sides are shuffled once. Source: AILS-NTUA (arXiv 2503.02443), the first
-    place of SemEval-2025 Task 4, with its numbers as defaults. Badge: **variant**: the list of retain rows goes on from chunk
-    to chunk, and so do optimiser and schedule, where the source does not say.
+    place of SemEval-2025 Task 4, with its numbers as defaults. As there the list of retain rows goes on from chunk to chunk.
+    Badge: **variant**: optimiser and schedule go on too, where the authors' code begins anew with each chunk; and a step holds
+    whole groups, where a step of theirs is one row.
     """
 
     forget: int

@@ -194,19 +194,21 @@ class Passes:
         """What is computed of a chunk's logits."""
         targets = inputs.targets[inputs.mask] if inputs.supervised else inputs.targets.new_zeros(1)
         compared = any(one.reference for one in needs.statistics)
+        small = {} if self._head_learns else _autocast_weights(self._head)
 
         def measure(hidden: Tensor, span: slice) -> tuple[Tensor, ...]:
-            logits, original = head_logits(self.model, found, hidden), None
+            logits, original = head_logits(self.model, found, hidden, small), None
             if compared and self.reference is not None:
+                theirs_of_head = {**small, **self.reference.head_weights}
                 with torch.no_grad(), self.reference.at_head():
-                    original = head_logits(self.model, found, theirs["state"][span], self.reference.head_weights)
+                    original = head_logits(self.model, found, theirs["state"][span], theirs_of_head)
             with torch.autocast(logits.device.type, enabled=False):
                 logits, original = logits.float(), original.float() if original is not None else None
-                first = [-cross_entropy(logits, targets[span], reduction="none")] if needs.logprob else []
-                rest = [
+                usual = [-cross_entropy(logits, targets[span], reduction="none")] if needs.logprob else []
+                others = [
                     one.function(logits, targets[span], original if one.reference else None) for one in needs.statistics
                 ]
-            return (*first, *rest)
+            return (*usual, *others)
 
         return measure
 
@@ -228,6 +230,15 @@ def first_block(model: LanguageModel) -> int:
         inside = [layer for layer in range(first) if name.startswith(f"{anatomy.block_path(layer)}.")]
         first = inside[0] if inside else first if name.startswith(f"{anatomy.blocks}.") else 0
     return first
+
+
+def _autocast_weights(head: nn.Module) -> dict[str, Tensor]:
+    """A frozen linear head's parameters in the type that autocast would give them at every call; nothing where it is off."""
+    kind = next(head.parameters()).device.type
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or not torch.is_autocast_enabled(kind):
+        return {}
+    dtype = torch.get_autocast_dtype(kind)
+    return {name: value.detach().to(dtype) for name, value in head.named_parameters(recurse=False)}
 
 
 def _supervised(hidden: Tensor, inputs: Inputs) -> Tensor:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from families import FAMILIES, tiny
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm.anatomy import Site
 from lm.hooks import capture
@@ -162,6 +163,49 @@ def test_no_more_than_a_chunk_of_logits_ever_exists() -> None:
     with Watch():
         number(passes.stats([*ROWS, *OTHERS], ALL, alternates=3)).backward()
     assert largest == 3
+
+
+@pytest.mark.parametrize("scope", [Scope(layers=(0, 1)), Scope(layers="model")], ids=["frozen-head", "head-learns"])
+@pytest.mark.parametrize("family", ["olmo", "gpt_neox", "gemma2"])
+def test_a_frozen_head_is_made_small_once_a_pass(family: str, scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every number is the one that autocast gives by itself, chunk after chunk. A head that learns is left alone."""
+    needs = Needs(reference_logprob=True, statistics=(DIVERGENCE,))
+
+    def step() -> tuple[int, list[Tensor]]:
+        model = tiny(family)
+        scope.resolve(model.anatomy).apply(model.model, model.anatomy)
+        passes = Passes(Accelerator(cpu=True), model.model, model, reference=reference(model.model))
+        disturb(model.model)
+        shape = model.model.get_submodule(model.anatomy.head).get_parameter("weight").shape
+        with Casts(shape) as casts:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                stats = passes.stats([*ROWS, *OTHERS], needs)
+            found = gradients(model.model, stats.logprob.sum() + stats.values["divergence"].sum())
+        assert stats.reference_logprob is not None
+        return casts.count, [stats.logprob, stats.reference_logprob, *stats.values.values(), *found.values()]
+
+    once, mine = step()
+    monkeypatch.setattr("unlearn.passes._autocast_weights", lambda _: {})
+    each, plainly = step()
+    assert (once, each > 10) == (2, True) if scope.layers != "model" else once == each, (
+        "a pass of the original, and one"
+    )
+    assert len(mine) == len(plainly) > 5
+    assert all(torch.equal(one, two) for one, two in zip(mine, plainly, strict=True))
+
+
+class Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what is converted to bfloat16 and has a shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and found.dtype == torch.bfloat16 and found.shape == self.shape:
+            self.count += 1
+        return found
 
 
 @pytest.mark.parametrize("learns", [True, False])
