@@ -121,7 +121,7 @@ def _activations(stepper: Stepper, largest: Micro) -> float:
     sizes: list[int] = []
     for rows in ((row,), (row, row)):
         micro = stepper.measure(rows, forget=largest.forget, epoch=largest.epoch)
-        with stepper.passes.one_token_at_a_time(), Live(known) as live:
+        with stepper.passes.two_targets_a_row(), Live(known) as live:
             stepper.probe(micro)
         peaks.append(live.peak)
         sizes.append(micro.padded)

@@ -47,7 +47,7 @@ class Passes:
         self.acc, self.wrapped, self.model, self.reference = acc, wrapped, model, reference
         self.start = first_block(model)
         self.chunk = chunk_tokens(model.anatomy.vocabulary, acc.device)
-        self.pad = int(model.tokenizer.pad_token_id)
+        self.pad, self._brief = int(model.tokenizer.pad_token_id), False
         self._head: nn.Module = model.model.get_submodule(model.anatomy.head)
         self._head_learns = any(p.requires_grad for p in self._head.parameters())
 
@@ -68,6 +68,9 @@ class Passes:
             originals: (supervised tokens,) of each text, the original's log-probabilities where they are known already.
             below: (tokens, hidden) of each text, what the block `self.start` reads, likewise.
         """
+        if self._brief:
+            texts = [Encoded(text.ids, max(text.answer_start, len(text.ids) - 2)) for text in texts]
+            originals = None if originals is None else [known[-2:] for known in originals]
         inputs = collate(texts, self.pad, self.acc.device)
         asked = needs if originals is None else replace(needs, reference_logprob=False)
         theirs = self._original(asked, inputs, below) if asked.reference else {}
@@ -91,13 +94,14 @@ class Passes:
         return replace(_part(found, slice(rows)), alternate=_part(found, slice(rows, None)))
 
     @contextmanager
-    def one_token_at_a_time(self) -> Iterator[None]:
-        """While open, as few logits exist as can be."""
-        usual, self.chunk = self.chunk, 1
+    def two_targets_a_row(self) -> Iterator[None]:
+        """While open, only the last two tokens of each answer are supervised, one at a time: as few logits exist as can be, and
+        little time is spent on them. Two, so that a head's gradients are added up as they will be."""
+        usual, self.chunk, self._brief = self.chunk, 1, True
         try:
             yield
         finally:
-            self.chunk = usual
+            self.chunk, self._brief = usual, False
 
     def unread(self, needs: Needs) -> list[nn.Parameter]:
         """The trainable parameters on which nothing that `needs` asks for depends."""
