@@ -108,7 +108,7 @@ class TraceConfig:
     engine: EngineName = "wavefront"
     """How cells are computed: exactly and fast, or by the published loop."""
     memory: float = 2.0
-    """Gigabytes that the wavefront's batches may take beside the model."""
+    """Gigabytes that the wavefront may take beside the model, about; a run may go on with another number."""
     prompt: PromptSpec = field(default_factory=PromptSpec)
     """How questions are rendered: as they are trained."""
     plan: PlanConfig = field(default_factory=PlanConfig)

@@ -64,7 +64,7 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
     with together(acc):
         if acc.is_main_process:
             about = {"facts": {"count": len(facts), "sha256": facts_hash(facts)}, "devices": launch_facts(acc)}
-            RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("facts",))
+            RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("facts",), free=("memory",))
     run = RunFolder(config.out, main=acc.is_main_process)
     workers = Workers(acc.process_index, acc.num_processes, acc.wait_for_everyone)
 
