@@ -20,7 +20,7 @@ from lm.run import write_atomic
 from tracing.arrays import Array, pack
 from tracing.facts import Fact
 from tracing.scores import LayerScores
-from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, weighted_means
+from tracing.statistics import bootstrap, check_confidence, mean_over_facts
 
 if TYPE_CHECKING:
     import pandas
@@ -99,7 +99,7 @@ class EffectTable:
     """Mean indirect effects by token role and layer.
 
     Attributes:
-        mean, low, high: (roles, layers); NaN where no fact has such a token (intervals also with fewer than two).
+        mean, low, high: (roles, layers); NaN where no fact has such a token (intervals also where only one group of facts has).
         facts: (roles,), how many facts each row is the mean of.
     """
 
@@ -212,10 +212,8 @@ class Effects:
         check_confidence(confidence)
         values = self.by_role(kind, roles, aggregation)
         groups = [fact.group for fact in self.facts]
-        low, high = interval(weighted_means(values, resample_counts(groups, resamples, seed)), confidence)
+        low, high = bootstrap(values, groups, confidence=confidence, resamples=resamples, seed=seed)
         facts = (~np.isnan(values).all(axis=2)).sum(axis=0)
-        few = facts < 2
-        low[few], high[few] = np.nan, np.nan
         return EffectTable(
             kind=kind,
             roles=tuple(roles),
