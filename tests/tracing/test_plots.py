@@ -15,7 +15,7 @@ from tiny_tracing import made_up
 from lm.errors import UserError
 from tracing import plots
 from tracing.plot_runs import severed_figure
-from tracing.plots import figure, heatmap
+from tracing.plots import fact_figure, figure, heatmap
 from tracing.sweep import cut_windows
 
 BUMP = [0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.1, 0.0]
@@ -125,3 +125,9 @@ def test_windows_cut_by_the_ends_are_known() -> None:
     assert cut_windows(4, 8, "attn") == [0, 1, 7]
     assert cut_windows(1, 8, "mlp") == cut_windows(9, 8, "resid") == []
     assert cut_windows(99, 3, "mlp") == [0, 1, 2]
+
+
+def test_a_fact_whose_name_looks_like_mathematics_is_drawn() -> None:
+    effects = made_up([0.1, 0.5])
+    named = replace(effects, facts=(replace(effects.facts[0], id=r"$\frac$ of \n $5"), *effects.facts[1:]))
+    assert fact_figure(named, 0).startswith(b"\x89PNG")
