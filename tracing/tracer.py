@@ -244,8 +244,8 @@ def _sort_out(
                 f"none of the facts asked for can be traced (the first, {first.fact.label!r}: {first.reason})."
             )
         raise NothingToTrace(
-            f"{model.name} knows none of the {len(probes)} facts (the first, {first.fact.label!r}: {first.reason}); "
-            "trace facts it answers word for word, with the prompt format it was trained on."
+            f"none of the {len(probes)} facts can be traced in {model.name} (the first, {first.fact.label!r}: {first.reason}); "
+            "give facts that it answers word for word, in the prompt format it was trained on, and that the corruption fits."
         )
     return known, skipped
 
