@@ -28,6 +28,8 @@ def main(config: TraceConfig) -> None:
         for name, said in plan.evidence.get("also", {}).items():
             for alike in said.get("agreement", {}).values():
                 print(f"{name}, {Agreement(**alike)}")
+        for said in plan.evidence.get("windows", ()):
+            print(said)
         print(plan.verdict)
         print(
             f"wrote {config.out}/plan.json: layers {list(plan.layers)} of {effects.layers}, {' and '.join(plan.modules)}"

@@ -10,6 +10,7 @@ from tracing.choose import choose_layers
 from tracing.combine import Agreements, combine, combined_plan, compare_all
 from tracing.confirm import confirm
 from tracing.corruption import GaussianNoise
+from tracing.depth import DepthReport, unlearning_depth
 from tracing.difference import Difference, difference
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
 from tracing.facts import Fact, facts_from_rows, load_known_facts, with_foils
@@ -31,6 +32,7 @@ __all__ = [
     "Agreements",
     "AttributionPatching",
     "CausalTracing",
+    "DepthReport",
     "Difference",
     "EffectTable",
     "Effects",
@@ -58,5 +60,6 @@ __all__ = [
     "load_known_facts",
     "retrace",
     "trace",
+    "unlearning_depth",
     "with_foils",
 ]

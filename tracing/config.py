@@ -98,7 +98,8 @@ class TraceConfig:
     kinds: tuple[Kind, ...] = ("resid", "mlp", "attn")
     """What is restored: the whole stream after a block, or what its MLP or attention adds."""
     window: int = 1
-    """How many layers of mlp and attn are restored together (the published script: 10)."""
+    """How many layers of mlp and attn are restored together (the published script: 10). Above 1 single layers are traced too, and
+    what windows bring back beyond them is reported."""
     positions: Positions = "all"
     """Which prompt tokens are restored: all, subject_and_after, or subject_and_last (the cheapest)."""
     metric: Metric = "probability"
@@ -108,7 +109,7 @@ class TraceConfig:
     engine: EngineName = "wavefront"
     """How cells are computed: exactly and fast, or by the published loop."""
     memory: float = 2.0
-    """Gigabytes that the wavefront's batches may take beside the model."""
+    """Gigabytes that the wavefront may take beside the model, about; a run may go on with another number."""
     prompt: PromptSpec = field(default_factory=PromptSpec)
     """How questions are rendered: as they are trained."""
     plan: PlanConfig = field(default_factory=PlanConfig)

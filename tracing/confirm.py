@@ -105,8 +105,10 @@ def _lead(plan: LayerPlan, theirs: LayerScores, confidence: float, resamples: in
 
 
 def _doubts(name: str, alike: Sequence[Agreement], lead: _Lead | None) -> list[str]:
+    if any(np.isnan(one.low) for one in alike):  # of one group there is no interval
+        return [f"under {name} only one group of facts was traced, too few to compare"]
     doubts = [
-        f"under {name} the layers' {one.kind} effects are ranked otherwise (rank correlation {one.correlation:.2f}, "
+        f"under {name} the layers' {one.kind} effects are not shown to be ranked alike (rank correlation {one.correlation:.2f}, "
         f"{one.confidence:.0%} interval {one.low:.2f} to {one.high:.2f})"
         for one in alike
         if not one.low > 0

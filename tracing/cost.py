@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lm.anatomy import module_at
+from lm.anatomy import Kind, module_at
 from lm.load import LanguageModel
 from tracing.probe import Probe
 from tracing.sweep import Sweep, count_cells, first_block, swept_positions, window_layers
@@ -53,6 +53,25 @@ def row_bytes(model: LanguageModel, tokens: int) -> int:
     heads = int(getattr(model.model.config, "num_attention_heads", 1))
     a_token = 6 * model.anatomy.hidden + made + 2 * heads * tokens
     return tokens * a_token * next(model.model.parameters()).element_size()
+
+
+def trunk_row_bytes(model: LanguageModel, tokens: int, answer: int, sweep: Sweep) -> int:
+    """About what one row of an ordinary pass takes that the cells of a fact leave from: while it runs, and what is kept of it
+    (the stream and what the modules add, keys and values, at every layer; the scored logits)."""
+    config, element = model.model.config, next(model.model.parameters()).element_size()
+    layers, hidden = model.anatomy.layers, model.anatomy.hidden
+    heads = int(getattr(config, "num_attention_heads", 1))
+    size = int(getattr(config, "head_dim", None) or hidden // heads)
+    past = 2 * size * int(getattr(config, "num_key_value_heads", None) or heads)
+    kept = hidden + layers * (hidden * len(trunk_kinds(sweep)) + past)
+    scored = answer * model.anatomy.vocabulary * (element + 8)  # and their logarithms in float32
+    return row_bytes(model, tokens) + tokens * kept * element + scored
+
+
+def trunk_kinds(sweep: Sweep) -> set[Kind]:
+    """What has to be kept of the ordinary passes at every layer."""
+    kinds: set[Kind] = {"resid", *sweep.kinds, *([sweep.sever] if sweep.sever else [])}
+    return kinds | {"attn"} if "mlp" in kinds else kinds
 
 
 def rows_within(model: LanguageModel, tokens: int, memory: int) -> int:

@@ -15,7 +15,7 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.arrays import Array
 from tracing.effects import ROLES, Aggregation, Effects, EffectTable
-from tracing.statistics import check_confidence, interval, resample_counts, weighted_means
+from tracing.statistics import bootstrap, check_confidence, mean_over_facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,7 @@ class Difference:
 
     def _went(self, score: ScoreChange) -> str:
         verb = "fell" if score.high < 0 else "rose" if score.low > 0 else "did not change beyond chance:"
+        verb = "went (of one group of facts, so that chance cannot be told)" if score.low != score.low else verb
         spread = (
             f", {self.confidence:.0%} interval {score.low:.3g} to {score.high:.3g}" if score.low == score.low else ""
         )
@@ -127,11 +128,14 @@ def difference(
         raise UserError(
             f"before traced {', '.join(before.kinds)} and after {', '.join(after.kinds)}: no kind is in both."
         )
-    counts = resample_counts([fact.group for fact in before.facts], resamples, seed)
+    groups = [fact.group for fact in before.facts]
+
+    def spread(gaps: Array) -> tuple[Array, Array]:
+        return bootstrap(gaps, groups, confidence=confidence, resamples=resamples, seed=seed)
 
     def scores(one: Array, other: Array) -> ScoreChange:
         gap = other - one
-        low, high = interval(weighted_means(gap, counts), confidence)
+        low, high = spread(gap)
         return ScoreChange(
             before=float(one.mean()),
             after=float(other.mean()),
@@ -152,10 +156,8 @@ def difference(
     changed: dict[Kind, EffectTable] = {}
     for kind in kinds:
         gaps = after.by_role(kind, roles, aggregation) - before.by_role(kind, roles, aggregation)
-        low, high = interval(weighted_means(gaps, counts), confidence)
-        few = old[kind].facts < 2
-        low[few], high[few] = np.nan, np.nan
-        changed[kind] = replace(old[kind], mean=weighted_means(gaps, np.ones((1, len(gaps))))[0], low=low, high=high)
+        low, high = spread(gaps)
+        changed[kind] = replace(old[kind], mean=mean_over_facts(gaps), low=low, high=high)
     return Difference(
         metric=before.metric,
         confidence=confidence,

@@ -20,11 +20,12 @@ from lm.run import write_atomic
 from tracing.arrays import Array, pack
 from tracing.facts import Fact
 from tracing.scores import LayerScores
-from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, weighted_means
+from tracing.statistics import bootstrap, check_confidence, mean_over_facts
 
 if TYPE_CHECKING:
     import pandas
 
+    from tracing.plan import LayerPlan
     from tracing.plots import Picture
 
 Aggregation = Literal["fixed", "authors"]
@@ -99,7 +100,7 @@ class EffectTable:
     """Mean indirect effects by token role and layer.
 
     Attributes:
-        mean, low, high: (roles, layers); NaN where no fact has such a token (intervals also with fewer than two).
+        mean, low, high: (roles, layers); NaN where no fact has such a token (intervals also where only one group of facts has).
         facts: (roles,), how many facts each row is the mean of.
     """
 
@@ -169,8 +170,10 @@ class Effects:
         return np.asarray(self.clean - self.corrupted)
 
     def some(self, places: Sequence[int]) -> Effects:
-        """The effects of some of the facts, by their places."""
+        """The effects of some of the facts, by their places. Raises UserError for none."""
         chosen = list(places)
+        if not chosen:
+            raise UserError("effects of no facts say nothing; name at least one of them.")
         return replace(
             self,
             facts=tuple(self.facts[place] for place in chosen),
@@ -212,10 +215,8 @@ class Effects:
         check_confidence(confidence)
         values = self.by_role(kind, roles, aggregation)
         groups = [fact.group for fact in self.facts]
-        low, high = interval(weighted_means(values, resample_counts(groups, resamples, seed)), confidence)
+        low, high = bootstrap(values, groups, confidence=confidence, resamples=resamples, seed=seed)
         facts = (~np.isnan(values).all(axis=2)).sum(axis=0)
-        few = facts < 2
-        low[few], high[few] = np.nan, np.nan
         return EffectTable(
             kind=kind,
             roles=tuple(roles),
@@ -294,14 +295,24 @@ class Effects:
         return pandas.DataFrame(columns)
 
     def plot(
-        self, fact: int | None = None, *, kinds: Sequence[Kind] | None = None, layers: Sequence[int] = ()
+        self,
+        fact: int | None = None,
+        *,
+        kinds: Sequence[Kind] | None = None,
+        layers: Sequence[int] = (),
+        plan: LayerPlan | None = None,
     ) -> Picture:
-        """A picture for a notebook: means over facts by token role, with `layers` outlined; or one fact, token by layer."""
+        """A picture for a notebook: means over facts by token role; or one fact, token by layer. Outlined are `layers`, or those
+        of a plan in the modules that it names, dashed where the evidence does not single them out."""
         from tracing.plots import Picture, fact_figure, figure
 
         if fact is not None:
             return Picture(fact_figure(self, fact))
-        return Picture(figure([self.table(kind) for kind in kinds or self.kinds], band=layers))
+        tables = [self.table(kind) for kind in kinds or self.kinds]
+        if plan is None:
+            return Picture(figure(tables, band=layers))
+        planned = ["resid" if module == "all" else module for module in plan.modules]
+        return Picture(figure(tables, band=plan.layers, band_kinds=planned, tentative=not plan.singled_out))
 
     def _of(self, kind: Kind) -> Sequence[Array]:
         if kind not in self.restored:

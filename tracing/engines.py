@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +14,12 @@ from lm.anatomy import Kind
 from lm.config import known_or_near
 from lm.errors import UserError
 from lm.load import LanguageModel
-from tracing.cost import rows_within
+from tracing.cost import row_bytes, rows_within, trunk_row_bytes
 from tracing.metrics import LOGARITHMIC
 from tracing.probe import Probe
 from tracing.reference import Traced, score_cells, trace_fact
 from tracing.sweep import Sweep, swept_positions
-from tracing.wavefront import Wavefront
+from tracing.wavefront import Wavefront, in_parts
 
 EngineName = Literal["wavefront", "reference"]
 """`wavefront`: exact and fast; `reference`: the published loop, one forward pass a cell."""
@@ -29,8 +30,12 @@ Advance = Callable[[int], None]
 class Engine(Protocol):
     """Computes all cells of a sweep for a model."""
 
-    def together(self, tokens: int, samples: int) -> int:
-        """How many facts of `tokens` tokens it is best given at once."""
+    def together(self, tokens: int, answer: int, samples: int) -> int:
+        """How many facts of `tokens` tokens, of which the answer has `answer`, it is best given at once."""
+        ...
+
+    def takes(self, tokens: int, answer: int, samples: int) -> int:
+        """About how many bytes it takes beside the model for such facts: an upper bound in ordinary models."""
         ...
 
     def trace(self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = ...) -> list[Traced]:
@@ -44,8 +49,11 @@ class Reference:
     def __init__(self, model: LanguageModel, sweep: Sweep) -> None:
         self.model, self.sweep = model, sweep
 
-    def together(self, tokens: int, samples: int) -> int:
+    def together(self, tokens: int, answer: int, samples: int) -> int:
         return 1
+
+    def takes(self, tokens: int, answer: int, samples: int) -> int:
+        return (1 + samples) * trunk_row_bytes(self.model, tokens, answer, self.sweep)
 
     def trace(
         self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = lambda cells: None
@@ -57,25 +65,91 @@ class Reference:
 
 
 class Checked:
-    """The wavefront engine, which before it is believed has a few cells of its first fact computed by the reference."""
+    """The wavefront engine, which before it is believed has a few cells of its first fact computed by the reference.
+
+    Half of `memory` is for what the cells leave from, half for the cells. Where a device has less than it was said to, both are
+    halved and the facts computed again.
+    """
 
     def __init__(self, model: LanguageModel, sweep: Sweep, memory: int) -> None:
         self.model, self.sweep, self.memory = model, sweep, memory
         self._checked = False
 
-    def together(self, tokens: int, samples: int) -> int:
+    def together(self, tokens: int, answer: int, samples: int) -> int:
         cells = len(self.sweep.kinds) * self.model.anatomy.layers
-        return max(1, min(8, rows_within(self.model, tokens, self.memory) // (cells * samples)))
+        trunk, rows = self._rows(tokens, answer)
+        return max(1, min(8, rows // (cells * samples), trunk // (1 + samples)))
+
+    def takes(self, tokens: int, answer: int, samples: int) -> int:
+        facts = self.together(tokens, answer, samples)
+        trunk, rows = self._rows(tokens, answer)
+        cells = len(self.sweep.kinds) * self.model.anatomy.layers * facts * samples
+        first = min(max(2, trunk), facts * (1 + samples)) * trunk_row_bytes(self.model, tokens, answer, self.sweep)
+        return first + min(rows, cells) * row_bytes(self.model, tokens)
 
     def trace(
         self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = lambda cells: None
     ) -> list[Traced]:
-        rows = rows_within(self.model, len(probes[0].input_ids), self.memory)
-        found = Wavefront(self.model, self.sweep, rows).trace(probes, batches, advance)
+        found = self._within_memory(probes, batches, advance)
         if not self._checked:
             check(self.model, probes[0], batches[0], self.sweep, found[0])
             self._checked = True
         return found
+
+    def _rows(self, tokens: int, answer: int) -> tuple[int, int]:
+        """How many rows may run together: of ordinary passes, and of cells."""
+        each = trunk_row_bytes(self.model, tokens, answer, self.sweep)
+        return self.memory // 2 // each, rows_within(self.model, tokens, self.memory // 2)
+
+    def _within_memory(self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance) -> list[Traced]:
+        while True:
+            done = 0
+
+            def count(cells: int) -> None:
+                nonlocal done
+                done += cells
+                advance(cells)
+
+            try:
+                return self._traced(probes, batches, count)
+            except torch.OutOfMemoryError as error:
+                advance(-done)
+                if max(self._rows(len(probes[0].input_ids), len(probes[0].answer_ids))) <= 1:
+                    raise UserError(
+                        f"{self.model.name} leaves no memory for even one row of fact {probes[0].fact.label!r}; load it in "
+                        "bfloat16, or on a larger device."
+                    ) from error
+            self.memory //= 2  # outside the handler, which holds what the failed pass made
+            torch.cuda.empty_cache()
+
+    def _traced(self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance) -> list[Traced]:
+        trunk, rows = self._rows(len(probes[0].input_ids), len(probes[0].answer_ids))
+        wave = Wavefront(self.model, self.sweep, rows)
+        if sum(map(len, batches)) <= trunk:
+            return wave.trace(probes, batches, advance)
+        found = []
+        for probe, batch in zip(probes, batches, strict=True):
+            parts = in_parts(batch, trunk)
+            last = len(parts) - 1
+            some = [
+                (share, wave.trace([probe], [part], *([advance] if place == last else []))[0])
+                for place, (share, part) in enumerate(parts)
+            ]
+            found.append(_joined(some))
+        return found
+
+
+def _joined(parts: Sequence[tuple[float, Traced]]) -> Traced:
+    """One fact's scores from those of parts of its corrupted rows, each with its share of them."""
+    kinds = parts[0][1].restored
+    return Traced(
+        clean=parts[0][1].clean,
+        corrupted=sum(share * one.corrupted for share, one in parts),
+        restored={
+            kind: np.sum([share * one.restored[kind] for share, one in parts], axis=0, dtype=np.float64)
+            for kind in kinds
+        },
+    )
 
 
 def make_engine(name: str, model: LanguageModel, sweep: Sweep, memory: int) -> Engine:

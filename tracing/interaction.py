@@ -30,12 +30,14 @@ class Interaction:
 
     Attributes:
         window: with the window restored, as traced.
+        single: with each layer restored alone, as traced.
         summed: the sum of the effects of restoring each of its layers alone.
         beyond: the first minus the second: above zero where layers need each other.
         kinds: mlp and attn, those that both traces have.
     """
 
     window: Effects
+    single: Effects
     summed: Effects
     beyond: Effects
     kinds: tuple[Kind, ...]
@@ -73,6 +75,18 @@ class Interaction:
             low, high = interval(weighted_means(above, counts) / weighted_means(below, counts), confidence)
             ratio = mean_over_facts(above) / mean_over_facts(below)
         return float(ratio), float(low), float(high)
+
+    def sentence(
+        self, kind: Kind, *, roles: Sequence[str] = SUBJECT_ROLES, confidence: float = 0.95, seed: int = 0
+    ) -> str:
+        """The ratio in words."""
+        name = {"mlp": "MLPs", "attn": "attention layers", "resid": "layers"}[kind]
+        what = f"Windows of {self.window.window} {name}"
+        if len(self.edges(kind)) == self.window.layers:
+            return f"{what} are all cut short by an end of the model: they cannot be compared with single layers."
+        ratio, low, high = self.ratio(kind, roles=roles, confidence=confidence, seed=seed)
+        told = f" ({confidence:.0%} interval {low:.2f} to {high:.2f})" if not np.isnan(low) else ""
+        return f"{what} bring back {ratio:.2f} times{told} what their layers bring back one by one."
 
     def to_json(
         self, roles: Sequence[str] = SUBJECT_ROLES, *, confidence: float = 0.95, seed: int = 0
@@ -130,6 +144,7 @@ def interaction(window: Effects, single: Effects) -> Interaction:
     }
     return Interaction(
         window=replace(window, restored={kind: window.restored[kind] for kind in kinds}),
+        single=replace(single, restored={kind: single.restored[kind] for kind in kinds}),
         summed=_with_indirect(window, summed),
         beyond=_with_indirect(window, beyond),
         kinds=kinds,

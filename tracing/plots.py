@@ -139,7 +139,7 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
         axis.tick_params(axis="y", length=0)
     colour_bar(sheet, axes, norm, "indirect effect")
     total = effects.total[fact]
-    caption = f"{effects.facts[fact].label}: what each cell brings back of {total:.3g} lost; * is the subject"
+    caption = f"{_word(effects.facts[fact].label)}: what each cell brings back of {total:.3g} lost; * is the subject"
     text = sheet.supxlabel(
         "\n".join(textwrap.wrap(caption, int(width * 15))), fontsize=8.5, color=SOFT, x=0.012, ha="left"
     )
@@ -172,7 +172,7 @@ def colour_bar(sheet: Figure, axes: Any, norm: Normalize, label: str, scale: Col
 
 
 def _word(token: str) -> str:
-    """A token's text without what no font draws, and with its line breaks as signs; dollars would begin mathematics."""
+    """A text without what no font draws, and with its line breaks as signs; dollars would begin mathematics."""
     shown = "".join(letter if letter.isprintable() else "⏎" if letter == "\n" else "�" for letter in token)
     return shown.replace("$", r"\$")
 

@@ -24,8 +24,9 @@ from tracing.probe import Probe, embed
 class TokenReplacement(Corruption):
     """Put other facts' subjects in place of a fact's own: those of facts that ask the same question, as long in tokens.
 
-    "The same question" is the same prompt but for the subject; `any_question` allows all subjects. A fact for which no subject
-    fits is left out, with the reason. Badge: faithful to the practice of Zhang and Nanda (2023), whose pairs were made by hand.
+    "The same question" is the same prompt but for the subject; `any_question` allows all subjects. Subjects with the same answer
+    do not count: with them nothing would be corrupted. A fact for which no subject fits is left out, with the reason. Badge:
+    faithful to the practice of Zhang and Nanda (2023), whose pairs were made by hand.
     """
 
     samples: int = 10
@@ -50,18 +51,18 @@ class _Swapped(Corruptor):
 
     def __init__(self, model: LanguageModel, asked: TokenReplacement, probes: Sequence[Probe]) -> None:
         self.model, self.asked = model, asked
-        self._pool: dict[tuple[tuple[int, ...], tuple[int, ...]] | int, list[tuple[int, ...]]] = {}
+        self._pool: dict[tuple[tuple[int, ...], tuple[int, ...]] | int, dict[tuple[int, ...], set[str]]] = {}
+        """place -> another subject's tokens -> the answers that it has there"""
         for probe in probes:
             start, end = probe.span
-            own = self._pool.setdefault(self._place(probe), [])
-            if (name := probe.prompt_ids[start:end]) not in own:
-                own.append(name)
+            own = self._pool.setdefault(self._place(probe), {})
+            own.setdefault(probe.prompt_ids[start:end], set()).add(probe.fact.answer)
 
     def why_not(self, probe: Probe) -> str | None:
         if self._names(probe):
             return None
         length = probe.span[1] - probe.span[0]
-        return f"no other subject of {length} token{'s' if length > 1 else ''} fits its question"
+        return f"no other subject of {length} token{'s' if length > 1 else ''} fits its question with another answer"
 
     def rows(self, probe: Probe) -> int:
         return len(self._names(probe))
@@ -85,7 +86,10 @@ class _Swapped(Corruptor):
     def _names(self, probe: Probe) -> list[tuple[int, ...]]:
         """The other subjects' tokens, drawn once for each fact by the seed."""
         start, end = probe.span
-        own = probe.prompt_ids[start:end]
-        fit = sorted(name for name in self._pool.get(self._place(probe), ()) if len(name) == len(own) and name != own)
+        own, answer = probe.prompt_ids[start:end], probe.fact.answer
+        pool = self._pool.get(self._place(probe), {})
+        fit = sorted(
+            name for name, said in pool.items() if len(name) == len(own) and name != own and answer not in said
+        )
         order = np.random.RandomState(self.asked.seed).permutation(len(fit))[: self.asked.samples]
         return [fit[place] for place in order]

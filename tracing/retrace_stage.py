@@ -34,7 +34,7 @@ class RetraceConfig:
     engine: EngineName | None = None
     """How cells are computed; null: as before."""
     memory: float = 2.0
-    """Gigabytes that the wavefront's batches may take beside the model."""
+    """Gigabytes that the wavefront may take beside the model, about; a run may go on with another number."""
     confidence: float = 0.95
     """Of the intervals of what changed."""
     seed: int = 0
@@ -68,7 +68,7 @@ def run_retracing(config: RetraceConfig) -> Difference:
         if acc.is_main_process:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             about = {"before": digest, "devices": launch_facts(acc)}
-            RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("before",))
+            RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("before",), free=("memory",))
     run = RunFolder(config.out, main=acc.is_main_process)
     after = retrace(
         model,

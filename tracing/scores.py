@@ -19,7 +19,7 @@ from lm.errors import UserError
 from lm.run import write_atomic
 from tracing.arrays import Array, pack
 from tracing.facts import Fact
-from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, weighted_means
+from tracing.statistics import bootstrap, check_confidence, mean_over_facts
 
 _VERSION = 1
 
@@ -88,10 +88,10 @@ class LayerScores:
     def interval(
         self, kind: Kind, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
     ) -> tuple[Array, Array]:
-        """(layers,) low and high: the percentile bootstrap interval of the mean; facts of a group are drawn together."""
+        """(layers,) low and high: the percentile bootstrap interval of the mean; facts of a group are drawn together. NaN with
+        fewer than two groups."""
         check_confidence(confidence)
-        drawn = weighted_means(self.of(kind), resample_counts(self.groups, resamples, seed))
-        return interval(drawn, confidence)
+        return bootstrap(self.of(kind), self.groups, confidence=confidence, resamples=resamples, seed=seed)
 
     def some(self, places: Sequence[int]) -> LayerScores:
         """The scores of some of the facts, by their places."""

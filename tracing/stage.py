@@ -9,12 +9,13 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lm.anatomy import Kind
 from lm.devices import accelerator, launch_facts, together
 from lm.errors import UserError
 from lm.load import LanguageModel, load
@@ -26,6 +27,7 @@ from tracing.corruption import Corruption
 from tracing.early import trace_until_apart
 from tracing.effects import Aggregation, Effects, EffectTable
 from tracing.facts import Fact
+from tracing.interaction import Interaction, interaction
 from tracing.plan import LayerPlan
 from tracing.plots import figure, heatmap
 from tracing.tracer import NothingToTrace, Workers, trace
@@ -40,6 +42,8 @@ class TraceResult:
     seconds: float
     others: Mapping[str, Effects] = field(default_factory=dict)
     """Those of the same facts under other corruptions, by name."""
+    interaction: Interaction | None = None
+    """Of windows: what they bring back beyond their layers one by one."""
 
 
 def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
@@ -47,7 +51,8 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
 
     Writes into `config.out`: `plan.json` (what training consumes), `effects.npz` (every cell), `effects.json` (means and
     intervals by token role, facts used and left out), `effects.png` (all kinds side by side) and one `KIND.png` a kind; for each
-    corruption of `also` an `effects-NAME.npz`, `.json` and `.png` of the same facts.
+    corruption of `also` an `effects-NAME.npz`, `.json` and `.png` of the same facts. Where windows of layers are restored, single
+    layers are too: `effects-single.npz`, `.json` and `.png`, and `interaction.json`, what windows bring back beyond their layers.
 
     Raises:
         UserError: whatever the user can mend; finished facts stay in the run folder.
@@ -64,7 +69,7 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
     with together(acc):
         if acc.is_main_process:
             about = {"facts": {"count": len(facts), "sha256": facts_hash(facts)}, "devices": launch_facts(acc)}
-            RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("facts",))
+            RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("facts",), free=("memory",))
     run = RunFolder(config.out, main=acc.is_main_process)
     workers = Workers(acc.process_index, acc.num_processes, acc.wait_for_everyone)
 
@@ -81,7 +86,12 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
         plan = confirm(
             plan, effects, others, lacking, roles=asked.roles, aggregation=asked.aggregation, seed=config.seed
         )
-    result = TraceResult(effects=effects, plan=plan, seconds=time.monotonic() - started, others=others)
+    beyond = asking.interaction(effects)
+    if beyond is not None:
+        plan = _with_interaction(plan, beyond, config)
+    result = TraceResult(
+        effects=effects, plan=plan, seconds=time.monotonic() - started, others=others, interaction=beyond
+    )
     if acc.is_main_process:
         write_result(
             result, run.path, confidence=config.plan.confidence, seed=config.seed, aggregation=config.plan.aggregation
@@ -118,6 +128,14 @@ class _Asking:
                 lacking[name] = str(error)
         return found, lacking
 
+    def interaction(self, effects: Effects) -> Interaction | None:
+        """Single layers of the same facts beside windows of them; None where there are no windows."""
+        kinds = tuple(kind for kind in effects.kinds if kind != "resid")
+        if self.config.window == 1 or not kinds:
+            return None
+        single = self._trace(self.config.corruption, only=effects.facts, window=1, kinds=kinds)
+        return interaction(effects, single)
+
     def plan(self, effects: Effects, confidence: float) -> LayerPlan:
         """The plan that the effects give at a confidence."""
         asked = self.config.plan
@@ -142,14 +160,16 @@ class _Asking:
         max_facts: int | None = None,
         least_total: float | None = None,
         only: Sequence[Fact] | None = None,
+        window: int | None = None,
+        kinds: Sequence[Kind] | None = None,
     ) -> Effects:
         asked = self.config
         return trace(
             self.model,
             self.facts,
             corruption,
-            kinds=asked.kinds,
-            window=asked.window,
+            kinds=asked.kinds if kinds is None else kinds,
+            window=asked.window if window is None else window,
             metric=asked.metric,
             engine=asked.engine,
             prompt=asked.prompt,
@@ -180,7 +200,12 @@ def write_result(
     kinds = ("mlp", "attn") if plan.evidence["kind"] == "both" else (plan.evidence["kind"],)
     tentative = not plan.singled_out
     write_atomic(folder / "effects.png", figure(tables, band=plan.layers, band_kinds=kinds, tentative=tentative))
-    for name, other in result.others.items():
+    beside = dict(result.others)
+    if result.interaction is not None:
+        beside["single"] = result.interaction.single
+        beyond = result.interaction.to_json(plan.evidence["roles"], confidence=confidence, seed=seed)
+        write_json(folder / "interaction.json", beyond)
+    for name, other in beside.items():
         theirs = [other.table(kind, confidence=confidence, seed=seed, aggregation=aggregation) for kind in other.kinds]
         other.save(folder / f"effects-{name}.npz")
         write_json(folder / f"effects-{name}.json", readable(other, theirs))
@@ -190,6 +215,16 @@ def write_result(
         band = plan.layers if table.kind in kinds else ()
         heatmap(table, folder / f"{table.kind}.png", band=band, tentative=tentative)
     plan.save(folder / "plan.json")  # last: a plan means that the stage ended well
+
+
+def _with_interaction(plan: LayerPlan, beyond: Interaction, config: TraceConfig) -> LayerPlan:
+    """The plan with what windows bring back beyond their layers among its caveats."""
+    asked = config.plan
+    said = [
+        beyond.sentence(kind, roles=asked.roles, confidence=asked.confidence, seed=config.seed) for kind in beyond.kinds
+    ]
+    evidence = {**plan.evidence, "windows": said, "caveats": [*plan.evidence["caveats"], *said]}
+    return replace(plan, evidence=evidence)
 
 
 def readable(effects: Effects, tables: Sequence[EffectTable]) -> dict[str, Any]:

@@ -36,6 +36,19 @@ def resample_counts(groups: Sequence[str], resamples: int, seed: int) -> Array:
     return drawn[:, unit].astype(np.float64)
 
 
+def bootstrap(
+    values: Array, groups: Sequence[str], *, confidence: float, resamples: int = 1000, seed: int = 0
+) -> tuple[Array, Array]:
+    """The percentile bootstrap interval of the means over facts, (facts, ...) -> (...) each; facts of a group are drawn together.
+
+    NaN where fewer than two groups have a value: of one there is nothing to draw, and an interval of no width would look certain.
+    """
+    low, high = interval(weighted_means(values, resample_counts(groups, resamples, seed)), confidence)
+    unit, present = units(groups), ~np.isnan(values)
+    told = np.sum([present[unit == one].any(axis=0) for one in set(unit.tolist())], axis=0)
+    return np.where(told < 2, np.nan, low), np.where(told < 2, np.nan, high)
+
+
 def weighted_means(values: Array, counts: Array) -> Array:
     """Means over facts for each resample, leaving out facts that have no value.
 

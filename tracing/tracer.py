@@ -83,7 +83,8 @@ def trace(
         prompt: raw or chat, as in training; `append_eos` is ignored (EOS is not part of the scored answer).
         positions: which prompt tokens are restored: `all`, `subject_and_after`, or `subject_and_last`.
         sever: hold all MLPs, or all attention layers, at the restored token at their corrupted values; see `Sweep`.
-        memory: gigabytes (10^9 bytes) that the wavefront's batches may take beside the model.
+        memory: gigabytes (10^9 bytes) that the wavefront may take beside the model, about: half for the ordinary passes that the
+            cells leave from, half for the cells. Where a GPU runs out all the same, both are halved until it does not.
         max_facts: trace only so many of the known facts, the first ones; the others are listed as left out.
         least_total: leave out, before any cell is computed, facts of which the corruption takes less than this (the total effect,
             in units of the metric): dividing by it, or averaging over it, tells nothing.
@@ -119,9 +120,11 @@ def trace(
         weights = fingerprint(model)
         store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
         worker = make_engine(engine, model, sweep, int(memory * 1e9))
+        finished = [store.load(probe) for probe in known]
         if show:
-            _announce(model, known, corruptor, sweep, engine, memory)
-        traced = _trace_all(model, known, corruptor, sweep, worker, store, workers, show)
+            missing = [probe for probe, one in zip(known, finished, strict=True) if one is None]
+            _announce(model, missing, corruptor, sweep, engine, worker, workers.count)
+        traced = _trace_all(model, known, finished, corruptor, sweep, worker, store, workers, show)
 
     return Effects(
         facts=tuple(probe.fact for probe in known),
@@ -241,8 +244,8 @@ def _sort_out(
                 f"none of the facts asked for can be traced (the first, {first.fact.label!r}: {first.reason})."
             )
         raise NothingToTrace(
-            f"{model.name} knows none of the {len(probes)} facts (the first, {first.fact.label!r}: {first.reason}); "
-            "trace facts it answers word for word, with the prompt format it was trained on."
+            f"none of the {len(probes)} facts can be traced in {model.name} (the first, {first.fact.label!r}: {first.reason}); "
+            "give facts that it answers word for word, in the prompt format it was trained on, and that the corruption fits."
         )
     return known, skipped
 
@@ -253,12 +256,16 @@ def _announce(
     corruptor: Corruptor,
     sweep: Sweep,
     engine: str,
-    memory: float,
+    worker: Engine,
+    processes: int,
 ) -> None:
-    """Say what the sweep takes, from exact counts and one timed pass."""
+    """Say what the sweep of the facts that are not finished takes, from exact counts and one timed pass."""
+    if not probes:
+        print("trace: every fact is finished", file=sys.stderr)
+        return
     found = cost(probes, [corruptor.rows(probe) for probe in probes], model.anatomy.layers, sweep)
     probe = max(probes, key=lambda one: len(one.input_ids))
-    batch = corruptor.batch(probe)
+    batch = corruptor.batch(probe)[:64]
     started = time.perf_counter()
     with torch.inference_mode():
         float(forward(model, batch, 1)[0, 0, 0])
@@ -266,9 +273,11 @@ def _announce(
     wave = engine == "wavefront"
     units = found.wave if wave else found.reference
     few = f", {found.reference / found.wave:.1f} times fewer than the published loop" if wave else ""
-    bound = f", at most about {memory:g} GB beside the model" if wave else ""
+    each = max(worker.takes(len(one.input_ids), len(one.answer_ids), corruptor.rows(one)) for one in probes)
+    shared = f" in each of {processes} processes" if processes > 1 else ""
     print(
-        f"trace: {len(probes)} facts, {found.cells:,} cells, {units:,} token-blocks{few}; about {units / rate:,.0f} s{bound}",
+        f"trace: {len(probes)} fact{'s' if len(probes) > 1 else ''}, {found.cells:,} cells, {units:,} token-blocks{few}; about "
+        f"{units / rate / processes:,.0f} s and up to {each / 1e9:.2g} GB beside the model{shared}",
         file=sys.stderr,
     )
 
@@ -276,6 +285,7 @@ def _announce(
 def _trace_all(
     model: LanguageModel,
     probes: Sequence[Probe],
+    finished: Sequence[Traced | None],
     corruptor: Corruptor,
     sweep: Sweep,
     engine: Engine,
@@ -283,11 +293,11 @@ def _trace_all(
     workers: Workers,
     show: bool,
 ) -> list[Traced]:
-    """Every fact's cells, from the cache where it has them; with several workers each adds its share to the cache.
+    """Every fact's cells, those that are not `finished` computed; with several workers each adds its share to the cache.
 
     Which facts are computed together does not depend on the number of workers, so that the last bits do not either.
     """
-    found = [cache.load(probe) for probe in probes]
+    found = list(finished)
     mine = list(_alike(probes, engine, corruptor))[workers.index :: workers.count]
     cells = {index: count_cells(probes[index], model.anatomy.layers, sweep) for group in mine for index in group}
     done = sum(count for index, count in cells.items() if found[index] is not None)
@@ -317,8 +327,8 @@ def _alike(probes: Sequence[Probe], engine: Engine, corruptor: Corruptor) -> Ite
     for index, probe in enumerate(probes):
         shape = len(probe.prompt_ids), len(probe.answer_ids), corruptor.rows(probe)
         shapes.setdefault(shape, []).append(index)
-    for (tokens, _, samples), members in shapes.items():
-        size = engine.together(tokens, samples)
+    for (tokens, answer, samples), members in shapes.items():
+        size = engine.together(tokens + answer - 1, answer, samples)
         for start in range(0, len(members), size):
             yield members[start : start + size]
 

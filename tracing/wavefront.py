@@ -24,6 +24,7 @@ from lm.errors import UserError
 from lm.hooks import capture, intercept
 from lm.load import LanguageModel
 from tracing.arrays import Array
+from tracing.cost import trunk_kinds
 from tracing.metrics import Target, read_off
 from tracing.probe import Probe
 from tracing.reference import Traced, refuse_nan
@@ -76,6 +77,13 @@ class Trunk:
         if cell.kind == "attn":
             return stream
         return stream + self.attention[start][rows.to(back.device), position] + back
+
+
+def in_parts(batch: Tensor, rows: int) -> list[tuple[float, Tensor]]:
+    """A fact's batch in parts of at most `rows` rows, but two at least: the clean row with some of the corrupted ones, and their
+    share of all. Every score is a mean over corrupted rows, so the shares of the parts' scores add up to it."""
+    given = torch.split(batch[1:], max(1, rows - 1))
+    return [(len(some) / (len(batch) - 1), torch.cat([batch[:1], some])) for some in given]
 
 
 class Wavefront:
@@ -156,27 +164,27 @@ class Wavefront:
     def _trunk(self, probes: Sequence[Probe], batch: Tensor, each: int) -> Trunk:
         facts, layers = len(probes), range(self.model.anatomy.layers)
         keep = len(probes[0].answer_ids)
-        kinds: set[Kind] = {"resid", *self.sweep.kinds, *([self.sweep.sever] if self.sweep.sever else [])}
-        if "mlp" in kinds:
-            kinds.add("attn")
-        sites = [EMBEDDING, *(Site(kind, layer) for kind in sorted(kinds) for layer in layers)]
-        with capture(self.model, sites) as seen:
-            found, past = replay.trunk(self.model, batch, keep)
+        sites = [EMBEDDING, *(Site(kind, layer) for kind in sorted(trunk_kinds(self.sweep)) for layer in layers)]
         is_clean = torch.arange(facts * each) % each == 0
-        noisy, clean = (~is_clean).nonzero().squeeze(1), is_clean.nonzero().squeeze(1)
+        order = torch.cat([is_clean.nonzero(), (~is_clean).nonzero()]).squeeze(1)
+        clean, noisy = (
+            slice(0, facts),
+            slice(facts, None),
+        )  # of rows in this order: views, so that nothing is kept twice
+        with capture(self.model, sites) as seen:
+            found, past = replay.trunk(self.model, batch[order.to(batch.device)], keep)
 
-        def of(site: Site, rows: Tensor) -> Tensor:
-            return seen[site][rows.to(seen[site].device)]
+        def of(site: Site, rows: slice) -> Tensor:
+            return seen[site][rows]
 
-        target = Target.of(probes, each)
-        scores = read_off(found, target, self.sweep.metric).cpu().view(facts, each)
+        scored = read_off(found, Target.of(probes, each).rows(order), self.sweep.metric).cpu()
         return Trunk(
             stream=[of(EMBEDDING, noisy), *(of(Site("resid", layer), noisy) for layer in layers)],
             past=past.of_rows(noisy),
             clean={kind: [of(Site(kind, layer), clean) for layer in layers] for kind in self.sweep.kinds},
             attention=[of(Site("attn", layer), noisy) for layer in layers] if "mlp" in self.sweep.kinds else [],
             held=[of(Site(self.sweep.sever, layer), noisy) for layer in layers] if self.sweep.sever else [],
-            scores=torch.stack([scores[:, 0], scores[:, 1:].mean(1)], 1).numpy(),
+            scores=torch.stack([scored[clean], scored[noisy].view(facts, -1).mean(1)], 1).numpy(),
         )
 
     def _waves(

@@ -43,7 +43,7 @@ def test_a_corruption_that_agrees_confirms_and_says_how_far() -> None:
 @pytest.mark.parametrize(
     ("profile", "says"),
     [
-        ([-value for value in PROFILE], "ranked otherwise (rank correlation -1.00"),
+        ([-value for value in PROFILE], "not shown to be ranked alike (rank correlation -1.00"),
         ([0.1, 0.2, 0.02, 0.01, 0.9, 0.05, 0.8, 0.15], "these layers do not lead"),
     ],
 )
@@ -70,7 +70,7 @@ def test_ranks_of_every_planned_module_must_agree() -> None:
     assert both.modules == ("mlp", "attn")
     found = confirm(both, one, {"other": other})
     assert not found.singled_out
-    assert "attn effects are ranked otherwise" in found.verdict
+    assert "attn effects are not shown to be ranked alike" in found.verdict
     assert set(found.evidence["also"]["other"]["agreement"]) == {"mlp", "attn", "resid"}
     stream = choose_layers(one, size=2, kind="resid")
     assert confirm(stream, one, {"other": other}).singled_out
@@ -125,3 +125,11 @@ def test_intervals_cover_the_lead_of_fixed_layers() -> None:
         ]
         held += lead["low"] <= true <= lead["high"]
     assert 30 <= held <= 40
+
+
+def test_one_group_of_facts_can_confirm_nothing_and_no_correlation_is_blamed() -> None:
+    effects = named(PROFILE, 1, groups=1)
+    found = confirm(choose_layers(effects, size=2), effects, {"names": effects})
+    assert not found.singled_out
+    assert "under names only one group of facts was traced, too few to compare" in found.verdict
+    assert "nan" not in found.verdict

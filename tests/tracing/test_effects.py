@@ -214,3 +214,13 @@ def test_what_is_held_is_said_in_a_line() -> None:
     other = repr(replace(made_up([0.1], facts=1), sigma=None, window=5))
     assert "other names" in other
     assert "windows of 5" in other
+
+
+def test_one_group_has_no_interval_rather_than_one_of_no_width() -> None:
+    for groups, told in ((1, False), (2, True)):
+        effects = made_up([0.1, 0.5, 0.2], facts=8, noise=0.1, groups=groups)
+        table = effects.table("mlp", roles=["last_subject"])
+        assert np.isfinite(table.low).all() == told
+        assert np.isfinite(table.high).all() == told
+        assert np.isfinite(table.mean).all()
+        assert np.isfinite(np.array(effects.scores().interval("mlp"))).all() == told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from matplotlib.image import imread
 from tiny_tracing import made_up
 
 from lm.errors import UserError
-from tracing import plots
+from tracing import LayerPlan, plots
 from tracing.plot_runs import severed_figure
-from tracing.plots import figure, heatmap
+from tracing.plots import fact_figure, figure, heatmap
 from tracing.sweep import cut_windows
 
 BUMP = [0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.1, 0.0]
@@ -125,3 +126,24 @@ def test_windows_cut_by_the_ends_are_known() -> None:
     assert cut_windows(4, 8, "attn") == [0, 1, 7]
     assert cut_windows(1, 8, "mlp") == cut_windows(9, 8, "resid") == []
     assert cut_windows(99, 3, "mlp") == [0, 1, 2]
+
+
+def test_a_fact_whose_name_looks_like_mathematics_is_drawn() -> None:
+    effects = made_up([0.1, 0.5])
+    named = replace(effects, facts=(replace(effects.facts[0], id=r"$\frac$ of \n $5"), *effects.facts[1:]))
+    assert fact_figure(named, 0).startswith(b"\x89PNG")
+
+
+def test_a_plan_is_outlined_where_it_trains_and_dashed_where_it_is_not_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, bool]] = []
+
+    def seen(axis: Any, band: Any, rows: int, tentative: bool) -> None:
+        drawn.append((axis.get_title(loc="left"), tentative))
+
+    monkeypatch.setattr(plots, "outline", seen)
+    effects = made_up([0.1, 0.5, 0.2], kinds=("resid", "mlp", "attn"))
+    effects.plot(plan=LayerPlan(layers=(1,), modules=("mlp",)))
+    effects.plot(plan=LayerPlan(layers=(1,), modules=("all",), singled_out=True))
+    assert drawn == [("MLP", True), ("whole stream after a block", False)]
+    with pytest.raises(UserError, match="no facts"):
+        effects.some([])

@@ -71,10 +71,23 @@ def test_a_fact_whose_subject_nobody_matches_is_left_out_with_the_reason() -> No
     effects = trace(model, facts(model), TokenReplacement(), progress=False)
     assert [fact.subject for fact in effects.facts] == list(SUBJECTS[:4])
     (left,) = effects.skipped
-    assert left.reason == "no other subject of 1 token fits its question"
+    assert left.reason == "no other subject of 1 token fits its question with another answer"
     assert effects.sigma is None
     with pytest.raises(UserError, match="no other subject of 2 tokens"):
         trace(model, facts(model)[:1], TokenReplacement(), progress=False)
+
+
+def test_a_subject_with_the_same_answer_lends_nothing() -> None:
+    model = tiny()
+    asked = [
+        Fact(f"{subject} does live", subject, answer)
+        for subject, answer in zip(["w1", "w2", "w3", "w4"], "kkng", strict=True)
+    ]
+    probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in asked]
+    corruptor = TokenReplacement().bind(model, probes)
+    assert [corruptor.rows(probe) for probe in probes] == [2, 2, 3, 3]
+    alone = TokenReplacement().bind(model, probes[:2])
+    assert alone.why_not(probes[0]) == "no other subject of 1 token fits its question with another answer"
 
 
 def test_other_questions_lend_subjects_only_where_it_is_allowed() -> None:

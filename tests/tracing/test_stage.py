@@ -19,7 +19,7 @@ from tiny_tracing import PROMPTS, known, say, tiny
 from lm.config import dump_yaml, parse_config
 from lm.errors import UserError
 from lm.load import LanguageModel, ModelSpec
-from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, early, trace
+from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, early, interaction, trace
 from tracing.config import PlanConfig, TraceConfig
 from tracing.early import looks
 from tracing.stage import run_tracing
@@ -373,3 +373,31 @@ def test_two_processes_write_what_one_writes(model_folder: Path, tmp_path: Path)
     assert (
         LayerPlan.load(tmp_path / "two" / "plan.json").layers == LayerPlan.load(tmp_path / "one" / "plan.json").layers
     )
+
+
+def test_windows_come_with_single_layers_and_what_lies_between(model_folder: Path, tmp_path: Path) -> None:
+    facts = known(tiny("olmo"), how_many=6)
+    config = stage(model_folder, tmp_path / "run", window=2, metric="log_probability")
+    result = run_tracing(config, facts)
+    alone = run_tracing(replace(config, window=1, out=str(tmp_path / "alone")), facts).effects
+    single = Effects.load(tmp_path / "run" / "effects-single.npz")
+    for mine, theirs in zip(single.restored["mlp"], alone.restored["mlp"], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    said = json.loads((tmp_path / "run" / "interaction.json").read_text())
+    found = interaction(result.effects, alone)
+    assert said["kinds"]["mlp"]["ratio"] == pytest.approx(list(found.ratio("mlp")), rel=1e-4)
+    (sentence,) = result.plan.evidence["windows"]
+    assert sentence.startswith(f"Windows of 2 MLPs bring back {found.ratio('mlp')[0]:.2f} times")
+    assert sentence in LayerPlan.load(tmp_path / "run" / "plan.json").evidence["caveats"]
+    assert not (tmp_path / "alone" / "interaction.json").exists()
+    whole = replace(config, window=9, out=str(tmp_path / "whole"))  # wider than the model
+    assert "all cut short" in run_tracing(whole, facts).plan.evidence["windows"][0]
+
+
+def test_a_stopped_trace_goes_on_with_less_memory(model_folder: Path, tmp_path: Path) -> None:
+    facts = known(tiny("olmo"), how_many=3)
+    first = run_tracing(stage(model_folder, tmp_path / "run"), facts)
+    again = run_tracing(stage(model_folder, tmp_path / "run", memory=0.1, resume=True), facts)
+    assert again.plan == first.plan
+    with pytest.raises(UserError, match="metric was"):
+        run_tracing(stage(model_folder, tmp_path / "run", metric="log_probability", resume=True), facts)

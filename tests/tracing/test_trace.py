@@ -40,7 +40,7 @@ def test_unknown_facts_are_left_out_with_what_the_model_said() -> None:
 
 def test_no_known_fact_is_an_error_that_names_the_first() -> None:
     model = tiny()
-    with pytest.raises(UserError, match=r"knows none of the 1 facts .*'wrong'.*instead of"):
+    with pytest.raises(UserError, match=r"none of the 1 facts can be traced .*'wrong'.*instead of"):
         trace(model, [Fact("where is ada now ?", "ada", "w30 w31 w32 w33", id="wrong")], progress=False)
 
 

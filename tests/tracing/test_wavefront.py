@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +14,17 @@ from families import tiny as tiny_family
 from tiny_tracing import known, tiny
 from torch import Tensor
 
-from lm import UserError
+from lm import UserError, replay
 from lm.anatomy import module_at
 from lm.load import LanguageModel
 from lm.prompts import PromptSpec
 from tracing import Fact, GaussianNoise, trace
 from tracing import engines as engines_module
-from tracing.cost import cost, row_bytes
+from tracing.cost import cost, row_bytes, trunk_row_bytes
 from tracing.probe import Probe, make_probe
 from tracing.reference import Traced, trace_fact
 from tracing.sweep import Sweep
+from tracing.tracer import Workers
 from tracing.wavefront import Wavefront
 
 FACTS = (  # of one shape, with subjects of other places and lengths
@@ -196,3 +199,76 @@ def test_the_cost_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
                 handle.remove()
             assert count == expected, (question, engine)
     assert row_bytes(model, 20) > 2 * row_bytes(model, 10)
+
+
+def test_samples_that_do_not_fit_together_are_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No ordinary pass holds more rows than the memory allows, and the numbers are the same."""
+    model = family("llama", torch.float64)
+    facts = [Fact("Where was Anna Kowalska born?", "Anna Kowalska", " on 1984")]
+    sweep, noise = Sweep(window=5, sever="mlp", metric="log_probability"), GaussianNoise(samples=9, sigma=1.0)
+    probe = make_probe(model, facts[0], PromptSpec(), sweep.metric)
+    batch = noise.bind(model, [probe]).batch(probe)
+    expected = trace_fact(model, probe, batch, sweep)
+    tokens, answer = len(probe.input_ids), len(probe.answer_ids)
+    each = trunk_row_bytes(model, tokens, answer, sweep)
+    largest = 0
+
+    def seen(given: LanguageModel, embeddings: Tensor, keep: int) -> Any:
+        nonlocal largest
+        largest = max(largest, len(embeddings))
+        return real(given, embeddings, keep)
+
+    real = replay.trunk
+    monkeypatch.setattr("tracing.wavefront.replay.trunk", seen)
+    for trunk, rows in ((10, 10), (4, 4), (2, 2), (0, 2)):  # a clean and a corrupted row are the least there is
+        engine, largest = engines_module.Checked(model, sweep, 2 * trunk * each), 0
+        said = engine.takes(tokens, answer, noise.samples)
+        told = []
+        found = engine.trace([probe], [batch], told.append)[0]
+        assert largest == rows
+        assert apart(found, expected) < 1e-10
+        assert sum(told) == cost([probe], [1], model.anatomy.layers, sweep).cells  # each cell is told once
+        assert said >= rows * each
+        if trunk >= 2:
+            assert said <= engine.memory + row_bytes(model, tokens)
+        assert all((cells[: probe.span[0]] == found.corrupted).all() for cells in found.restored.values())
+
+
+def test_a_device_that_runs_out_gets_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    facts, calls = known(model), []
+
+    def small(self: Wavefront, probes: Any, batches: Any, advance: Any = lambda cells: None) -> list[Traced]:
+        calls.append(self.rows)
+        advance(5)
+        if self.rows > 40:
+            raise torch.OutOfMemoryError("no room")
+        return real(self, probes, batches, advance)
+
+    real = Wavefront.trace
+    expected = trace(model, facts, progress=False)
+    monkeypatch.setattr(Wavefront, "trace", small)
+    found = trace(model, facts, memory=0.01, progress=False)
+    assert calls[0] > 40 >= calls[-1]
+    for mine, theirs in zip(found.restored["mlp"], expected.restored["mlp"], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+    def full(self: Wavefront, *args: Any) -> list[Traced]:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Wavefront, "trace", full)
+    with pytest.raises(UserError, match="no memory for even one row of fact 'fact0'"):
+        trace(model, facts, progress=False)
+
+
+def test_what_is_told_beforehand_leaves_out_what_is_finished_and_what_others_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny("llama")
+    facts = known(model)
+    trace(model, facts[:2], GaussianNoise(sigma=1.0), cache=tmp_path)
+    assert re.search(r"trace: 2 facts, .* GB beside the model\n", capsys.readouterr().err)
+    trace(model, facts, GaussianNoise(sigma=1.0), cache=tmp_path)
+    assert "trace: 1 fact, " in capsys.readouterr().err
+    trace(model, facts, GaussianNoise(sigma=1.0), cache=tmp_path, workers=Workers(0, 2))
+    assert "every fact is finished" in capsys.readouterr().err

@@ -1,0 +1,210 @@
+"""How deep does unlearning go? What a changed model still knows inside, layer by layer, read by the model it was made from.
+
+A changed model's stream after a layer is put into the original model, which goes on from there: where it still says the answer,
+the changed model's first layers still hold what it takes. A model that never learned the facts says how much that is at most.
+This measures a model; it chooses no layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm import replay
+from lm.anatomy import Site
+from lm.errors import UserError
+from lm.hooks import capture
+from lm.load import LanguageModel
+from lm.prompts import PromptSpec
+from tracing.arrays import Array
+from tracing.facts import Fact
+from tracing.metrics import Metric, Target, read_off
+from tracing.probe import Probe, embed, forward, make_probe
+from tracing.statistics import bootstrap
+from tracing.tracer import evaluating
+
+DepthMetric = Literal["distinguishing_log_probability", "log_probability"]
+Scope = Literal["answer", "all"]
+"""The tokens whose stream is put in: those that say the answer (the prompt's last, and the answer's but its last), or all."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class DepthReport:
+    """What putting in other models' streams takes from the original, in nats a scored token.
+
+    Attributes:
+        facts: in order.
+        never: (facts, layers), what is lost with the stream of the model that never learned them.
+        changed: (facts, layers), what is lost with that of the changed model.
+        threshold: a layer counts for a fact if `never` is above this there.
+    """
+
+    facts: tuple[Fact, ...]
+    never: Array
+    changed: Array
+    threshold: float
+
+    @property
+    def depth(self) -> Array:
+        """(facts,): sum over the layers that count of never * clip(changed / never, 0, 1), over the sum of never there.
+
+        0: all that the original needs is still inside; 1: as little as in the model that never learned it. NaN where no layer
+        counts.
+        """
+        counts = self.never > self.threshold
+        weight = np.where(counts, self.never, 0.0).sum(axis=1)
+        gone = np.where(counts, np.clip(self.changed, 0.0, np.maximum(self.never, 0.0)), 0.0).sum(axis=1)
+        return np.asarray(np.divide(gone, weight, out=np.full_like(weight, np.nan), where=weight > 0))
+
+    def mean(self, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+        """(mean, low, high) of the depth over the facts that have one; facts of a group are drawn together."""
+        depth = self.depth
+        groups = [fact.group for fact in self.facts]
+        low, high = bootstrap(depth, groups, confidence=confidence, seed=seed)
+        told = depth[~np.isnan(depth)]
+        return (float(told.mean()) if len(told) else float("nan")), float(low), float(high)
+
+    def __str__(self) -> str:
+        mean, low, high = self.mean()
+        told = int((~np.isnan(self.depth)).sum())
+        if not told:
+            return (
+                f"Of {len(self.facts)} facts none is lost by more than {self.threshold:g} nats with the stream of the model that "
+                "never learned it: how deep unlearning went cannot be told."
+            )
+        spread = "" if np.isnan(low) else f" (95% interval {low:.2f} to {high:.2f})"
+        return (
+            f"Unlearning goes {mean:.2f} deep{spread} on {told} of {len(self.facts)} facts: 0 is all still inside, 1 as little "
+            "as in a model that never learned them."
+        )
+
+    __repr__ = __str__
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data; None for what is not defined."""
+        mean, low, high = (None if np.isnan(value) else value for value in self.mean())
+        return {
+            "sentence": str(self),
+            "depth": mean,
+            "low": low,
+            "high": high,
+            "threshold": self.threshold,
+            "lost_by_layer": {"never": self.never.mean(axis=0).tolist(), "changed": self.changed.mean(axis=0).tolist()},
+            "facts": [
+                {
+                    **asdict(fact),
+                    "depth": None if np.isnan(one) else float(one),
+                    "never": a.tolist(),
+                    "changed": b.tolist(),
+                }
+                for fact, one, a, b in zip(self.facts, self.depth, self.never, self.changed, strict=True)
+            ],
+        }
+
+
+def unlearning_depth(
+    original: LanguageModel,
+    never: LanguageModel,
+    changed: LanguageModel,
+    facts: Sequence[Fact],
+    *,
+    prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
+    metric: DepthMetric = "distinguishing_log_probability",
+    scope: Scope = "answer",
+    threshold: float = 0.05,
+) -> DepthReport:
+    """The depth of unlearning by activation patching between models (UDS, arXiv:2605.24614).
+
+    Badge: *reconstruction*, of the formula in the authors' notes: for each layer the loss of log-probability with the retain
+    model's stream (S1) and with the unlearned model's (S2), layers above the threshold weighed by S1. Decided here: the loss is
+    the mean over the scored tokens, which are the answer's names and numbers (`tracing.metrics.distinguishing`).
+
+    Args:
+        original: the model that memorised the facts; give only facts that it knows.
+        never: one of the same shape that never learned them (retain only).
+        changed: the unlearned model.
+
+    Raises:
+        UserError: no facts, models that differ in shape or tokens, NaN.
+    """
+    if not facts:
+        raise UserError("there are no facts to measure; give at least one that the original model knows.")
+    probes = [make_probe(original, fact, prompt, metric) for fact in facts]
+    sources = [streams_for(model, original, probes, prompt, metric, scope) for model in (never, changed)]
+    lost = np.stack(
+        [lost_with(original, probe, given, metric, scope) for probe, *given in zip(probes, *sources, strict=True)]
+    )
+    return DepthReport(facts=tuple(facts), never=lost[:, 0], changed=lost[:, 1], threshold=threshold)
+
+
+@torch.inference_mode()
+def streams_for(
+    source: LanguageModel,
+    original: LanguageModel,
+    probes: Sequence[Probe],
+    prompt: PromptSpec,
+    metric: Metric,
+    scope: Scope,
+) -> list[Tensor]:
+    """For each fact (layers, tokens of the scope, hidden) in main memory: the stream of `source` after each block.
+
+    Raises UserError for a model of another shape than the original, or that cuts a fact into other tokens.
+    """
+    mine, its = (one.anatomy for one in (original, source))
+    if (mine.layers, mine.hidden) != (its.layers, its.hidden):
+        raise UserError(
+            f"{source.name} has {its.layers} layers of width {its.hidden} and {original.name} {mine.layers} of {mine.hidden}; "
+            "give models of one shape."
+        )
+    found = []
+    with evaluating(source):
+        for probe in probes:
+            other = make_probe(source, probe.fact, prompt, metric)
+            if (other.prompt_ids, other.answer_ids) != (probe.prompt_ids, probe.answer_ids):
+                raise UserError(
+                    f"{source.name} cuts fact {probe.fact.label!r} into other tokens than {original.name}; give it the same "
+                    "tokenizer."
+                )
+            sites = [Site("resid", layer) for layer in range(its.layers)]
+            with capture(source, sites) as seen:
+                forward(source, embed(source, probe.input_ids)[None], 1)
+            found.append(torch.stack([seen[site][0, _start(probe, scope) :].cpu() for site in sites]))
+    return found
+
+
+@torch.inference_mode()
+def lost_with(original: LanguageModel, probe: Probe, streams: Sequence[Tensor], metric: Metric, scope: Scope) -> Array:
+    """(sources, layers): what the answer loses, in nats a scored token, with each source's stream put in after each block.
+
+    One growing batch: the rows of a layer join after it, with the original's keys and values for the tokens before the scope.
+
+    Raises UserError for NaN.
+    """
+    tokens, keep = len(probe.input_ids), len(probe.answer_ids)
+    start = _start(probe, scope)
+    with evaluating(original):
+        given = embed(original, probe.input_ids)[None]
+        logits, past = replay.trunk(original, given, keep)
+        calls, before = replay.calls(original, given[:, start:], past.cut(start)), past.cut(start)
+        own = float(read_off(logits, Target.of([probe], 1), metric)[0])
+        state = given.new_zeros(0, tokens - start, original.anatomy.hidden)
+        for layer, call in enumerate(calls):
+            if len(state):
+                state = call.run(state, before, torch.zeros(len(state), dtype=torch.long))
+            fresh = torch.stack([stream[layer] for stream in streams])
+            state = torch.cat([state.to(given.device), fresh.to(given)])
+        scored = read_off(replay.logits(original, state[:, -keep:]), Target.of([probe], len(state)), metric)
+    scores = scored.cpu().numpy().reshape(len(calls), len(streams)).T
+    if np.isnan(scores).any() or np.isnan(own):
+        raise UserError(f"fact {probe.fact.label!r} gave NaN; load the models in float32 or bfloat16.")
+    return np.asarray((own - scores) / len(probe.counted or probe.answer_ids))
+
+
+def _start(probe: Probe, scope: Scope) -> int:
+    """The first token of the scope."""
+    return len(probe.prompt_ids) - 1 if scope == "answer" else 0
