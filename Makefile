@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)-peers
+WORKERS ?= $(shell $(PYTHON) -c 'import os; n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1; print(min(n, 4) if n > 1 else 0)')
 SMALL := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}  # models this small are slower on two threads than on one
 
 .PHONY: demo test test-slow test-peers lint types floors check builtin clean
@@ -15,7 +16,7 @@ demo: $(READY)
 	$(SMALL) $(BIN)/python scripts/demo.py --config configs/demo.yaml $(ARGS)
 
 test: $(READY)
-	$(SMALL) $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(SMALL) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(READY)
 	$(SMALL) $(BIN)/python -m pytest -m slow $(ARGS)

@@ -15,6 +15,22 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["Ada Brill", "Bo Karsk", "Cleo Dunn", "Dag Ekholm", "Effi Frost", "Gil Harrow", "Ines Jolt", "Kai Lund"]
 
 
+LONG = (
+    "test_search.py",
+    "test_demo.py",
+    "test_notebooks.py",
+    "test_training_resume.py",
+    "test_stage.py",
+    "test_sharding.py",
+)
+"""Begun first, so that no worker is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first; the others as they come."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The optional folder with real public data beside the checkout; tests that need it skip, and say so, without it."""

@@ -164,15 +164,16 @@ def attributed(
     prompt: PromptSpec,
     memory: float,
     show: bool,
+    only: Sequence[Fact] | None = None,
 ) -> tuple[Effects, list[Probe], Corruptor]:
-    """What `attribute` gives, and the facts and the corruption that it is of; the model in eval mode."""
+    """What `attribute` gives (for `only` these facts), and the facts and the corruption that it is of; the model in eval mode."""
     check_differentiable(metric)
     Sweep(kinds=tuple(kinds), metric=metric)  # refuses what is not there
     if not facts:
         raise UserError("there are no facts to attribute; give at least one.")
     if not memory > 0:
         raise UserError(f"memory is {memory} GB; give what may be taken beside the model (2 is usual).")
-    known, skipped, corruptor = prepare(model, facts, corruption, metric, prompt, show=show)
+    known, skipped, corruptor = prepare(model, facts, corruption, metric, prompt, only=only, show=show)
     found: list[Traced] = []
     with progress_bar(len(known), label="attribution", unit="facts", enabled=show) as advance:
         for probe in known:

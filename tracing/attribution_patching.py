@@ -21,7 +21,7 @@ from tracing.attribution import attributed, check_differentiable
 from tracing.corruption import Corruption, Corruptor, GaussianNoise
 from tracing.effects import SUBJECT_ROLES, Effects, check_roles
 from tracing.facts import Fact
-from tracing.localizer import Localizer
+from tracing.localizer import Localizer, among
 from tracing.metrics import Metric
 from tracing.probe import Probe
 from tracing.scores import LayerScores
@@ -86,14 +86,16 @@ class AttributionPatching(Localizer):
         facts: Sequence[Fact],
         *,
         retain: Sequence[Fact] = (),
+        others: Sequence[Fact] = (),
         prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
         cache: str | Path | None = None,
         progress: bool = True,
     ) -> LayerScores:
+        every, only = among(facts, others, self.metric)
         with evaluating(model):
             effects, known, corruptor = attributed(
                 model,
-                facts,
+                every,
                 self.corruption,
                 self.kinds,
                 self.metric,
@@ -101,6 +103,7 @@ class AttributionPatching(Localizer):
                 prompt,
                 self.memory,
                 progress,
+                only,
             )
             details: dict[str, Any] = {"graddrop": self.graddrop, "estimated": self._means(effects)}
             checked = self._verified(model, known, corruptor, effects, progress)

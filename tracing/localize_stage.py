@@ -66,7 +66,13 @@ def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequen
         path = run.path / f"{name}.npz"
         if not path.exists():
             found = config.localizers[name].localize(
-                model, asked, retain=kept, prompt=config.prompt, cache=run.path / "facts", progress=acc.is_main_process
+                model,
+                asked,
+                retain=kept,
+                others=facts,
+                prompt=config.prompt,
+                cache=run.path / "facts",
+                progress=acc.is_main_process,
             )
             found.save(path)
     acc.wait_for_everyone()

@@ -18,7 +18,7 @@ from lm.load import LanguageModel
 from lm.prompts import PromptSpec
 from tracing.corruption import Corruption, GaussianNoise
 from tracing.effects import SUBJECT_ROLES, Effects, check_reached
-from tracing.facts import Fact
+from tracing.facts import Fact, with_foils
 from tracing.interaction import interaction
 from tracing.metrics import Metric
 from tracing.scores import LayerScores
@@ -49,6 +49,7 @@ class Localizer(ABC):
         facts: Sequence[Fact],
         *,
         retain: Sequence[Fact] = (),
+        others: Sequence[Fact] = (),
         prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
         cache: str | Path | None = None,
         progress: bool = True,
@@ -59,6 +60,8 @@ class Localizer(ABC):
             model: from `lm.load`; put in eval mode meanwhile, its gradients untouched.
             facts: what to locate; facts that the model does not know may be left out.
             retain: facts that must stay, for the localisers that compare with them.
+            others: facts that are not located but belong to the corruption: their subjects may be put in place of those of
+                `facts`, and the noise is measured on them too. With others, `facts` are taken as known.
             prompt: how questions are rendered: as they are trained.
             cache: a folder where a localiser may keep finished facts.
             progress: show facts done, rate and time left.
@@ -66,6 +69,19 @@ class Localizer(ABC):
         Raises:
             UserError: nothing to do, NaN, a setting or facts that it cannot work with.
         """
+
+
+def among(
+    facts: Sequence[Fact], others: Sequence[Fact], metric: Metric
+) -> tuple[Sequence[Fact], Sequence[Fact] | None]:
+    """`facts` before the others, and which of all are asked for (None: all), both with foils where the metric needs them."""
+    if not others:
+        return facts, None
+    own = set(facts)
+    every = [*facts, *(fact for fact in others if fact not in own)]
+    if metric == "logit_difference":
+        every = with_foils(every)
+    return every, every[: len(facts)]
 
 
 def made_with(model: LanguageModel, localizer: Localizer, prompt: PromptSpec) -> dict[str, Any]:
@@ -114,20 +130,24 @@ class CausalTracing(Localizer):
         facts: Sequence[Fact],
         *,
         retain: Sequence[Fact] = (),
+        others: Sequence[Fact] = (),
         prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
         cache: str | Path | None = None,
         progress: bool = True,
     ) -> LayerScores:
+        every, only = among(facts, others, self.metric)
+
         def traced(window: int) -> Effects:
             return trace(
                 model,
-                facts,
+                every,
                 self.corruption,
                 kinds=self.kinds,
                 window=window,
                 metric=self.metric,
                 prompt=prompt,
                 positions=self.positions,
+                only=only,
                 cache=cache,
                 progress=progress,
             )

@@ -99,6 +99,7 @@ class FactLookup(Localizer):
         facts: Sequence[Fact],
         *,
         retain: Sequence[Fact] = (),
+        others: Sequence[Fact] = (),
         prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
         cache: str | Path | None = None,
         progress: bool = True,

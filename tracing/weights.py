@@ -72,6 +72,7 @@ class WeightAttribution(Localizer):
         facts: Sequence[Fact],
         *,
         retain: Sequence[Fact] = (),
+        others: Sequence[Fact] = (),
         prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
         cache: str | Path | None = None,
         progress: bool = True,

@@ -114,6 +114,7 @@ def run_unlearning(config: UnlearnConfig) -> Path:
     refuse_broken_weights(plain)
     run.finish(
         steps=at.step,
+        tokens=at.tokens,
         train_seconds=round(at.seconds, 3),
         wall_seconds=round(time.perf_counter() - started, 3),
         tokens_per_second=round(at.tokens / max(at.seconds, 1e-9), 1),

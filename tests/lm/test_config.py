@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ import yaml
 
 from lm.config import _attribute_docs, _fields, _subclasses, dump_yaml, known_or_near, parse_config
 from lm.errors import UserError
+from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,13 +142,8 @@ def test_suggestions_stay_silent_when_nothing_is_near() -> None:
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
 def test_every_script_has_help_that_names_its_settings(script: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    done = run_forked(ROOT / "scripts" / f"{script}.py", "--help")
+    assert done.returncode == 0, done.stderr
     assert "--out" in done.stdout
     assert "usage:" in done.stdout
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from sae import SparseAutoencoder, SparseAutoencoderConfig
 from sae.activations import CachedActivations, ReadSpec, open_cache
 from sae.synthetic import Synthetic, SyntheticActivations
 from sae.trainer import TrainSaeConfig
+from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {"topk_aux_k": "token", "feature_choice_aux_zipf": "feature", "mutual_choice_aux_zipf": "mutual"}
@@ -43,9 +42,7 @@ def changes(features: int, steps: int, **more: str) -> str:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "sae_claims.py"), *words]
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run(command, capture_output=True, text=True, env=quiet, check=False)
+    return run_forked(ROOT / "benchmarks" / "sae_claims.py", *words)
 
 
 def test_synthetic_over_two_seeds_and_again(tmp_path: Path) -> None:

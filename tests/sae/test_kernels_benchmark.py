@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"hidden": 16, "features": 128, "k": 4, "tokens": 64, "steps": 2, "rounds": 2, "threads": 1, "rate": 0.01}
@@ -16,10 +16,7 @@ WORDS = [word for name, value in SIZES.items() for word in (f"--{name}", str(val
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "sae.py"), *words]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-    )
+    return run_forked(ROOT / "benchmarks" / "sae.py", *words)
 
 
 @pytest.mark.parametrize("choice", ["token", "mutual"])

@@ -22,6 +22,7 @@ from lm.run import RunFolder
 from sae.activations import ActivationFiles, BufferSpec, ContextSpec, HarvestSpec, Rows, Texts
 from sae.formats import load_autoencoder, read_densities
 from sae.trainer import AutoencoderSpec, NoSource, TrainerConfig, TrainSaeConfig, ZipfSpec, run_training
+from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = tuple(
@@ -182,17 +183,8 @@ def test_a_sharded_run_goes_on_with_another_number_of_shards(tiny: Path, tmp_pat
 
     asked = config(tiny, tmp_path / "run", trainer={"max_seconds": 1e-9, "feature_shards": 2}, autoencoders=SPECS[:2])
     (tmp_path / "config.yaml").write_text(dump_yaml(asked))
-    words = [sys.executable, "-m", "accelerate.commands.launch"]
-    words += ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu2_ddp.yaml")]
-    words += ["--main_process_port", str(22000 + (os.getpid() + 11) % 20000), str(ROOT / "scripts" / "train_sae.py")]
-    done = subprocess.run(
-        [*words, "--config", str(tmp_path / "config.yaml")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    script = ROOT / "scripts" / "train_sae.py"
+    done = run_forked(script, "--config", str(tmp_path / "config.yaml"), launch="cpu2_ddp")
     assert done.returncode == 0, done.stderr[-3000:]
     assert [step for step, _ in RunFolder(tmp_path / "run").checkpoints()] == [1]
     alone = config(tiny, tmp_path / "run", resume=True, trainer={"feature_shards": 1}, autoencoders=SPECS[:2])
@@ -258,16 +250,11 @@ def test_every_recipe_is_read(name: str) -> None:
 
 def test_the_script_on_the_builtin_model(tmp_path: Path) -> None:
     """Two processes of `accelerate launch`, half of the features each."""
-    words = [sys.executable, "-m", "accelerate.commands.launch"]
-    words += ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu2_ddp.yaml")]
-    words += ["--main_process_port", str(21000 + (os.getpid() + 7) % 20000), str(ROOT / "scripts" / "train_sae.py")]
-    words += ["--config", str(ROOT / "configs" / "sae" / "builtin.yaml"), "--out", str(tmp_path / "run")]
+    words = ["--config", str(ROOT / "configs" / "sae" / "builtin.yaml"), "--out", str(tmp_path / "run")]
     words += ["--trainer.steps", "6", "--trainer.feature_shards", "2", "--trainer.batch_tokens", "256"]
     words += ["--trainer.start_tokens", "256", "--trainer.calibrate_tokens", "256", "--trainer.held_out_tokens", "256"]
     words += ["--buffer.tokens", "1024"]
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = run_forked(ROOT / "scripts" / "train_sae.py", *words, launch="cpu2_ddp")
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stdout.splitlines() if line.startswith("wrote ")]
     assert len(said) == 3

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "tracing.py"),
-        "--layers",
-        "3",
-        "--hidden",
-        "64",
-        "--tokens",
-        "9",
-    ]
-    command += ["--samples", "2", "--cells", "6", "--rounds", "1", *words]
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=quiet, check=False)
+    small = ["--layers", "3", "--hidden", "64", "--tokens", "9", "--samples", "2", "--cells", "6", "--rounds", "1"]
+    return run_forked(ROOT / "benchmarks" / "tracing.py", *small, *words)
 
 
 @pytest.mark.parametrize("window", ["1", "3"])

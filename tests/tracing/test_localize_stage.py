@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ from lm.anatomy import Kind
 from lm.config import parse_config
 from lm.errors import UserError
 from lm.load import ModelSpec
+from tests.forked import run_forked
 from tracing import (
     AttributionPatching,
     CausalTracing,
@@ -34,6 +33,7 @@ from tracing import (
     combined_plan,
     compare_all,
     localize_stage,
+    trace,
 )
 from tracing.choose import PlanKind
 from tracing.localize_config import CombinedPlanConfig, LocalizeConfig
@@ -111,6 +111,31 @@ def test_max_facts_are_drawn_among_the_known_on_either_side(config: LocalizeConf
     assert len(result.scores["weights"].facts) == 2
     assert set(result.scores["weights"].facts) <= set(facts[:4])
     assert len(result.scores["overlap"].details["retain_facts"]) == 2
+
+
+def test_subjects_are_replaced_by_those_of_all_facts_not_only_of_the_located(config: LocalizeConfig) -> None:
+    model, swap = tiny("olmo"), TokenReplacement()
+    facts = []
+    for subject in ("ada byron", "king now", "w3 w9", "w1 w2"):
+        prompt = f"where does {subject} live ?"
+        facts.append(Fact(prompt, subject, say(model, prompt, 2), id=subject))
+    ways: dict[str, Localizer] = {
+        "tracing": CausalTracing(corruption=swap),
+        "attribution": AttributionPatching(corruption=swap, verify=10**6),
+        "foils": CausalTracing(corruption=swap, metric="logit_difference"),
+    }
+    found = run_localizing(replace(config, max_facts=2, localizers=ways), facts).scores
+    asked = found["tracing"].facts
+    assert len(asked) == 2
+    assert [fact.id for fact in found["foils"].facts] == [fact.id for fact in asked]
+    expected, alone = (
+        trace(model, given, swap, ("mlp",), metric="log_probability", only=asked, progress=False).scores()
+        for given in ([*asked, *(fact for fact in facts if fact not in asked)], asked)
+    )
+    for name in ("tracing", "attribution"):
+        assert found[name].facts == asked
+        np.testing.assert_allclose(found[name].of("mlp"), expected.of("mlp"), rtol=1e-3, atol=1e-5)
+    assert np.abs(alone.of("mlp") - expected.of("mlp")).max() > 1e-2  # one donor each, not three
 
 
 def test_several_processes_share_the_localisers(config: LocalizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +278,7 @@ def test_the_script_localises_rows(config: LocalizeConfig, tmp_path: Path) -> No
         (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model.path", config.model.path, "--facts", str(tmp_path / "forget.jsonl"), "--out", config.out]
     words += ["--retain", str(tmp_path / "retain.jsonl"), "--subject", SUBJECT]
-    command = [sys.executable, str(ROOT / "scripts" / "localize.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = run_forked(ROOT / "scripts" / "localize.py", *words)
     assert done.returncode == 0, done.stderr
     assert "gradient_overlap: gradient overlap; share of " in done.stdout
     assert done.stdout.count("; mlp highest at layer ") == 5

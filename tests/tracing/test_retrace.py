@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from tiny_tracing import known, made_up, say, tiny
 from lm.errors import UserError
 from lm.load import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec
+from tests.forked import run_forked
 from tracing import Effects, Fact, GaussianNoise, TokenReplacement, difference, retrace, trace
 from tracing.plot_runs import difference_figure
 from tracing.probe import make_probe, why_unknown
@@ -185,8 +184,7 @@ def test_the_script_writes_what_changed(tmp_path: Path) -> None:
     model.tokenizer.save_pretrained(tmp_path / "model")
     words = ["--before", str(tmp_path / "trace"), "--model.path", str(tmp_path / "model"), "--model.device", "cpu"]
     out = tmp_path / "again"
-    command = [sys.executable, str(ROOT / "scripts" / "retrace.py"), *words, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = run_forked(ROOT / "scripts" / "retrace.py", *words, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("On 5 facts the answer's mean probability") == 2
     written = json.loads((out / "difference.json").read_text())

@@ -19,6 +19,7 @@ from tiny_tracing import PROMPTS, known, say, tiny
 from lm.config import dump_yaml, parse_config
 from lm.errors import UserError
 from lm.load import LanguageModel, ModelSpec
+from tests.forked import run_forked
 from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, early, interaction, trace
 from tracing.config import PlanConfig, TraceConfig
 from tracing.early import looks
@@ -250,8 +251,7 @@ def test_the_script_traces_rows(model_folder: Path, tmp_path: Path) -> None:
     rows = rows_file(tiny("olmo"), tmp_path / "rows.jsonl")
     words = ["--model.path", str(model_folder), "--facts", str(rows), "--out", str(tmp_path / "run"), "--window", "2"]
     words += ["--kinds", "[mlp,attn]", "--subject", SUBJECT]
-    command = [sys.executable, str(ROOT / "scripts" / "trace.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = run_forked(ROOT / "scripts" / "trace.py", *words)
     assert done.returncode == 0, done.stderr
     assert "traced 6 facts, left out 0" in done.stdout
     assert "The evidence " in done.stdout
@@ -342,16 +342,9 @@ def test_two_processes_write_what_one_writes(model_folder: Path, tmp_path: Path)
     script = str(ROOT / "scripts" / "trace.py")
     launch = ["-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu2_ddp.yaml")]
-    launch += ["--main_process_port", str(20000 + os.getpid() % 20000)]
-    for name, start in (("one", [script]), ("two", [*launch, script])):
-        done = subprocess.run(
-            [sys.executable, *start, *words, "--out", str(tmp_path / name)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    launch += ["--main_process_port", "0"]
+    for name, processes in (("one", None), ("two", "cpu2_ddp")):
+        done = run_forked(Path(script), *words, "--out", str(tmp_path / name), launch=processes)
         assert done.returncode == 0, done.stderr[-2000:]
     again = subprocess.run(
         [sys.executable, *launch, script, *words, "--out", str(tmp_path / "two")],

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lm.load import ModelSpec
+from tests.forked import run_forked
 from unlearn.config import UnlearnConfig, ValidationConfig
 from unlearn.objectives import Joint, Objective
 from unlearn.scope import Scope
@@ -45,7 +46,6 @@ def command(script: str, *words: str, launch: str | None = None) -> list[str]:
     if launch is None:
         return [sys.executable, path, *words]
     config = str(ROOT / "configs" / "accelerate" / f"{launch}.yaml")
-    port = str(20000 + os.getpid() % 20000)
     return [
         sys.executable,
         "-m",
@@ -53,7 +53,7 @@ def command(script: str, *words: str, launch: str | None = None) -> list[str]:
         "--config_file",
         config,
         "--main_process_port",
-        port,
+        "0",  # any that is free: other tests run at the same time
         path,
         *words,
     ]
@@ -63,14 +63,7 @@ def run_script(
     script: str, *words: str, launch: str | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end, with output captured and one thread a process."""
-    return subprocess.run(
-        command(script, *words, launch=launch),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        env=environment(),
-    )
+    return run_forked(ROOT / "scripts" / f"{script}.py", *words, launch=launch, timeout=timeout)
 
 
 def run_here(script: str, *words: str) -> tuple[int, str]:

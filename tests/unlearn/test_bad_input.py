@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from lm.errors import UserError
 from lm.load import ModelSpec
 from lm.run import RunFolder, write_atomic
-from tests.unlearn.helpers import SMALL, config_words, run_here, run_script, small_config
+from tests.unlearn.helpers import SMALL, command, config_words, environment, run_here, run_script, small_config
 from unlearn.stage import run_unlearning
 
 Break = Callable[[Path], dict[str, str]]
@@ -50,7 +50,8 @@ def test_missing_file(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_user_sees_no_traceback(tiny: Path, tmp_path: Path) -> None:
-    done = run_script("unlearn", "--forget", str(tiny / "nothing.jsonl"), "--out", str(tmp_path / "run"))
+    words = command("unlearn", "--forget", str(tiny / "nothing.jsonl"), "--out", str(tmp_path / "run"))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=environment())
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from lm.errors import UserError
 from lm.load import LanguageModel
 from lm.prompts import PromptSpec
 from lm.rows import Question, Row
+from tests.forked import run_forked
 from unlearn.evaluation import lume, membership
 from unlearn.evaluation.config import EvaluateConfig
 from unlearn.evaluation.evaluate import EvaluationSet, evaluate
@@ -178,18 +176,7 @@ def words(files: Path, out: Path) -> list[str]:
 
 def test_the_command_on_two_processes_gives_what_one_gives(files: Path, tmp_path: Path) -> None:
     one = run_evaluation(parse_config(EvaluateConfig, words(files, tmp_path / "one")))
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu2_ddp.yaml")]
-    launch += ["--main_process_port", str(20000 + os.getpid() % 20000), str(ROOT / "scripts" / "evaluate.py")]
-    two = subprocess.run(
-        [*launch, *words(files, tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    two = run_forked(ROOT / "scripts" / "evaluate.py", *words(files, tmp_path / "two"), launch="cpu2_ddp")
     assert two.returncode == 0, two.stderr[-2000:]
     results = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("one", "two")]
     for result in results:

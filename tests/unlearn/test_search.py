@@ -111,6 +111,7 @@ def test_what_is_written_holds_every_run_with_the_hashes_of_its_files(done: Sear
     assert trained["seed"] == 1
     assert repeat["peak_bytes"] == trained["peak_memory_bytes"]
     assert repeat["seconds"] == trained["train_seconds"]
+    assert repeat["tokens"] == trained["tokens"] > 0
     text = (out / "table.md").read_text()
     assert "broken has no row: all 2 trials failed." in text
     assert "| npo |" in text

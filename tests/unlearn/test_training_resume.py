@@ -30,11 +30,19 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in RunFolder(run).metrics() if "loss" in line]
 
 
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of forty steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    config = small_config(tiny, folder, trainer=replace(SMALL, steps=40))
+    done = run_script("unlearn", *config_words(config, folder.parent))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_killed_and_resumed_equals_uninterrupted(tiny: Path, tmp_path: Path, stop: int) -> None:
-    config = small_config(tiny, tmp_path / "whole", trainer=replace(SMALL, steps=40))
-    words = config_words(config, tmp_path)
-    assert run_script("unlearn", *words).returncode == 0
+def test_killed_and_resumed_equals_uninterrupted(whole: Path, tmp_path: Path, stop: int) -> None:
+    words = ["--config", str(whole.parent / "config.yaml")]
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         command("unlearn", *words, "--out", str(killed)),
@@ -48,11 +56,9 @@ def test_killed_and_resumed_equals_uninterrupted(tiny: Path, tmp_path: Path, sto
     assert not (killed / "model").exists(), "the run was killed before its end"
     again = run_script("unlearn", *words, "--out", str(killed), "--resume", "true")
     assert again.returncode == 0, again.stderr
-    one, two = weights(tmp_path / "whole" / "model"), weights(killed / "model")
+    one, two = weights(whole / "model"), weights(killed / "model")
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert RunFolder(tmp_path / "whole").metrics() == RunFolder(killed).metrics(), (
-        "the log of a resumed run has no seam"
-    )
+    assert RunFolder(whole).metrics() == RunFolder(killed).metrics(), "the log of a resumed run has no seam"
 
 
 def _wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:

@@ -24,8 +24,9 @@ from unlearn.evaluation.stage import run_evaluation
 from unlearn.stage import run_unlearning
 
 LOG = "log.txt"
-_HEAVY = ["torch", "transformers.modeling_utils", "accelerate", "peft", "scipy.stats", "jsonargparse", "optuna"]
-_HEAVY += ["matplotlib.backends.backend_agg"]  # nothing of this project: the server's path is not the script's
+HEAVY = ["torch", "transformers.modeling_utils", "accelerate", "peft", "scipy.stats", "jsonargparse", "optuna"]
+HEAVY += ["matplotlib.backends.backend_agg"]
+"""What the server imports: nothing of this project, since its path is not the script's."""
 
 _LEAVING = 60.0
 """Seconds that a process has to tidy up after its answer."""
@@ -42,7 +43,7 @@ def run_apart(folder: Path, unlearning: UnlearnConfig | None, evaluation: Evalua
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_HEAVY)
+    context.set_forkserver_preload(HEAVY)
     answers, teller = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(folder / LOG, unlearning, evaluation, teller))
     process.start()

@@ -75,14 +75,13 @@ def read_scored(out: Path, folder: str, measures: Measures) -> Scored:
     scores, scoring = (_json(out / folder / SCORES / name) for name in ("scores.json", "manifest.json"))
     training = _json(out / folder / "manifest.json") if trained else {}
     quality, utility = measures.of(scores)
-    seconds = float(training.get("train_seconds", 0.0))
     return Scored(
         folder=folder,
         quality=quality,
         utility=utility,
         task_aggregate=float(scores["task_aggregate"]),
-        seconds=seconds,
-        tokens=round(float(training.get("tokens_per_second", 0.0)) * seconds),
+        seconds=float(training.get("train_seconds", 0.0)),
+        tokens=int(training.get("tokens", 0)),
         peak_bytes=int(training.get("peak_gpu_bytes") or training.get("peak_memory_bytes", 0)),
         made_from=_hash([training["data"], training["weights"]]) if trained else "",
         scored_on=_hash(scoring["data"]),
