@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import sys
@@ -19,6 +20,7 @@ from unlearn.alternates import Refusals
 from unlearn.config import UnlearnConfig
 from unlearn.objectives import DPO, NPO, PDU, RMU, AdaptiveRMU, Fixed, Joint, KLMinimisation
 from unlearn.scope import Lora, Scope, WeightMask
+from unlearn.step import Stepper
 from unlearn.trainer_config import TrainerConfig
 
 CHUNK = 5
@@ -26,6 +28,9 @@ CHUNK = 5
 
 FIVE = TrainerConfig(steps=4, batch=10, micro_batch=2, learning_rate=3e-3, save_every=2, estimate=False)
 """Five rows a side: the processes' shares differ in size."""
+
+ONE = replace(FIVE, batch=2)
+"""One row a side: the second process has none."""
 
 CASES: dict[str, dict[str, Any]] = {
     "joint": {
@@ -40,7 +45,9 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": Joint(),
         "trainer": replace(FIVE, pairing="sequential", chunk=4, retain_per_forget=4),
     },
-    "joint, one row a side": {"objective": Joint(), "trainer": replace(FIVE, batch=2)},
+    "kl, one row a side": {"objective": KLMinimisation(), "trainer": ONE},
+    "rmu, one row a side": {"objective": RMU(layer=1), "scope": Scope(layers=(0, 1)), "trainer": ONE},
+    "dpo, one row a side": {"objective": DPO(), "alternates": Refusals(per_row=2), "trainer": ONE},
     "dual": {"objective": PDU(), "scope": Scope(layers=(0, 1))},
     "npo, kept": {"objective": NPO(), "trainer": replace(FIVE, cache_below=True)},
     "npo, whole model, exchanged": {
@@ -88,6 +95,10 @@ class Job:
     copy: bool = False
 
 
+Ran = list[list[tuple[bool, tuple[int, ...]]]]
+"""For each step the micro-batches that a process ran: (forget rows?, their places)."""
+
+
 class Stop(Exception):
     """The end of a run that is broken off."""
 
@@ -111,14 +122,38 @@ def stopping(step: int | None) -> Iterator[None]:
         trainer._Loop._milestones = usual  # type: ignore[method-assign]
 
 
+@contextmanager
+def watching() -> Iterator[Ran]:
+    """While open, what this process runs is noted."""
+    ran: Ran = []
+    gradient, stats = Stepper.gradient, Stepper._stats
+
+    def noted_gradient(stepper: Stepper, *args: Any) -> Any:
+        ran.append([])
+        return gradient(stepper, *args)
+
+    def noted_stats(stepper: Stepper, rows: Any, *, forget: bool, epoch: int) -> Any:
+        if ran:
+            ran[-1].append((forget, tuple(rows)))
+        return stats(stepper, rows, forget=forget, epoch=epoch)
+
+    Stepper.gradient, Stepper._stats = noted_gradient, noted_stats  # type: ignore[method-assign]
+    try:
+        yield ran
+    finally:
+        Stepper.gradient, Stepper._stats = gradient, stats  # type: ignore[method-assign]
+
+
 def work(jobs: list[Job]) -> None:
     """Make the jobs, with little vocabulary at once."""
     usual = passes.chunk_tokens
     passes.chunk_tokens = lambda *_: CHUNK  # type: ignore[assignment]
     try:
         for job in jobs:
-            with stopping(job.stop):
+            with stopping(job.stop), watching() as ran:
                 stage.run_unlearning(job.config)
+            place = Path(job.config.out)
+            place.with_name(f"{place.name}.{os.environ.get('RANK', '0')}.rows").write_bytes(pickle.dumps(ran))
             if job.copy:
                 _copy(Path(job.config.out))
     finally:

@@ -91,6 +91,21 @@ def test_two_processes_make_the_run_of_one(both: Path, alone: Path, case: str) -
     assert_alike(both / "whole" / case, alone / case)
 
 
+def test_every_row_is_on_one_process_only(both: Path, alone: Path) -> None:
+    """Forget and retain rows are divided alike: the processes' rows of a step differ, and together are the step's."""
+    for case in ("dual", "npo, kept", "rmu", "dpo"):
+        first, second = (pickle.loads((both / "whole" / f"{case}.{rank}.rows").read_bytes()) for rank in (0, 1))
+        whole = pickle.loads((alone / f"{case}.0.rows").read_bytes())
+        assert len(first) == len(second) == len(whole) == FIVE.steps
+        for ours, theirs, all_of_it in zip(first, second, whole, strict=True):
+            for forget in (True, False):
+                here, there, both_sides = (
+                    [row for side, rows in step if side == forget for row in rows] for step in (ours, theirs, all_of_it)
+                )
+                assert (len(here), len(there)) == (3, 2)
+                assert sorted([*here, *there]) == sorted(both_sides)
+
+
 @pytest.mark.parametrize("case", GO_ON)
 def test_gone_on_with_by_as_many_is_exact(both: Path, case: str) -> None:
     assert log(both / "again" / case) == log(both / "whole" / case)
