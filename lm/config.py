@@ -84,7 +84,9 @@ def script(main: Callable[[T], None], cls: type[T], *, description: str) -> None
     try:
         config = parse_config(cls, description=description)
         _quiet()
-        main(config)
+        from lm.devices import reporting
+
+        reporting(main)(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -22,14 +22,16 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     ProjectConfiguration,
-    broadcast_object_list,
+    gather_object,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lm.errors import UserError
 
+T = TypeVar("T")
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
@@ -97,20 +99,31 @@ def is_main() -> bool:
 
 @contextmanager
 def together(acc: Accelerator) -> Iterator[None]:
-    """What the main process does alone, the others waiting; its `UserError` is then raised on every process."""
+    """What the main process does alone, the others waiting, or each does by itself; the first `UserError` is raised on all."""
     said: list[str | None] = [None]
     try:
         yield
     except UserError as error:
         said = [str(error)]
-    (problem,) = broadcast_object_list(said)
-    if problem is not None:
-        raise UserError(problem)
+    for problem in gather_object(said):
+        if problem is not None:
+            raise UserError(problem)
 
 
 def is_sharded(model: nn.Module) -> bool:
     """True if the parameters are shards (FSDP2), so that every process must take part in every forward."""
     return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward pass left gathered, so that the model's parameters are this process's shards again.
+
+    Without a backward pass after it, the head and what is sharded with it stay whole: the parameters that the model then
+    names are not those that the optimiser knows, and what is written into them is lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -124,6 +137,15 @@ def sum_over_processes(values: Tensor) -> Tensor:
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: its shard, or all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """Where in the whole tensor the rows that this process holds begin."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    assert tensor.placements == (Shard(0),), f"sharded as {tensor.placements}"
+    each = -(-len(tensor) // tensor.device_mesh.size())  # as torch.chunk cuts
+    return min(tensor.device_mesh.get_local_rank() * each, len(tensor))
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -155,17 +177,23 @@ def without_gradient_sync(acc: Accelerator, model: nn.Module, *, skip: bool) -> 
         yield
 
 
+def reporting(main: Callable[[T], None]) -> Callable[[T], None]:
+    """`main`; under a launcher, which ends every process when one fails, what it raised first is the launcher's last word."""
+    return record(main) if "TORCHELASTIC_ERROR_FILE" in os.environ else main
+
+
 def leave_process_group(timeout: float = 60.0) -> None:
     """Close the process group once every process is past its last collective; without one, do nothing.
 
     A process that closes its connections while another still waits in a barrier would make that one fail, so they meet
-    in the launcher's store, which is not one of them. After an error of one process the others give up waiting.
+    in the launcher's store, which is not one of them. After an error nobody waits and nothing is closed, which could wait for
+    work that the others never began: the process ends, and the launcher ends the others.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or sys.exc_info()[0] is not None:
         return
     store = torch.distributed.distributed_c10d._get_default_store()
     arrived = store.add("palimpsest/leaving", 1)
-    deadline = time.monotonic() + (timeout if sys.exc_info()[0] is None else 0.0)
+    deadline = time.monotonic() + timeout
     while arrived < torch.distributed.get_world_size() and time.monotonic() < deadline:
         time.sleep(0.02)
         arrived = store.add("palimpsest/leaving", 0)

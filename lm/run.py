@@ -182,8 +182,7 @@ class RunFolder:
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """A temporary folder that becomes `name` when the block ends without error, and not before."""
-        final = self.path / name
-        temporary = final.with_name(f".{final.name}.tmp")
+        final, temporary = self.path / name, self.temporary(name)
         with writable(final):
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -199,6 +198,10 @@ class RunFolder:
                     os.replace(temporary, final)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+    def temporary(self, name: str) -> Path:
+        """Where `name` is while `writing`, for other processes that write into it too."""
+        return (self.path / name).with_name(f".{Path(name).name}.tmp")
 
     def checkpoint_name(self, step: int) -> str:
         """`checkpoints/step-000120`."""

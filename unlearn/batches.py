@@ -278,3 +278,10 @@ def collate(rows: Sequence[Encoded], pad: int, device: torch.device) -> Inputs:
         mask[index, row.answer_start : len(row.ids)] = True
     any_target = bool(mask.any())
     return Inputs(ids.to(device), attention.to(device), ids[:, 1:].to(device), mask[:, 1:].to(device), any_target)
+
+
+def dealt(rows: Sequence[T], size: int, process: int, processes: int) -> list[Sequence[T]]:
+    """This process's micro-batches, which are the same ones for any number of processes: whole ones of `size` consecutive
+    rows are dealt out. Every process gets as many, at least one; the last may be empty."""
+    whole = [rows[first : first + size] for first in range(0, len(rows), size)]
+    return [one[0] if one else rows[:0] for one in micro_batches(whole, 1, process, processes)]

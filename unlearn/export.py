@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lm.devices import gather
+from lm.devices import gather, reshard
 from lm.run import RunFolder, write_json
 from unlearn import lora
 
@@ -41,6 +41,7 @@ def gather_weights(
 
 
 def _saved(model: nn.Module) -> dict[str, Tensor]:
+    reshard(model)
     kept = set(model.state_dict().keys())
     return {name: one for name, one in [*model.named_parameters(), *model.named_buffers()] if name in kept}
 

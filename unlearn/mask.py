@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lm.devices import gather, local_part, scatter_into
+from lm.devices import gather, local_part, reshard, scatter_into
 from lm.run import RunFolder, writable
 from unlearn.batches import StepRows
 from unlearn.objectives import Fixed, Learn, Loss, NoRetain, RetainMemory
@@ -31,6 +31,7 @@ class Masks:
 
     def __init__(self, model: nn.Module, path: Path) -> None:
         self._masks: list[tuple[nn.Parameter, Tensor]] = []
+        reshard(model)
         with safe_open(path, framework="pt") as file:
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
@@ -76,7 +77,6 @@ def make_masks(
 
 def _attribution(passes: Passes, side: Side, rows: int, micro_batch: int) -> dict[str, Tensor]:
     """|gradient x weight| of the mean cross-entropy of some rows, evenly spread; whole, on the main process alone."""
-    named = {name: p for name, p in passes.model.model.named_parameters() if p.requires_grad}
     if not side.rows:
         return {}
     every = -(-len(side.rows) // rows)
@@ -84,6 +84,7 @@ def _attribution(passes: Passes, side: Side, rows: int, micro_batch: int) -> dic
     loss, only = Loss(Learn(), NoRetain(), Fixed()), replace(side, original=None)
     step = Stepper(passes, loss, only, Side([]), micro_batch=micro_batch, weighting="global_tokens")
     step.gradient(chosen, RetainMemory())
+    named = {name: p for name, p in passes.model.model.named_parameters() if p.requires_grad}
     found: dict[str, Tensor] = {}
     for name, parameter in named.items():
         if parameter.grad is not None:

@@ -13,10 +13,9 @@ from typing import Protocol
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lm.devices import is_sharded
+from lm.devices import is_sharded, reshard
 
 
 class Reference(Protocol):
@@ -57,6 +56,7 @@ class Original:
     def __init__(self, model: nn.Module) -> None:
         self.head_weights: dict[str, Tensor] = {}
         self._model = model
+        reshard(model)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._others = [_local(p).detach().clone() for p in self._parameters]
 
@@ -95,9 +95,7 @@ class Original:
                 other.copy_(now)
             else:
                 self._others[place], parameter.data = parameter.data, other
-        for module in self._model.modules():  # a shard that stayed gathered after a forward would hide the new values
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(self._model)  # a shard that stayed gathered after a forward would hide the new values
 
 
 class WithoutAdapters:

@@ -23,7 +23,7 @@ from lm.prompts import Encoded, PromptSpec, encode_pair
 from lm.rows import Row
 from lm.run import RunFolder, peak_memory_bytes
 from unlearn import export, lora
-from unlearn.batches import micro_batches
+from unlearn.batches import dealt
 from unlearn.config import UnlearnConfig
 from unlearn.data import canonical_id, check_disjoint, data_hash, load_rows
 from unlearn.evaluation.batching import Workers, max_positions
@@ -219,10 +219,11 @@ def encode_rows(model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -
 def mean_cross_entropy(
     acc: Accelerator, model: LanguageModel, rows: Sequence[Encoded], size: int
 ) -> tuple[float, float]:
-    """Mean cross-entropy over the supervised tokens of all rows (nats a token), and the sum of micro-batch means."""
+    """Mean cross-entropy over the supervised tokens of all rows (nats a token), and the sum of the means of micro-batches of
+    `size` consecutive rows, however many processes there are."""
     passes = Passes(acc, model.model, model)
     sums = torch.zeros(3, dtype=torch.float64, device=acc.device)
-    for micro in micro_batches(rows, size, acc.process_index, acc.num_processes):
+    for micro in dealt(rows, size, acc.process_index, acc.num_processes):
         found = passes.logprobs(micro)
         loss, tokens = -sum((float(each.sum()) for each in found), 0.0), sum(len(each) for each in found)
         sums += torch.tensor([loss, tokens, loss / max(tokens, 1)], dtype=torch.float64, device=sums.device)

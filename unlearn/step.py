@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lm.devices import is_sharded, sum_over_processes, without_gradient_sync
+from lm.devices import is_sharded, reshard, sum_over_processes, without_gradient_sync
 from lm.prompts import Encoded
-from unlearn.batches import StepRows, micro_batches
+from unlearn.batches import StepRows, dealt, micro_batches
 from unlearn.objectives import Loss, Needs, RetainMemory, TokenStats
 from unlearn.objectives.base import Term
 from unlearn.passes import Passes
@@ -105,6 +105,7 @@ class Stepper:
         self.passes, self.acc, self.model = passes, passes.acc, passes.wrapped
         self.loss, self.forget, self.retain = loss, forget, retain
         self.micro_batch, self.weighting = micro_batch, weighting
+        reshard(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._unread = {True: passes.unread(loss.forget_needs), False: passes.unread(loss.retain_needs)}
 
@@ -225,11 +226,9 @@ class Stepper:
             tokens=self._tokens(rows, memory.epoch),
         )
 
-    def _dealt(self, rows: StepRows) -> list[tuple[tuple[bool, int], ...]]:
-        """This process's mixed micro-batches: whole ones are dealt out, so they are the same for any number of processes."""
-        whole = [rows.order[i : i + self.micro_batch] for i in range(0, len(rows.order), self.micro_batch)]
-        mine = micro_batches(whole, 1, self.acc.process_index, self.acc.num_processes)
-        return [one[0] if one else () for one in mine]
+    def _dealt(self, rows: StepRows) -> list[Sequence[tuple[bool, int]]]:
+        """This process's mixed micro-batches."""
+        return dealt(rows.order, self.micro_batch, self.acc.process_index, self.acc.num_processes)
 
     def _places(self, rows: Sequence[int], forget: bool, epoch: int) -> list[int]:
         """The places among the side's texts of some rows, and of their alternates if they are needed."""

@@ -246,17 +246,13 @@ class _Loop:
             self._save("best", with_moments=False)
 
     def _save(self, name: str, *, with_moments: bool) -> None:
-        main = self.acc.is_main_process
         refuse_broken_weights(self.plain)
         if with_moments:
             self.saved_at = self.at.step
-        weights, moments = state.collect(self.plain, self._inner_optimiser() if with_moments else None, main=main)
         if self.acc.scaler is not None:
             self.at.scaler = self.acc.scaler.state_dict()
-        if main:
-            with self.run.writing(name) as folder:
-                state.write(folder, weights, moments, dataclasses.asdict(self.at))
-        self.acc.wait_for_everyone()
+        optimiser = self._inner_optimiser() if with_moments else None
+        state.save(self.acc, self.run, name, self.plain, optimiser, dataclasses.asdict(self.at))
 
     def _load_newest(self) -> None:
         saved = self.run.checkpoints()

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,20 +44,32 @@ def small_config(
 def command(script: str, *words: str, launch: str | None = None) -> list[str]:
     """The words a user would type, with this Python."""
     path = str(ROOT / "scripts" / f"{script}.py")
-    if launch is None:
-        return [sys.executable, path, *words]
-    config = str(ROOT / "configs" / "accelerate" / f"{launch}.yaml")
-    return [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        config,
-        "--main_process_port",
-        "0",  # any that is free: other tests run at the same time
-        path,
-        *words,
-    ]
+    return [sys.executable, path, *words] if launch is None else launched(launch, path, *words)
+
+
+def launched(config: str, *words: str) -> list[str]:
+    """The words that run a program as `configs/accelerate/<config>.yaml` says."""
+    any_free = ["--main_process_port", "0"]  # other tests run at the same time
+    start = [sys.executable, "-m", "accelerate.commands.launch", *any_free]
+    return [*start, "--config_file", str(ROOT / "configs" / "accelerate" / f"{config}.yaml"), *words]
+
+
+def launch(config: str, program: str, *words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Run a program of this repository with several processes, to the end; every one of them is gone afterwards."""
+    process = subprocess.Popen(
+        launched(config, str(ROOT / program), *words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        said, errors = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, said, errors)
 
 
 def run_script(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from lm.errors import UserError
@@ -210,8 +211,7 @@ def test_a_checkpoint_of_another_scope_is_refused(tiny: Path, tmp_path: Path) ->
 
     model = load(str(tiny / "model"), device="cpu")
     Scope(layers=(0,)).resolve(model.anatomy).apply(model.model, model.anatomy)
-    weights, moments = state.collect(model.model, None, main=True)
-    state.write(tmp_path, weights, moments, {})
+    state.save(Accelerator(cpu=True), RunFolder(tmp_path), "saved", model.model, None, {})
     Scope(layers=(1,)).resolve(model.anatomy).apply(model.model, model.anatomy)
     with pytest.raises(UserError, match="another scope"):
-        state.restore(tmp_path, model.model, None)
+        state.restore(tmp_path / "saved", model.model, None)

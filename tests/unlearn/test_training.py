@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from lm.errors import UserError
 from lm.load import ModelSpec, load
 from lm.prompts import PromptSpec
 from lm.run import RunFolder
-from tests.unlearn.helpers import SMALL, config_words, reworded, run_script, small_config
+from tests.unlearn.helpers import SMALL, reworded, small_config
 from tracing.plan import LayerPlan
 from unlearn.alternates import Refusals
 from unlearn.config import UnlearnConfig
@@ -80,52 +79,6 @@ def test_the_checkpoint_is_a_plain_one(tiny: Path, tmp_path: Path) -> None:
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr(), "tied weights stay tied"
 
 
-AUTHORS = {"weighting": "micro_batch_mean", "pairing": "mixed_shuffle"}
-
-
-@pytest.mark.parametrize(
-    ("launch", "objective", "changes"),
-    [
-        ("cpu2_ddp", Joint(), {"weighting": "global_rows"}),
-        ("cpu2_fsdp", Joint(), {}),
-        ("cpu2_ddp", Joint(), AUTHORS),
-        ("cpu2_ddp", KLMinimisation(), {}),
-        ("cpu2_fsdp", KLMinimisation(), {}),
-        ("cpu2_fsdp", Joint(), {"lora": "true"}),
-        ("cpu2_fsdp", NPO(), {"cache_below": True}),
-        ("cpu2_ddp", Joint(), {"pairing": "sequential", "chunk": 4, "retain_per_forget": 4}),
-    ],
-    ids=[
-        "joint-rows-ddp",
-        "joint-fsdp",
-        "joint-authors-ddp",
-        "kl-ddp",
-        "kl-fsdp",
-        "lora-fsdp",
-        "kept-fsdp",
-        "chunks-ddp",
-    ],
-)
-def test_two_processes_give_the_losses_and_weights_of_one(
-    tiny: Path, tmp_path: Path, launch: str, objective: Objective, changes: dict[str, Any]
-) -> None:
-    scope = Scope(layers=(1,), lora=Lora(rank=2) if changes.pop("lora", None) else None)
-    trainer = replace(SMALL, batch=10, micro_batch=2, **changes)  # 5 rows a side: the processes' shares differ in size
-    validation = {} if changes.get("pairing") else {"validation": reworded(tiny, tmp_path)}
-    if validation:
-        trainer = replace(trainer, evaluate_every=3)
-    one = small_config(tiny, tmp_path / "one", objective=objective, trainer=trainer, scope=scope, **validation)
-    expected = weights(run_unlearning(one))
-    done = run_script("unlearn", *config_words(one, tmp_path), "--out", str(tmp_path / "two"), launch=launch)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert RunFolder(tmp_path / "two").manifest["devices"]["processes"] == 2
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-6, abs=2e-6)
-    got = weights(tmp_path / "two" / "model")
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-
-
 def test_the_best_checkpoint_by_validation_is_the_one_kept(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +99,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tiny: Path, tmp_path: Path)
         run_unlearning(small_config(tiny, tmp_path / "run", trainer=trainer))
     assert not (tmp_path / "run" / "model").exists()
     for _, saved in RunFolder(tmp_path / "run").checkpoints():
-        assert all(bool(t.isfinite().all()) for t in load_file(saved / "weights.safetensors").values())
+        assert all(bool(t.isfinite().all()) for t in load_file(saved / "weights-00000-of-00001.safetensors").values())
 
 
 @pytest.mark.parametrize(
