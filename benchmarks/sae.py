@@ -118,14 +118,11 @@ def start_weights(asked: Benchmark) -> torch.Tensor:
 class Worker:
     """A contender's process."""
 
-    def __init__(self, name: str, asked: Benchmark, file: Path) -> None:
-        fields = ("k", "choice", "tokens", "threads", "optimiser", "rate", "device")
-        words = {"name": name, "file": str(file), **{field: getattr(asked, field) for field in fields}}
-        script_path = Path(__file__).with_name("sae_contenders.py")
+    def __init__(self, name: str, program: Path, words: dict[str, Any], *, python: str = sys.executable) -> None:
         self.name = name
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self.process = subprocess.Popen(
-            [asked.python, str(script_path), json.dumps(words)],
+            [python, str(program), json.dumps({"name": name, **words})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -147,7 +144,9 @@ class Worker:
             self.log.seek(0)
             said = self.log.read().decode(errors="replace").splitlines()
             last = next((line for line in reversed(said) if "Error" in line), "no message")
-            raise UserError(f"{self.name} stopped ({last[:200]}): is it installed (pip install -e '.[peers]')?")
+            raise UserError(
+                f"{self.name} stopped ({last[:200]}): is what it needs installed (pip install -e '.[peers]')?"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -155,8 +154,11 @@ class Worker:
 def race(asked: Benchmark, names: list[str], file: Path) -> dict[str, dict[str, Any]]:
     """Versions, optimisers, seconds of each round, losses and memory, by contender."""
     workers: list[Worker] = []
+    fields = ("k", "choice", "tokens", "threads", "optimiser", "rate", "device")
+    words = {"file": str(file), **{field: getattr(asked, field) for field in fields}}
+    program = Path(__file__).with_name("sae_contenders.py")
     try:
-        workers += [Worker(name, asked, file) for name in names]
+        workers += [Worker(name, program, words, python=asked.python) for name in names]
         found: dict[str, dict[str, Any]] = {w.name: {**w.about, "seconds": [], "losses": []} for w in workers}
         for number in range(asked.rounds + 1):
             turn = number % len(workers)

@@ -34,14 +34,14 @@ def main(asked: dict[str, Any], say: Callable[[Any], None]) -> None:
     make, package = CONTENDERS[asked["name"]]
     prepare = make(asked)  # imports
     device = asked["device"]
-    held = _memory("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
+    held = memory("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
     given = {name: tensor.to(device) for name, tensor in load_file(asked["file"]).items()}
     batches = given["activations"].split(asked["tokens"])
     scales = [float((x - x.mean(0)).square().sum(1).mean()) for x in batches]
     step, optimiser, unit = prepare(given["w_dec"])
     del given
     if device == "cpu":
-        _forget_peak()
+        forget_peak()
     else:
         torch.cuda.reset_peak_memory_stats()
     say({"version": _version(package), "optimiser": optimiser})
@@ -56,7 +56,7 @@ def main(asked: dict[str, Any], say: Callable[[Any], None]) -> None:
         seconds, busy = time.perf_counter() - started, time.process_time() - busy
         done += int(line)
         say({"seconds": seconds, "cpu": busy, "losses": [float(loss) / scale for loss, scale in losses]})
-    say({"peak": _memory("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated(), "held": held})
+    say({"peak": memory("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated(), "held": held})
 
 
 def ours(asked: dict[str, Any]) -> Any:
@@ -241,8 +241,8 @@ def _version(package: str) -> str:
         return "checkout"
 
 
-def _memory(which: str) -> int:
-    """Resident bytes of this process now ("VmRSS") or at most since `_forget_peak` ("VmHWM")."""
+def memory(which: str) -> int:
+    """Resident bytes of this process now ("VmRSS") or at most since `forget_peak` ("VmHWM")."""
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith(which))
@@ -250,7 +250,7 @@ def _memory(which: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Building may pass through a peak of its own; what training needs is asked here. Linux only, else kept."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -147,7 +147,7 @@ def _optimiser_seconds(stepper: Stepper) -> float:
     first = local_part(stepper.parameters[0])
     sample = torch.nn.Parameter(torch.zeros(min(count, _SAMPLE), dtype=first.dtype, device=first.device))
     sample.grad = torch.ones_like(sample)
-    optimiser = torch.optim.AdamW([sample])
+    optimiser = torch.optim.AdamW([sample], fused=True)
 
     def work() -> None:
         torch.nn.utils.clip_grad_norm_([sample], 1.0)

@@ -92,6 +92,7 @@ def train(
         [p for p in model.model.parameters() if p.requires_grad],
         lr=config.learning_rate,
         weight_decay=config.weight_decay if mask is None else 0.0,  # masked weights decay in the loop
+        fused=True,  # one pass over each weight, and no temporaries of its size
     )
     wrapped, optimiser = acc.prepare(model.model, optimiser)
     model = replace(model, model=acc.unwrap_model(wrapped))
