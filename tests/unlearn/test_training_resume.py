@@ -62,7 +62,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole: Path, tmp_path: Path, st
 
 
 def _wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(6000):
+    for _ in range(60000):
         if process.poll() is not None or len(losses(run) if run.exists() else []) >= step:
             return
         time.sleep(0.002)
