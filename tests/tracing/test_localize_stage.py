@@ -212,6 +212,13 @@ def test_a_size_beyond_the_model_is_refused_before_anything_runs(config: Localiz
     assert not Path(config.out).exists()
 
 
+def test_the_shipped_config_for_lume_has_two_corruptions() -> None:
+    config = parse_config(LocalizeConfig, ["--config", str(ROOT / "configs" / "localize" / "lume.yaml")])
+    noise, replaced = config.localizers["tracing"], config.localizers["tracing_replaced"]
+    assert noise == CausalTracing(corruption=GaussianNoise(samples=3))
+    assert replaced == CausalTracing(corruption=TokenReplacement())
+
+
 def test_the_shipped_config_and_overrides_of_one_localiser() -> None:
     path = str(ROOT / "configs" / "localize" / "builtin.yaml")
     config = parse_config(LocalizeConfig, ["--config", path])
