@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 from unlearn.search.process import HEAVY
 
@@ -42,7 +43,8 @@ def run_forked(
     with tempfile.TemporaryDirectory() as folder:
         outputs = []
         running = []
-        for rank, variables in enumerate(_environments(launch)):
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # here, as torch's launcher does
+        for rank, variables in enumerate(_environments(launch, store.port)):
             outputs.append(Path(folder) / str(rank))
             started = context.Process(target=_script, args=(str(path), words, variables, str(outputs[-1])))
             started.start()
@@ -73,8 +75,8 @@ def _read(output: Path, end: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _environments(launch: str | None) -> list[dict[str, str]]:
-    """The variables of each process, as `accelerate launch` and torch's launcher set them."""
+def _environments(launch: str | None, port: int) -> list[dict[str, str]]:
+    """The variables of each process, as `accelerate launch` and torch's launcher set them; `port` is that of the store."""
     own = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
     if launch is None:
         return [own]
@@ -89,7 +91,8 @@ def _environments(launch: str | None) -> list[dict[str, str]]:
         "script",
     ]
     args = _validate_launch_command(launch_command_parser().parse_args(words))[0]
-    own = {**prepare_multi_gpu_env(args), **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.main_process_port)}
+    own = {**prepare_multi_gpu_env(args), **own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store outlives every process of the run
     count = str(args.num_processes)
     return [
         {**own, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}

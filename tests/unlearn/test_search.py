@@ -219,11 +219,9 @@ def test_killed_and_resumed_equals_unbroken(files: Path, done: SearchResult, tmp
 
 
 def _wait_for(condition: Any) -> None:
-    for _ in range(24000):
-        if condition():
-            return
+    """However long that takes on a busy machine: each condition also holds once what it waits for has ended."""
+    while not condition():
         time.sleep(0.005)
-    raise AssertionError("it did not come to that in time")
 
 
 def test_a_killed_run_is_a_failed_trial(files: Path, tmp_path: Path) -> None:
@@ -233,7 +231,7 @@ def test_a_killed_run_is_a_failed_trial(files: Path, tmp_path: Path) -> None:
     said: list[str | None] = []
     thread = threading.Thread(target=lambda: said.append(run_apart(folder, unlearning, plan.scoring(folder))))
     thread.start()
-    _wait_for((folder / "metrics.jsonl").exists)
+    _wait_for(lambda: (folder / "metrics.jsonl").exists() or not thread.is_alive())
     (child,) = active_children()
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)

@@ -62,11 +62,9 @@ def test_killed_and_resumed_equals_uninterrupted(whole: Path, tmp_path: Path, st
 
 
 def _wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(60000):
-        if process.poll() is not None or len(losses(run) if run.exists() else []) >= step:
-            return
+    """However long that takes on a busy machine; a run that ends before is found out by its model."""
+    while process.poll() is None and len(losses(run) if run.exists() else []) < step:
         time.sleep(0.002)
-    raise AssertionError("the run did not get there in time")
 
 
 @pytest.mark.parametrize("at", [2, 4, 6])
