@@ -103,7 +103,12 @@ class TraceConfig:
     positions: Positions = "all"
     """Which prompt tokens are restored: all, subject_and_after, or subject_and_last (the cheapest)."""
     metric: Metric = "probability"
-    """What is read off: of the whole answer, its log, or of the first token as in the published script."""
+    """What is read off: probability (of the whole answer), log_probability, first_token_probability (as in the published
+    script), distinguishing_log_probability (of names and numbers), logit_difference (from a foil), reciprocal_rank, or
+    negative_kl (minus the divergence from the clean distribution)."""
+    also_metrics: tuple[Metric, ...] = ()
+    """Further metrics, read off the same passes at next to no cost and written beside: effects-METRIC.npz. The plan is drawn from
+    `metric` alone."""
     sever: Severed | None = None
     """Hold all MLPs (mlp) or all attention layers (attn) at the restored token at their corrupted values."""
     engine: EngineName = "wavefront"
@@ -122,7 +127,14 @@ class TraceConfig:
     """Go on with the trace in `out`: finished facts are not traced again."""
 
     def __post_init__(self) -> None:
-        Sweep(kinds=self.kinds, window=self.window, metric=self.metric, positions=self.positions, sever=self.sever)
+        Sweep(
+            kinds=self.kinds,
+            window=self.window,
+            metric=self.metric,
+            positions=self.positions,
+            sever=self.sever,
+            also=self.also_metrics,
+        )
         if not self.sources:
             raise UserError("facts is empty; name at least one source, such as builtin:forget")
         if self.max_facts is not None and self.max_facts < 1:

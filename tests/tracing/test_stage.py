@@ -149,6 +149,26 @@ def test_other_corruptions_of_the_same_facts_are_traced_beside(model_folder: Pat
         assert (tmp_path / "run" / name).is_file()
 
 
+def test_further_metrics_are_written_beside(model_folder: Path, tmp_path: Path) -> None:
+    facts = known(tiny("olmo"), how_many=4)
+    config = stage(
+        model_folder,
+        tmp_path / "run",
+        metric="log_probability",
+        also_metrics=("probability", "negative_kl"),
+        also=(GaussianNoise(sigmas=1.0),),
+    )
+    result = run_tracing(config, facts)
+    alone = run_tracing(stage(model_folder, tmp_path / "alone", metric="log_probability"), facts)
+    assert result.plan.layers == alone.plan.layers
+    for name in ("probability", "GaussianNoise-2-negative_kl"):
+        found = Effects.load(tmp_path / "run" / f"effects-{name}.npz")
+        assert found.metric == name.split("-")[-1]
+        assert found.facts == result.effects.facts
+        assert (tmp_path / "run" / f"effects-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "run" / "effects-negative_kl.json").read_text())["clean_mean"] == pytest.approx(0)
+
+
 def test_a_corruption_that_fits_no_fact_costs_no_finished_work(model_folder: Path, tmp_path: Path) -> None:
     facts = known(tiny("olmo"), how_many=4)  # all ask something else
     result = run_tracing(stage(model_folder, tmp_path / "run", also=(TokenReplacement(),)), facts)
