@@ -94,7 +94,7 @@ class TraceConfig:
     """How the subject is made unreadable."""
     also: tuple[Corruption, ...] = ()
     """Other corruptions under which the same facts are traced, such as [TokenReplacement]: how far they agree is reported, and a
-    plan that they do not confirm is not singled out."""
+    plan that they do not confirm is not singled out. One that is `corruption` already is not traced twice."""
     kinds: tuple[Kind, ...] = ("resid", "mlp", "attn")
     """What is restored: the whole stream after a block, or what its MLP or attention adds."""
     window: int = 1
@@ -141,8 +141,6 @@ class TraceConfig:
             raise UserError(f"max_facts is {self.max_facts}; give at least 1, or null")
         if self.least_total is not None and not self.least_total >= 0:
             raise UserError(f"least_total is {self.least_total}; give 0 or more in units of the metric, or null")
-        if len({self.corruption, *self.also}) < 1 + len(self.also):
-            raise UserError("also repeats a corruption; give each once, and none that is in corruption")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; give 0 or more")
         wanted = {"both": {"mlp", "attn"}}.get(self.plan.kind, {self.plan.kind})
@@ -152,11 +150,12 @@ class TraceConfig:
 
     @property
     def others(self) -> dict[str, Corruption]:
-        """The corruptions of `also` by name: their class, numbered where it occurs again."""
-        kinds = [type(one).__name__ for one in (self.corruption, *self.also)]
+        """The corruptions of `also` but for repeated ones, by name: their class, numbered where it occurs again."""
+        each = list(dict.fromkeys((self.corruption, *self.also)))
+        kinds = [type(one).__name__ for one in each]
         count = [kinds[:place].count(kind) + 1 for place, kind in enumerate(kinds)]
         names = [f"{kind}-{number}" if number > 1 else kind for kind, number in zip(kinds, count, strict=True)]
-        return dict(zip(names[1:], self.also, strict=True))
+        return dict(zip(names[1:], each[1:], strict=True))
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
         effects = asking.some(most)
         plan = asking.plan(effects, config.plan.confidence)
     others, lacking = asking.others(effects)
-    if config.also:
+    if config.others:
         asked = config.plan
         plan = confirm(
             plan, effects, others, lacking, roles=asked.roles, aggregation=asked.aggregation, seed=config.seed

@@ -217,7 +217,6 @@ def test_several_processes_share_the_facts_and_agree(tmp_path: Path) -> None:
         ({"plan": {"rule": "elbow", "size": 3}}, "rule elbow finds how many layers there are"),
         ({"plan": {"rule": "mass", "share": 0}}, "share is 0"),
         ({"least_total": -1}, "least_total is -1"),
-        ({"also": (GaussianNoise(),)}, "also repeats a corruption"),
     ],
 )
 def test_impossible_configs_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -241,6 +240,14 @@ def test_the_rule_and_several_corruptions_are_read_from_the_command_line(tmp_pat
     assert parse_config(TraceConfig, ["--config", str(tmp_path / "config.yaml")]) == config
     with pytest.raises(UserError, match="did you mean 'elbow'"):
         parse_config(TraceConfig, ["--plan.rule", "elbo"])
+
+
+def test_a_corruption_of_the_command_line_that_is_in_also_is_not_repeated() -> None:
+    words = ["--config", str(ROOT / "configs/trace/builtin.yaml")]
+    assert list(parse_config(TraceConfig, words).others) == ["TokenReplacement"]
+    assert not parse_config(TraceConfig, [*words, "--corruption", "TokenReplacement"]).others
+    twice = TraceConfig(also=(TokenReplacement(), GaussianNoise(), TokenReplacement(), TokenReplacement(samples=2)))
+    assert twice.others == {"TokenReplacement": TokenReplacement(), "TokenReplacement-2": TokenReplacement(samples=2)}
 
 
 def test_a_size_beyond_the_model_is_refused_before_tracing(model_folder: Path, tmp_path: Path) -> None:
