@@ -24,7 +24,8 @@ def main(config: TraceConfig) -> None:
         print(
             f"traced {len(effects.facts)} facts, left out {len(effects.skipped)} (reasons in {config.out}/effects.json)"
         )
-        print(f"answer {effects.metric}: clean {effects.clean.mean():.4g}, corrupted {effects.corrupted.mean():.4g}")
+        for read in (effects, *effects.also.values()):
+            print(f"answer {read.metric}: clean {read.clean.mean():.4g}, corrupted {read.corrupted.mean():.4g}")
         for name, said in plan.evidence.get("also", {}).items():
             for alike in said.get("agreement", {}).values():
                 print(f"{name}, {Agreement(**alike)}")

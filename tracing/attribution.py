@@ -38,6 +38,10 @@ def check_differentiable(metric: Metric) -> None:
     """Raise UserError for a metric without a gradient."""
     if metric == "reciprocal_rank":
         raise UserError("reciprocal_rank has no gradient to attribute; use log_probability, or trace it.")
+    if metric == "negative_kl":
+        raise UserError(
+            "negative_kl is flat at the clean prompt, from where it is attributed; use log_probability, or trace it."
+        )
 
 
 def attribute(

@@ -94,7 +94,7 @@ class TraceConfig:
     """How the subject is made unreadable."""
     also: tuple[Corruption, ...] = ()
     """Other corruptions under which the same facts are traced, such as [TokenReplacement]: how far they agree is reported, and a
-    plan that they do not confirm is not singled out."""
+    plan that they do not confirm is not singled out. One that is `corruption` already is not traced twice."""
     kinds: tuple[Kind, ...] = ("resid", "mlp", "attn")
     """What is restored: the whole stream after a block, or what its MLP or attention adds."""
     window: int = 1
@@ -103,7 +103,12 @@ class TraceConfig:
     positions: Positions = "all"
     """Which prompt tokens are restored: all, subject_and_after, or subject_and_last (the cheapest)."""
     metric: Metric = "probability"
-    """What is read off: of the whole answer, its log, or of the first token as in the published script."""
+    """What is read off: probability (of the whole answer), log_probability, first_token_probability (as in the published
+    script), distinguishing_log_probability (of names and numbers), logit_difference (from a foil), reciprocal_rank, or
+    negative_kl (minus the divergence from the clean distribution)."""
+    also_metrics: tuple[Metric, ...] = ()
+    """Further metrics, read off the same passes at next to no cost and written beside: effects-METRIC.npz. The plan is drawn from
+    `metric` alone."""
     sever: Severed | None = None
     """Hold all MLPs (mlp) or all attention layers (attn) at the restored token at their corrupted values."""
     engine: EngineName = "wavefront"
@@ -122,15 +127,20 @@ class TraceConfig:
     """Go on with the trace in `out`: finished facts are not traced again."""
 
     def __post_init__(self) -> None:
-        Sweep(kinds=self.kinds, window=self.window, metric=self.metric, positions=self.positions, sever=self.sever)
+        Sweep(
+            kinds=self.kinds,
+            window=self.window,
+            metric=self.metric,
+            positions=self.positions,
+            sever=self.sever,
+            also=self.also_metrics,
+        )
         if not self.sources:
             raise UserError("facts is empty; name at least one source, such as builtin:forget")
         if self.max_facts is not None and self.max_facts < 1:
             raise UserError(f"max_facts is {self.max_facts}; give at least 1, or null")
         if self.least_total is not None and not self.least_total >= 0:
             raise UserError(f"least_total is {self.least_total}; give 0 or more in units of the metric, or null")
-        if len({self.corruption, *self.also}) < 1 + len(self.also):
-            raise UserError("also repeats a corruption; give each once, and none that is in corruption")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; give 0 or more")
         wanted = {"both": {"mlp", "attn"}}.get(self.plan.kind, {self.plan.kind})
@@ -140,11 +150,12 @@ class TraceConfig:
 
     @property
     def others(self) -> dict[str, Corruption]:
-        """The corruptions of `also` by name: their class, numbered where it occurs again."""
-        kinds = [type(one).__name__ for one in (self.corruption, *self.also)]
+        """The corruptions of `also` but for repeated ones, by name: their class, numbered where it occurs again."""
+        each = list(dict.fromkeys((self.corruption, *self.also)))
+        kinds = [type(one).__name__ for one in each]
         count = [kinds[:place].count(kind) + 1 for place, kind in enumerate(kinds)]
         names = [f"{kind}-{number}" if number > 1 else kind for kind, number in zip(kinds, count, strict=True)]
-        return dict(zip(names[1:], self.also, strict=True))
+        return dict(zip(names[1:], each[1:], strict=True))
 
     @property
     def sources(self) -> tuple[str, ...]:

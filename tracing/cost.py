@@ -64,7 +64,8 @@ def trunk_row_bytes(model: LanguageModel, tokens: int, answer: int, sweep: Sweep
     size = int(getattr(config, "head_dim", None) or hidden // heads)
     past = 2 * size * int(getattr(config, "num_key_value_heads", None) or heads)
     kept = hidden + layers * (hidden * len(trunk_kinds(sweep)) + past)
-    scored = answer * model.anatomy.vocabulary * (element + 8)  # and their logarithms in float32
+    beside = 16 if "negative_kl" in sweep.metrics else 0  # clean distributions, and the divergence of each token
+    scored = answer * model.anatomy.vocabulary * (element + 8 + beside)  # and their logarithms in float32
     return row_bytes(model, tokens) + tokens * kept * element + scored
 
 

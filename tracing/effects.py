@@ -132,6 +132,7 @@ class Effects:
         sigma: the absolute standard deviation of the noise; None where names were replaced instead.
         window: how many layers were restored together (mlp and attn; resid is always one).
         provenance: model, fingerprint, prompt format, noise, positions, engine.
+        also: the same facts and passes by further metrics (`trace(also_metrics=…)`); each is saved to a file of its own.
     """
 
     facts: tuple[Fact, ...]
@@ -145,6 +146,7 @@ class Effects:
     window: int
     skipped: tuple[Skipped, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    also: Mapping[str, Effects] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         how = "other names" if self.sigma is None else f"noise σ {self.sigma:.3g}"
@@ -152,7 +154,8 @@ class Effects:
         left = f", {len(self.skipped)} left out" if self.skipped else ""
         traced = f"{', '.join(self.kinds)} of {self.layers} layers{window}"
         found = f"mean total effect {self.total.mean():.3g}" if len(self.facts) else "nothing"
-        return f"Effects({len(self.facts)} facts{left}; {traced}; {self.metric}, {how}; {found})"
+        also = f"; also {', '.join(self.also)}" if self.also else ""
+        return f"Effects({len(self.facts)} facts{left}; {traced}; {self.metric}, {how}; {found}{also})"
 
     @property
     def layers(self) -> int:
@@ -182,6 +185,7 @@ class Effects:
             restored={kind: [cells[place] for place in chosen] for kind, cells in self.restored.items()},
             tokens=tuple(self.tokens[place] for place in chosen),
             subject_spans=tuple(self.subject_spans[place] for place in chosen),
+            also={metric: one.some(chosen) for metric, one in self.also.items()},
         )
 
     def indirect(self, kind: Kind, *, normalised: bool = False) -> list[Array]:
@@ -320,7 +324,7 @@ class Effects:
         return self.restored[kind]
 
     def save(self, path: str | Path) -> None:
-        """Write one `.npz` file, atomically: arrays, and a JSON text named `about`. Nothing is pickled."""
+        """Write one `.npz` file, atomically: arrays, and a JSON text named `about`; nothing is pickled. `also` is left out."""
         about = {
             "version": _VERSION,
             "facts": [asdict(fact) for fact in self.facts],

@@ -141,7 +141,7 @@ class Checked:
 
 def _joined(parts: Sequence[tuple[float, Traced]]) -> Traced:
     """One fact's scores from those of parts of its corrupted rows, each with its share of them."""
-    kinds = parts[0][1].restored
+    kinds, also = parts[0][1].restored, parts[0][1].also
     return Traced(
         clean=parts[0][1].clean,
         corrupted=sum(share * one.corrupted for share, one in parts),
@@ -149,6 +149,7 @@ def _joined(parts: Sequence[tuple[float, Traced]]) -> Traced:
             kind: np.sum([share * one.restored[kind] for share, one in parts], axis=0, dtype=np.float64)
             for kind in kinds
         },
+        also={metric: _joined([(share, one.also[metric]) for share, one in parts]) for metric in also},
     )
 
 

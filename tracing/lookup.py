@@ -84,6 +84,8 @@ class FactLookup(Localizer):
             if value not in get_args(known):
                 raise UserError(f"the lookup's {name} is {value!r}; use {' or '.join(get_args(known))}.")
         check_metric(self.metric)
+        if self.metric == "negative_kl":
+            raise UserError("the lookup has no clean pass to compare with by negative_kl; use log_probability.")
         if self.folds < 2:
             raise UserError(f"the lookup's folds is {self.folds}; give at least 2 (5 is usual).")
         if not 0 < self.ridge < float("inf"):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lm.errors import UserError
 
@@ -22,13 +23,15 @@ Metric = Literal[
     "distinguishing_log_probability",
     "logit_difference",
     "reciprocal_rank",
+    "negative_kl",
 ]
 """`probability`: of the whole answer (the product over its tokens); `log_probability`: its natural logarithm (the sum);
 `first_token_probability`: of the first answer token alone, as the published script reads it off;
 `distinguishing_log_probability`: of the answer's names and numbers alone (`distinguishing`), given all before them;
 `logit_difference`: the logit of the answer's token less that of the foil's, where the two first differ (Zhang and Nanda 2023);
-`reciprocal_rank`: the mean over answer tokens of 1 / rank among all tokens, 1 where the model would say it. All are higher where
-the answer is nearer."""
+`reciprocal_rank`: the mean over answer tokens of 1 / rank among all tokens, 1 where the model would say it; `negative_kl`: minus
+KL(clean || this), in nats, of the distributions over the vocabulary at each answer token, summed: 0 is the clean pass itself. All
+are higher where the answer is nearer."""
 
 _WORD = re.compile(r"[\w@][\w@.:/'’+-]*\w|\w")
 _OPENER = re.compile(
@@ -57,13 +60,17 @@ class Target:
         answer: (rows, n) token ids.
         place: (rows,), the first of the n tokens in which answer and foil differ; or None without foils.
         foil: (rows,), the foil's token there; or None.
-        counted: (rows, n) bool, the answer tokens that count; or None for all.
+        counted: (rows, n) bool, the answer tokens that `distinguishing_log_probability` counts; or None for all.
+        clean: (facts, n, vocabulary), log-probabilities of each fact's clean pass, for `negative_kl`; or None.
+        fact: (rows,), the place of each row's fact in `clean`; or None.
     """
 
     answer: Tensor
     place: Tensor | None = None
     foil: Tensor | None = None
     counted: Tensor | None = None
+    clean: Tensor | None = None
+    fact: Tensor | None = None
 
     @classmethod
     def of(cls, asked: Sequence[Asked], each: int) -> Target:
@@ -80,7 +87,12 @@ class Target:
             None if part is None else part.repeat_interleave(each, 0)
             for part in (place, foil, None if bool(counted.all()) else counted)
         ]
-        return cls(answer=answer.repeat_interleave(each, 0), place=parts[0], foil=parts[1], counted=parts[2])
+        fact = torch.arange(len(asked)).repeat_interleave(each)
+        return cls(answer=answer.repeat_interleave(each, 0), place=parts[0], foil=parts[1], counted=parts[2], fact=fact)
+
+    def beside(self, clean: Tensor, metrics: Sequence[Metric]) -> Target:
+        """The same with the logits of each fact's clean pass, (facts, n, vocabulary), where a metric compares with them."""
+        return replace(self, clean=_log_softmax(clean)) if "negative_kl" in metrics else self
 
     def rows(self, chosen: Tensor | slice) -> Target:
         """Some of the rows."""
@@ -89,6 +101,8 @@ class Target:
             place=None if self.place is None else self.place[chosen],
             foil=None if self.foil is None else self.foil[chosen],
             counted=None if self.counted is None else self.counted[chosen],
+            clean=self.clean,
+            fact=None if self.fact is None else self.fact[chosen],
         )
 
     def repeat(self, times: int) -> Target:
@@ -102,9 +116,9 @@ def check_metric(metric: str) -> None:
         raise UserError(f"the metric {metric!r} is unknown; use one of {', '.join(get_args(Metric))}.")
 
 
-def scored_tokens(answer: Sequence[int], metric: Metric) -> list[int]:
-    """The answer tokens that the metric looks at."""
-    return list(answer[:1] if metric == "first_token_probability" else answer)
+def scored_tokens(answer: Sequence[int], metrics: Sequence[Metric]) -> list[int]:
+    """The answer tokens that the metrics look at."""
+    return list(answer[:1] if set(metrics) == {"first_token_probability"} else answer)
 
 
 def distinguishing(prompt: str, answer: str) -> list[tuple[int, int]]:
@@ -131,6 +145,11 @@ def first_difference(answer: Sequence[int], foil: Sequence[int]) -> tuple[int, i
     return None
 
 
+def read_all(logits: Tensor, target: Target, metrics: Sequence[Metric]) -> Tensor:
+    """Several metrics of the same rows, (rows, metrics) float64: see `read_off`."""
+    return torch.stack([read_off(logits, target, metric) for metric in metrics], 1)
+
+
 def read_off(logits: Tensor, target: Target, metric: Metric) -> Tensor:
     """The metric of each row.
 
@@ -141,7 +160,7 @@ def read_off(logits: Tensor, target: Target, metric: Metric) -> Tensor:
         (rows,) float64.
 
     Raises:
-        UserError: `logit_difference` without foils.
+        UserError: `logit_difference` without foils, `negative_kl` without a clean pass.
     """
     answer = target.answer.to(logits.device)
     if metric == "logit_difference":
@@ -158,8 +177,16 @@ def read_off(logits: Tensor, target: Target, metric: Metric) -> Tensor:
         rank = 1 + (logits > own).sum(-1)
         found: Tensor = torch.where(own.squeeze(-1).isnan(), torch.nan, 1 / rank.double()).mean(-1)
         return found
+    if metric == "negative_kl":
+        if target.clean is None or target.fact is None:
+            raise UserError("negative_kl compares with a clean pass, which only tracing has; use log_probability here.")
+        clean = target.clean[target.fact.to(target.clean.device)].to(logits.device)
+        apart = functional.kl_div(_log_softmax(logits), clean, reduction="none", log_target=True)
+        return -apart.sum(-1).double().sum(-1)
     each = token_log_probabilities(logits, answer)
-    if target.counted is not None:
+    if metric == "first_token_probability":
+        return each[:, 0].exp()
+    if metric == "distinguishing_log_probability" and target.counted is not None:
         each = each.where(target.counted.to(each.device), 0.0)
     total = each.sum(-1)
     return total if metric in LOGARITHMIC else total.exp()
@@ -167,6 +194,9 @@ def read_off(logits: Tensor, target: Target, metric: Metric) -> Tensor:
 
 def token_log_probabilities(logits: Tensor, answer: Tensor) -> Tensor:
     """log p(answer_i | prompt, answer_<i), (rows, n) float64, of logits (rows, n, vocabulary) and token ids (rows, n)."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
     chosen = answer.to(logits.device).unsqueeze(-1)
-    return wide.log_softmax(-1).gather(-1, chosen).squeeze(-1).double()
+    return _log_softmax(logits).gather(-1, chosen).squeeze(-1).double()
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)

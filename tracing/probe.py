@@ -5,6 +5,7 @@ The prompt's tokens come from `lm.prompts`, so that what is traced is what is tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +24,7 @@ class Probe:
 
     Attributes:
         prompt_ids: what the model is asked; equal to training's ids before the answer.
-        answer_ids: the tokens the metric scores (the whole answer without EOS, or its first token).
+        answer_ids: the tokens the metrics score (the whole answer without EOS, or its first token).
         span: `[start, end)` of the subject in `prompt_ids`.
         tokens: the text of each prompt token.
         foil: (place, token) where the fact's foil first differs from the scored answer, if it has one.
@@ -44,17 +45,20 @@ class Probe:
         return [*self.prompt_ids, *self.answer_ids[:-1]]
 
 
-def make_probe(model: LanguageModel, fact: Fact, prompt: PromptSpec, metric: Metric) -> Probe:
-    """Tokenise a fact. Raises UserError if the subject's tokens cannot be found in the rendered prompt."""
+def make_probe(model: LanguageModel, fact: Fact, prompt: PromptSpec, *metrics: Metric) -> Probe:
+    """Tokenise a fact for one metric, or several to be read off the same passes.
+
+    Raises UserError if the subject's tokens cannot be found in the rendered prompt.
+    """
     encoded = encode_pair(model.tokenizer, fact.prompt, fact.answer, replace(prompt, append_eos=False))
     ids = encoded.ids[: encoded.answer_start]
-    answer = scored_tokens(encoded.ids[encoded.answer_start :], metric)
+    answer = scored_tokens(encoded.ids[encoded.answer_start :], metrics)
     foil = None
     if fact.foil:
         other = encode_pair(model.tokenizer, fact.prompt, fact.foil, replace(prompt, append_eos=False))
         foil = first_difference(answer, other.ids[other.answer_start :])
     counted = None
-    if metric == "distinguishing_log_probability":
+    if "distinguishing_log_probability" in metrics:
         words = distinguishing(fact.prompt, fact.answer)
         counted = tuple(answer_tokens(model.tokenizer, fact.prompt, fact.answer, prompt, words))
     span = subject_span(model.tokenizer, fact.prompt, fact.subject, prompt, occurrence="first")
@@ -105,8 +109,8 @@ def why_unknown(model: LanguageModel, probe: Probe) -> str | None:
     return f"the model says {model.tokenizer.decode(said)!r} instead of {asked!r}"
 
 
-def why_unscored(probe: Probe, metric: Metric) -> str | None:
-    """None if the metric can be read off this fact, or what it lacks."""
-    if metric == "logit_difference" and probe.foil is None:
+def why_unscored(probe: Probe, metrics: Sequence[Metric]) -> str | None:
+    """None if the metrics can be read off this fact, or what it lacks."""
+    if "logit_difference" in metrics and probe.foil is None:
         return "it has no foil, another answer that differs from its own"
     return None

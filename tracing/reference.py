@@ -8,8 +8,8 @@ script's metric). The row-0 activations are captured once, from a batch of the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from lm.errors import UserError
 from lm.hooks import Captured, Edit, capture, patch
 from lm.load import LanguageModel
 from tracing.arrays import Array
-from tracing.metrics import Metric, Target, read_off
+from tracing.metrics import Metric, Target, read_all
 from tracing.probe import Probe, forward
 from tracing.sweep import Sweep, swept_positions, window_layers
 
@@ -32,6 +32,21 @@ class Traced:
     clean: float
     corrupted: float
     restored: dict[Kind, Array]
+    also: Mapping[Metric, Traced] = field(default_factory=dict)
+    """By the sweep's further metrics."""
+
+    @classmethod
+    def of(cls, sweep: Sweep, scores: Array, cells: Mapping[Kind, Array]) -> Traced:
+        """From the scores of all metrics of a sweep: (2, metrics), clean and corrupted; (tokens, layers, metrics) a kind."""
+        first, *others = [
+            cls(
+                clean=float(scores[0, place]),
+                corrupted=float(scores[1, place]),
+                restored={kind: np.ascontiguousarray(values[..., place]) for kind, values in cells.items()},
+            )
+            for place in range(len(sweep.metrics))
+        ]
+        return replace(first, also=dict(zip(sweep.also, others, strict=True)))
 
 
 @torch.inference_mode()
@@ -56,16 +71,16 @@ def trace_fact(
     positions = swept_positions(tokens, probe.span, sweep.positions)
     restored: dict[Kind, Array] = {}
     for kind in sweep.kinds:
-        cells = np.full((tokens, layers), np.nan)
+        cells = np.full((tokens, layers, len(sweep.metrics)), np.nan)
         if sweep.positions != "all":
-            cells[: probe.span[0]] = passes.corrupted
+            cells[: probe.span[0]] = passes.scores[1]
         for position in positions:
             for layer in range(layers):
                 cells[position, layer] = passes.cell(kind, position, layer)
                 advance(1)
         restored[kind] = cells
-        refuse_nan(model, probe, np.array([passes.clean, passes.corrupted]), [cells[positions]])
-    return Traced(clean=passes.clean, corrupted=passes.corrupted, restored=restored)
+        refuse_nan(model, probe, passes.scores, [cells[positions]])
+    return Traced.of(sweep, passes.scores, restored)
 
 
 @torch.inference_mode()
@@ -76,9 +91,9 @@ def score_cells(
     sweep: Sweep,
     cells: Sequence[tuple[Kind, int, int]],
 ) -> list[float]:
-    """The scores of some cells `(kind, position, layer)`, each by a forward pass of its own."""
+    """The scores of some cells `(kind, position, layer)` by the sweep's metric, each by a forward pass of its own."""
     passes = _Passes(model, probe, batch, sweep)
-    return [passes.cell(*cell) for cell in cells]
+    return [float(passes.cell(*cell)[0]) for cell in cells]
 
 
 class _Passes:
@@ -86,30 +101,38 @@ class _Passes:
 
     def __init__(self, model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep) -> None:
         self.model, self.batch, self.sweep, self.layers = model, batch, sweep, model.anatomy.layers
-        self.target = Target.of([probe], len(batch))
+        self.target, self.keep = Target.of([probe], len(batch)), len(probe.answer_ids)
         kinds = dict.fromkeys([*sweep.kinds, *([sweep.sever] if sweep.sever else [])])
         with capture(model, [Site(kind, layer) for kind in kinds for layer in range(self.layers)]) as self.states:
-            self.clean, self.corrupted = self._scores()
+            logits = forward(model, batch, self.keep)
+        self.target = self.target.beside(logits[:1], sweep.metrics)
+        self.scores = self._read(logits)
+        """(2, metrics): clean, and corrupted without restoring."""
 
-    def cell(self, kind: Kind, position: int, layer: int) -> float:
+    def cell(self, kind: Kind, position: int, layer: int) -> Array:
+        """(metrics,): the scores with one cell restored."""
         edits = restorations(self.sweep, kind, layer, self.layers, position, self.states)
         with patch(self.model, edits, allow_unchanged=True):
-            return self._scores()[1]
+            restored: Array = self._read(forward(self.model, self.batch, self.keep))[1]
+        return restored
 
-    def _scores(self) -> tuple[float, float]:
-        return _clean_and_corrupted(self.model, self.target, self.batch, self.sweep.metric)
+    def _read(self, logits: Tensor) -> Array:
+        return _clean_and_corrupted(logits, self.target, self.sweep.metrics)
 
 
 @torch.inference_mode()
 def total_effect(model: LanguageModel, probe: Probe, batch: Tensor, metric: Metric) -> float:
     """What the corruption takes of one fact: the clean score minus the mean corrupted one."""
-    clean, corrupted = _clean_and_corrupted(model, Target.of([probe], len(batch)), batch, metric)
-    return clean - corrupted
+    logits = forward(model, batch, len(probe.answer_ids))
+    target = Target.of([probe], len(batch)).beside(logits[:1], [metric])
+    clean, corrupted = _clean_and_corrupted(logits, target, [metric])[:, 0]
+    return float(clean - corrupted)
 
 
-def _clean_and_corrupted(model: LanguageModel, target: Target, batch: Tensor, metric: Metric) -> tuple[float, float]:
-    found = read_off(forward(model, batch, target.answer.shape[1]), target, metric)
-    return float(found[0]), float(found[1:].mean())
+def _clean_and_corrupted(logits: Tensor, target: Target, metrics: Sequence[Metric]) -> Array:
+    """(2, metrics): of row 0, and the mean of all others."""
+    found = read_all(logits, target, metrics)
+    return np.asarray(torch.stack([found[0], found[1:].mean(0)]).cpu().numpy(), dtype=np.float64)
 
 
 def restorations(sweep: Sweep, kind: Kind, layer: int, layers: int, position: int, states: Captured) -> list[Edit]:

@@ -49,6 +49,11 @@ def retrace(
     Raises:
         UserError: effects that do not say how they were made, a model that they cannot be compared with, and what `trace` raises.
     """
+    if before.metric == "negative_kl":
+        raise UserError(
+            "negative_kl compares a model with its own clean answers, known or not, so that it cannot tell what was forgotten; "
+            "give effects of another metric."
+        )
     asked = _provenance(before)
     prompt = PromptSpec(**asked["prompt"])
     _check_model(model, before, prompt)

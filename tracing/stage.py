@@ -50,8 +50,9 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
     """Trace as the config says.
 
     Writes into `config.out`: `plan.json` (what training consumes), `effects.npz` (every cell), `effects.json` (means and
-    intervals by token role, facts used and left out), `effects.png` (all kinds side by side) and one `KIND.png` a kind; for each
-    corruption of `also` an `effects-NAME.npz`, `.json` and `.png` of the same facts. Where windows of layers are restored, single
+    intervals by token role, facts used and left out), `effects.png` (all kinds side by side) and one `KIND.png` a kind. Of the
+    same facts, for each metric of `also_metrics` an `effects-METRIC.npz`, `.json` and `.png`, for each corruption of `also` an
+    `effects-NAME.npz`, `.json` and `.png`, and for both `effects-NAME-METRIC`. Where windows of layers are restored, single
     layers are too: `effects-single.npz`, `.json` and `.png`, and `interaction.json`, what windows bring back beyond their layers.
 
     Raises:
@@ -81,7 +82,7 @@ def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
         effects = asking.some(most)
         plan = asking.plan(effects, config.plan.confidence)
     others, lacking = asking.others(effects)
-    if config.also:
+    if config.others:
         asked = config.plan
         plan = confirm(
             plan, effects, others, lacking, roles=asked.roles, aggregation=asked.aggregation, seed=config.seed
@@ -171,6 +172,7 @@ class _Asking:
             kinds=asked.kinds if kinds is None else kinds,
             window=asked.window if window is None else window,
             metric=asked.metric,
+            also_metrics=asked.also_metrics,
             engine=asked.engine,
             prompt=asked.prompt,
             positions=asked.positions,
@@ -200,7 +202,9 @@ def write_result(
     kinds = ("mlp", "attn") if plan.evidence["kind"] == "both" else (plan.evidence["kind"],)
     tentative = not plan.singled_out
     write_atomic(folder / "effects.png", figure(tables, band=plan.layers, band_kinds=kinds, tentative=tentative))
-    beside = dict(result.others)
+    beside: dict[str, Effects] = dict(effects.also)
+    for name, other in result.others.items():
+        beside |= {name: other, **{f"{name}-{metric}": found for metric, found in other.also.items()}}
     if result.interaction is not None:
         beside["single"] = result.interaction.single
         beyond = result.interaction.to_json(plan.evidence["roles"], confidence=confidence, seed=seed)

@@ -26,6 +26,8 @@ class Sweep:
 
     `sever` holds what all MLPs, or all attention layers, add at the restored token at its corrupted values, but for the ones
     that the cell itself restores: which part of an effect goes through them (Meng et al. 2022, figure 3).
+
+    `also`: further metrics that are read off the same passes.
     """
 
     kinds: tuple[Kind, ...] = ("resid", "mlp", "attn")
@@ -33,6 +35,12 @@ class Sweep:
     metric: Metric = "probability"
     positions: Positions = "all"
     sever: Severed | None = None
+    also: tuple[Metric, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """All that is read off each pass: the metric, then those of `also`."""
+        return (self.metric, *self.also)
 
     def __post_init__(self) -> None:
         wrong = [kind for kind in self.kinds if kind not in get_args(Kind)]
@@ -40,7 +48,10 @@ class Sweep:
             raise UserError(
                 f"the kinds {tuple(self.kinds)} are not usable; choose of {', '.join(get_args(Kind))}, once each."
             )
-        check_metric(self.metric)
+        for metric in self.metrics:
+            check_metric(metric)
+        if len(set(self.metrics)) < len(self.metrics):
+            raise UserError(f"the metrics {', '.join(self.metrics)} repeat one; read each off once.")
         if self.window < 1:
             raise UserError(f"the window is {self.window}; give at least 1 layer.")
         if self.sever is not None and self.sever not in get_args(Severed):

@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ def trace(
     prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
     positions: Positions = "all",
     *,
+    also_metrics: Sequence[Metric] = (),
     sever: Severed | None = None,
     memory: float = 2.0,
     max_facts: int | None = None,
@@ -82,6 +84,8 @@ def trace(
         engine: `wavefront`, exact and fast; or `reference`, the published procedure, one forward pass a cell.
         prompt: raw or chat, as in training; `append_eos` is ignored (EOS is not part of the scored answer).
         positions: which prompt tokens are restored: `all`, `subject_and_after`, or `subject_and_last`.
+        also_metrics: further metrics, read off the same passes: `Effects.also`. A fact must be known whole as soon as one metric
+            reads it whole, and must have a foil if one needs it.
         sever: hold all MLPs, or all attention layers, at the restored token at their corrupted values; see `Sweep`.
         memory: gigabytes (10^9 bytes) that the wavefront may take beside the model, about: half for the ordinary passes that the
             cells leave from, half for the cells. Where a GPU runs out all the same, both are halved until it does not.
@@ -99,7 +103,9 @@ def trace(
         UserError: nothing to trace, no fact is known, a subject that cannot be found, NaN, a wrong setting.
     """
     check_engine(engine)
-    sweep = Sweep(kinds=tuple(kinds), window=window, metric=metric, positions=positions, sever=sever)
+    sweep = Sweep(
+        kinds=tuple(kinds), window=window, metric=metric, positions=positions, sever=sever, also=tuple(also_metrics)
+    )
     if not memory > 0:
         raise UserError(f"memory is {memory} GB; give what may be taken beside the model (2 is usual).")
     if max_facts is not None and max_facts < 1:
@@ -115,7 +121,16 @@ def trace(
     show = progress and workers.index == 0
     with evaluating(model):
         known, skipped, corruptor = prepare(
-            model, facts, corruption, metric, prompt, max_facts=max_facts, least_total=least_total, only=only, show=show
+            model,
+            facts,
+            corruption,
+            metric,
+            prompt,
+            also_metrics=sweep.also,
+            max_facts=max_facts,
+            least_total=least_total,
+            only=only,
+            show=show,
         )
         weights = fingerprint(model)
         store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
@@ -126,11 +141,9 @@ def trace(
             _announce(model, missing, corruptor, sweep, engine, worker, workers.count)
         traced = _trace_all(model, known, finished, corruptor, sweep, worker, store, workers, show)
 
-    return Effects(
+    effects = Effects(
         facts=tuple(probe.fact for probe in known),
-        clean=np.array([one.clean for one in traced]),
-        corrupted=np.array([one.corrupted for one in traced]),
-        restored={kind: [one.restored[kind] for one in traced] for kind in sweep.kinds},
+        **_scores(traced, sweep.kinds),
         tokens=tuple(probe.tokens for probe in known),
         subject_spans=tuple(probe.span for probe in known),
         sigma=corruptor.sigma,
@@ -150,6 +163,20 @@ def trace(
             "least_total": least_total,
         },
     )
+    also: dict[str, Effects] = {
+        other: replace(effects, metric=other, **_scores([one.also[other] for one in traced], sweep.kinds))
+        for other in sweep.also
+    }
+    return replace(effects, also=also)
+
+
+def _scores(traced: Sequence[Traced], kinds: Sequence[Kind]) -> dict[str, Any]:
+    """The scores of all facts, as `Effects` has them."""
+    return {
+        "clean": np.array([one.clean for one in traced]),
+        "corrupted": np.array([one.corrupted for one in traced]),
+        "restored": {kind: [one.restored[kind] for one in traced] for kind in kinds},
+    }
 
 
 def prepare(
@@ -159,6 +186,7 @@ def prepare(
     metric: Metric,
     prompt: PromptSpec,
     *,
+    also_metrics: Sequence[Metric] = (),
     max_facts: int | None = None,
     least_total: float | None = None,
     only: Collection[Fact] | None = None,
@@ -168,9 +196,10 @@ def prepare(
 
     Raises UserError if none is known.
     """
-    if metric == "logit_difference":
+    metrics = (metric, *also_metrics)
+    if "logit_difference" in metrics:
         facts = with_foils(facts)
-    probes = [make_probe(model, fact, prompt, metric) for fact in facts]
+    probes = [make_probe(model, fact, prompt, *metrics) for fact in facts]
     corruptor = corruption.bind(model, probes)
     asked = None if only is None else frozenset(only)
 
@@ -183,7 +212,7 @@ def prepare(
         )
 
     def why_not(probe: Probe) -> str | None:
-        without = corruptor.why_not(probe) or why_unscored(probe, metric)
+        without = corruptor.why_not(probe) or why_unscored(probe, metrics)
         return without or (why_unknown(model, probe) if asked is None else None) or why_small(probe)
 
     return *_sort_out(model, probes, why_not, max_facts, show, asked), corruptor
@@ -209,7 +238,7 @@ def known_facts(
         facts = with_foils(facts)
     probes = [make_probe(model, fact, prompt, metric) for fact in facts]
     return _sort_out(
-        model, probes, lambda probe: why_unscored(probe, metric) or why_unknown(model, probe), max_facts, show
+        model, probes, lambda probe: why_unscored(probe, [metric]) or why_unknown(model, probe), max_facts, show
     )
 
 

@@ -25,7 +25,7 @@ from lm.hooks import capture, intercept
 from lm.load import LanguageModel
 from tracing.arrays import Array
 from tracing.cost import trunk_kinds
-from tracing.metrics import Target, read_off
+from tracing.metrics import Target, read_all
 from tracing.probe import Probe
 from tracing.reference import Traced, refuse_nan
 from tracing.sweep import Sweep, first_block, swept_positions, window_layers
@@ -55,7 +55,8 @@ class Trunk:
         clean: kind -> a (facts, tokens, hidden) tensor for each layer.
         attention: what attention adds in the corrupted pass, (rows, tokens, hidden) a layer, where MLPs are restored.
         held: what the severed module adds in the corrupted pass, a (rows, tokens, hidden) tensor for each layer, or none.
-        scores: (facts, 2), of the clean pass, and the mean of the corrupted ones.
+        scores: (facts, 2, metrics), of the clean pass, and the mean of the corrupted ones.
+        target: what the corrupted rows are scored by.
     """
 
     stream: Sequence[Tensor]
@@ -64,6 +65,7 @@ class Trunk:
     attention: Sequence[Tensor]
     held: Sequence[Tensor]
     scores: Array
+    target: Target
 
     def restored(self, cell: Cell, rows: Tensor, facts: Tensor, position: int) -> Tensor:
         """(rows, hidden): the stream at the token where the cell leaves the trunk, for some rows and the facts they are of."""
@@ -109,15 +111,15 @@ class Wavefront:
     ) -> list[Traced]:
         """All cells of some facts whose prompts, answers and batches (`Corruptor.batch`) have equal sizes. UserError for NaN."""
         tokens, layers, samples = len(probes[0].prompt_ids), self.model.anatomy.layers, len(batches[0]) - 1
-        target = Target.of(probes, samples)
         trunk = self._trunk(probes, torch.cat(list(batches)), 1 + samples)
-        sums = {kind: np.full((len(probes), tokens, layers), np.nan) for kind in self.sweep.kinds}
+        shape = len(probes), tokens, layers, len(self.sweep.metrics)
+        sums = {kind: np.full(shape, np.nan) for kind in self.sweep.kinds}
         swept = [swept_positions(tokens, probe.span, self.sweep.positions) for probe in probes]
         for position in range(tokens):
             asked = [fact for fact, positions in enumerate(swept) if position in positions]
             facts = [fact for fact in asked if position >= probes[fact].span[0]]
             for cells, rows in self._waves(self.cells, facts, samples):
-                found = self._wave(trunk, position, cells, rows, samples, target).cpu()
+                found = self._wave(trunk, position, cells, rows, samples).cpu()
                 for cell, values in zip(cells, found, strict=True):
                     here = sums[cell.kind][:, position, cell.layer]
                     here[facts] = np.nan_to_num(here[facts])
@@ -130,7 +132,8 @@ class Wavefront:
 
     @torch.inference_mode()
     def score_cells(self, probe: Probe, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
-        """The scores of chosen cells `(kind, position, layer)` of one fact, in their order: `tracing.reference.score_cells`.
+        """The scores of chosen cells `(kind, position, layer)` of one fact by the sweep's metric, in their order: those of
+        `tracing.reference.score_cells`.
 
         Raises:
             UserError: a cell that does not exist or whose kind the sweep does not have; NaN.
@@ -142,13 +145,13 @@ class Wavefront:
                     f"there is no cell of {kind} at token {position}, layer {layer}; choose of {', '.join(self.sweep.kinds)}, "
                     f"{tokens} tokens and {layers} layers."
                 )
-        trunk, target = self._trunk([probe], batch, 1 + samples), Target.of([probe], samples)
-        corrupted = float(trunk.scores[0, 1])
+        trunk = self._trunk([probe], batch, 1 + samples)
+        corrupted = float(trunk.scores[0, 1, 0])
         found = {cell: corrupted if cell[1] < probe.span[0] else 0.0 for cell in asked}
         for position in sorted({position for _, position, _ in found if position >= probe.span[0]}):
             chosen = [cell for cell in self.cells if (cell.kind, position, cell.layer) in found]
             for cells, rows in self._waves(chosen, [0], samples):
-                values = self._wave(trunk, position, cells, rows, samples, target).cpu().sum(1) / samples
+                values = self._wave(trunk, position, cells, rows, samples).cpu()[..., 0].sum(1) / samples
                 for cell, value in zip(cells, values.tolist(), strict=True):
                     found[cell.kind, position, cell.layer] += value
         refuse_nan(self.model, probe, trunk.scores[0], [np.array(list(found.values()))])
@@ -159,7 +162,7 @@ class Wavefront:
             values[: probe.span[0]] = scores[1]  # by causality: what lies before the subject cannot bring it back
         positions = swept_positions(len(probe.prompt_ids), probe.span, self.sweep.positions)
         refuse_nan(self.model, probe, scores, [values[positions] for values in cells.values()])
-        return Traced(clean=float(scores[0]), corrupted=float(scores[1]), restored=cells)
+        return Traced.of(self.sweep, scores, cells)
 
     def _trunk(self, probes: Sequence[Probe], batch: Tensor, each: int) -> Trunk:
         facts, layers = len(probes), range(self.model.anatomy.layers)
@@ -177,14 +180,16 @@ class Wavefront:
         def of(site: Site, rows: slice) -> Tensor:
             return seen[site][rows]
 
-        scored = read_off(found, Target.of(probes, each).rows(order), self.sweep.metric).cpu()
+        target = Target.of(probes, each).rows(order).beside(found[clean], self.sweep.metrics)
+        scored = read_all(found, target, self.sweep.metrics).cpu()
         return Trunk(
             stream=[of(EMBEDDING, noisy), *(of(Site("resid", layer), noisy) for layer in layers)],
             past=past.of_rows(noisy),
             clean={kind: [of(Site(kind, layer), clean) for layer in layers] for kind in self.sweep.kinds},
             attention=[of(Site("attn", layer), noisy) for layer in layers] if "mlp" in self.sweep.kinds else [],
             held=[of(Site(self.sweep.sever, layer), noisy) for layer in layers] if self.sweep.sever else [],
-            scores=torch.stack([scored[clean], scored[noisy].view(facts, -1).mean(1)], 1).numpy(),
+            scores=torch.stack([scored[clean], scored[noisy].view(facts, each - 1, -1).mean(1)], 1).numpy(),
+            target=target.rows(noisy),
         )
 
     def _waves(
@@ -198,10 +203,8 @@ class Wavefront:
                 for rows in torch.split(sources, max(1, self.rows // len(some))):
                     yield some, rows
 
-    def _wave(
-        self, trunk: Trunk, position: int, cells: Sequence[Cell], rows: Tensor, samples: int, target: Target
-    ) -> Tensor:
-        """(cells, rows): the metric with each cell restored, for some rows of the trunk."""
+    def _wave(self, trunk: Trunk, position: int, cells: Sequence[Cell], rows: Tensor, samples: int) -> Tensor:
+        """(cells, rows, metrics): what is read off with each cell restored, for some rows of the trunk."""
         calls, past = self._calls_at(trunk, position), trunk.past.cut(position)
         facts = rows // samples
         joined: list[Cell] = []
@@ -224,7 +227,7 @@ class Wavefront:
                 if layer < len(calls) and state is not None:
                     state = calls[layer].run(state, past, rows.repeat(len(joined)))
         assert state is not None
-        return self._scored(state, target.rows(rows).repeat(len(cells))).view(len(cells), len(rows))
+        return self._scored(state, trunk.target.rows(rows).repeat(len(cells))).view(len(cells), len(rows), -1)
 
     def _edited(self, cells: Sequence[Cell]) -> list[Site]:
         """The sites whose values are replaced in a wave of these cells."""
@@ -252,14 +255,15 @@ class Wavefront:
         return see
 
     def _scored(self, state: Tensor, target: Target) -> Tensor:
-        """(rows,): the metric, the head's output a bounded number of rows at a time."""
+        """(rows, metrics): what is read off, the head's output a bounded number of rows at a time."""
         keep = target.answer.shape[1]
         vocabulary, hidden = self.model.anatomy.vocabulary, self.model.anatomy.hidden
-        step = max(1, 8 * self.rows * hidden // (keep * vocabulary))
+        beside = 3 if target.clean is not None else 1  # clean distributions, and the divergence of each token
+        step = max(1, 8 * self.rows * hidden // (keep * vocabulary * beside))
         parts = [slice(start, start + step) for start in range(0, len(state), step)]
         return torch.cat(
             [
-                read_off(replay.logits(self.model, state[part, -keep:]), target.rows(part), self.sweep.metric)
+                read_all(replay.logits(self.model, state[part, -keep:]), target.rows(part), self.sweep.metrics)
                 for part in parts
             ]
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -43,15 +45,22 @@ def test_each_metric_by_hand() -> None:
     assert telling == pytest.approx([math.log(p[0][1]), math.log(whole[1])])
     foils = target(place=torch.tensor([0, 1]), foil=torch.tensor([2, 0]))
     assert read_off(LOGITS, foils, "logit_difference").tolist() == [3 - 2, 3 - 4]
+    clean = replace(target(), fact=torch.tensor([0, 0])).beside(LOGITS[:1], ["negative_kl"])
+    mine, other = (rows.double().softmax(-1) for rows in LOGITS)
+    divergence = float((mine * (mine / other).log()).sum())
+    assert read_off(LOGITS, clean, "negative_kl").tolist() == pytest.approx([0, -divergence], abs=1e-6)
+    with pytest.raises(UserError, match="compares with a clean pass"):
+        read_off(LOGITS, target(), "negative_kl")
     with pytest.raises(UserError, match="needs a foil"):
         read_off(LOGITS, target(), "logit_difference")
 
 
 def test_nan_stays_nan_and_types_are_wide() -> None:
     bad = LOGITS.clone()
-    bad[1, 1, 3] = torch.nan
+    bad[1, :, 3] = torch.nan
     for metric in get_args(Metric):
-        foils = target(place=torch.tensor([1, 1]), foil=torch.tensor([0, 0]))
+        foils = target(place=torch.tensor([1, 1]), foil=torch.tensor([0, 0]), fact=torch.tensor([0, 0]))
+        foils = foils.beside(LOGITS[:1], [metric])
         found = read_off(bad.bfloat16(), foils, metric)
         assert found.dtype == torch.float64
         assert found.isnan().tolist() == [False, True], metric
@@ -103,6 +112,54 @@ def test_both_engines_read_the_same(metric: Any) -> None:
             spread = max(spread, float(np.ptp(theirs)))
         assert spread > 1e-6
     assert both[0].clean == pytest.approx(both[1].clean)
+
+
+EVERY: tuple[Metric, ...] = get_args(Metric)
+
+
+@pytest.mark.parametrize("engine", ["wavefront", "reference"])
+def test_several_metrics_of_one_sweep_are_those_of_sweeps_of_their_own(engine: Any, tmp_path: Path) -> None:
+    model = tiny("olmo2")
+    facts = [
+        Fact(f.prompt, f.subject, f.answer, f.id, foil=f"{f.answer.split()[0]} w40 w41")
+        for f in known(model, answer_tokens=3, how_many=2)
+    ]
+    how: dict[str, Any] = {
+        "engine": engine,
+        "memory": 0.0002,
+        "positions": "subject_and_last",
+        "progress": False,
+    }  # in parts
+    noise = GaussianNoise(samples=3)
+    together = trace(model, facts, noise, metric=EVERY[0], also_metrics=EVERY[1:], cache=tmp_path, **how)
+    assert tuple(together.also) == EVERY[1:]
+    for metric in EVERY:
+        alone = trace(model, facts, noise, metric=metric, **how)
+        found = together.also.get(metric, together)
+        assert (found.metric, found.facts) == (metric, alone.facts)
+        np.testing.assert_allclose(found.clean, alone.clean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.corrupted, alone.corrupted, rtol=1e-4, atol=1e-5)
+        for kind in alone.kinds:
+            for mine, theirs in zip(found.restored[kind], alone.restored[kind], strict=True):
+                np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert np.ptp(np.concatenate([cells.ravel() for cells in found.restored["resid"]])) > 1e-6
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = trace(model, facts, noise, metric=EVERY[0], also_metrics=EVERY[1:3], cache=tmp_path, **how)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files  # nothing was computed again
+    assert np.array_equal(again.also[EVERY[2]].restored["mlp"][1], together.also[EVERY[2]].restored["mlp"][1])
+    assert "also log_probability" in repr(again.some([0]))
+    with pytest.raises(UserError, match="repeat one"):
+        trace(model, facts, metric="probability", also_metrics=["probability"], progress=False)
+
+
+def test_restoring_everything_leaves_no_divergence_from_the_clean_distribution() -> None:
+    model = tiny("llama")
+    effects = trace(model, known(model, answer_tokens=1), metric="negative_kl", kinds=["resid"], progress=False)
+    np.testing.assert_allclose(effects.clean, 0, atol=1e-6)
+    assert (effects.corrupted < -1e-3).all()
+    for cells, (_, end), low in zip(effects.restored["resid"], effects.subject_spans, effects.corrupted, strict=True):
+        assert cells[-1, -1] == pytest.approx(0, abs=1e-5)  # the last token's whole stream is the clean answer
+        assert cells[end - 1].max() > low
 
 
 def test_a_fact_without_a_foil_is_left_out_of_logit_differences() -> None:

@@ -150,6 +150,26 @@ def test_other_corruptions_of_the_same_facts_are_traced_beside(model_folder: Pat
         assert (tmp_path / "run" / name).is_file()
 
 
+def test_further_metrics_are_written_beside(model_folder: Path, tmp_path: Path) -> None:
+    facts = known(tiny("olmo"), how_many=4)
+    config = stage(
+        model_folder,
+        tmp_path / "run",
+        metric="log_probability",
+        also_metrics=("probability", "negative_kl"),
+        also=(GaussianNoise(sigmas=1.0),),
+    )
+    result = run_tracing(config, facts)
+    alone = run_tracing(stage(model_folder, tmp_path / "alone", metric="log_probability"), facts)
+    assert result.plan.layers == alone.plan.layers
+    for name in ("probability", "GaussianNoise-2-negative_kl"):
+        found = Effects.load(tmp_path / "run" / f"effects-{name}.npz")
+        assert found.metric == name.split("-")[-1]
+        assert found.facts == result.effects.facts
+        assert (tmp_path / "run" / f"effects-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "run" / "effects-negative_kl.json").read_text())["clean_mean"] == pytest.approx(0)
+
+
 def test_a_corruption_that_fits_no_fact_costs_no_finished_work(model_folder: Path, tmp_path: Path) -> None:
     facts = known(tiny("olmo"), how_many=4)  # all ask something else
     result = run_tracing(stage(model_folder, tmp_path / "run", also=(TokenReplacement(),)), facts)
@@ -198,7 +218,6 @@ def test_several_processes_share_the_facts_and_agree(tmp_path: Path) -> None:
         ({"plan": {"rule": "elbow", "size": 3}}, "rule elbow finds how many layers there are"),
         ({"plan": {"rule": "mass", "share": 0}}, "share is 0"),
         ({"least_total": -1}, "least_total is -1"),
-        ({"also": (GaussianNoise(),)}, "also repeats a corruption"),
     ],
 )
 def test_impossible_configs_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -222,6 +241,14 @@ def test_the_rule_and_several_corruptions_are_read_from_the_command_line(tmp_pat
     assert parse_config(TraceConfig, ["--config", str(tmp_path / "config.yaml")]) == config
     with pytest.raises(UserError, match="did you mean 'elbow'"):
         parse_config(TraceConfig, ["--plan.rule", "elbo"])
+
+
+def test_a_corruption_of_the_command_line_that_is_in_also_is_not_repeated() -> None:
+    words = ["--config", str(ROOT / "configs/trace/builtin.yaml")]
+    assert list(parse_config(TraceConfig, words).others) == ["TokenReplacement"]
+    assert not parse_config(TraceConfig, [*words, "--corruption", "TokenReplacement"]).others
+    twice = TraceConfig(also=(TokenReplacement(), GaussianNoise(), TokenReplacement(), TokenReplacement(samples=2)))
+    assert twice.others == {"TokenReplacement": TokenReplacement(), "TokenReplacement-2": TokenReplacement(samples=2)}
 
 
 def test_a_size_beyond_the_model_is_refused_before_tracing(model_folder: Path, tmp_path: Path) -> None:

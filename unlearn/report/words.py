@@ -28,6 +28,7 @@ METRICS = {
     "distinguishing_log_probability": "log-probability of the answer's names and numbers",
     "logit_difference": "difference of logits between answer and foil",
     "reciprocal_rank": "mean reciprocal rank of the answer's tokens",
+    "negative_kl": "closeness to the clean distribution (minus KL)",
 }
 
 
