@@ -216,7 +216,7 @@ def test_the_shipped_config_for_lume_has_two_corruptions() -> None:
     config = parse_config(LocalizeConfig, ["--config", str(ROOT / "configs" / "localize" / "lume.yaml")])
     noise, replaced = config.localizers["tracing"], config.localizers["tracing_replaced"]
     assert noise == CausalTracing(corruption=GaussianNoise(samples=3))
-    assert replaced == CausalTracing(corruption=TokenReplacement())
+    assert replaced == CausalTracing(corruption=TokenReplacement(samples=3))
 
 
 def test_the_shipped_config_and_overrides_of_one_localiser() -> None:
