@@ -15,6 +15,7 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.arrays import Array
 from tracing.effects import SUBJECT_ROLES, Aggregation, Effects
+from tracing.facts import facts_hash
 from tracing.judge import Asked, Judged, judge, judge_by_permutation
 from tracing.plan import LayerPlan, control_layers, layer_names
 from tracing.rules import Band, Rule, RuleName, make_rule
@@ -139,6 +140,7 @@ def choose_layers(
             "model_layers": layers,
             **{name: given.details[name] for name in ("sigma", "metric", "window") if name in given.details},
             "facts_used": [fact.label for fact in given.facts],
+            "facts_sha256": facts_hash(given.facts),
             "facts_left_out": given.details.get("left_out", {}),
             "resamples": resamples,
             "seed": seed,

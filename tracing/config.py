@@ -72,10 +72,11 @@ class TraceConfig:
     model: ModelSpec = field(default_factory=ModelSpec)
     """The model that has memorised the facts."""
     facts: tuple[str, ...] | str = ("builtin:forget",)
-    """What to ask, one source or several: a JSONL or Parquet file of rows, a folder, a part of the built-in world, or a JSON or
-    JSONL file of facts (objects with prompt, subject, and answer or attribute)."""
+    """What to ask, one source or several: a JSONL or Parquet file of rows, or of facts (also JSON; records with prompt, subject,
+    and answer or attribute), a folder of either, or a part of the built-in world."""
     columns: dict[str, str] | None = None
-    """For row files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
+    """For files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"} for rows, or
+    {"prompt": "question", "answer": "target"} for facts."""
     tasks: tuple[str, ...] = ("Task2",)
     """Only rows of these tasks; Task2 asks about people by name. Empty: all."""
     subject: str | None = None

@@ -16,8 +16,8 @@ from lm.load import ModelSpec, load
 from lm.prompts import PromptSpec
 from lm.run import RunFolder, peak_memory_bytes, write_json
 from tracing.depth import DepthMetric, DepthReport, Scope, lost_with, streams_for
-from tracing.facts import Fact
-from tracing.stage import drawn, facts_hash
+from tracing.facts import Fact, facts_hash
+from tracing.stage import drawn
 from tracing.tracer import evaluating, known_facts
 
 

@@ -189,9 +189,14 @@ class Effects:
         )
 
     def indirect(self, kind: Kind, *, normalised: bool = False) -> list[Array]:
-        """Restored minus corrupted: one (prompt tokens, layers) array a fact; `normalised`: as a share of the total effect."""
+        """Restored minus corrupted: one (prompt tokens, layers) array a fact.
+
+        `normalised`: as a share of the total effect; NaN for a fact of which the corruption took nothing, which has no shares.
+        """
         found = [cells - low for cells, low in zip(self._of(kind), self.corrupted, strict=True)]
-        return [cells / total for cells, total in zip(found, self.total, strict=True)] if normalised else found
+        if not normalised:
+            return found
+        return [cells / (total if total else np.nan) for cells, total in zip(found, self.total, strict=True)]
 
     def by_role(self, kind: Kind, roles: Sequence[str] = ROLES, aggregation: Aggregation = "fixed") -> Array:
         """(facts, roles, layers): the mean indirect effect over each fact's tokens of each role; NaN where it has none."""

@@ -6,11 +6,13 @@ causal tracing is usually run on. Whether a model knows a fact is decided in `tr
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lm.errors import UserError
@@ -129,20 +131,45 @@ def with_foils(facts: Sequence[Fact], seed: int = 0) -> list[Fact]:
     return found
 
 
-def load_known_facts(path: str | Path) -> list[Fact]:
+def facts_hash(facts: Sequence[Fact]) -> str:
+    """The SHA-256 of the facts, in order."""
+    return hashlib.sha256(json.dumps([asdict(fact) for fact in facts]).encode()).hexdigest()
+
+
+FACT_FIELDS = ("prompt", "subject", "answer", "id", "group", "foil")
+_FACT_FILES = (".json", ".jsonl", ".parquet")
+
+
+def is_known_facts(path: str | Path, columns: Mapping[str, str] | None = None) -> bool:
+    """Whether a file or folder holds facts rather than rows: its first record has a prompt and a subject."""
+    try:
+        records = read_file(find_files(Path(path), preferred=_FACT_FILES)[0])
+    except UserError:  # not there, or broken: whoever reads it says so
+        return False
+    return bool(records) and {"prompt", "subject"} <= _renamed(records[0], columns).values.keys()
+
+
+def load_known_facts(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Fact]:
     """Facts from a JSON array, JSON lines or Parquet: objects with `prompt`, `subject` and `answer` (or `attribute`, as in the
     known-facts file of the published script), perhaps `known_id` or `id`, `group` and `foil`.
 
-    The answer is stripped of surrounding space; facts about one subject form a group unless they name another.
+    `columns` names other columns: our field -> theirs, e.g. {"answer": "target"}. The answer is stripped of surrounding space;
+    facts about one subject form a group unless they name another.
 
     Raises:
         UserError: a missing or broken file, no facts, or a record without one of the three texts (named by its place).
     """
-    files = find_files(Path(path), preferred=(".json", ".jsonl", ".parquet"))
-    records = [record for file in files for record in read_file(file)]
+    files = find_files(Path(path), preferred=_FACT_FILES)
+    records = [_renamed(record, columns) for file in files for record in read_file(file)]
     if not records:
         raise UserError(f"the facts file {path} holds no facts; give objects with prompt, subject and answer.")
     return [_known_fact(record) for record in records]
+
+
+def _renamed(record: Record, columns: Mapping[str, str] | None) -> Record:
+    """The record with the columns that are named otherwise under our names too; those that it lacks stay absent."""
+    ours = {field: record.values[theirs] for field, theirs in (columns or {}).items() if theirs in record.values}
+    return Record(where=record.where, values={**record.values, **ours})
 
 
 def _known_fact(record: Record) -> Fact:

@@ -45,7 +45,8 @@ class LayerPlan:
         verdict: the same as a sentence with numbers.
         evidence: layer scores with intervals, band scores, stability, caveats.
         controls: other layers to train for comparison: `random` and `inverse` of equal size, and `all`.
-        provenance: model, noise, facts used and left out, prompt format, metric, window, seed.
+        provenance: model and the hash of its weights, noise, facts used (and their hash) and left out, prompt format, metric,
+            window, seed.
     """
 
     layers: tuple[int, ...]
@@ -68,6 +69,12 @@ class LayerPlan:
         if wrong or not self.modules:
             near = known_or_near(wrong[0], MODULES) if wrong else ""
             raise UserError(f"the plan's modules are {list(self.modules)}{near}; use mlp, attn or all.")
+
+    @property
+    def weights(self) -> str | None:
+        """The `lm.identity.fingerprint` of the model that was asked (by all localisers the same); None where nothing says it."""
+        asked = [self.provenance, *dict(self.provenance.get("localizers", {})).values()]
+        return next((str(one["weights"]) for one in asked if "weights" in one), None)
 
     def control(self, name: str) -> LayerPlan:
         """The plan with a control's layers in place of the chosen ones."""

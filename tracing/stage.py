@@ -5,8 +5,6 @@ Where facts are read from is the script's business (rows are read by `unlearn.da
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +24,7 @@ from tracing.confirm import confirm
 from tracing.corruption import Corruption
 from tracing.early import trace_until_apart
 from tracing.effects import Aggregation, Effects, EffectTable
-from tracing.facts import Fact
+from tracing.facts import Fact, facts_hash
 from tracing.interaction import Interaction, interaction
 from tracing.plan import LayerPlan
 from tracing.plots import figure, heatmap
@@ -270,11 +268,6 @@ def drawn(facts: Sequence[Fact], max_facts: int | None, seed: int) -> list[Fact]
     if max_facts is None:
         return list(facts)
     return [facts[index] for index in np.random.default_rng(seed).permutation(len(facts))]
-
-
-def facts_hash(facts: Sequence[Fact]) -> str:
-    """The SHA-256 of the facts, in order."""
-    return hashlib.sha256(json.dumps([asdict(fact) for fact in facts]).encode()).hexdigest()
 
 
 def _numbers(values: Any) -> list[float] | None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from lm.devices import is_main
 from lm.errors import UserError
 from tracing import Fact, facts_from_rows, load_known_facts
 from tracing.config import TraceConfig
-from unlearn.data import load_rows
+from tracing.facts import FACT_FIELDS, is_known_facts
+from unlearn.data import FIELDS, load_rows
 
 
 def read_facts(config: TraceConfig) -> list[Fact]:
@@ -36,12 +36,17 @@ def read_sources(
     leave_out_unnamed: bool,
 ) -> list[Fact]:
     """The facts of every source, in order: files of facts whole, of rows those of `tasks` (see `TraceConfig` for all five)."""
+    given = dict(columns or {})
+    if unknown := sorted(set(given) - {*FIELDS, *FACT_FIELDS}):
+        known = ", ".join(dict.fromkeys((*FIELDS, *FACT_FIELDS)))
+        raise UserError(f"columns maps {unknown[0]!r}, which neither a row nor a fact has; choose of {known}")
+    named = {field: name for field, name in given.items() if field in FACT_FIELDS}
     facts: list[Fact] = []
     for source in sources:
-        if is_known_facts(source):
-            facts += load_known_facts(source)
+        if is_known_facts(source, named):
+            facts += load_known_facts(source, named)
             continue
-        rows = load_rows(source, columns=columns)
+        rows = load_rows(source, columns={field: name for field, name in given.items() if field in FIELDS})
         kept = [row for row in rows if not tasks or row.task in tasks]
         if not kept:
             have = ", ".join(sorted({row.task for row in rows}))
@@ -52,13 +57,3 @@ def read_sources(
             print(f"{source}: left out {lost} of {lost + len(found)} questions, which name no subject", file=sys.stderr)
         facts += found
     return facts
-
-
-def is_known_facts(source: str) -> bool:
-    """Whether a source is a file of facts rather than of rows: its first record has a `prompt` and a `subject`."""
-    path = Path(source)
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
-        return False
-    with open(path, encoding="utf-8", errors="replace") as file:
-        start = file.read(4096)
-    return '"prompt"' in start and '"subject"' in start

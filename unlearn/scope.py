@@ -123,6 +123,16 @@ class Scope:
             )
         return ResolvedScope(layers=layers, modules=modules, whole_model=self.layers == "model", lora=self.lora)
 
+    def doubt(self, weights: str) -> str | None:
+        """What speaks against the plan for a model of these weights (`lm.identity.fingerprint`): it was drawn from others."""
+        asked = None if self.plan is None else LayerPlan.load(Path(self.plan)).weights
+        if asked is None or asked == weights:
+            return None
+        return (
+            f"the plan {self.plan} was drawn from weights {asked}, and these are {weights}: another model, the same trained "
+            "further, or loaded in another type; where its layers may not hold here, trace this model"
+        )
+
 
 @dataclass(frozen=True)
 class ResolvedScope:

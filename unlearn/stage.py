@@ -6,6 +6,7 @@ This is wiring; every decision is in the config, every computation in the module
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,15 @@ from unlearn.scope import cost
 from unlearn.step import Side
 from unlearn.store import forget_stores
 from unlearn.trainer import refuse_broken_weights, train
+
+
+def _doubts(config: UnlearnConfig, weights: str) -> dict[str, str]:
+    """For the manifest, and said: that the plan was drawn from other weights, if it was. A retrained model may well use it."""
+    doubt = config.scope.doubt(weights)
+    if doubt is None:
+        return {}
+    print(f"warning: {doubt}", file=sys.stderr)
+    return {"plan_warning": doubt}
 
 
 def run_unlearning(config: UnlearnConfig) -> Path:
@@ -72,9 +82,10 @@ def run_unlearning(config: UnlearnConfig) -> Path:
             facts = {
                 "seed": config.trainer.seed,
                 "data": data,
-                "weights": fingerprint(model),
+                "weights": (weights := fingerprint(model)),
                 "scope": {"layers": list(scope.layers), "modules": list(scope.modules)},
                 "devices": launch_facts(acc),
+                **_doubts(config, weights),
             }
             same = ("data", "weights", "scope")
             run = RunFolder.create(

@@ -224,3 +224,11 @@ def test_one_group_has_no_interval_rather_than_one_of_no_width() -> None:
         assert np.isfinite(table.high).all() == told
         assert np.isfinite(table.mean).all()
         assert np.isfinite(np.array(effects.scores().interval("mlp"))).all() == told
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fact_that_lost_nothing_has_no_shares() -> None:
+    effects = replace(made_up([0.1, 0.4], facts=2), clean=np.array([0.9, 0.1]))
+    kept, lost = effects.indirect("mlp", normalised=True)
+    np.testing.assert_allclose(kept, effects.indirect("mlp")[0] / 0.8)
+    assert np.isnan(lost).all()

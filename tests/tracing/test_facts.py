@@ -6,7 +6,9 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
 
 from lm.builtin import world
@@ -14,6 +16,7 @@ from lm.errors import UserError
 from lm.rows import Row
 from tracing import Fact, facts_from_rows, find_subjects, load_known_facts
 from tracing.names import recurring_names
+from unlearn.facts import read_sources
 
 NAME = re.compile(r"What is the (?:birth date|home address) of (.*)\?$|What is (.*)'s (?:Social|phone|email)")
 
@@ -222,3 +225,36 @@ def test_facts_of_one_s_own_in_json_lines(tmp_path: Path) -> None:
     assert first == Fact("Żółw lives in", "Żółw", "Gdańsk", id="7", group="Żółw", foil="Łódź")
     assert (second.answer, second.group, second.foil) == ("poet", "poets", "")
     assert load_known_facts(tmp_path) == [first, second]
+
+
+@pytest.mark.parametrize("place", ["mine.jsonl", "mine.json", "mine.parquet", "folder"])
+def test_facts_are_told_from_rows_wherever_they_stand(tmp_path: Path, place: str) -> None:
+    records = [
+        {
+            "note": "x" * 5000,
+            "question": "Ada is a",
+            "who": "Ada",
+            "target": "poet",
+        },  # a first record beyond 4,096 characters
+        {"note": "", "question": "Bo lives in", "who": "Bo", "target": "Oslo"},
+    ]
+    path = tmp_path / place
+    if place == "folder":
+        path.mkdir()
+    file = path / "part.parquet" if place == "folder" else path
+    if file.suffix == ".parquet":
+        pandas.DataFrame(records).to_parquet(file)
+    else:
+        lines = [json.dumps(record) for record in records]
+        file.write_text("\n".join(lines) if file.suffix == ".jsonl" else f"[{','.join(lines)}]")
+    how: dict[str, Any] = {"tasks": (), "subject": None, "leave_out_unnamed": False}
+    columns = {"prompt": "question", "subject": "who", "answer": "target", "input": "not of facts"}
+    facts = read_sources([str(path)], columns=columns, **how)
+    assert [(fact.prompt, fact.subject, fact.answer) for fact in facts] == [
+        ("Ada is a", "Ada", "poet"),
+        ("Bo lives in", "Bo", "Oslo"),
+    ]
+    with pytest.raises(UserError, match='no column "input"'):
+        read_sources([str(path)], columns=None, **how)  # rows, then
+    with pytest.raises(UserError, match="'promt', which neither a row nor a fact has"):
+        read_sources([str(path)], columns={"promt": "question"}, **how)

@@ -30,6 +30,9 @@ def test_the_band_with_the_largest_sum_is_chosen_and_singled_out() -> None:
     assert plan.provenance["model"] == "made up"
     assert plan.provenance["model_layers"] == 10
     assert len(plan.provenance["facts_used"]) == 30
+    fewer = choose_layers(made_up(BUMP, noise=0.2, facts=29), size=3)
+    assert plan.provenance["facts_sha256"] == choose_layers(made_up(BUMP, seed=1), size=3).provenance["facts_sha256"]
+    assert plan.provenance["facts_sha256"] != fewer.provenance["facts_sha256"]
     assert choose_layers(made_up(BUMP, noise=0.2), size=1).verdict.startswith("The evidence singles out layer 3: its")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm.errors import UserError
+from lm.identity import fingerprint
 from lm.load import ModelSpec, load
 from lm.prompts import PromptSpec
 from lm.run import RunFolder
@@ -207,6 +208,23 @@ def test_the_plan_that_tracing_wrote_names_the_layers(tiny: Path, tmp_path: Path
     for use, layers in (("chosen", [2]), ("random", [0]), ("inverse", [1]), ("all", [0, 1, 2])):
         run_unlearning(small_config(tiny, tmp_path / use, scope=Scope(plan=str(tmp_path / "plan.json"), use=use)))
         assert RunFolder(tmp_path / use).manifest["layers"] == layers
+
+
+def test_a_plan_of_another_model_is_used_with_a_warning(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, mine = tmp_path / "plan.json", fingerprint(load(small_config(tiny, tmp_path).model, device="cpu"))
+    for weights, provenance in (
+        ("0123456789abcdef", {"weights": "0123456789abcdef"}),
+        ("fedcba", {"localizers": {"a": {}, "b": {"weights": "fedcba"}}}),
+        (mine, {"weights": mine}),
+    ):
+        LayerPlan(layers=(2,), provenance=provenance).save(path)
+        out = tmp_path / weights
+        run_unlearning(small_config(tiny, out, trainer=replace(SMALL, steps=1), scope=Scope(plan=str(path))))
+        said = RunFolder(out).manifest.get("plan_warning", "")
+        assert (f"drawn from weights {weights}, and these are {mine}" in said) == (weights != mine)
+        assert ("warning: the plan" in capsys.readouterr().err) == (weights != mine)
 
 
 def test_alternates_are_trained_on_and_asked_for_before_anything_loads(tiny: Path, tmp_path: Path) -> None:
