@@ -100,14 +100,14 @@ def is_main() -> bool:
 @contextmanager
 def together(acc: Accelerator) -> Iterator[None]:
     """What the main process does alone, the others waiting, or each does by itself; the first `UserError` is raised on all."""
-    said: list[str | None] = [None]
+    mine: UserError | None = None
     try:
         yield
     except UserError as error:
-        said = [str(error)]
-    for problem in gather_object(said):
-        if problem is not None:
-            raise UserError(problem)
+        mine = error
+    for problem in gather_object([None if mine is None else str(mine)]):
+        if problem is not None:  # one's own keeps its cause: whether it was the system's error is asked elsewhere
+            raise mine if mine is not None and str(mine) == problem else UserError(problem)
 
 
 def is_sharded(model: nn.Module) -> bool:
