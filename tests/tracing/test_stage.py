@@ -124,7 +124,7 @@ def test_a_trace_looks_at_growing_numbers_of_facts(
     at_once = run_tracing(stage(model_folder, tmp_path / "once", max_facts=6), facts)  # the same order
     assert at_once.effects.facts == result.effects.facts
     for one, other in zip(at_once.effects.restored["mlp"], result.effects.restored["mlp"], strict=True):
-        assert np.array_equal(one, other)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-9)  # other facts share the wave: rounding
 
 
 def test_other_corruptions_of_the_same_facts_are_traced_beside(model_folder: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_nothing_is_left_behind_on_the_model_also_after_an_error(monkeypatch: py
     model = tiny("gpt2")
     before = model.model(torch.tensor([[5, 6, 7]])).logits
     trace(model, known(model), progress=False)
-    monkeypatch.setattr("tracing.wavefront.read_off", lambda *args: 1 / 0)
+    monkeypatch.setattr("tracing.wavefront.read_all", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trace(model, known(model), progress=False)
     assert torch.equal(model.model(torch.tensor([[5, 6, 7]])).logits, before)
