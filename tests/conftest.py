@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
+
+settings.register_profile("untimed", deadline=None)  # no test is decided by how busy the machine is
+settings.load_profile("untimed")
 
 NAMES = ["Ada Brill", "Bo Karsk", "Cleo Dunn", "Dag Ekholm", "Effi Frost", "Gil Harrow", "Ines Jolt", "Kai Lund"]
 
