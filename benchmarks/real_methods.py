@@ -12,6 +12,7 @@ terms may lose. The leading methods are run again with other seeds. It is `unlea
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -107,11 +108,10 @@ def main(asked: Comparison) -> None:
 
 
 def invent(model: str, rows: Path, out: Path) -> None:
-    """Have the model invent other answers, for AltPO."""
+    """Have the model invent other answers, for AltPO. What it knows by heart it says again and again: it is asked often."""
+    shutil.rmtree(out, ignore_errors=True)  # of a run that broke off
     words = ["scripts/alternates.py", "--model.path", model, "--rows", str(rows), "--per_row", "1", "--out", str(out)]
-    subprocess.run(
-        [sys.executable, *words, "--resume", str((out / "config.yaml").exists()).lower()], cwd=ROOT, check=True
-    )
+    subprocess.run([sys.executable, *words, "--attempts", "20", "--temperature", "1.5"], cwd=ROOT, check=True)
 
 
 def search(asked: Comparison, methods: dict[str, dict[str, Any]], base: Path, plan: Path) -> SearchConfig:

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lm.allocator import return_freed_memory
 from lm.devices import is_sharded, local_part, sum_over_processes
 from lm.errors import UserError
 from lm.load import LanguageModel
@@ -83,6 +84,8 @@ def train(
             NaN; the disk is full.
     """
     _refuse_what_cannot_be(model, forget, retain, loss, config, validates=validate is not None)
+    if acc.device.type == "cpu":
+        return_freed_memory()
     batches = config.batches(len(forget.rows), len(retain.rows) if loss.uses_retain else 0)
     steps = config.steps or batches.total(config.epochs)
     model.model.train(False)

@@ -1,0 +1,33 @@
+"""Memory that is freed goes back to the system, not into a heap full of holes.
+
+The C library's allocator keeps what training frees, in pieces between tensors that still live, and raises by itself the size
+from which it asks the system for each block: on CPU a step's peak can be half as large again as its tensors. With a fixed
+size the peak is that of the tensors; what it costs is in docs/unlearning_cost.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+AT_LEAST = 1 << 19
+"""Bytes from which a block is the system's. At half of it a small model's step took a fifth more time, for 8 % less memory."""
+
+_M_MMAP_THRESHOLD = -3
+
+
+def return_freed_memory(at_least: int = AT_LEAST) -> bool:
+    """Have blocks of `at_least` bytes and more, from now on, go back to the system as soon as they are freed.
+
+    For the whole process. A user's own MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES is left alone.
+
+    Returns:
+        Whether it is so: False where the C library is not glibc, or the user has set it.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "glibc.malloc.mmap" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None)
+    return hasattr(library, "gnu_get_libc_version") and library.mallopt(_M_MMAP_THRESHOLD, at_least) == 1
