@@ -108,11 +108,24 @@ class Comparison:
             if -self.margin < low and high < self.margin:
                 return f"{measured}, but {self.people} people are too few to rule out a share of {self.margin:g}."
             return f"{measured}: both none and more than {self.margin:g} are possible; ask about more people, or more seeds."
+        if self.verdict == "as much":
+            chance = ", though it is not by chance" if low > 0 or high < 0 else ""
+            return f"{measured}; less than {self.margin:g} counts as none{chance}."
         return f"{measured}."
+
+    @property
+    def likelihood(self) -> str:
+        """How much likelier the true answers are than under the model that never knew, in a sentence: what an exact match
+        does not see."""
+        ahead = self.mean(self.unlearned_log - self.never_log)
+        return (
+            f"It finds the true answers likelier than the other by {ahead[0]:+.2f} nats a token before the attack and by "
+            f"{ahead[-1]:+.2f} at its end."
+        )
 
     def sentence(self, words: Mapping[Verdict, str]) -> str:
         """The result in one sentence, with what a verdict means of this attack."""
-        return f"{self.name}: the unlearned model {words[self.verdict]}: {self.why}"
+        return f"{self.name}: the unlearned model {words[self.verdict]}: {self.why} {self.likelihood}"
 
     def table(self, unit: str) -> str:
         """The curves as text: a line a level."""
@@ -136,6 +149,7 @@ class Comparison:
             "name": self.name,
             "verdict": self.verdict,
             "why": self.why,
+            "likelihood": self.likelihood,
             "excess": dict(zip(("mean", "low", "high"), _plain(self.excess), strict=True)),
             "levels": list(self.levels),
             "curves": {

@@ -60,14 +60,8 @@ def without_told(given: Sequence[Row], asked: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def check_apart(given: Iterable[Row], asked: Iterable[Row], name: str) -> None:
-    """Raise UserError unless there are rows on both sides and none is on both, by id or by text."""
-    given, asked = tuple(given), tuple(asked)
-    for what, rows in (("given to the attacker", given), ("left to ask", asked)):
-        if not rows:
-            raise UserError(
-                f"attack.given names {name}, and of these rows none are {what}: give more people, questions or another share, or "
-                f"leave {name} out"
-            )
+    """Raise UserError if a row is on both sides, by id or by text."""
+    given = tuple(given)
     ids, texts = {canonical_id(row.id) for row in given}, {(row.input, row.output) for row in given}
     both = [row.id for row in asked if canonical_id(row.id) in ids or (row.input, row.output) in texts]
     if both:
@@ -75,6 +69,16 @@ def check_apart(given: Iterable[Row], asked: Iterable[Row], name: str) -> None:
             f"row {both[0]} is both given to the attacker ({name}) and asked: relearning it would prove nothing; take it out of "
             "the rows that are given"
         )
+
+
+def check_some(given: Sequence[Row], asked: Sequence[Row], name: str) -> None:
+    """Raise UserError unless there are rows on both sides."""
+    for what, rows in (("to give to the attacker", given), ("to ask for whose answer no given row tells", asked)):
+        if not rows:
+            raise UserError(
+                f"attack.given names {name}, and there is no row {what}: bring more people or questions, another attack.share, "
+                f"or leave {name} out"
+            )
 
 
 def _split(rows: Sequence[Row], given: set[str]) -> Split:

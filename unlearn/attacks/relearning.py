@@ -25,8 +25,8 @@ from unlearn import lora
 from unlearn.attacks.answers import Answer, ask, read_answers, write_answers
 from unlearn.attacks.attack import Attack, Trial
 from unlearn.attacks.curves import Verdict
-from unlearn.attacks.given import Given, check_apart, other_people, same_people, without_told
-from unlearn.data import check_disjoint, data_hash, load_rows
+from unlearn.attacks.given import Given, check_apart, check_some, other_people, same_people, without_told
+from unlearn.data import data_hash, load_rows
 from unlearn.evaluation.batching import Workers
 from unlearn.objectives import Learn, Loss, NoRetain
 from unlearn.scope import Lora, Scope
@@ -46,9 +46,9 @@ class Relearning(Attack):
     unit: ClassVar[str] = "steps"
     words: ClassVar[Mapping[Verdict, str]] = {
         "more": "relearns faster than a model that never knew, so knowledge is still inside",
-        "as much": "relearns as fast as a model that never knew, so this attack finds nothing inside",
+        "as much": "relearns as fast as a model that never knew, so this attack brings next to nothing back",
         "less": "relearns more slowly than a model that never knew, so it was damaged rather than made ignorant",
-        "cannot tell": "cannot be told from a model that never knew, nor be said to be like one",
+        "cannot tell": "may or may not relearn faster than a model that never knew: cannot tell",
     }
 
     given: tuple[Given, ...] = get_args(Given)
@@ -124,7 +124,6 @@ class Relearning(Attack):
             UserError: nothing to give or to ask; a row that is both.
         """
         others = load_rows(self.unrelated) if "unrelated" in self.given else ()
-        check_disjoint(forget, others)
         found = []
         for name in self.given:
             for seed in seeds:
@@ -134,8 +133,9 @@ class Relearning(Attack):
                     given, asked = same_people(forget, self.share, seed)
                 else:
                     given, asked = tuple(retain if name == "retain" else others), tuple(forget)
+                check_apart(given, asked, name)
                 left = without_told(given, asked)
-                check_apart(given, left, name)
+                check_some(given, left, name)
                 found.append(Trial(name, seed, given, left, told=len(asked) - len(left)))
         return found
 

@@ -68,7 +68,9 @@ def run_attack(config: AttackConfig) -> AttackResult:
         left = (
             "" if not number else f", about {(time.monotonic() - clock) / number * (len(trials) - number):.0f} s left"
         )
-        acc.print(f"== {type(config.attack).__name__}: {trial.name}, seed {trial.seed} ({number + 1} of {len(trials)}{left})")
+        acc.print(
+            f"== {type(config.attack).__name__}: {trial.name}, seed {trial.seed} ({number + 1} of {len(trials)}{left})"
+        )
         found = {}
         for name, spec in specs.items():
             folder = run.path / trial.name / f"seed-{trial.seed}" / name
