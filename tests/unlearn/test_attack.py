@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from lm.errors import UserError
 from lm.load import ModelSpec, load
 from lm.prompts import PromptSpec, encode_pair
-from tests.unlearn.helpers import config_words, launch, run_here, run_script
+from tests.unlearn.helpers import config_words, run_here, run_script
 from unlearn.attacks import AttackConfig, Relearning, run_attack
 from unlearn.attacks.attack import Trial
 from unlearn.attacks.relearning import _Asking
@@ -206,11 +206,12 @@ def test_two_models_have_two_curves(world: AttackConfig, itself: Path, other: Mo
     assert one.unlearned_log[:, 0].tolist() == before, "the unlearned one is the same as in the other attack"
 
 
-def test_two_processes_give_the_same_numbers(world: AttackConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", ["cpu2_ddp", "cpu2_fsdp"])
+def test_two_processes_give_the_same_numbers(world: AttackConfig, tmp_path: Path, devices: str) -> None:
     config = replace(world, seeds=(0,), attack=replace(FEW, given=("same_people",)), out=str(tmp_path / "one"))
     run_attack(config)
     words = config_words(replace(config, out=str(tmp_path / "two")), tmp_path)
-    done = launch("cpu2_ddp", "scripts/attack.py", *words)
+    done = run_script("attack", *words, launch=devices)
     assert done.returncode == 0, done.stderr
     for one, two in zip(result(tmp_path / "one")[0]["rows"], result(tmp_path / "two")[0]["rows"], strict=True):
         assert one["unlearned_log"] == pytest.approx(two["unlearned_log"], rel=1e-4)
