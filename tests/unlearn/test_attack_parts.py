@@ -131,7 +131,11 @@ def test_numbers_by_hand() -> None:
     assert one.people == 40
     told = one.to_json()
     assert told["curves"]["unlearned"] == {"qa": [0.25, 0.5], "sc": [0.25, 0.5], "all": [0.25, 0.5]}
-    assert "by +2.25 nats a token before the attack and by +2.38 at its end" in one.sentence(Relearning.words)
+    assert one.sentence(Relearning.words).endswith(
+        "Under it the true answers are 2.25 nats a token more likely than under the other before the attack, and 2.38 nats a "
+        "token more likely at its end."
+    )
+    assert "are 2.00 nats a token less likely" in comparison((0, 0), (4, 0)).likelihood
     assert one.sentence(Relearning.words).startswith("other_people: the unlearned model relearns faster than a model")
     assert one.table("steps").splitlines()[-1].split()[:3] == ["10", "0.500", "0.125"]
     assert curves_picture([one, one], "steps").startswith(b"\x89PNG")

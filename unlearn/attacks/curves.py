@@ -117,11 +117,11 @@ class Comparison:
     def likelihood(self) -> str:
         """How much likelier the true answers are than under the model that never knew, in a sentence: what an exact match
         does not see."""
-        ahead = self.mean(self.unlearned_log - self.never_log)
-        return (
-            f"It finds the true answers likelier than the other by {ahead[0]:+.2f} nats a token before the attack and by "
-            f"{ahead[-1]:+.2f} at its end."
+        before, after = (
+            f"{abs(ahead):.2f} nats a token {'more' if ahead >= 0 else 'less'} likely"
+            for ahead in self.mean(self.unlearned_log - self.never_log)[[0, -1]]
         )
+        return f"Under it the true answers are {before} than under the other before the attack, and {after} at its end."
 
     def sentence(self, words: Mapping[Verdict, str]) -> str:
         """The result in one sentence, with what a verdict means of this attack."""
