@@ -106,7 +106,7 @@ def test_a_model_attacked_beside_itself_is_as_one_that_never_knew(itself: Path) 
 
 def test_what_was_given_is_not_asked_and_all_else_is(itself: Path, world: AttackConfig) -> None:
     forget = load_rows(world.forget)
-    for trial in FEW.trials(forget, load_rows(world.retain), world.seeds):
+    for trial in FEW.trials(forget, load_rows(world.retain), world):
         for name in ("unlearned", "never"):
             folder = itself / trial.name / f"seed-{trial.seed}" / name
             files = sorted(folder.glob("answers-*.json"))

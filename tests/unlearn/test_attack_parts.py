@@ -9,6 +9,7 @@ import pytest
 
 from lm.errors import UserError
 from lm.rows import Row
+from unlearn.attacks.config import AttackConfig
 from unlearn.attacks.curves import Comparison, mean_over_trials
 from unlearn.attacks.given import check_apart, check_some, other_people, same_people, without_told
 from unlearn.attacks.picture import curves_picture
@@ -67,7 +68,7 @@ def test_a_row_is_not_both_given_and_asked() -> None:
 
 
 def test_every_trial_of_the_builtin_world_asks_nothing_that_was_given() -> None:
-    trials = Relearning().trials(FORGET, load_rows("builtin:retain"), (0, 1))
+    trials = Relearning().trials(FORGET, load_rows("builtin:retain"), AttackConfig(seeds=(0, 1)))
     assert [(one.name, one.seed) for one in trials] == [
         (name, seed) for name in ("other_people", "same_people", "retain", "unrelated") for seed in (0, 1)
     ]

@@ -54,8 +54,8 @@ class Attack:
         """The levels at which the model is asked, rising; 0 is first."""
         raise NotImplementedError
 
-    def trials(self, forget: Sequence[Row], retain: Sequence[Row], seeds: Sequence[int]) -> list[Trial]:
-        """What is tried. Raises UserError where the rows do not allow it."""
+    def trials(self, forget: Sequence[Row], retain: Sequence[Row], config: AttackConfig) -> list[Trial]:
+        """What is tried, each once for each of `config.seeds`. Raises UserError where the rows do not allow it."""
         raise NotImplementedError
 
     def run(self, trial: Trial, spec: ModelSpec, config: AttackConfig, folder: Path) -> dict[int, list[Answer]]:

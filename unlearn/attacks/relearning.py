@@ -117,16 +117,16 @@ class Relearning(Attack):
             return Scope(layers="model")
         return Scope(layers="all", modules=("all",), lora=Lora(rank=self.lora, alpha=2 * self.lora))
 
-    def trials(self, forget: Sequence[Row], retain: Sequence[Row], seeds: Sequence[int]) -> list[Trial]:
+    def trials(self, forget: Sequence[Row], retain: Sequence[Row], config: AttackConfig) -> list[Trial]:
         """One for each of `given` and each seed.
 
         Raises:
             UserError: nothing to give or to ask; a row that is both.
         """
-        others = load_rows(self.unrelated) if "unrelated" in self.given else ()
+        others = load_rows(self.unrelated, columns=config.columns) if "unrelated" in self.given else ()
         found = []
         for name in self.given:
-            for seed in seeds:
+            for seed in config.seeds:
                 if name == "other_people":
                     given, asked = other_people(forget, self.share, seed)
                 elif name == "same_people":

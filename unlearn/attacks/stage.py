@@ -57,7 +57,7 @@ def run_attack(config: AttackConfig) -> AttackResult:
     check_disjoint(forget, retain)
     forget = _of_tasks(forget, config)
     check_rows(forget)
-    trials = config.attack.trials(forget, retain, config.seeds)
+    trials = config.attack.trials(forget, retain, config)
     acc = accelerator(cpu=config.model.device == "cpu")
     specs = dict(zip(MODELS, (config.model, config.never), strict=True))
     run = RunFolder(config.out, main=acc.is_main_process)
