@@ -109,8 +109,9 @@ def test_verdicts() -> None:
     assert comparison((0, 0), (0, 0.5)).verdict == "less"
     assert comparison((0, 0.3), (0, 0.3)).verdict == "as much"
     small = comparison((0, 0.33), (0, 0.3))
-    assert small.verdict == "as much", "the difference is below the margin"
-    assert small.why.endswith("less than 0.1 counts as none, though it is not by chance.")
+    assert small.verdict == "a little more", "below the margin, but not by chance"
+    assert comparison((0, 0.33), (0, 0.3), documents=20).verdict == "a little more", "which few people show too"
+    assert comparison((0, 0.3), (0, 0.33)).verdict == "as much", "a little less is no sign of anything"
     assert comparison((0, 0.3), (0, 0.3)).why.endswith("less than 0.1 counts as none.")
     assert comparison(split, split[::-1]).verdict == "cannot tell"
     assert comparison(split, (0, 0)).verdict == "more"

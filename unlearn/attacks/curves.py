@@ -15,7 +15,7 @@ import numpy as np
 from tracing.arrays import Array
 from tracing.statistics import bootstrap, mean_over_facts, units
 
-Verdict = Literal["more", "as much", "less", "cannot tell"]
+Verdict = Literal["more", "a little more", "as much", "less", "cannot tell"]
 KINDS = {"qa": "question", "sc": "completion"}
 KNOWS = 0.5
 """A model that says more than this of the forgotten before any attack did know it."""
@@ -81,14 +81,22 @@ class Comparison:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """`more` or `less`: the interval lies on one side of 0. `as much`: it lies within the margin, and so many people were
-        asked that what none of them shows holds for fewer than `margin` of all (3 / people, the rule of three)."""
+        """`more`: the interval lies above 0; `a little more`: and below the margin. `as much`: it holds 0 or less, lies within
+        the margin either way, and so many people were asked that what none of them shows holds for fewer than `margin` of all
+        (3 / people, the rule of three). `less`: it lies below 0, and not within the margin."""
         _, low, high = self.excess
         if np.isnan(low) or self.known_before > KNOWS:
             return "cannot tell"
+        if low > 0:
+            return "a little more" if high < self.margin else "more"
         if -self.margin < low and high < self.margin:
-            return "as much" if 3 / self.people <= self.margin else "cannot tell"
-        return "more" if low > 0 else "less" if high < 0 else "cannot tell"
+            return "as much" if self.enough else "cannot tell"
+        return "less" if high < 0 else "cannot tell"
+
+    @property
+    def enough(self) -> bool:
+        """Whether so many people were asked that something none of them shows is rarer than the margin."""
+        return 3 / self.people <= self.margin
 
     @property
     def why(self) -> str:
@@ -109,8 +117,7 @@ class Comparison:
                 return f"{measured}, but {self.people} people are too few to rule out a share of {self.margin:g}."
             return f"{measured}: both none and more than {self.margin:g} are possible; ask about more people, or more seeds."
         if self.verdict == "as much":
-            chance = ", though it is not by chance" if low > 0 or high < 0 else ""
-            return f"{measured}; less than {self.margin:g} counts as none{chance}."
+            return f"{measured}; less than {self.margin:g} counts as none."
         return f"{measured}."
 
     @property

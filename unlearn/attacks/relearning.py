@@ -46,7 +46,8 @@ class Relearning(Attack):
     unit: ClassVar[str] = "steps"
     words: ClassVar[Mapping[Verdict, str]] = {
         "more": "relearns faster than a model that never knew, so knowledge is still inside",
-        "as much": "relearns as fast as a model that never knew, so this attack brings next to nothing back",
+        "a little more": "relearns a little faster than a model that never knew, so something is still inside",
+        "as much": "relearns as fast as a model that never knew, so this attack brings nothing back",
         "less": "relearns more slowly than a model that never knew, so it was damaged rather than made ignorant",
         "cannot tell": "may or may not relearn faster than a model that never knew: cannot tell",
     }
