@@ -68,6 +68,7 @@ def train(
     mask: WeightMask | None = None,
     validate: Validate | None = None,
     resume: bool = False,
+    label: str = "unlearn",
 ) -> tuple[nn.Module, Progress]:
     """Train the parameters that require gradients; returns the (wrapped) model with the result in it, and the closing facts.
 
@@ -78,6 +79,7 @@ def train(
         mask: which single weights may change; None for all that require gradients.
         validate: returns `task_aggregate` and/or `joint_loss`, on every process; called every `evaluate_every` steps.
         resume: go on from the newest checkpoint in `run`, if there is one.
+        label: what the progress is called.
 
     Raises:
         UserError: the loss needs retain rows and there are none, or reads nothing of a trainable parameter; the loss became
@@ -119,7 +121,7 @@ def train(
         expected = estimate(loop.stepper, batches, steps)
         acc.print(expected.sentence())
         run.note(estimated={"peak_bytes": expected.peak, "train_seconds": round(expected.seconds, 3)})
-    return wrapped, loop.run_all(resume=resume)
+    return wrapped, loop.run_all(resume=resume, label=label)
 
 
 def _refuse_what_cannot_be(
@@ -174,13 +176,13 @@ class _Loop:
         self.at = Progress()
         self.saved_at: int | None = None
 
-    def run_all(self, *, resume: bool) -> Progress:
+    def run_all(self, *, resume: bool, label: str) -> Progress:
         if resume:
             self._load_newest()
         self.run.forget_after(self.at.step)
         self.acc.wait_for_everyone()
         shown = self.acc.is_main_process
-        with progress(self.steps, label="unlearn", unit="steps", done=self.at.step, enabled=shown) as advance:
+        with progress(self.steps, label=label, unit="steps", done=self.at.step, enabled=shown) as advance:
             while self.at.step < self.steps and not self._out_of_time():
                 started = time.perf_counter()
                 result, norm = self._step()

@@ -152,6 +152,7 @@ def test_every_setting_has_a_sentence() -> None:
     from sae.trainer import TrainSaeConfig
     from tracing.config import TraceConfig
     from tracing.localize_config import LocalizeConfig
+    from unlearn.attacks import AttackConfig
     from unlearn.config import UnlearnConfig
     from unlearn.demo import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
@@ -169,7 +170,7 @@ def test_every_setting_has_a_sentence() -> None:
                     if dataclasses.is_dataclass(one) and isinstance(one, type):
                         look(one, f"{prefix}{item.name}.")
 
-    for cls in (TraceConfig, LocalizeConfig, UnlearnConfig, DemoConfig, EvaluateConfig, TrainSaeConfig):
+    for cls in (TraceConfig, LocalizeConfig, UnlearnConfig, DemoConfig, EvaluateConfig, TrainSaeConfig, AttackConfig):
         look(cls, f"{cls.__name__}.")
     assert silent == []
 
@@ -179,6 +180,7 @@ def test_every_shipped_config_is_read_by_its_script() -> None:
     from sae.trainer import TrainSaeConfig
     from tracing.config import TraceConfig
     from tracing.localize_config import LocalizeConfig
+    from unlearn.attacks import AttackConfig
     from unlearn.config import UnlearnConfig
     from unlearn.demo import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
@@ -196,6 +198,7 @@ def test_every_shipped_config_is_read_by_its_script() -> None:
         "sae": TrainSaeConfig,
         "harvest": CacheConfig,
         "search": SearchConfig,
+        "attack": AttackConfig,
     }
     read = 0
     for file in sorted((ROOT / "configs").rglob("*.yaml")):

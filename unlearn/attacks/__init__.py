@@ -1,0 +1,11 @@
+"""Does it come back? Attacks on an unlearned model, each beside the same attack on a model that never knew.
+
+`run_attack` drives any of them; `AttackConfig` says on what. So far there is one: `Relearning`.
+"""
+
+from unlearn.attacks.attack import Attack
+from unlearn.attacks.config import AttackConfig
+from unlearn.attacks.relearning import Relearning
+from unlearn.attacks.stage import run_attack
+
+__all__ = ["Attack", "AttackConfig", "Relearning", "run_attack"]

@@ -1,0 +1,71 @@
+"""One attack as data: an unlearned model, one that never knew, the rows, and what is done to bring them back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lm.errors import UserError
+from lm.load import ModelSpec
+from lm.prompts import PromptSpec
+from tracing.statistics import check_confidence
+from unlearn.attacks.attack import Attack
+from unlearn.attacks.relearning import Relearning
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """Which model is attacked, how, and beside which other."""
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    """The unlearned model."""
+    never: ModelSpec = field(default_factory=lambda: ModelSpec(path="builtin:retain_only"))
+    """One of the same shape that never learned the forget rows (trained on what is to be kept alone), attacked alike."""
+    forget: str = "builtin:forget"
+    """The rows that it should have forgotten: a JSONL or Parquet file, a folder of them, or a part of the built-in world."""
+    retain: str = "builtin:retain"
+    """The rows that it kept: likewise. An attacker may have them."""
+    columns: dict[str, str] | None = None
+    """For files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
+    tasks: tuple[str, ...] = ()
+    """Only forget rows of these tasks. Empty: all."""
+    attack: Attack = field(default_factory=Relearning)
+    """What is done."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Every trial once a seed, with other given rows and in another order; a row's score is its mean over them."""
+    prompt: PromptSpec = field(default_factory=PromptSpec)
+    """How rows are rendered: as they were trained."""
+    max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    batch_size: int = 64
+    """Prompts at once on each process."""
+    margin: float = 0.1
+    """A mean difference (of scores from 0 to 1) from the model that never knew below this counts as none."""
+    confidence: float = 0.95
+    """Of the interval over people."""
+    out: str = "runs/attack"
+    """The run folder; the result is in its attack.json and attack.png, every answer beside them."""
+    resume: bool = False
+    """Go on with the attack in `out`."""
+
+    def __post_init__(self) -> None:
+        check_confidence(self.confidence)
+        if not 0 < self.margin < 1:
+            raise UserError(f"margin is {self.margin}; give a difference of scores between 0 and 1 (0.1 is usual)")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds is {list(self.seeds)}; give at least one, all different and none below 0")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("model", "never"):
+            if getattr(self, name).device not in (None, "cpu", "cuda"):
+                raise UserError(
+                    f"{name}.device is {getattr(self, name).device}, but training runs where the launcher puts it: leave it out "
+                    "and set CUDA_VISIBLE_DEVICES, or give cpu"
+                )
+        if not self.forget.startswith("builtin"):
+            for name, given in (("retain", self.retain), ("never.path", self.never.path)):
+                if given.startswith("builtin"):
+                    raise UserError(
+                        f"{name} is {given} but forget is {self.forget}: the built-in one says nothing about other data; give "
+                        "your own"
+                    )

@@ -1,0 +1,209 @@
+"""The relearning attack: train the unlearned model a little on what somebody may have, and see whether the rest comes back.
+
+The project's own trainer and objective (`Learn`), constant rate, all weights or adapters. Beside Hu et al., "Unlearning or
+Obfuscating?" (arXiv 2406.13356). Badge: *reconstruction*: there it is judged by the unlearned model alone; what counts here is
+the difference to a model that never knew, trained on the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+from accelerate import Accelerator
+
+from lm.devices import accelerator, together
+from lm.errors import UserError
+from lm.identity import fingerprint
+from lm.load import LanguageModel, ModelSpec, load
+from lm.rows import Row
+from lm.run import RunFolder
+from unlearn import lora
+from unlearn.attacks.answers import Answer, ask, read_answers, write_answers
+from unlearn.attacks.attack import Attack, Trial
+from unlearn.attacks.curves import Verdict
+from unlearn.attacks.given import Given, check_apart, check_some, other_people, same_people, without_told
+from unlearn.data import data_hash, load_rows
+from unlearn.evaluation.batching import Workers
+from unlearn.objectives import Learn, Loss, NoRetain
+from unlearn.scope import Lora, Scope
+from unlearn.stage import encode_rows
+from unlearn.step import Side
+from unlearn.trainer import train
+from unlearn.trainer_config import TrainerConfig
+
+if TYPE_CHECKING:
+    from unlearn.attacks.config import AttackConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relearning(Attack):
+    """Train a little on rows that an attacker may have, and ask for forget rows that were not among them."""
+
+    unit: ClassVar[str] = "steps"
+    words: ClassVar[Mapping[Verdict, str]] = {
+        "more": "relearns faster than a model that never knew, so knowledge is still inside",
+        "a little more": "relearns a little faster than a model that never knew, so something is still inside",
+        "as much": "relearns as fast as a model that never knew, so this attack brings nothing back",
+        "less": "relearns more slowly than a model that never knew, so it was damaged rather than made ignorant",
+        "cannot tell": "may or may not relearn faster than a model that never knew: cannot tell",
+    }
+
+    given: tuple[Given, ...] = get_args(Given)
+    """What the attacker has, each tried by itself: all rows of some people (the others are asked), some questions about each
+    person (the other questions are asked), the retain rows, or unrelated rows (all forget rows are asked)."""
+    share: float = 0.25
+    """Which share of the people, or of each person's questions, is given; at least one."""
+    unrelated: str = "builtin:held_out"
+    """Rows that have nothing to do with either side: a file, a folder, or a part of the built-in world."""
+    steps: int = 40
+    """Optimiser steps."""
+    every: int = 10
+    """Steps between askings."""
+    batch: int = 16
+    """Rows in a global batch."""
+    micro_batch: int = 8
+    """Rows that go through the model at once on one process."""
+    learning_rate: float = 1e-4
+    """Rate of AdamW, constant."""
+    lora: int | None = None
+    """Train adapters of this rank on all blocks, instead of all weights."""
+    autocast: Literal["no", "bf16", "fp16"] = "no"
+    """Compute in this type over float32 weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        if not self.given or len(set(self.given)) < len(self.given):
+            raise UserError(
+                f"attack.given is {list(self.given)}: name each once, at least one of {', '.join(get_args(Given))}"
+            )
+        if not 0 < self.share < 1:
+            raise UserError(f"attack.share is {self.share}: give a share between 0 and 1; what is left is asked")
+        for name in ("steps", "every", "batch", "micro_batch", "learning_rate", "lora"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"attack.{name} is {value}: give a positive number")
+        if self.every > self.steps:
+            raise UserError(f"attack.every is {self.every} of {self.steps} steps: the model is never asked; give fewer")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Steps after which the model is asked: 0, each `every`, and the last."""
+        return tuple(dict.fromkeys((*range(0, self.steps + 1, self.every), self.steps)))
+
+    @property
+    def trainer(self) -> TrainerConfig:
+        """What the trainer is told, but for the seed."""
+        return TrainerConfig(
+            steps=self.steps,
+            batch=self.batch,
+            micro_batch=self.micro_batch,
+            learning_rate=self.learning_rate,
+            schedule="constant",
+            autocast=self.autocast,
+            gradient_checkpointing=self.gradient_checkpointing,
+            estimate=False,
+            save_every=self.every,
+            evaluate_every=self.every,
+        )
+
+    @property
+    def scope(self) -> Scope:
+        """What may change."""
+        if self.lora is None:
+            return Scope(layers="model")
+        return Scope(layers="all", modules=("all",), lora=Lora(rank=self.lora, alpha=2 * self.lora))
+
+    def trials(self, forget: Sequence[Row], retain: Sequence[Row], config: AttackConfig) -> list[Trial]:
+        """One for each of `given` and each seed.
+
+        Raises:
+            UserError: nothing to give or to ask; a row that is both.
+        """
+        others = load_rows(self.unrelated, columns=config.columns) if "unrelated" in self.given else ()
+        found = []
+        for name in self.given:
+            for seed in config.seeds:
+                if name == "other_people":
+                    given, asked = other_people(forget, self.share, seed)
+                elif name == "same_people":
+                    given, asked = same_people(forget, self.share, seed)
+                else:
+                    given, asked = tuple(retain if name == "retain" else others), tuple(forget)
+                check_apart(given, asked, name)
+                left = without_told(given, asked)
+                check_some(given, left, name)
+                found.append(Trial(name, seed, given, left, told=len(asked) - len(left)))
+        return found
+
+    def run(self, trial: Trial, spec: ModelSpec, config: AttackConfig, folder: Path) -> dict[int, list[Answer]]:
+        """The answers after 1 x `every`, 2 x `every`, … steps; those that are in `folder` already are read."""
+        if not all(_file(folder, level).exists() for level in self.levels[1:]):
+            self._train(trial, spec, config, folder)
+        return {level: read_answers(_file(folder, level)) for level in self.levels[1:]}
+
+    def _train(self, trial: Trial, spec: ModelSpec, config: AttackConfig, folder: Path) -> None:
+        acc = accelerator(mixed_precision=self.autocast, cpu=spec.device == "cpu")
+        scope = self.scope
+        model = load(spec, device="cpu")
+        weights = fingerprint(model)
+        run = RunFolder(folder, main=acc.is_main_process)
+        with together(acc):
+            if acc.is_main_process:
+                data = {"given": data_hash(trial.given), "asked": data_hash(trial.asked)}
+                facts = {"weights": weights, "data": data, "seed": trial.seed}
+                RunFolder.create(folder, self, resume=folder.exists(), facts=facts, same=("weights", "data"))
+        resolved = scope.resolve(model.anatomy)
+        resolved.apply(model.model, model.anatomy)
+        if scope.lora is not None:
+            lora.inject(model.model, model.anatomy, resolved, scope.lora, seed=trial.seed)
+        train(
+            acc,
+            model,
+            Side(encode_rows(model, trial.given, config.prompt)),
+            Side([]),
+            Loss.of(Learn(), NoRetain()),
+            replace(self.trainer, seed=trial.seed),
+            run=run,
+            made_from=weights,
+            validate=_Asking(acc, model, trial, config, run),
+            resume=True,
+            label=f"relearn {trial.name}",
+        )
+        run.prune_checkpoints(keep=0)
+        run.finish()
+        acc.wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """Asks the model in training, and keeps every answer under the step that the log stands at."""
+
+    acc: Accelerator
+    model: LanguageModel
+    trial: Trial
+    config: AttackConfig
+    run: RunFolder
+
+    def __call__(self) -> dict[str, float]:
+        """The mean score and log-probability, for the log."""
+        workers = Workers(self.acc.process_index, self.acc.num_processes)
+        found = ask(
+            self.model,
+            self.trial.asked,
+            self.config.prompt,
+            max_new_tokens=self.config.max_new_tokens,
+            batch_size=self.config.batch_size,
+            workers=workers,
+        )
+        if self.run.main:
+            write_answers(_file(self.run.path, int(self.run.metrics()[-1]["step"])), found)
+        return {name: sum(getattr(one, name) for one in found) / len(found) for name in ("score", "log_probability")}
+
+
+def _file(folder: Path, level: int) -> Path:
+    return folder / f"answers-{level:06d}.json"
