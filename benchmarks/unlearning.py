@@ -36,7 +36,7 @@ from unlearn.batches import PairedBatches  # noqa: E402
 from unlearn.data import load_rows  # noqa: E402
 
 TASKS = ("joint", "npo", "rmu")
-NAMES = ("ours", "ours_live", "plain")
+NAMES = ("ours", "ours_live", "ours_narrow", "plain")
 # fmt: off
 LUME: dict[str, tuple[tuple[int, int], ...]] = {
     "forget": (
@@ -69,7 +69,8 @@ class Benchmark:
     tasks: tuple[str, ...] = TASKS
     """Which of joint, npo and rmu."""
     contenders: tuple[str, ...] = ("ours", "plain")
-    """Who takes part; "ours" must. ours_live asks the original model at every step, as the plain way does."""
+    """Who takes part; "ours" must. ours_live asks the original model at every step, as the plain way does; ours_narrow
+    takes no more than `narrow` tokens at once."""
     layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     """Whose MLPs learn with the joint objective."""
     layer: int = 7
@@ -82,6 +83,8 @@ class Benchmark:
     """Rows a step, both sides together."""
     micro_batch: int = 6
     """Rows of each side at once."""
+    narrow: int = 256
+    """Tokens at once of ours_narrow, padding included."""
     steps: int = 1
     """Steps of one contender before the next one's turn."""
     rounds: int = 3
@@ -177,7 +180,7 @@ def tokens(asked: Benchmark, sides: dict[str, list[tuple[list[int], int]]]) -> l
 
 def race(asked: Benchmark, task: str, model: str, file: Path) -> dict[str, dict[str, Any]]:
     """Seconds of each round, losses and memory, by contender."""
-    fields = ("layers", "layer", "batch", "micro_batch", "rate", "autocast", "device", "threads")
+    fields = ("layers", "layer", "batch", "micro_batch", "narrow", "rate", "autocast", "device", "threads")
     words = {"objective": task, "model": model, "rows": str(file), "turn": asked.steps}
     words |= {"steps": asked.steps * (asked.rounds + 1), **{field: getattr(asked, field) for field in fields}}
     program = Path(__file__).with_name("unlearning_contenders.py")

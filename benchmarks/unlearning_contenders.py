@@ -60,6 +60,8 @@ class Work:
     """Whose stream `rmu` reads; the MLPs of it and of the two before learn."""
     batch: int
     micro_batch: int
+    narrow: int
+    """Tokens at once of `ours_narrow`."""
     steps: int
     """Of all turns together."""
     turn: int
@@ -86,6 +88,7 @@ class Work:
             steps=self.steps,
             batch=self.batch,
             micro_batch=self.micro_batch,
+            micro_tokens=self.narrow if self.name == "ours_narrow" else None,
             learning_rate=self.rate,
             autocast=self.autocast,  # type: ignore[arg-type]
             reference="live" if self.name == "ours_live" else "cached",
@@ -246,7 +249,7 @@ class Plain(Trainer):
         return ((one.float() - other.float()).square().mean(dim=-1) * inputs.attention).sum()
 
 
-CONTENDERS = {"ours": ours, "ours_live": ours, "plain": plain}
+CONTENDERS = {"ours": ours, "ours_live": ours, "ours_narrow": ours, "plain": plain}
 
 
 class Finished(Exception):

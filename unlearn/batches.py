@@ -207,7 +207,12 @@ on a 135M model on a CPU (0.6 s beside 4.5 ms a token); it decides where micro-b
 
 
 def micro_batches(
-    rows: Sequence[T], size: int, process: int, processes: int, length: Callable[[T], int] | None = None
+    rows: Sequence[T],
+    size: int,
+    process: int,
+    processes: int,
+    length: Callable[[T], int] | None = None,
+    tokens: int | None = None,
 ) -> list[list[T]]:
     """This process's part of a global batch, cut in micro-batches of at most `size` rows.
 
@@ -217,21 +222,24 @@ def micro_batches(
     Args:
         length: tokens of a row. With it rows of like length come together, and a cut is made wherever it saves more padding
             than a micro-batch costs. Without it the order stays, and no more are cut than `size` asks for.
+        tokens: of a micro-batch at most, padding included; a longer row goes alone. Needs `length`.
     """
     ordered = list(rows) if length is None else sorted(rows, key=length)
     shares = [ordered[one::processes] for one in range(processes)]
-    cuts = [_cuts([0 if length is None else length(row) for row in share], size) for share in shares]
+    cuts = [_cuts([0 if length is None else length(row) for row in share], size, tokens) for share in shares]
     most = max(1, *map(len, cuts))
     mine = [shares[process][first:last] for first, last in cuts[process]]
     return mine + [[] for _ in range(most - len(mine))]
 
 
-def _cuts(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
+def _cuts(lengths: Sequence[int], size: int, tokens: int | None) -> list[tuple[int, int]]:
     """Where to cut rows of rising length so that padded tokens and micro-batches cost least together: first and last + 1 of
     each piece. Of equally good ways the one with the largest first pieces."""
     cost, last = [0] * (len(lengths) + 1), [0] * len(lengths)
     for first in reversed(range(len(lengths))):
-        ends = range(min(first + size, len(lengths)), first, -1)
+        ends = list(range(min(first + size, len(lengths)), first, -1))
+        if tokens is not None:
+            ends = [end for end in ends if end == first + 1 or lengths[end - 1] * (end - first) <= tokens]
         costs = [MICRO_BATCH_COST + lengths[end - 1] * (end - first) + cost[end] for end in ends]
         cost[first] = min(costs)
         last[first] = ends[costs.index(cost[first])]

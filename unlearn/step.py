@@ -100,11 +100,19 @@ class Stepper:
     """Computes gradients for global batches of encoded rows; it holds no optimiser and takes no step."""
 
     def __init__(
-        self, passes: Passes, loss: Loss, forget: Side, retain: Side, *, micro_batch: int, weighting: Weighting
+        self,
+        passes: Passes,
+        loss: Loss,
+        forget: Side,
+        retain: Side,
+        *,
+        micro_batch: int,
+        weighting: Weighting,
+        micro_tokens: int | None = None,
     ) -> None:
         self.passes, self.acc, self.model = passes, passes.acc, passes.wrapped
         self.loss, self.forget, self.retain = loss, forget, retain
-        self.micro_batch, self.weighting = micro_batch, weighting
+        self.micro_batch, self.micro_tokens, self.weighting = micro_batch, micro_tokens, weighting
         reshard(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._unread = {True: passes.unread(loss.forget_needs), False: passes.unread(loss.retain_needs)}
@@ -242,7 +250,9 @@ class Stepper:
         def length(row: int) -> int:
             return max(len(side.texts[place].ids) for place in self._places([row], forget, epoch))
 
-        return micro_batches(rows, self.micro_batch, self.acc.process_index, self.acc.num_processes, length)
+        each = len(self._places(rows[:1], forget, epoch)) or 1  # a row, or it and its alternate
+        most = None if self.micro_tokens is None else self.micro_tokens // each
+        return micro_batches(rows, self.micro_batch, self.acc.process_index, self.acc.num_processes, length, most)
 
     def _stats(self, rows: Sequence[int], *, forget: bool, epoch: int) -> TokenStats:
         side, needs = (self.forget, self.loss.forget_needs) if forget else (self.retain, self.loss.retain_needs)

@@ -115,7 +115,15 @@ def train(
     )
     masks = make_masks(passes, forget, retain, mask, run, micro_batch=config.micro_batch) if mask else None
     loop = _Loop(acc, wrapped, optimiser, loss, config, batches, steps, run, validate)
-    loop.stepper = Stepper(passes, loss, forget, retain, micro_batch=config.micro_batch, weighting=config.weighting)
+    loop.stepper = Stepper(
+        passes,
+        loss,
+        forget,
+        retain,
+        micro_batch=config.micro_batch,
+        micro_tokens=config.micro_tokens,
+        weighting=config.weighting,
+    )
     loop.masks = masks
     if config.estimate and not is_sharded(model.model):
         expected = estimate(loop.stepper, batches, steps)

@@ -26,6 +26,9 @@ class TrainerConfig:
     """Rows in a global batch, forget and retain together, over all processes."""
     micro_batch: int = 12
     """Rows that go through the model at once on one process: memory, not mathematics."""
+    micro_tokens: int | None = None
+    """And their tokens at most, padding and alternates included (a longer row goes alone): few long rows or many short ones
+    at once, which levels the peak of memory. Null for no such limit."""
     learning_rate: float = 1.5e-5
     """Peak learning rate of AdamW."""
     schedule: Schedule = "linear"
@@ -74,6 +77,7 @@ class TrainerConfig:
             "steps",
             "batch",
             "micro_batch",
+            "micro_tokens",
             "learning_rate",
             "save_every",
             "evaluate_every",
@@ -102,6 +106,10 @@ class TrainerConfig:
         if self.checkpoint != "last" and self.evaluate_every is None:
             raise UserError(
                 f"trainer.checkpoint is {self.checkpoint!r}, which needs scores: set trainer.evaluate_every"
+            )
+        if self.weighting == "micro_batch_mean" and self.micro_tokens is not None:
+            raise UserError(
+                "trainer.micro_tokens is set: with micro_batch_mean the loss depends on where rows are cut; leave it out"
             )
         if self.weighting == "micro_batch_mean" and self.pairing == "paired" and self.micro_batch < 2:
             raise UserError("trainer.micro_batch is 1: with micro_batch_mean a paired micro-batch needs both sides")

@@ -129,6 +129,19 @@ def test_no_way_to_cut_a_batch_costs_less(lengths: list[int], size: int) -> None
     assert cost([[lengths[row] for row in micro] for micro in found]) == min(ways)
 
 
+@given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 7), st.integers(1, 3), st.integers(1, 900))
+def test_a_micro_batch_keeps_to_its_tokens(lengths: list[int], size: int, processes: int, tokens: int) -> None:
+    shares = [
+        micro_batches(range(len(lengths)), size, rank, processes, lengths.__getitem__, tokens)
+        for rank in range(processes)
+    ]
+    assert sorted(row for share in shares for micro in share for row in micro) == list(range(len(lengths)))
+    assert len({len(share) for share in shares}) == 1, "every process runs as many micro-batches"
+    for micro in (micro for share in shares for micro in share):
+        assert len(micro) <= size
+        assert len(micro) <= 1 or max(lengths[row] for row in micro) * len(micro) <= tokens
+
+
 def test_collate_supervises_the_answer_only() -> None:
     inputs = collate([Encoded([5, 6, 7, 8], 2), Encoded([5, 9], 1)], pad=0, device=torch.device("cpu"))
     assert inputs.ids.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]

@@ -34,6 +34,7 @@ def work(folder: Path, objective: str) -> Work:
         layer=TINY.layer,
         batch=TINY.batch,
         micro_batch=TINY.micro_batch,
+        narrow=32,
         steps=2,
         turn=1,
         rate=TINY.rate,
@@ -70,7 +71,7 @@ def test_the_plain_way_gives_the_same_losses_and_the_same_first_update(tmp_path:
     learns = {name for name, change in moved.items() if bool(change.any())}
     assert 0 < len(learns) <= len(moved)
     assert (len(learns) == len(moved)) == (objective == "npo"), "only the scope moved"
-    for name in ("plain", *(["ours_live"] if objective == "npo" else [])):
+    for name in ("plain", "ours_narrow", *(["ours_live"] if objective == "npo" else [])):
         others, theirs = trained(replace(asked, name=name))
         assert others == pytest.approx(losses, rel=1e-5)
         assert losses[0] != pytest.approx(losses[1], rel=1e-3)

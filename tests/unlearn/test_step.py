@@ -15,6 +15,7 @@ from lm.prompts import Encoded, PromptSpec
 from unlearn.batches import PairedBatches, StepRows, collate
 from unlearn.data import load_rows
 from unlearn.objectives import (
+    DPO,
     NPO,
     Adaptive,
     Fixed,
@@ -205,3 +206,24 @@ def test_a_batch_without_a_side_has_no_term_for_it(model, sides) -> None:  # typ
         assert result.loss == pytest.approx(-float(mean_ce(model.model, sides[0][:3])), rel=1e-5)
         only_retain = one.gradient(StepRows(((False, 0), (False, 1))), RetainMemory())
         assert only_retain.loss == pytest.approx(1.2 * float(mean_ce(model.model, sides[1][:2])), rel=1e-5)
+
+
+def test_a_micro_batchs_tokens_are_counted_with_its_alternates(model, sides) -> None:  # type: ignore[no-untyped-def]
+    forget = Side(sides[0], [(row,) for row in sides[0]])
+    passes = Passes(Accelerator(cpu=True), model.model, model, reference=Original(model.model))
+    longest = max(len(row.ids) for row in sides[0])
+    for loss, rows in ((Loss.of(DPO()), 2), (Loss.of(Joint()), 4)):
+        step = Stepper(
+            passes,
+            loss,
+            forget if rows == 2 else Side(sides[0]),
+            Side(sides[1]),
+            micro_batch=64,
+            micro_tokens=4 * longest,
+            weighting="global_tokens",
+        )
+        drawn = StepRows(tuple((True, place) for place in range(len(sides[0]))))
+        micros = step.micros(drawn, epoch=0)
+        assert sorted(place for micro in micros for place in micro.rows) == list(range(len(sides[0])))
+        assert all(micro.padded <= 4 * longest for micro in micros)
+        assert max(len(micro.rows) for micro in micros) >= min(rows, len(sides[0]))
