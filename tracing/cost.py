@@ -69,6 +69,24 @@ def trunk_row_bytes(model: LanguageModel, tokens: int, answer: int, sweep: Sweep
     return row_bytes(model, tokens) + tokens * kept * element + scored
 
 
+def embedded_row_bytes(model: LanguageModel, tokens: int) -> int:
+    """What one row of a fact's batch takes, all of which are there at once, whatever the parts in which they run."""
+    return tokens * model.anatomy.hidden * next(model.model.parameters()).element_size()
+
+
+def gradient_row_bytes(model: LanguageModel, tokens: int, answer: int) -> int:
+    """About what one row takes in a forward pass that a backward one follows: what every block made and its gradients, the
+    scored logits, their logarithms and the gradients of both. An upper bound in ordinary models, not a measurement."""
+    scored = answer * model.anatomy.vocabulary * 2 * (next(model.model.parameters()).element_size() + 8)
+    return 2 * model.anatomy.layers * row_bytes(model, tokens) + scored
+
+
+def attended_row_bytes(model: LanguageModel, tokens: int, answer: int) -> int:
+    """`gradient_row_bytes` where attention is seen from inside, too: with a layer's probabilities in float64, some times."""
+    heads = int(getattr(model.model.config, "num_attention_heads", 1))
+    return gradient_row_bytes(model, tokens, answer) + 12 * 8 * heads * tokens * tokens
+
+
 def trunk_kinds(sweep: Sweep) -> set[Kind]:
     """What has to be kept of the ordinary passes at every layer."""
     kinds: set[Kind] = {"resid", *sweep.kinds, *([sweep.sever] if sweep.sever else [])}

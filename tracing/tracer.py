@@ -25,7 +25,7 @@ from lm.prompts import PromptSpec
 from lm.run import progress as progress_bar
 from tracing.cache import FactCache
 from tracing.corruption import Corruption, Corruptor, GaussianNoise
-from tracing.cost import cost
+from tracing.cost import cost, trunk_row_bytes
 from tracing.effects import Effects, Skipped
 from tracing.engines import Engine, check_engine, make_engine
 from tracing.facts import Fact, with_foils
@@ -130,6 +130,7 @@ def trace(
             max_facts=max_facts,
             least_total=least_total,
             only=only,
+            memory=memory,
             show=show,
         )
         weights = fingerprint(model)
@@ -190,11 +191,12 @@ def prepare(
     max_facts: int | None = None,
     least_total: float | None = None,
     only: Collection[Fact] | None = None,
+    memory: float = 2.0,
     show: bool = False,
 ) -> tuple[list[Probe], list[Skipped], Corruptor]:
     """The facts that the model knows (or `only` these), those left out, and the corruption measured on all.
 
-    Raises UserError if none is known.
+    `memory`: see `trace`. Raises UserError if none is known.
     """
     metrics = (metric, *also_metrics)
     if "logit_difference" in metrics:
@@ -206,7 +208,8 @@ def prepare(
     def why_small(probe: Probe) -> str | None:
         if least_total is None:
             return None
-        found = total_effect(model, probe, corruptor.batch(probe), metric)
+        each = trunk_row_bytes(model, len(probe.input_ids), len(probe.answer_ids), Sweep(metric=metric))
+        found = total_effect(model, probe, corruptor.batch(probe), metric, rows=int(memory * 1e9) // each)
         return (
             f"the corruption takes only {found:.3g}, under least_total {least_total:g}" if found < least_total else None
         )

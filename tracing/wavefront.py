@@ -81,13 +81,6 @@ class Trunk:
         return stream + self.attention[start][rows.to(back.device), position] + back
 
 
-def in_parts(batch: Tensor, rows: int) -> list[tuple[float, Tensor]]:
-    """A fact's batch in parts of at most `rows` rows, but two at least: the clean row with some of the corrupted ones, and their
-    share of all. Every score is a mean over corrupted rows, so the shares of the parts' scores add up to it."""
-    given = torch.split(batch[1:], max(1, rows - 1))
-    return [(len(some) / (len(batch) - 1), torch.cat([batch[:1], some])) for some in given]
-
-
 class Wavefront:
     """The engine for one model and one sweep; at most `rows` rows (cell x fact x noise sample) run at once."""
 
