@@ -14,11 +14,11 @@ from lm.anatomy import Kind
 from lm.config import known_or_near
 from lm.errors import UserError
 from lm.load import LanguageModel
-from tracing.cost import embedded_row_bytes, row_bytes, rows_within, trunk_row_bytes
+from tracing.cost import Passes, cost, embedded_row_bytes, row_bytes, rows_within, trunk_row_bytes
 from tracing.metrics import LOGARITHMIC
 from tracing.probe import Probe
 from tracing.reference import Traced, in_parts, score_cells, trace_fact
-from tracing.sweep import Sweep, swept_positions
+from tracing.sweep import Sweep, count_cells, swept_positions
 from tracing.wavefront import Wavefront
 
 EngineName = Literal["wavefront", "reference"]
@@ -38,6 +38,10 @@ class Engine(Protocol):
         """About how many bytes it takes beside the model for such facts: an upper bound in ordinary models."""
         ...
 
+    def passes(self, probes: Sequence[Probe], samples: int) -> Passes:
+        """What `trace` runs for facts of one shape, which have `samples` corrupted rows each."""
+        ...
+
     def trace(self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = ...) -> list[Traced]:
         """The scores of facts whose prompts, answers and batches have equal sizes. Raises UserError for NaN."""
         ...
@@ -54,6 +58,11 @@ class Reference:
 
     def takes(self, tokens: int, answer: int, samples: int) -> int:
         return (1 + samples) * trunk_row_bytes(self.model, tokens, answer, self.sweep)
+
+    def passes(self, probes: Sequence[Probe], samples: int) -> Passes:
+        cells = sum(count_cells(probe, self.model.anatomy.layers, self.sweep) for probe in probes)
+        units = cost(probes, [samples] * len(probes), self.model.anatomy.layers, self.sweep).reference
+        return Passes(count=len(probes) + cells, rows=1 + samples, token_blocks=units)
 
     def trace(
         self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = lambda cells: None
@@ -87,6 +96,26 @@ class Checked:
         first = min(max(2, trunk), facts * (1 + samples)) * trunk_row_bytes(self.model, tokens, answer, self.sweep)
         given = facts * (1 + samples) * embedded_row_bytes(self.model, tokens)
         return given + first + min(rows, cells) * row_bytes(self.model, tokens)
+
+    def passes(self, probes: Sequence[Probe], samples: int) -> Passes:
+        tokens, layers = len(probes[0].input_ids), self.model.anatomy.layers
+        trunk, rows = self._rows(tokens, len(probes[0].answer_ids))
+        wave = Wavefront(self.model, self.sweep, rows)
+        if len(probes) * (1 + samples) <= trunk:
+            together: list[tuple[Sequence[Probe], int]] = [(probes, samples)]
+        else:
+            share = min(samples, max(1, trunk - 1))
+            parts = [min(share, samples - start) for start in range(0, samples, share)]
+            together = [([probe], part) for probe in probes for part in parts]
+        ordinary = [len(some) * (1 + part) for some, part in together]
+        waves = [size for some, part in together for size in wave.sizes(some, part)]
+        again = sum(ordinary) - len(probes) * (1 + samples)  # clean rows that other parts had, too
+        least = cost(probes, [samples] * len(probes), layers, self.sweep).wave
+        return Passes(
+            count=len(ordinary) + len(waves),
+            rows=max(*ordinary, *waves, 0),
+            token_blocks=least + again * tokens * layers,
+        )
 
     def trace(
         self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = lambda cells: None

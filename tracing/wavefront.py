@@ -123,6 +123,20 @@ class Wavefront:
             for fact, probe in enumerate(probes)
         ]
 
+    def sizes(self, probes: Sequence[Probe], samples: int) -> list[int]:
+        """How many rows each wave of `trace` has, in order, for facts of one shape with so many corrupted rows each."""
+        tokens, found = len(probes[0].prompt_ids), []
+        swept = [swept_positions(tokens, probe.span, self.sweep.positions) for probe in probes]
+        at: dict[int, list[int]] = {}  # number of facts -> the sizes
+        for position in range(tokens):
+            facts = sum(
+                position in places and position >= probe.span[0] for probe, places in zip(probes, swept, strict=True)
+            )
+            if facts not in at:
+                at[facts] = [len(some) * len(rows) for some, rows in self._waves(self.cells, range(facts), samples)]
+            found += at[facts]
+        return found
+
     @torch.inference_mode()
     def score_cells(self, probe: Probe, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
         """The scores of chosen cells `(kind, position, layer)` of one fact by the sweep's metric, in their order: those of
