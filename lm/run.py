@@ -25,7 +25,7 @@ import yaml
 from safetensors import SafetensorError
 
 from lm.config import as_dict, dump_yaml
-from lm.errors import UserError
+from lm.errors import NotWritten, UserError
 from lm.progress import progress
 
 __all__ = ["RunFolder", "progress", "writable", "write_atomic", "write_json"]
@@ -51,7 +51,7 @@ def writable(path: Path) -> Iterator[None]:
         reason = reasons.get(_system_error(error))
         if reason is None:
             raise
-        raise UserError(f"cannot write {path}: {reason}") from error
+        raise NotWritten(f"cannot write {path}: {reason}") from error
 
 
 def _system_error(error: OSError | SafetensorError) -> int:
