@@ -41,6 +41,7 @@ def writable(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reasons = {
             errno.ENOSPC: "the disk is full; free some room and run again with --resume true",
+            errno.EFBIG: "the file would be larger than files may be here (ulimit -f); raise the limit, or choose another folder",
             errno.EDQUOT: "the disk quota is used up; free some room and run again with --resume true",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.EACCES: "this user may not write there; choose another folder or change its rights",

@@ -177,6 +177,10 @@ def embedding_factor(model: LanguageModel) -> Tensor:
     """
     rows = _rows(model)
     covariance = torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1])
+    if not bool(torch.isfinite(covariance).all()):
+        raise UserError(
+            f"the embeddings of {model.name} hold NaN or infinity, so they have no covariance; load other weights."
+        )
     scale = float(covariance.diagonal().mean())
     ridge = 1e-9 * torch.eye(len(covariance), dtype=torch.float64)
     factor: Tensor = torch.linalg.cholesky(covariance / scale + ridge)

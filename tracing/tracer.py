@@ -28,7 +28,7 @@ from tracing.effects import Effects, Skipped
 from tracing.engines import Engine, check_engine, make_engine
 from tracing.facts import Fact, with_foils
 from tracing.metrics import Metric
-from tracing.probe import Probe, make_probe, why_unknown, why_unscored
+from tracing.probe import Probe, make_probe, why_too_long, why_unknown, why_unscored
 from tracing.reference import Traced, total_effect
 from tracing.sweep import Positions, Severed, Sweep, count_cells
 
@@ -92,7 +92,8 @@ def trace(
             in units of the metric): dividing by it, or averaging over it, tells nothing.
         only: trace exactly these of the facts, whether or not the model still answers them; the others lend the measure of the
             noise and their names, and are listed as left out.
-        cache: a folder for finished facts. A trace that was interrupted goes on there and ends in the same numbers.
+        cache: a folder for finished facts. A trace that was interrupted goes on there and ends in the same numbers, to
+            rounding where facts that would have shared a wave are divided.
         workers: other processes that run this same call: every so-manieth fact is traced by each, through `cache`, and
             all return the same effects.
         progress: show cells done, rate and time left.
@@ -328,7 +329,7 @@ def prepare(
         )
 
     def why_not(probe: Probe) -> str | None:
-        without = corruptor.why_not(probe) or why_unscored(probe, metrics)
+        without = why_too_long(model, probe) or corruptor.why_not(probe) or why_unscored(probe, metrics)
         return without or (why_unknown(model, probe) if asked is None else None) or why_small(probe)
 
     return *_sort_out(model, probes, why_not, max_facts, show, asked), corruptor
@@ -354,7 +355,11 @@ def known_facts(
         facts = with_foils(facts)
     probes = [make_probe(model, fact, prompt, metric) for fact in facts]
     return _sort_out(
-        model, probes, lambda probe: why_unscored(probe, [metric]) or why_unknown(model, probe), max_facts, show
+        model,
+        probes,
+        lambda probe: why_too_long(model, probe) or why_unscored(probe, [metric]) or why_unknown(model, probe),
+        max_facts,
+        show,
     )
 
 
