@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Something the user can put right. The message says what, and how."""
 
 
+class NotWritten(UserError):
+    """A file that could not be written: a full disk, a missing right."""
+
+
 def did_you_mean(word: str, known: Collection[str]) -> str:
     """`" (did you mean 'x'?)"` for the closest known word, or nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -25,7 +25,7 @@ import yaml
 from safetensors import SafetensorError
 
 from lm.config import as_dict, dump_yaml
-from lm.errors import UserError
+from lm.errors import NotWritten, UserError
 from lm.progress import progress
 
 __all__ = ["RunFolder", "progress", "writable", "write_atomic", "write_json"]
@@ -41,6 +41,7 @@ def writable(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reasons = {
             errno.ENOSPC: "the disk is full; free some room and run again with --resume true",
+            errno.EFBIG: "the file would be larger than files may be here (ulimit -f); raise the limit, or choose another folder",
             errno.EDQUOT: "the disk quota is used up; free some room and run again with --resume true",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.EACCES: "this user may not write there; choose another folder or change its rights",
@@ -51,7 +52,7 @@ def writable(path: Path) -> Iterator[None]:
         reason = reasons.get(_system_error(error))
         if reason is None:
             raise
-        raise UserError(f"cannot write {path}: {reason}") from error
+        raise NotWritten(f"cannot write {path}: {reason}") from error
 
 
 def _system_error(error: OSError | SafetensorError) -> int:

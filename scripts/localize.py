@@ -33,6 +33,8 @@ def main(config: LocalizeConfig) -> None:
             print(f"{name}: {scores.source}; {scores.unit}; {len(scores.facts)} facts; {first}")
             if checked := scores.details.get("verification"):
                 print(f"  {checked['sentence']}")
+        for name, reason in result.refused.items():
+            print(f"{name}: no scores, compared without it: {reason}")
         print(f"\n{result.agreements.to_markdown()}")
         print(result.plan.verdict)
         print(f"wrote {config.out}/plan.json and localizers.png")

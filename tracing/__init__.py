@@ -10,6 +10,7 @@ from tracing.choose import choose_layers
 from tracing.combine import Agreements, combine, combined_plan, compare_all
 from tracing.confirm import confirm
 from tracing.corruption import GaussianNoise
+from tracing.cost import Estimate
 from tracing.depth import DepthReport, unlearning_depth
 from tracing.difference import Difference, difference
 from tracing.effects import ROLES, Effects, EffectTable, Skipped
@@ -23,7 +24,7 @@ from tracing.plan import LayerPlan
 from tracing.replacement import TokenReplacement
 from tracing.retrace import retrace
 from tracing.scores import LayerScores
-from tracing.tracer import trace
+from tracing.tracer import estimate, trace
 from tracing.weights import WeightAttribution
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Difference",
     "EffectTable",
     "Effects",
+    "Estimate",
     "Fact",
     "FactLookup",
     "GaussianNoise",
@@ -54,6 +56,7 @@ __all__ = [
     "compare_all",
     "confirm",
     "difference",
+    "estimate",
     "facts_from_rows",
     "find_subjects",
     "interaction",

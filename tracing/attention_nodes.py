@@ -21,6 +21,7 @@ from lm.load import LanguageModel
 from tracing.arrays import Array
 from tracing.attention import Attended, watched
 from tracing.corruption import Corruptor
+from tracing.cost import attended_row_bytes
 from tracing.effects import token_roles
 from tracing.metrics import Metric, Target, read_off
 from tracing.probe import Probe, forward
@@ -87,18 +88,25 @@ def attention_nodes(
 
 @torch.no_grad()
 def exact_node(
-    model: LanguageModel, probe: Probe, batch: Tensor, metric: Metric, part: Part, token: int, layer: int
+    model: LanguageModel,
+    probe: Probe,
+    batch: Tensor,
+    metric: Metric,
+    part: Part,
+    token: int,
+    layer: int,
+    *,
+    rows: int = 64,
 ) -> float:
     """What restoring one clean query, or key, brings back: the oracle of the estimates, two forward passes.
 
     Args:
-        batch: see `attention_nodes`.
+        batch, rows: see `attention_nodes`.
         token, layer: of the node.
     """
-    keep, noisy = len(probe.answer_ids), batch[1:]
+    keep = len(probe.answer_ids)
     with watched(model) as clean:
         forward(model, batch[:1], keep)
-    target = Target.of([probe], len(noisy))
     new = clean[layer].query if part == "query" else clean[layer].key
 
     def restore(here: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,11 +115,15 @@ def exact_node(
             (query if part == "query" else key)[:, :, token] = new[:, :, token]
         return query, key
 
-    with watched(model):
-        before = read_off(forward(model, noisy, keep), target, metric)
-    with watched(model, restore):
-        after = read_off(forward(model, noisy, keep), target, metric)
-    return float((after - before).mean())
+    gained = 0.0
+    for noisy in torch.split(batch[1:], rows):
+        target = Target.of([probe], len(noisy))
+        with watched(model):
+            before = read_off(forward(model, noisy, keep), target, metric)
+        with watched(model, restore):
+            after = read_off(forward(model, noisy, keep), target, metric)
+        gained += float((after - before).sum())
+    return gained / (len(batch) - 1)
 
 
 def _estimates(seen: Attended, clean: Attended, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -169,8 +181,10 @@ def _log_masked(seen: Attended) -> Tensor:
     return scores if seen.mask is None else scores + seen.mask.double()
 
 
-def summary(model: LanguageModel, probes: Sequence[Probe], corruptor: Corruptor, metric: Metric) -> dict[str, Any]:
-    """What there is to say of some facts' queries and keys, as plain data.
+def summary(
+    model: LanguageModel, probes: Sequence[Probe], corruptor: Corruptor, metric: Metric, memory: int = 2 * 10**9
+) -> dict[str, Any]:
+    """What there is to say of some facts' queries and keys, as plain data. `memory`: bytes that a pass may take, about.
 
     Returns:
         `by_role`: for each of `AttentionNodes`'s numbers and each token role that occurs the mean over facts, a layer.
@@ -182,7 +196,8 @@ def summary(model: LanguageModel, probes: Sequence[Probe], corruptor: Corruptor,
     checked: list[tuple[str, str, int, int, float, float, float]] = []
     for probe in probes:
         batch = corruptor.batch(probe)
-        nodes = attention_nodes(model, probe, batch, metric)
+        rows = max(1, memory // attended_row_bytes(model, len(probe.input_ids), len(probe.answer_ids)))
+        nodes = attention_nodes(model, probe, batch, metric, rows=rows)
         for role, places in token_roles(len(probe.prompt_ids), probe.span).items():
             for name in _NAMES if places and role != "before" else ():
                 by_role[name].setdefault(role, []).append(getattr(nodes, name)[places].mean(0))
@@ -193,7 +208,7 @@ def summary(model: LanguageModel, probes: Sequence[Probe], corruptor: Corruptor,
         for part, plain, corrected in parts:
             for cell in dict.fromkeys(int(np.abs(values).argmax()) for values in (plain, corrected)):
                 token, layer = divmod(cell, model.anatomy.layers)
-                exact = exact_node(model, probe, batch, metric, part, token, layer)
+                exact = exact_node(model, probe, batch, metric, part, token, layer, rows=rows)
                 guesses = float(plain[token, layer]), float(corrected[token, layer])
                 checked.append((probe.fact.label, part, token, layer, *guesses, exact))
     off = np.abs([[plain - exact, corrected - exact] for *_, plain, corrected, exact in checked]).mean(0)

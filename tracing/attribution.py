@@ -24,7 +24,7 @@ from lm.prompts import PromptSpec
 from lm.run import progress as progress_bar
 from tracing.arrays import Array
 from tracing.corruption import Corruption, Corruptor, GaussianNoise
-from tracing.cost import rows_within
+from tracing.cost import gradient_row_bytes
 from tracing.effects import Effects
 from tracing.facts import Fact
 from tracing.metrics import Metric, Target, read_off
@@ -181,8 +181,7 @@ def attributed(
     found: list[Traced] = []
     with progress_bar(len(known), label="attribution", unit="facts", enabled=show) as advance:
         for probe in known:
-            # the backward pass needs what every block made
-            rows = rows_within(model, len(probe.input_ids), int(memory * 1e9)) // (2 * model.anatomy.layers)
+            rows = int(memory * 1e9) // gradient_row_bytes(model, len(probe.input_ids), len(probe.answer_ids))
             batch = corruptor.batch(probe)
             found.append(attribute_fact(model, probe, batch, kinds, metric, graddrop=graddrop, rows=max(1, rows)))
             advance(1)

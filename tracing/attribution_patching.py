@@ -113,7 +113,9 @@ class AttributionPatching(Localizer):
                 if progress:
                     print(f"attribution: {checked}", file=sys.stderr)
             if self.queries_and_keys:
-                details["queries_and_keys"] = attention_nodes.summary(model, known, corruptor, self.metric)
+                details["queries_and_keys"] = attention_nodes.summary(
+                    model, known, corruptor, self.metric, int(self.memory * 1e9)
+                )
         scores = effects.scores(self.roles)
         what = "size of the attributed effect" if self.graddrop else "attributed indirect effect"
         how = f"attribution patching ({type(self.corruption).__name__})"

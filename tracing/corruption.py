@@ -118,10 +118,11 @@ class GaussianNoise(Corruption):
         """
         start, end = span
         draws = np.random.RandomState(self.seed).randn(self.samples, end - start, embeddings.shape[1])
-        batch = embeddings.detach().cpu().double().repeat(1 + self.samples, 1, 1)
+        batch = embeddings.detach().repeat(1 + self.samples, 1, 1)
         shaped = torch.from_numpy(draws) if factor is None else torch.from_numpy(draws) @ factor.T
-        batch[1:, start:end] += sigma * shaped
-        return batch.to(device=embeddings.device, dtype=embeddings.dtype)
+        noisy = embeddings[start:end].detach().cpu().double() + sigma * shaped
+        batch[1:, start:end] = noisy.to(device=embeddings.device, dtype=embeddings.dtype)
+        return batch
 
 
 class _Noisy(Corruptor):
@@ -176,6 +177,10 @@ def embedding_factor(model: LanguageModel) -> Tensor:
     """
     rows = _rows(model)
     covariance = torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1])
+    if not bool(torch.isfinite(covariance).all()):
+        raise UserError(
+            f"the embeddings of {model.name} hold NaN or infinity, so they have no covariance; load other weights."
+        )
     scale = float(covariance.diagonal().mean())
     ridge = 1e-9 * torch.eye(len(covariance), dtype=torch.float64)
     factor: Tensor = torch.linalg.cholesky(covariance / scale + ridge)

@@ -14,12 +14,12 @@ from lm.anatomy import Kind
 from lm.config import known_or_near
 from lm.errors import UserError
 from lm.load import LanguageModel
-from tracing.cost import row_bytes, rows_within, trunk_row_bytes
+from tracing.cost import Passes, cost, embedded_row_bytes, row_bytes, rows_within, trunk_row_bytes
 from tracing.metrics import LOGARITHMIC
 from tracing.probe import Probe
-from tracing.reference import Traced, score_cells, trace_fact
-from tracing.sweep import Sweep, swept_positions
-from tracing.wavefront import Wavefront, in_parts
+from tracing.reference import Traced, in_parts, score_cells, trace_fact
+from tracing.sweep import Sweep, count_cells, swept_positions
+from tracing.wavefront import Wavefront
 
 EngineName = Literal["wavefront", "reference"]
 """`wavefront`: exact and fast; `reference`: the published loop, one forward pass a cell."""
@@ -38,6 +38,10 @@ class Engine(Protocol):
         """About how many bytes it takes beside the model for such facts: an upper bound in ordinary models."""
         ...
 
+    def passes(self, probes: Sequence[Probe], samples: int) -> Passes:
+        """What `trace` runs for facts of one shape, which have `samples` corrupted rows each."""
+        ...
+
     def trace(self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = ...) -> list[Traced]:
         """The scores of facts whose prompts, answers and batches have equal sizes. Raises UserError for NaN."""
         ...
@@ -54,6 +58,11 @@ class Reference:
 
     def takes(self, tokens: int, answer: int, samples: int) -> int:
         return (1 + samples) * trunk_row_bytes(self.model, tokens, answer, self.sweep)
+
+    def passes(self, probes: Sequence[Probe], samples: int) -> Passes:
+        cells = sum(count_cells(probe, self.model.anatomy.layers, self.sweep) for probe in probes)
+        units = cost(probes, [samples] * len(probes), self.model.anatomy.layers, self.sweep).reference
+        return Passes(count=len(probes) + cells, rows=1 + samples, token_blocks=units)
 
     def trace(
         self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = lambda cells: None
@@ -85,16 +94,51 @@ class Checked:
         trunk, rows = self._rows(tokens, answer)
         cells = len(self.sweep.kinds) * self.model.anatomy.layers * facts * samples
         first = min(max(2, trunk), facts * (1 + samples)) * trunk_row_bytes(self.model, tokens, answer, self.sweep)
-        return first + min(rows, cells) * row_bytes(self.model, tokens)
+        given = facts * (1 + samples) * embedded_row_bytes(self.model, tokens)
+        return given + first + min(rows, cells) * row_bytes(self.model, tokens)
+
+    def passes(self, probes: Sequence[Probe], samples: int) -> Passes:
+        tokens, layers = len(probes[0].input_ids), self.model.anatomy.layers
+        trunk, rows = self._rows(tokens, len(probes[0].answer_ids))
+        wave = Wavefront(self.model, self.sweep, rows)
+        if len(probes) * (1 + samples) <= trunk:
+            together: list[tuple[Sequence[Probe], int]] = [(probes, samples)]
+        else:
+            share = min(samples, max(1, trunk - 1))
+            parts = [min(share, samples - start) for start in range(0, samples, share)]
+            together = [([probe], part) for probe in probes for part in parts]
+        ordinary = [len(some) * (1 + part) for some, part in together]
+        waves = [size for some, part in together for size in wave.sizes(some, part)]
+        again = sum(ordinary) - len(probes) * (1 + samples)  # clean rows that other parts had, too
+        least = cost(probes, [samples] * len(probes), layers, self.sweep).wave
+        return Passes(
+            count=len(ordinary) + len(waves),
+            rows=max(*ordinary, *waves, 0),
+            token_blocks=least + again * tokens * layers,
+        )
 
     def trace(
         self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = lambda cells: None
     ) -> list[Traced]:
         found = self._within_memory(probes, batches, advance)
         if not self._checked:
-            check(self.model, probes[0], batches[0], self.sweep, found[0])
+            check(self.model, probes[0], batches[0], self.sweep, found[0], rows=self.ordinary_rows(probes[0]))
             self._checked = True
         return found
+
+    def ordinary_rows(self, probe: Probe) -> int:
+        """How many rows of a fact an ordinary pass may have; a clean and a corrupted one are the least there is."""
+        return max(2, self._rows(len(probe.input_ids), len(probe.answer_ids))[0])
+
+    def score_cells(self, probe: Probe, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
+        """The scores of chosen cells, as `Wavefront.score_cells` gives them. Raises UserError for what that refuses."""
+        wave = Wavefront(self.model, self.sweep, self._rows(len(probe.input_ids), len(probe.answer_ids))[1])
+        return _mean(
+            [
+                (share, wave.score_cells(probe, part, asked))
+                for share, part in in_parts(batch, self.ordinary_rows(probe))
+            ]
+        )
 
     def _rows(self, tokens: int, answer: int) -> tuple[int, int]:
         """How many rows may run together: of ordinary passes, and of cells."""
@@ -153,6 +197,12 @@ def _joined(parts: Sequence[tuple[float, Traced]]) -> Traced:
     )
 
 
+def _mean(parts: Sequence[tuple[float, Sequence[float]]]) -> list[float]:
+    """Scores of all corrupted rows from those of parts of them, each with its share."""
+    shares, scores = zip(*parts, strict=True)
+    return [float(value) for value in np.array(shares) @ np.array(scores, dtype=np.float64).reshape(len(shares), -1)]
+
+
 def make_engine(name: str, model: LanguageModel, sweep: Sweep, memory: int) -> Engine:
     """The engine of that name; `memory` in bytes is what its batches may take. Raises UserError for an unknown one."""
     check_engine(name)
@@ -166,7 +216,9 @@ def check_engine(name: str) -> None:
         raise UserError(f"the engine {name!r} is unknown{known_or_near(name, known)}; use one of {', '.join(known)}.")
 
 
-def check(model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep, found: Traced, few: int = 3) -> None:
+def check(
+    model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep, found: Traced, few: int = 3, *, rows: int
+) -> None:
     """Raise UserError unless the reference gives the same for the cell with the largest effect, for the first layer's at the
     last subject token (where a restoration that does nothing would show), and for `few` random ones."""
     positions = [p for p in swept_positions(len(probe.prompt_ids), probe.span, sweep.positions) if p >= probe.span[0]]
@@ -175,7 +227,7 @@ def check(model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep, found
     telling: list[tuple[Kind, int, int]] = [(kind, probe.span[1] - 1, 0) for kind in sweep.kinds]
     chance = random.Random(0).sample(cells, min(few, len(cells)))
     asked = list(dict.fromkeys([largest, *telling, *chance]))
-    compare(model, probe, batch, sweep, {cell: _value(found, cell) for cell in asked}, found.corrupted)
+    compare(model, probe, batch, sweep, {cell: _value(found, cell) for cell in asked}, found.corrupted, rows=rows)
 
 
 def compare(
@@ -185,9 +237,13 @@ def compare(
     sweep: Sweep,
     found: Mapping[tuple[Kind, int, int], float],
     corrupted: float,
+    *,
+    rows: int,
 ) -> None:
-    """Raise UserError unless the reference gives the same scores for these cells `(kind, position, layer)`."""
-    expected = score_cells(model, probe, batch, sweep, list(found))
+    """Raise UserError unless the reference, at most `rows` rows at a time, gives the same scores for these cells
+    `(kind, position, layer)`."""
+    parts = in_parts(batch, rows)
+    expected = _mean([(share, score_cells(model, probe, part, sweep, list(found))) for share, part in parts])
     allowed = _tolerance(next(model.model.parameters()).dtype)
     for (cell, got), value in zip(found.items(), expected, strict=True):
         size = 1.0 if sweep.metric in (*LOGARITHMIC, "logit_difference") else max(abs(value), abs(corrupted))

@@ -36,7 +36,7 @@ class Fact:
         foil: another answer, from which `logit_difference` tells it apart; `with_foils` finds one among other facts.
 
     Raises:
-        UserError: an empty field, or a subject that is not in the prompt.
+        UserError: an empty field, one that is not text, or a subject that is not in the prompt.
     """
 
     prompt: str
@@ -51,6 +51,14 @@ class Fact:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise UserError(f"the {name} of fact {self.label!r} is {value!r}; give a text that is not empty.")
+        for name in FACT_FIELDS:
+            try:
+                getattr(self, name).encode()
+            except (AttributeError, UnicodeEncodeError):
+                value = getattr(self, name)
+                raise UserError(
+                    f"the {name} of a fact is {value!r}, which cannot be written as UTF-8 text; mend it."
+                ) from None
         if self.subject not in self.prompt:
             raise UserError(
                 f"the subject {self.subject!r} of fact {self.label!r} is not in its prompt {self.prompt!r}; "

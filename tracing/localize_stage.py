@@ -5,13 +5,14 @@ Where facts are read from is the script's business (rows are read by `unlearn.da
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lm.devices import accelerator, launch_facts, together
-from lm.errors import UserError
+from lm.errors import NotWritten, UserError
 from lm.load import LanguageModel, load
 from lm.run import RunFolder, peak_memory_bytes, write_atomic, write_json
 from tracing.combine import Agreements, combined_plan, compare_all
@@ -32,6 +33,8 @@ class LocalizeResult:
     agreements: Agreements
     plan: LayerPlan
     seconds: float
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """The localisers that gave no scores, which the others were compared without, and why."""
 
 
 def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequence[Fact] = ()) -> LocalizeResult:
@@ -39,10 +42,12 @@ def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequen
 
     Writes into `config.out`: `NAME.npz` a localiser (scores a fact, details), `agreement.json` and `agreement.md` (every pair,
     with intervals), `localizers.png`, and `plan.json` (what training consumes); which facts were left out is in `manifest.json`.
-    Several processes share the localisers.
+    Several processes share the localisers. One that refuses (these facts, this model) leaves `NAME.refused.json` with the reason;
+    the others are compared without it, and a resumed run asks it again.
 
     Raises:
-        UserError: whatever the user can mend; finished localisers stay in the run folder.
+        UserError: whatever the user can mend, fewer than two localisers that do not refuse among it; finished ones stay in the
+            run folder.
     """
     started = time.monotonic()
     acc = accelerator(cpu=config.model.device == "cpu")
@@ -65,18 +70,37 @@ def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequen
     for name in list(config.localizers)[acc.process_index :: acc.num_processes]:
         path = run.path / f"{name}.npz"
         if not path.exists():
-            found = config.localizers[name].localize(
-                model,
-                asked,
-                retain=kept,
-                others=facts,
-                prompt=config.prompt,
-                cache=run.path / "facts",
-                progress=acc.is_main_process,
-            )
-            found.save(path)
+            told = refusal(run.path, name)
+            try:
+                found = config.localizers[name].localize(
+                    model,
+                    asked,
+                    retain=kept,
+                    others=facts,
+                    prompt=config.prompt,
+                    cache=run.path / "facts",
+                    progress=acc.is_main_process,
+                )
+            except NotWritten:
+                raise
+            except UserError as error:
+                write_json(told, {"localizer": name, "reason": str(error)})
+            else:
+                found.save(path)
+                told.unlink(missing_ok=True)
     acc.wait_for_everyone()
-    scores = {name: LayerScores.load(run.path / f"{name}.npz") for name in config.localizers}
+    refused = {
+        name: str(json.loads(refusal(run.path, name).read_text())["reason"])
+        for name in config.localizers
+        if refusal(run.path, name).exists()
+    }
+    scores = {name: LayerScores.load(run.path / f"{name}.npz") for name in config.localizers if name not in refused}
+    if len(scores) < 2:
+        left = f"only {next(iter(scores))} is" if scores else "none is"
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise UserError(
+            f"of {len(config.localizers)} localisers {left} left, so nothing is compared or planned ({reasons})"
+        )
     agreements = compare_all(scores, confidence=config.plan.confidence, seed=config.seed)
     plan = combined_plan(
         scores,
@@ -87,17 +111,28 @@ def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequen
         confidence=config.plan.confidence,
         stability=config.plan.stability,
     )
-    result = LocalizeResult(scores=scores, agreements=agreements, plan=plan, seconds=time.monotonic() - started)
+    if refused:
+        said = f"{plan.verdict} Without {' and '.join(refused)}, which gave no scores."
+        plan = replace(plan, verdict=said, evidence={**plan.evidence, "refused": refused})
+    result = LocalizeResult(
+        scores=scores, agreements=agreements, plan=plan, seconds=time.monotonic() - started, refused=refused
+    )
     if acc.is_main_process:
         write_result(result, run.path, confidence=config.plan.confidence, seed=config.seed)
         before = run.manifest.get("seconds", 0.0)  # of earlier calls, if this one went on with their localisers
         run.finish(
             left_out={"facts": left_out, "retain": unkept},
+            refused=refused,
             seconds=before + result.seconds,
             peak_memory_bytes=peak_memory_bytes(),
         )
     acc.wait_for_everyone()
     return result
+
+
+def refusal(folder: Path, name: str) -> Path:
+    """Where it is written why a localiser gave no scores."""
+    return folder / f"{name}.refused.json"
 
 
 def known_of(model: LanguageModel, facts: Sequence[Fact], config: LocalizeConfig) -> tuple[list[Fact], dict[str, str]]:
@@ -110,8 +145,9 @@ def known_of(model: LanguageModel, facts: Sequence[Fact], config: LocalizeConfig
 
 def write_result(result: LocalizeResult, folder: Path, *, confidence: float = 0.95, seed: int = 0) -> None:
     """Everything but the scores and the run's own records."""
-    write_json(folder / "agreement.json", result.agreements.to_json())
-    write_atomic(folder / "agreement.md", result.agreements.to_markdown())
+    write_json(folder / "agreement.json", {**result.agreements.to_json(), "refused": dict(result.refused)})
+    without = "".join(f"\n{name} gave no scores: {reason}\n" for name, reason in result.refused.items())
+    write_atomic(folder / "agreement.md", result.agreements.to_markdown() + without)
     picture = overview(result.scores, result.agreements, result.plan, confidence=confidence, seed=seed)
     write_atomic(folder / "localizers.png", picture)
     result.plan.save(folder / "plan.json")  # last: a plan means that the stage ended well

@@ -109,6 +109,13 @@ def why_unknown(model: LanguageModel, probe: Probe) -> str | None:
     return f"the model says {model.tokenizer.decode(said)!r} instead of {asked!r}"
 
 
+def why_too_long(model: LanguageModel, probe: Probe) -> str | None:
+    """None if the model has a position for every token of this fact, or how many it lacks."""
+    most = getattr(model.model.config, "max_position_embeddings", None)
+    tokens = len(probe.input_ids)
+    return None if most is None or tokens <= most else f"its {tokens} tokens are more than the model's {most} positions"
+
+
 def why_unscored(probe: Probe, metrics: Sequence[Metric]) -> str | None:
     """None if the metrics can be read off this fact, or what it lacks."""
     if "logit_difference" in metrics and probe.foil is None:

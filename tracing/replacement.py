@@ -19,14 +19,18 @@ from lm.load import LanguageModel
 from tracing.corruption import Corruption, Corruptor
 from tracing.probe import Probe, embed
 
+_SPACES = ("Ġ", "▁", " ")
+"""How tokenizers write a space that a token begins with: byte-level ones, sentence pieces, plain."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenReplacement(Corruption):
     """Put other facts' subjects in place of a fact's own: those of facts that ask the same question, as long in tokens.
 
-    "The same question" is the same prompt but for the subject; `any_question` allows all subjects. Subjects with the same answer
-    do not count: with them nothing would be corrupted. A fact for which no subject fits is left out, with the reason. Badge:
-    faithful to the practice of Zhang and Nanda (2023), whose pairs were made by hand.
+    "The same question" is the same prompt but for the subject; `any_question` allows all subjects whose first token begins with
+    a space where the fact's own does (a name that a sentence begins with has another form, which fits nowhere else). Subjects
+    with the same answer do not count: with them nothing would be corrupted. A fact for which no subject fits is left out, with
+    the reason. Badge: faithful to the practice of Zhang and Nanda (2023), whose pairs were made by hand.
     """
 
     samples: int = 10
@@ -51,7 +55,7 @@ class _Swapped(Corruptor):
 
     def __init__(self, model: LanguageModel, asked: TokenReplacement, probes: Sequence[Probe]) -> None:
         self.model, self.asked = model, asked
-        self._pool: dict[tuple[tuple[int, ...], tuple[int, ...]] | int, dict[tuple[int, ...], set[str]]] = {}
+        self._pool: dict[tuple[object, ...], dict[tuple[int, ...], set[str]]] = {}
         """place -> another subject's tokens -> the answers that it has there"""
         for probe in probes:
             start, end = probe.span
@@ -76,11 +80,13 @@ class _Swapped(Corruptor):
     def key(self, probe: Probe) -> str:
         return f"replaced by {self._names(probe)}"
 
-    def _place(self, probe: Probe) -> tuple[tuple[int, ...], tuple[int, ...]] | int:
-        """What a donor must share with a fact: the tokens round the subject; or the subject's length alone."""
+    def _place(self, probe: Probe) -> tuple[object, ...]:
+        """What a donor must share with a fact: the tokens round the subject; or the subject's length, and whether it begins with
+        a space."""
         start, end = probe.span
         if self.asked.any_question:
-            return end - start
+            piece = str(self.model.tokenizer.convert_ids_to_tokens(probe.prompt_ids[start]))
+            return end - start, piece.startswith(_SPACES)
         return probe.prompt_ids[:start], probe.prompt_ids[end:]
 
     def _names(self, probe: Probe) -> list[tuple[int, ...]]:

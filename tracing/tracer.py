@@ -7,7 +7,6 @@ of a cell is the engine's (`tracing.engines`).
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lm.anatomy import Kind
 from lm.errors import UserError
@@ -25,12 +23,12 @@ from lm.prompts import PromptSpec
 from lm.run import progress as progress_bar
 from tracing.cache import FactCache
 from tracing.corruption import Corruption, Corruptor, GaussianNoise
-from tracing.cost import cost
+from tracing.cost import Estimate, alike, estimated, trunk_row_bytes
 from tracing.effects import Effects, Skipped
 from tracing.engines import Engine, check_engine, make_engine
 from tracing.facts import Fact, with_foils
 from tracing.metrics import Metric
-from tracing.probe import Probe, forward, make_probe, why_unknown, why_unscored
+from tracing.probe import Probe, make_probe, why_too_long, why_unknown, why_unscored
 from tracing.reference import Traced, total_effect
 from tracing.sweep import Positions, Severed, Sweep, count_cells
 
@@ -94,7 +92,8 @@ def trace(
             in units of the metric): dividing by it, or averaging over it, tells nothing.
         only: trace exactly these of the facts, whether or not the model still answers them; the others lend the measure of the
             noise and their names, and are listed as left out.
-        cache: a folder for finished facts. A trace that was interrupted goes on there and ends in the same numbers.
+        cache: a folder for finished facts. A trace that was interrupted goes on there and ends in the same numbers, to
+            rounding where facts that would have shared a wave are divided.
         workers: other processes that run this same call: every so-manieth fact is traced by each, through `cache`, and
             all return the same effects.
         progress: show cells done, rate and time left.
@@ -102,10 +101,112 @@ def trace(
     Raises:
         UserError: nothing to trace, no fact is known, a subject that cannot be found, NaN, a wrong setting.
     """
-    check_engine(engine)
-    sweep = Sweep(
-        kinds=tuple(kinds), window=window, metric=metric, positions=positions, sever=sever, also=tuple(also_metrics)
+    sweep = _sweep(kinds, window, metric, positions, sever, also_metrics)
+    show = progress and workers.index == 0
+    with evaluating(model):
+        begun = _begin(
+            model,
+            facts,
+            corruption,
+            sweep,
+            engine,
+            prompt,
+            memory=memory,
+            max_facts=max_facts,
+            least_total=least_total,
+            only=only,
+            cache=cache,
+            workers=workers,
+            show=show,
+        )
+        if show:
+            print(f"trace: {begun.estimate(model)}", file=sys.stderr)
+        traced = _trace_all(model, begun, show)
+
+    effects = Effects(
+        facts=tuple(probe.fact for probe in begun.known),
+        **_scores(traced, sweep.kinds),
+        tokens=tuple(probe.tokens for probe in begun.known),
+        subject_spans=tuple(probe.span for probe in begun.known),
+        sigma=begun.corruptor.sigma,
+        metric=metric,
+        window=window,
+        skipped=begun.skipped,
+        provenance={
+            "model": model.name,
+            "architecture": model.anatomy.architecture,
+            "weights": begun.weights,
+            "engine": engine,
+            "corruption": {"kind": type(corruption).__name__, **asdict(corruption)},
+            "prompt": asdict(prompt),
+            "positions": positions,
+            "sever": sever,
+            "facts_given": len(begun.known) + len(begun.skipped),
+            "least_total": least_total,
+        },
     )
+    also: dict[str, Effects] = {
+        other: replace(effects, metric=other, **_scores([one.also[other] for one in traced], sweep.kinds))
+        for other in sweep.also
+    }
+    return replace(effects, also=also)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """All that is settled before the first cell is computed."""
+
+    sweep: Sweep
+    known: tuple[Probe, ...]
+    skipped: tuple[Skipped, ...]
+    corruptor: Corruptor
+    weights: str
+    cache: FactCache
+    engine: Engine
+    finished: tuple[Traced | None, ...]
+    """Of the known facts, what the cache has."""
+    workers: Workers
+
+    def estimate(self, model: LanguageModel) -> Estimate:
+        """What the facts that are not finished take."""
+        left = [[self.known[index] for index in group if self.finished[index] is None] for group in self.groups()]
+        groups = [group for group in left if group]
+        return estimated(model, groups, self.corruptor, self.sweep, self.engine, self.workers.count)
+
+    def groups(self) -> list[list[int]]:
+        """The known facts, by their places, that are traced together: whatever is finished, and by whatever worker."""
+        return list(alike(self.known, [self.corruptor.rows(probe) for probe in self.known], self.engine))
+
+
+def _sweep(
+    kinds: Sequence[Kind],
+    window: int,
+    metric: Metric,
+    positions: Positions,
+    sever: Severed | None,
+    also: Sequence[Metric],
+) -> Sweep:
+    return Sweep(kinds=tuple(kinds), window=window, metric=metric, positions=positions, sever=sever, also=tuple(also))
+
+
+def _begin(
+    model: LanguageModel,
+    facts: Sequence[Fact],
+    corruption: Corruption,
+    sweep: Sweep,
+    engine: str,
+    prompt: PromptSpec,
+    *,
+    memory: float,
+    max_facts: int | None,
+    least_total: float | None,
+    only: Collection[Fact] | None,
+    cache: str | Path | None,
+    workers: Workers,
+    show: bool,
+) -> _Begun:
+    """Refuse wrong settings, find the facts that the model knows, and look up what is finished; the model in eval mode."""
+    check_engine(engine)
     if not memory > 0:
         raise UserError(f"memory is {memory} GB; give what may be taken beside the model (2 is usual).")
     if max_facts is not None and max_facts < 1:
@@ -118,56 +219,70 @@ def trace(
     if not facts:
         raise UserError("there are no facts to trace; give at least one.")
 
-    show = progress and workers.index == 0
+    known, skipped, corruptor = prepare(
+        model,
+        facts,
+        corruption,
+        sweep.metric,
+        prompt,
+        also_metrics=sweep.also,
+        max_facts=max_facts,
+        least_total=least_total,
+        only=only,
+        memory=memory,
+        show=show,
+    )
+    weights = fingerprint(model)
+    store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
+    worker = make_engine(engine, model, sweep, int(memory * 1e9))
+    finished = tuple(store.load(probe) for probe in known)
+    return _Begun(sweep, tuple(known), tuple(skipped), corruptor, weights, store, worker, finished, workers)
+
+
+def estimate(
+    model: LanguageModel,
+    facts: Sequence[Fact],
+    corruption: Corruption = GaussianNoise(),  # noqa: B008 (frozen)
+    kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
+    window: int = 1,
+    metric: Metric = "probability",
+    engine: str = "wavefront",
+    prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
+    positions: Positions = "all",
+    *,
+    also_metrics: Sequence[Metric] = (),
+    sever: Severed | None = None,
+    memory: float = 2.0,
+    max_facts: int | None = None,
+    least_total: float | None = None,
+    only: Collection[Fact] | None = None,
+    cache: str | Path | None = None,
+    workers: Workers = Workers(),
+    progress: bool = True,
+) -> Estimate:
+    """What `trace` with the same arguments takes, without its sweep: cells, passes, rows, bytes, seconds.
+
+    Which facts the model knows is found out, a forward pass or a few each; no cell is computed, nothing is written, and
+    facts that are finished in `cache` are left out. Raises what `trace` raises before its sweep.
+    """
     with evaluating(model):
-        known, skipped, corruptor = prepare(
+        sweep = _sweep(kinds, window, metric, positions, sever, also_metrics)
+        begun = _begin(
             model,
             facts,
             corruption,
-            metric,
+            sweep,
+            engine,
             prompt,
-            also_metrics=sweep.also,
+            memory=memory,
             max_facts=max_facts,
             least_total=least_total,
             only=only,
-            show=show,
+            cache=cache,
+            workers=workers,
+            show=progress and workers.index == 0,
         )
-        weights = fingerprint(model)
-        store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
-        worker = make_engine(engine, model, sweep, int(memory * 1e9))
-        finished = [store.load(probe) for probe in known]
-        if show:
-            missing = [probe for probe, one in zip(known, finished, strict=True) if one is None]
-            _announce(model, missing, corruptor, sweep, engine, worker, workers.count)
-        traced = _trace_all(model, known, finished, corruptor, sweep, worker, store, workers, show)
-
-    effects = Effects(
-        facts=tuple(probe.fact for probe in known),
-        **_scores(traced, sweep.kinds),
-        tokens=tuple(probe.tokens for probe in known),
-        subject_spans=tuple(probe.span for probe in known),
-        sigma=corruptor.sigma,
-        metric=metric,
-        window=window,
-        skipped=tuple(skipped),
-        provenance={
-            "model": model.name,
-            "architecture": model.anatomy.architecture,
-            "weights": weights,
-            "engine": engine,
-            "corruption": {"kind": type(corruption).__name__, **asdict(corruption)},
-            "prompt": asdict(prompt),
-            "positions": positions,
-            "sever": sever,
-            "facts_given": len(facts),
-            "least_total": least_total,
-        },
-    )
-    also: dict[str, Effects] = {
-        other: replace(effects, metric=other, **_scores([one.also[other] for one in traced], sweep.kinds))
-        for other in sweep.also
-    }
-    return replace(effects, also=also)
+        return begun.estimate(model)
 
 
 def _scores(traced: Sequence[Traced], kinds: Sequence[Kind]) -> dict[str, Any]:
@@ -190,11 +305,12 @@ def prepare(
     max_facts: int | None = None,
     least_total: float | None = None,
     only: Collection[Fact] | None = None,
+    memory: float = 2.0,
     show: bool = False,
 ) -> tuple[list[Probe], list[Skipped], Corruptor]:
     """The facts that the model knows (or `only` these), those left out, and the corruption measured on all.
 
-    Raises UserError if none is known.
+    `memory`: see `trace`. Raises UserError if none is known.
     """
     metrics = (metric, *also_metrics)
     if "logit_difference" in metrics:
@@ -206,13 +322,14 @@ def prepare(
     def why_small(probe: Probe) -> str | None:
         if least_total is None:
             return None
-        found = total_effect(model, probe, corruptor.batch(probe), metric)
+        each = trunk_row_bytes(model, len(probe.input_ids), len(probe.answer_ids), Sweep(metric=metric))
+        found = total_effect(model, probe, corruptor.batch(probe), metric, rows=int(memory * 1e9) // each)
         return (
             f"the corruption takes only {found:.3g}, under least_total {least_total:g}" if found < least_total else None
         )
 
     def why_not(probe: Probe) -> str | None:
-        without = corruptor.why_not(probe) or why_unscored(probe, metrics)
+        without = why_too_long(model, probe) or corruptor.why_not(probe) or why_unscored(probe, metrics)
         return without or (why_unknown(model, probe) if asked is None else None) or why_small(probe)
 
     return *_sort_out(model, probes, why_not, max_facts, show, asked), corruptor
@@ -238,7 +355,11 @@ def known_facts(
         facts = with_foils(facts)
     probes = [make_probe(model, fact, prompt, metric) for fact in facts]
     return _sort_out(
-        model, probes, lambda probe: why_unscored(probe, [metric]) or why_unknown(model, probe), max_facts, show
+        model,
+        probes,
+        lambda probe: why_too_long(model, probe) or why_unscored(probe, [metric]) or why_unknown(model, probe),
+        max_facts,
+        show,
     )
 
 
@@ -279,56 +400,15 @@ def _sort_out(
     return known, skipped
 
 
-def _announce(
-    model: LanguageModel,
-    probes: Sequence[Probe],
-    corruptor: Corruptor,
-    sweep: Sweep,
-    engine: str,
-    worker: Engine,
-    processes: int,
-) -> None:
-    """Say what the sweep of the facts that are not finished takes, from exact counts and one timed pass."""
-    if not probes:
-        print("trace: every fact is finished", file=sys.stderr)
-        return
-    found = cost(probes, [corruptor.rows(probe) for probe in probes], model.anatomy.layers, sweep)
-    probe = max(probes, key=lambda one: len(one.input_ids))
-    batch = corruptor.batch(probe)[:64]
-    started = time.perf_counter()
-    with torch.inference_mode():
-        float(forward(model, batch, 1)[0, 0, 0])
-    rate = batch.shape[0] * batch.shape[1] * model.anatomy.layers / (time.perf_counter() - started)
-    wave = engine == "wavefront"
-    units = found.wave if wave else found.reference
-    few = f", {found.reference / found.wave:.1f} times fewer than the published loop" if wave else ""
-    each = max(worker.takes(len(one.input_ids), len(one.answer_ids), corruptor.rows(one)) for one in probes)
-    shared = f" in each of {processes} processes" if processes > 1 else ""
-    print(
-        f"trace: {len(probes)} fact{'s' if len(probes) > 1 else ''}, {found.cells:,} cells, {units:,} token-blocks{few}; about "
-        f"{units / rate / processes:,.0f} s and up to {each / 1e9:.2g} GB beside the model{shared}",
-        file=sys.stderr,
-    )
-
-
-def _trace_all(
-    model: LanguageModel,
-    probes: Sequence[Probe],
-    finished: Sequence[Traced | None],
-    corruptor: Corruptor,
-    sweep: Sweep,
-    engine: Engine,
-    cache: FactCache,
-    workers: Workers,
-    show: bool,
-) -> list[Traced]:
-    """Every fact's cells, those that are not `finished` computed; with several workers each adds its share to the cache.
+def _trace_all(model: LanguageModel, begun: _Begun, show: bool) -> list[Traced]:
+    """Every fact's cells, those that are not finished computed; with several workers each adds its share to the cache.
 
     Which facts are computed together does not depend on the number of workers, so that the last bits do not either.
     """
-    found = list(finished)
-    mine = list(_alike(probes, engine, corruptor))[workers.index :: workers.count]
-    cells = {index: count_cells(probes[index], model.anatomy.layers, sweep) for group in mine for index in group}
+    probes, corruptor, engine, cache, workers = begun.known, begun.corruptor, begun.engine, begun.cache, begun.workers
+    found = list(begun.finished)
+    mine = begun.groups()[workers.index :: workers.count]
+    cells = {index: count_cells(probes[index], model.anatomy.layers, begun.sweep) for group in mine for index in group}
     done = sum(count for index, count in cells.items() if found[index] is not None)
     with progress_bar(sum(cells.values()), label="trace", unit="cells", done=done, enabled=show) as advance:
         for group in mine:
@@ -348,18 +428,6 @@ def _trace_all(
             f"another process did not leave fact {lost[0]!r} in {cache.folder}; give a folder that all can see."
         )
     return [one for one in traced if one is not None]
-
-
-def _alike(probes: Sequence[Probe], engine: Engine, corruptor: Corruptor) -> Iterator[list[int]]:
-    """The facts in groups of one shape, as many as the engine takes at once."""
-    shapes: dict[tuple[int, int, int], list[int]] = {}
-    for index, probe in enumerate(probes):
-        shape = len(probe.prompt_ids), len(probe.answer_ids), corruptor.rows(probe)
-        shapes.setdefault(shape, []).append(index)
-    for (tokens, answer, samples), members in shapes.items():
-        size = engine.together(tokens + answer - 1, answer, samples)
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
 
 
 @contextmanager

@@ -21,12 +21,10 @@ from lm.run import progress as progress_bar
 from tracing.agreement import spearman
 from tracing.arrays import Array
 from tracing.corruption import Corruptor
-from tracing.cost import rows_within
 from tracing.effects import ROLES, Effects, token_roles
-from tracing.engines import compare
+from tracing.engines import Checked, compare
 from tracing.probe import Probe
 from tracing.sweep import Sweep
-from tracing.wavefront import Wavefront
 
 CellName = tuple[Kind, int, int]
 """(kind, token, layer)."""
@@ -181,7 +179,7 @@ def verify(
         chance: how many random others a fact, on average: every one of the others is as likely as any other to be drawn.
         matters: see `Verification`.
         signed: whether estimates have a sign.
-        memory: gigabytes (10^9 bytes) that the wave may take beside the model.
+        memory: gigabytes (10^9 bytes) that it may take beside the model, about, as in `tracing.trace`.
 
     Raises:
         UserError: estimates of windows or of other facts, NaN, or a wave that disagrees with the reference on the first fact.
@@ -191,8 +189,7 @@ def verify(
     if [probe.fact for probe in probes] != list(estimated.facts):
         raise UserError("the estimates are of other facts than the probes; give those of the same call of prepare.")
     sweep = Sweep(kinds=estimated.kinds, metric=estimated.metric)  # type: ignore[arg-type]
-    rows = rows_within(model, max(len(probe.input_ids) for probe in probes), int(memory * 1e9))
-    wave = Wavefront(model, sweep, rows)
+    engine = Checked(model, sweep, int(memory * 1e9))
     guesses = [_guesses(estimated, index, probe, roles) for index, probe in enumerate(probes)]
     ranked = [_largest_first(guess) for guess in guesses]
     outside = [cells[top:] for cells in ranked]
@@ -204,11 +201,12 @@ def verify(
             chosen = ranked[index][:top]
             asked = [*chosen, *(outside[index][place] for place in drawn[index])]
             batch = corruptor.batch(probe)
-            scores = wave.score_cells(probe, batch, asked)
+            scores = engine.score_cells(probe, batch, asked)
             low = float(estimated.corrupted[index])
             if index == 0:
                 few = [*range(min(2, len(asked))), len(asked) - 1] if asked else []
-                compare(model, probe, batch, sweep, {asked[place]: scores[place] for place in few}, low)
+                found_few = {asked[place]: scores[place] for place in few}
+                compare(model, probe, batch, sweep, found_few, low, rows=engine.ordinary_rows(probe))
             exact = np.array(scores) - low
             guessed = np.array([guesses[index][cell] for cell in asked])
             for found, part in ((tops, slice(0, len(chosen))), (others, slice(len(chosen), len(asked)))):

@@ -81,13 +81,6 @@ class Trunk:
         return stream + self.attention[start][rows.to(back.device), position] + back
 
 
-def in_parts(batch: Tensor, rows: int) -> list[tuple[float, Tensor]]:
-    """A fact's batch in parts of at most `rows` rows, but two at least: the clean row with some of the corrupted ones, and their
-    share of all. Every score is a mean over corrupted rows, so the shares of the parts' scores add up to it."""
-    given = torch.split(batch[1:], max(1, rows - 1))
-    return [(len(some) / (len(batch) - 1), torch.cat([batch[:1], some])) for some in given]
-
-
 class Wavefront:
     """The engine for one model and one sweep; at most `rows` rows (cell x fact x noise sample) run at once."""
 
@@ -129,6 +122,20 @@ class Wavefront:
             self._traced(probe, trunk.scores[fact], {kind: cells[fact] for kind, cells in sums.items()})
             for fact, probe in enumerate(probes)
         ]
+
+    def sizes(self, probes: Sequence[Probe], samples: int) -> list[int]:
+        """How many rows each wave of `trace` has, in order, for facts of one shape with so many corrupted rows each."""
+        tokens, found = len(probes[0].prompt_ids), []
+        swept = [swept_positions(tokens, probe.span, self.sweep.positions) for probe in probes]
+        at: dict[int, list[int]] = {}  # number of facts -> the sizes
+        for position in range(tokens):
+            facts = sum(
+                position in places and position >= probe.span[0] for probe, places in zip(probes, swept, strict=True)
+            )
+            if facts not in at:
+                at[facts] = [len(some) * len(rows) for some, rows in self._waves(self.cells, range(facts), samples)]
+            found += at[facts]
+        return found
 
     @torch.inference_mode()
     def score_cells(self, probe: Probe, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lm.devices import is_main
 from lm.errors import UserError
+from lm.records import find_files, read_file
 from tracing import Fact, facts_from_rows, load_known_facts
 from tracing.config import TraceConfig
 from tracing.facts import FACT_FIELDS, is_known_facts
-from unlearn.data import FIELDS, load_rows
+from unlearn.data import FIELDS, is_builtin, load_rows
 
 
 def read_facts(config: TraceConfig) -> list[Fact]:
@@ -46,6 +48,7 @@ def read_sources(
         if is_known_facts(source, named):
             facts += load_known_facts(source, named)
             continue
+        _refuse_neither(source, given)
         rows = load_rows(source, columns={field: name for field, name in given.items() if field in FIELDS})
         kept = [row for row in rows if not tasks or row.task in tasks]
         if not kept:
@@ -57,3 +60,24 @@ def read_sources(
             print(f"{source}: left out {lost} of {lost + len(found)} questions, which name no subject", file=sys.stderr)
         facts += found
     return facts
+
+
+def _refuse_neither(source: str, columns: Mapping[str, str]) -> None:
+    """Refuse a file whose first record is neither a row nor a fact, with what each of them has."""
+    if is_builtin(source):
+        return
+    first = next((record for path in find_files(Path(source)) for record in read_file(path)), None)
+    if first is None:
+        raise UserError(
+            f"{source} holds no records; give rows with input and output, or facts with prompt, subject and answer"
+        )
+    missing = {
+        what: [name for name in names if columns.get(name, name) not in first.values]
+        for what, names in {"rows": ("input", "output"), "facts": ("prompt", "subject", "answer")}.items()
+    }
+    if missing["rows"]:
+        raise UserError(
+            f"{first.where} has {', '.join(first.values) or 'no columns'}: as a row it lacks {', '.join(missing['rows'])}, as a "
+            f"fact {', '.join(missing['facts'])}; say which columns these are, as in "
+            """--columns '{"input": "question", "output": "answer"}' or '{"prompt": "question", "subject": "person"}'"""
+        )

@@ -20,6 +20,7 @@ from lm.load import LanguageModel
 from lm.prompts import PromptSpec
 from tracing import AttributionPatching, CausalTracing, Fact, GaussianNoise
 from tracing.attribution import attribute, attribute_fact
+from tracing.cost import attended_row_bytes, gradient_row_bytes
 from tracing.metrics import Target, read_off
 from tracing.probe import Probe, forward, make_probe
 from tracing.reference import trace_fact
@@ -63,6 +64,44 @@ def test_attribution_is_exact_where_everything_is_linear() -> None:
     for kind in KINDS:
         assert np.ptp(exact.restored[kind]) > 1e-2
         np.testing.assert_allclose(found.restored[kind], exact.restored[kind], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("graddrop", [False, True])
+def test_no_pass_of_an_attribution_holds_more_rows_than_the_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, graddrop: bool
+) -> None:
+    model = tiny("llama", dtype=torch.float64)
+    facts, noise = known(model, how_many=1), GaussianNoise(samples=7)
+    probe = make_probe(model, facts[0], PromptSpec(), "log_probability")
+    sizes = len(probe.input_ids), len(probe.answer_ids)
+    rows: list[int] = []
+
+    def counted(given: LanguageModel, embeddings: Tensor, keep: int) -> Tensor:
+        rows.append(len(embeddings))
+        return forward(given, embeddings, keep)
+
+    def at_most() -> int:
+        most = max(rows)
+        rows.clear()
+        return most
+
+    monkeypatch.setattr("tracing.attribution.forward", counted)
+    monkeypatch.setattr("tracing.attention_nodes.forward", counted)
+    found, nodes = {}, {}
+    for allowed in (7, 3, 1):
+        memory = (allowed + 0.5) * gradient_row_bytes(model, *sizes) / 1e9
+        found[allowed] = attribute(model, facts, noise, graddrop=graddrop, memory=memory, progress=False)
+        assert at_most() == allowed
+        memory = (allowed + 0.5) * attended_row_bytes(model, *sizes) / 1e9
+        way = AttributionPatching(corruption=noise, verify=0, chance=0, queries_and_keys=True, memory=memory)
+        nodes[allowed] = way.localize(model, facts, progress=False).details["queries_and_keys"]
+        assert at_most() == allowed
+    attribute(model, facts, noise, memory=1e-9, progress=False)
+    assert at_most() == 1
+    for allowed in (3, 1):
+        for kind in found[7].kinds:
+            np.testing.assert_allclose(found[allowed].restored[kind], found[7].restored[kind], rtol=0, atol=1e-10)
+        assert nodes[allowed]["error"] == pytest.approx(nodes[7]["error"], abs=1e-10)
 
 
 @torch.no_grad()

@@ -254,7 +254,17 @@ def test_facts_are_told_from_rows_wherever_they_stand(tmp_path: Path, place: str
         ("Ada is a", "Ada", "poet"),
         ("Bo lives in", "Bo", "Oslo"),
     ]
-    with pytest.raises(UserError, match='no column "input"'):
-        read_sources([str(path)], columns=None, **how)  # rows, then
+    neither = r"has note, question, who, target: as a row it lacks input, output, as a fact prompt, subject, answer; .*--columns"
+    with pytest.raises(UserError, match=neither):
+        read_sources([str(path)], columns=None, **how)
+    with pytest.raises(UserError, match=r"as a row it lacks output, as a fact subject, answer; "):
+        read_sources([str(path)], columns={"input": "question", "prompt": "question"}, **how)
     with pytest.raises(UserError, match="'promt', which neither a row nor a fact has"):
         read_sources([str(path)], columns={"promt": "question"}, **how)
+
+
+def test_a_file_without_records_is_named(tmp_path: Path) -> None:
+    for name, text in (("empty.jsonl", ""), ("empty.json", "[]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name} holds no records; give rows .* or facts"):
+            read_sources([str(tmp_path / name)], columns=None, tasks=(), subject=None, leave_out_unnamed=False)

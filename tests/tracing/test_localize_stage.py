@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from dataclasses import replace
@@ -292,3 +293,64 @@ def test_the_script_localises_rows(config: LocalizeConfig, tmp_path: Path) -> No
     assert "  4 facts; of " in done.stdout
     assert "| mlp | attribution |" in done.stdout
     assert LayerPlan.load(Path(config.out) / "plan.json").verdict in done.stdout
+
+
+class Refusing(WeightAttribution):
+    """A way that cannot work with any facts."""
+
+    def localize(self, *_: Any, **__: Any) -> LayerScores:
+        raise UserError("no class is met twice; give more facts.")
+
+
+def test_the_others_go_on_when_a_localiser_refuses(config: LocalizeConfig) -> None:
+    facts = known(tiny("olmo"), how_many=6)
+    refusing = {"tracing": THREE["tracing"], "odd": Refusing(), "weights": WeightAttribution()}
+    config = replace(config, localizers=refusing)
+    result = run_localizing(config, facts)
+    alone = run_localizing(
+        replace(
+            config, localizers={name: refusing[name] for name in ("tracing", "weights")}, out=config.out + "-alone"
+        ),
+        facts,
+    )
+    reason = {"odd": "no class is met twice; give more facts."}
+    assert result.refused == reason
+    assert list(result.scores) == list(alone.scores)
+    assert result.agreements == alone.agreements
+    assert result.plan.layers == alone.plan.layers
+    assert "odd" in result.plan.verdict
+    folder = Path(config.out)
+    assert LayerPlan.load(folder / "plan.json").evidence["refused"] == reason
+    assert json.loads((folder / "agreement.json").read_text())["refused"] == reason
+    assert json.loads((folder / "manifest.json").read_text())["refused"] == reason
+    assert f"odd gave no scores: {reason['odd']}" in (folder / "agreement.md").read_text()
+    assert not (folder / "odd.npz").exists()
+
+
+def test_a_localiser_that_refused_is_asked_again_and_one_alone_is_not_compared(
+    config: LocalizeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = known(tiny("olmo"), how_many=6)
+    config = replace(config, localizers={"odd": Refusing(), "weights": WeightAttribution()})
+    with pytest.raises(UserError, match=r"of 2 localisers only weights is left.*odd: no class is met twice"):
+        run_localizing(config, facts)
+    folder = Path(config.out)
+    assert (folder / "weights.npz").exists()
+    assert not (folder / "plan.json").exists()
+    assert not (folder / "agreement.json").exists()
+    monkeypatch.setattr(Refusing, "localize", WeightAttribution.localize)
+    again = run_localizing(replace(config, resume=True), facts)
+    assert not again.refused
+    assert list(again.scores) == ["odd", "weights"]
+    assert "gave no scores" not in again.plan.verdict
+    assert not list(folder.glob("*.refused.json"))
+
+
+def test_a_full_disk_is_no_refusal(config: LocalizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tracing.cache.pack", lambda arrays: monkeypatch.setattr("lm.run.os.fsync", full) or b"cells")
+    with pytest.raises(UserError, match="the disk is full"):
+        run_localizing(config, known(tiny("olmo"), how_many=3), known(tiny("olmo"), how_many=3))
+    assert not list(Path(config.out).glob("*.refused.json"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from families import byte_level, metaspace
+from families import tiny as tiny_family
 from tiny_tracing import say, tiny
 
 import lm
@@ -96,6 +99,35 @@ def test_other_questions_lend_subjects_only_where_it_is_allowed() -> None:
     probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in asked]
     assert TokenReplacement().bind(model, probes).rows(probes[0]) == 0
     assert TokenReplacement(any_question=True).bind(model, probes).rows(probes[0]) == 1
+
+
+def test_a_name_that_begins_a_sentence_is_not_put_in_the_middle_of_another() -> None:
+    """Where the space belongs to the token, the two forms differ; where every text is given one, they are the same."""
+    asked = [
+        Fact("Anna was born in", "Anna", "1984"),
+        Fact("Ann was born", "Ann", "12"),
+        Fact("The brown fox", "brown", "jumps"),
+        Fact("Where is Elm Street", "Elm", "lazy"),
+    ]
+    assert lent(byte_level(), asked) == [{"Ann"}, {"Anna"}, {" Elm"}, {" brown"}]
+    asked = [Fact("The fox jumps", "The", "1984"), Fact("Over the brown fox", "brown", "12")]
+    assert lent(metaspace(), asked) == [{"brown"}, {"The"}]
+
+
+def lent(tokenizer: Any, asked: list[Fact]) -> list[set[str]]:
+    """The names, with the space that belongs to them, that each fact is lent by questions of any kind."""
+    model = replace(tiny_family("llama"), tokenizer=tokenizer)
+    model.model.resize_token_embeddings(len(tokenizer))
+    table = model.model.get_input_embeddings().weight  # type: ignore[union-attr]
+    probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in asked]
+    corruptor = TokenReplacement(any_question=True).bind(model, probes)
+    return [
+        {
+            tokenizer.decode([int((table == vector).all(1).nonzero()[0]) for vector in row])
+            for row in corruptor.batch(probe)[1:, slice(*probe.span)]
+        }
+        for probe in probes
+    ]
 
 
 def test_each_cell_is_that_of_a_plain_patching_loop() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from lm.load import LanguageModel
 from lm.prompts import PromptSpec
 from tracing import Effects, Fact, GaussianNoise
 from tracing.attribution import attribute_fact, attributed
+from tracing.cost import row_bytes, trunk_row_bytes
 from tracing.probe import Probe, make_probe
 from tracing.reference import score_cells
 from tracing.sweep import Sweep
@@ -126,6 +128,50 @@ def estimates(model: LanguageModel, probe: Probe, batch: torch.Tensor) -> Effect
         metric="log_probability",
         window=1,
     )
+
+
+def test_no_pass_of_a_verification_holds_more_rows_than_the_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = double("llama")
+    probe = make_probe(model, FACT, PromptSpec(), "log_probability")
+    corruptor = GaussianNoise(samples=9, sigma=1.0).bind(model, [probe])
+    rows: dict[str, list[int]] = {"ordinary": [], "wave": []}
+
+    def counting(name: str, of: str, place: int) -> None:
+        real = getattr(*_owner(name))
+
+        def counted(*args: Any, **more: Any) -> Any:
+            found = real(*args, **more)
+            rows[of].append(len(args[place]) if of == "ordinary" else found.shape[0] * found.shape[1])
+            return found
+
+        monkeypatch.setattr(name, counted)
+
+    counting("tracing.wavefront.replay.trunk", "ordinary", 1)
+    counting("tracing.reference.forward", "ordinary", 1)
+    counting("tracing.wavefront.Wavefront._wave", "wave", 0)
+    tokens = len(probe.input_ids)
+    each = trunk_row_bytes(model, tokens, len(probe.answer_ids), Sweep(kinds=KINDS, metric="log_probability"))
+    found = {}
+    with evaluating(model):
+        effects = estimates(model, probe, corruptor.batch(probe))
+        for memory in (2.0, 8 * each / 1e9, 1e-9):
+            for told in rows.values():
+                told.clear()
+            found[memory] = verify(model, [probe], corruptor, effects, top=6, chance=5, memory=memory, progress=False)
+            half = memory * 1e9 / 2
+            assert 2 <= max(rows["ordinary"]) <= max(2, min(10, half // each)), memory
+            assert max(rows["wave"]) <= max(1, half // row_bytes(model, tokens)), memory
+    assert len(rows["ordinary"]) > 9  # each sample on its own, by the wave and by the reference
+    whole, *parts = found.values()
+    for one in parts:
+        for mine, theirs in zip((*one.top, *one.random), (*whole.top, *whole.random), strict=True):
+            assert mine.cells == theirs.cells
+            np.testing.assert_allclose(mine.exact, theirs.exact, rtol=0, atol=1e-10)
+
+
+def _owner(name: str) -> tuple[Any, str]:
+    path, _, last = name.rpartition(".")
+    return resolve_name(path), last
 
 
 def test_only_the_roles_that_count_are_looked_at() -> None:
