@@ -25,7 +25,7 @@ def main(config: TraceConfig) -> None:
             f"traced {len(effects.facts)} facts, left out {len(effects.skipped)} (reasons in {config.out}/effects.json)"
         )
         for read in (effects, *effects.also.values()):
-            print(f"answer {read.metric}: clean {read.clean.mean():.4g}, corrupted {read.corrupted.mean():.4g}")
+            print(read.summary(confidence=config.plan.confidence, seed=config.seed))
         for name, said in plan.evidence.get("also", {}).items():
             for alike in said.get("agreement", {}).values():
                 print(f"{name}, {Agreement(**alike)}")

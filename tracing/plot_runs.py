@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from lm.anatomy import Kind
 from lm.errors import UserError
@@ -52,10 +53,10 @@ def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()
     top = max(_largest(table.mean, signed=True) for table in tables[:2])
     most = _largest(tables[2].mean)
     norms = [Normalize(0, top), Normalize(0, top), Normalize(-most, most)]
-    width = 2.6 + 3 * (1.25 + 0.135 * min(max(layers, 8), 40))
+    width = 3.3 + 3 * (1.25 + 0.135 * min(max(layers, 8), 40))
     caption = textwrap.wrap(
         f"{KIND_NAMES[kind]}: change in the {METRICS.get(found.metric, found.metric)} when one clean activation is put back · "
-        f"{found.facts} facts, the same before and after · {found.sentence(kind)}",
+        f"{found.facts} facts, the same before and after, shares of the total effect before · {found.sentence(kind)}",
         int(width * 15),
     )
     sheet = Figure(figsize=(width, 1.15 + 0.3 * len(rows) + 0.17 * len(caption)), dpi=200, facecolor="white")
@@ -71,7 +72,7 @@ def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()
         outline(axis, band, len(rows), tentative=False)
         axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
     axes[0].set_yticks([row + 0.5 for row in range(len(rows))], [row_label(tables[0], row) for row in rows])
-    colour_bar(sheet, axes[:2], norms[0], "mean indirect effect")
+    colour_bar(sheet, axes[:2], norms[0], "mean indirect effect", total=tables[0].total_effect)
     colour_bar(sheet, axes[2:], norms[2], "change", _BOTH_WAYS)
     return Picture(_png(sheet, caption))
 
@@ -102,6 +103,13 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     axis.set_xticks(layer[:: max(1, len(layer) // 12)])
     axis.set_xlabel("layer", fontsize=8.5, color=SOFT)
     axis.set_ylabel("mean indirect effect", fontsize=8.5, color=SOFT)
+    totals = [float(effects.total.mean()) for effects in runs.values()]
+    if totals[0] > 0 and np.allclose(totals, totals[0], rtol=1e-3):  # else a share is another number for each run
+        shares = axis.secondary_yaxis("right", functions=(lambda one: one / totals[0], lambda one: one * totals[0]))
+        shares.yaxis.set_major_formatter(PercentFormatter(1))
+        shares.tick_params(labelsize=8, colors=SOFT)
+        shares.spines["right"].set_visible(False)
+        shares.set_ylabel("share of the total effect", fontsize=8.5, color=SOFT)
     axis.set_title(f"{KIND_NAMES[kind]}, {ROLE_NAMES.get(role, role)}", fontsize=10.5, color=INK, loc="left", pad=7)
     axis.legend(frameon=False, fontsize=8.5, labelcolor=INK)
     metric = next(iter(runs.values())).metric

@@ -92,7 +92,7 @@ def figure(
     top = max(float(np.nanmax(np.where(np.isnan(one.mean), 0.0, one.mean))) for one in tables)
     norm = Normalize(0, top if top > 0 else 1.0)
 
-    width = 2.6 + len(tables) * (1.1 + 0.135 * min(max(layers, 8), 40))
+    width = 3.3 + len(tables) * (1.1 + 0.135 * min(max(layers, 8), 40))
     caption = textwrap.wrap(_caption(tables, band, top, tentative), int(width * 15))
     sheet = Figure(figsize=(width, 1.15 + 0.3 * len(shown) + 0.17 * len(caption)), dpi=200, facecolor="white")
     FigureCanvasAgg(sheet)
@@ -106,7 +106,7 @@ def figure(
     axes[0].set_yticks([row + 0.5 for row in range(len(shown))], [row_label(first, row) for row in shown])
     for axis in axes:
         axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
-    colour_bar(sheet, axes, norm, "mean indirect effect")
+    colour_bar(sheet, axes, norm, "mean indirect effect", total=first.total_effect)
     text = sheet.supxlabel("\n".join(caption), fontsize=8.5, color=SOFT, x=0.012, ha="left")
     text.set_linespacing(1.35)
     buffer = io.BytesIO()
@@ -124,7 +124,7 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
     ]
     top = max(float(np.nanmax(np.where(np.isnan(one), 0.0, one))) for one in cells.values())
     norm = Normalize(0, top if top > 0 else 1.0)
-    width = 2.2 + len(cells) * (1.1 + 0.135 * min(max(effects.layers, 8), 40))
+    width = 2.9 + len(cells) * (1.1 + 0.135 * min(max(effects.layers, 8), 40))
     sheet = Figure(figsize=(width, 1.1 + 0.22 * len(shown)), dpi=200, facecolor="white", layout="constrained")
     FigureCanvasAgg(sheet)
     axes: Any = sheet.subplots(1, len(cells), sharey=True, squeeze=False)[0]
@@ -138,9 +138,10 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
     axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=INK)
     for axis in axes[1:]:
         axis.tick_params(axis="y", length=0)
-    colour_bar(sheet, axes, norm, "indirect effect")
-    total = effects.total[fact]
+    total = float(effects.total[fact])
+    colour_bar(sheet, axes, norm, "indirect effect", total=total)
     caption = f"{_word(effects.facts[fact].label)}: what each cell brings back of {total:.3g} lost; * is the subject"
+    caption += "" if total > 0 else "; no shares: the corruption took nothing"
     text = sheet.supxlabel(
         "\n".join(textwrap.wrap(caption, int(width * 15))), fontsize=8.5, color=SOFT, x=0.012, ha="left"
     )
@@ -164,11 +165,19 @@ class Picture:
         write_atomic(Path(path), self.png)
 
 
-def colour_bar(sheet: Figure, axes: Any, norm: Normalize, label: str, scale: Colormap = SCALE) -> None:
-    """What the colours of these panels mean."""
-    bar: Any = sheet.colorbar(ScalarMappable(norm, scale), ax=list(axes), pad=0.012, fraction=0.03, aspect=16)
+def colour_bar(
+    sheet: Figure, axes: Any, norm: Normalize, label: str, scale: Colormap = SCALE, *, total: float = 0.0
+) -> None:
+    """What the colours of these panels mean; beside each number its share of the total effect, if that is above zero."""
+    bar: Any = sheet.colorbar(
+        ScalarMappable(norm, scale), ax=list(axes), pad=0.012, fraction=0.09 / len(axes), aspect=16
+    )
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=SOFT, length=2)
+    if total > 0:
+        digits = 0 if (norm.vmax or 0.0) >= 0.1 * total else 1
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g} ({value / total:.{digits}%})")
+        label += "\n(share of the total effect)"
     bar.set_label(label, fontsize=8.5, color=SOFT)
 
 
@@ -228,6 +237,8 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
     if band:
         names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in layer_runs(band))
         parts.append(f"outlined{' (not singled out)' if tentative else ''}: layers {names}")
+    if not table.total_effect > 0:
+        parts.append("no shares: on average the corruption took nothing")
     if top <= 0:
         parts.append("no effect is above zero")
     elif any(np.nanmin(np.where(np.isnan(one.mean), 0.0, one.mean)) < -0.02 * top for one in tables):

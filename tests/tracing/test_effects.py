@@ -12,7 +12,7 @@ from tiny_tracing import known, made_up, tiny
 from lm.errors import UserError
 from tracing import ROLES, Effects, Fact, GaussianNoise, Skipped, trace
 from tracing.effects import token_roles
-from tracing.statistics import interval, resample_counts, units, weighted_means
+from tracing.statistics import interval, resample_counts, share_of, shares, units, weighted_means
 
 
 def roles(tokens: int, span: tuple[int, int]) -> list[str]:
@@ -203,6 +203,7 @@ def test_a_table_of_cells_holds_every_number_once() -> None:
     row = table[(table.fact == "f1") & (table.kind == "attn") & (table.position == 2) & (table.layer == 1)].iloc[0]
     assert row.indirect == pytest.approx(0.4)
     assert (row.role, row.subject, row.token, row.clean) == ("last_subject", "ada", "c", 0.9)
+    assert (row.total, row.share) == (pytest.approx(0.8), pytest.approx(0.5))
     for role, found in table[table.kind == "attn"].groupby("role"):
         place = list(effects.by_role("attn", [str(role)])[:, 0].mean(0))
         assert found.groupby("layer").indirect.mean().tolist() == pytest.approx(place)
@@ -210,7 +211,10 @@ def test_a_table_of_cells_holds_every_number_once() -> None:
 
 def test_what_is_held_is_said_in_a_line() -> None:
     said = repr(made_up([0.1, 0.4, 0.2], facts=4, kinds=("mlp",)))
-    assert said == "Effects(4 facts; mlp of 3 layers; probability, noise σ 0.1; mean total effect 0.8)"
+    assert said == (
+        "Effects(4 facts; mlp of 3 layers; probability, noise σ 0.1; mean total effect 0.8, at most 50.0% brought back "
+        "(mlp 1, first subject))"
+    )
     other = repr(replace(made_up([0.1], facts=1), sigma=None, window=5))
     assert "other names" in other
     assert "windows of 5" in other
@@ -232,3 +236,61 @@ def test_a_fact_that_lost_nothing_has_no_shares() -> None:
     kept, lost = effects.indirect("mlp", normalised=True)
     np.testing.assert_allclose(kept, effects.indirect("mlp")[0] / 0.8)
     assert np.isnan(lost).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_share_is_one_of_averages() -> None:
+    effects = np.array([[1.0], [1.0], [np.nan]])
+    totals = np.array([10.0, 0.1, 1000.0])  # a tiny total, and one of a fact that has no such token
+    share, low, high = shares(effects, totals, ["a", "b", "c"], confidence=0.95, resamples=4000)
+    assert share == pytest.approx(2 / 10.1)  # the mean of the shares is 5.05
+    assert low == pytest.approx(1 / 10)  # drawn twice: the one,
+    assert high == pytest.approx(1 / 0.1)  # the other
+    share, low, high = shares(effects, totals, ["a", "a", "c"], confidence=0.95)
+    assert share == pytest.approx(2 / 10.1)
+    assert np.isnan([low, high]).all()  # of one group there is nothing to draw
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_nothing_there_is_no_share() -> None:
+    assert np.isnan(share_of(np.array([1.0, -1.0, 0.0]), np.array([0.0, -2.0, 0.0]))).all()
+    assert np.isnan(share_of(np.array([1.0, 1.0]), np.array([5e-324, np.nan]))).all()  # never infinite
+    effects = np.array([[1.0], [1.0]])
+    for totals in ([1.0, -1.0], [0.0, 0.0], [-2.0, 1.0]):
+        assert np.isnan(np.array(shares(effects, np.array(totals), ["a", "b"], confidence=0.95))).all()
+    share, low, high = shares(effects, np.array([3.0, -1.0]), ["a", "b"], confidence=0.95)
+    assert share == 1.0
+    assert np.isnan([low, high]).all()  # a resample of the second fact alone has no share
+
+
+def test_tables_hold_the_shares_of_the_facts_that_have_the_role() -> None:
+    table = numbered().table("mlp")
+    assert table.total_effect == 4500
+    assert table.share[ROLES.index("first_subject")].tolist() == [(10 - 1000) / 4000, (11 - 1000) / 4000]
+    assert table.share[ROLES.index("last_subject")].tolist() == [(65 - 1000) / 4500, (66 - 1000) / 4500]
+    place = ROLES.index("last_subject"), 0
+    assert table.share_low[place] == pytest.approx((30 - 1000) / 4000)
+    assert table.share_high[place] == pytest.approx((100 - 1000) / 5000)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_summary_tells_what_was_taken_and_what_came_back() -> None:
+    effects = made_up([0.1, 0.4, 0.2], facts=4, kinds=("resid", "mlp"))
+    assert effects.summary().split("\n") == [
+        "On 4 facts the corruption takes 0.8 of the answer's mean probability (0.9 to 0.1). Putting one clean activation back "
+        "brings back, at most:",
+        "- the stream after layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
+        "- the MLP of layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
+    ]
+    some = replace(effects, clean=np.array([0.9, 0.9, 0.9, 0.1]))
+    assert "the MLP of layer 1 at the first subject token: 0.4, 66.7%" in some.summary()  # 0.4 of a mean of 0.6
+    assert some.summary().endswith(
+        "Of 1 fact the corruption took nothing: it has no share of its own, and counts in the means."
+    )
+    nothing = replace(effects, clean=np.array([0.1, 0.1, 0.1, 0.0]))
+    assert nothing.summary().endswith("There are no shares: on average the corruption took nothing (-0.025).")
+    assert "%" not in nothing.summary()
+    assert "mean total effect -0.025, no shares: it is not above zero)" in repr(nothing)
+    assert nothing.to_dataframe().share.isna().all()
+    assert nothing.plot().png.startswith(b"\x89PNG")
+    assert nothing.plot(0).png.startswith(b"\x89PNG")

@@ -53,6 +53,9 @@ def test_a_run_writes_everything_and_goes_on_when_resumed(model_folder: Path, tm
     assert about["tables"]["mlp"]["last_subject"]["facts"] == 6
     table = result.effects.table("mlp", seed=3)
     assert about["tables"]["mlp"]["last_subject"]["mean"] == table.mean[3].tolist()
+    assert table.total_effect > 0
+    assert about["tables"]["mlp"]["last_subject"]["share"] == pytest.approx(table.mean[3] / table.total_effect)
+    assert about["summary"] == result.effects.summary(seed=3).split("\n")
     for name in ("effects", "resid", "mlp", "attn"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -160,3 +160,15 @@ def test_elements_escape_text_and_keep_markup() -> None:
     assert el("b", "<i>", Html("<i></i>"), None, title='"', class_="x", data_y=1.5, hidden=None) == (
         '<b title="&quot;" class="x" data-y="1.5">&lt;i&gt;<i></i></b>'
     )
+
+
+def test_a_cell_tells_its_share_of_what_the_corruption_took() -> None:
+    made = report(tables={"mlp": table()})
+    page = Page(render(made))
+    assert "the corruption took 0.800 on average" in page.text
+    titles = [str(cell.get("title")) for cell in page.all("td")]
+    assert "95% interval 0.395 to 0.405, 50.0% of what the corruption took" in titles
+    none = dataclasses.replace(table(), total_effect=0.0, share=table().share * float("nan"))
+    page = Page(render(report(tables={"mlp": none})))
+    assert "the corruption itself took nothing on average" in page.text
+    assert not any("of what" in str(cell.get("title")) for cell in page.all("td"))

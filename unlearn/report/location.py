@@ -49,8 +49,8 @@ def _explanation(table: EffectTable, plan: LayerPlan | None) -> Html:
         "p",
         f"The subject of each prompt is {_corrupted(table.sigma)}, and one clean activation is put "
         f"back at a time. A cell shows how much of the {metric} that brings back, as a mean over "
-        f"{_facts(table.total_facts)}. Stronger colour is more.{outlined} This shows where an answer is carried, not "
-        "where training works best.",
+        f"{_facts(table.total_facts)}; {_taken(table.total_effect)}. Stronger colour is more.{outlined} This shows "
+        "where an answer is carried, not where training works best.",
     )
 
 
@@ -144,7 +144,10 @@ def numbers(tables: Sequence[EffectTable], summary: str, what: str) -> Html:
 def _cell(table: EffectTable, row: int, layer: int) -> Html:
     low, high = float(table.low[row, layer]), float(table.high[row, layer])
     spread = None if math.isnan(low) else f"{table.confidence:.0%} interval {words.small(low)} to {words.small(high)}"
-    return el("td", words.small(float(table.mean[row, layer])), class_="number", title=spread)
+    share = float(table.share[row, layer])
+    part = None if math.isnan(share) else f"{words.percent(share)} of what the corruption took"
+    title = ", ".join(filter(None, (spread, part))) or None
+    return el("td", words.small(float(table.mean[row, layer])), class_="number", title=title)
 
 
 def _is_planned(kind: str, plan: LayerPlan) -> bool:
@@ -154,6 +157,12 @@ def _is_planned(kind: str, plan: LayerPlan) -> bool:
 
 def _facts(count: int) -> str:
     return f"{count} fact{'s' if count != 1 else ''}"
+
+
+def _taken(total: float) -> str:
+    if not total > 0:
+        return "the corruption itself took nothing on average"
+    return f"the corruption took {words.small(total)} on average"
 
 
 def _corrupted(sigma: float | None) -> str:
