@@ -67,7 +67,8 @@ class Difference:
     def sentence(self, kind: Kind) -> str:
         """What the numbers say of the answer, and of the cell of `kind` that brought most back before."""
         role, layer, cell = self.strongest(kind)
-        place = named(kind, layer, role)
+        table = self.before[kind]
+        place = named(table, table.roles.index(role), layer)
         return (
             f"On {self.facts} fact{'s' if self.facts != 1 else ''} the answer's mean {self.metric.replace('_', ' ')} "
             f"{self._went(self.clean)}, and what putting back {place} brings, most of all before, {self._went(cell)}."

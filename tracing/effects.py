@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from lm.anatomy import Kind
 from lm.errors import UserError
@@ -21,6 +22,7 @@ from tracing.arrays import Array, pack
 from tracing.facts import Fact
 from tracing.scores import LayerScores
 from tracing.statistics import bootstrap, check_confidence, mean_over_facts, share_of, shares
+from tracing.sweep import layers_restored
 
 if TYPE_CHECKING:
     import pandas
@@ -101,13 +103,23 @@ class EffectTable:
     share: Array
     share_low: Array
     share_high: Array
-    facts: np.ndarray[Any, np.dtype[np.int64]]
+    facts: npt.NDArray[np.int64]
     confidence: float
     metric: str
     window: int
     sigma: float | None
     total_facts: int
     total_effect: float
+
+    @property
+    def layers_restored(self) -> npt.NDArray[np.int64]:
+        """(layers,): how many layers were restored together; fewer than `window` where an end of the model cuts it short."""
+        return np.array(layers_restored(self.window, self.mean.shape[1], self.kind), dtype=np.int64)
+
+    @property
+    def per_layer(self) -> Array:
+        """(roles, layers): the mean by layer restored, which is comparable at the ends of the model too."""
+        return np.asarray(self.mean / self.layers_restored)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tracing.effects import Effects, token_roles
+from tracing.sweep import layers_restored
 
 if TYPE_CHECKING:
     import pandas
@@ -26,6 +27,8 @@ COLUMNS = (
     "indirect",
     "total",
     "share",
+    "layers_restored",
+    "indirect_per_layer",
 )
 
 
@@ -35,11 +38,14 @@ def cells(effects: Effects) -> pandas.DataFrame:
     `clean`, `corrupted` and `restored` are scores; `indirect` is restored minus corrupted; `total` is clean minus corrupted, of
     the fact; `share` is indirect / total, NaN where the total is not above zero. Do not average `share` over facts: those with a
     small total outweigh the rest. The share of averages is `found.indirect.mean() / found.total.mean()`, as in `Effects.table`.
+    `layers_restored` is how many layers were restored together, fewer at the ends of the model; `indirect_per_layer` is
+    indirect / layers_restored, so that windows which are cut there can be compared with whole ones.
     """
     import pandas
 
     rows: list[tuple[Any, ...]] = []
     for kind in effects.kinds:
+        many = layers_restored(effects.window, effects.layers, kind)
         shares = effects.indirect(kind, normalised=True)
         for index, (fact, found) in enumerate(zip(effects.facts, effects.restored[kind], strict=True)):
             role_of = {
@@ -66,6 +72,8 @@ def cells(effects: Effects) -> pandas.DataFrame:
                         restored - corrupted,
                         clean - corrupted,
                         float(shares[index][place, layer]),
+                        many[layer],
+                        (restored - corrupted) / many[layer],
                     )
                 )
     return pandas.DataFrame(rows, columns=list(COLUMNS))

@@ -20,6 +20,7 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.difference import Difference
 from tracing.effects import Effects
+from tracing.plot_lines import explained, line
 from tracing.plots import (
     INK,
     KIND_NAMES,
@@ -93,8 +94,7 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     for (name, effects), colour in zip(runs.items(), _LINES, strict=False):
         table = effects.table(kind, roles=[role])
         layer = np.arange(effects.layers)
-        axis.plot(layer, table.mean[0], color=colour, linewidth=1.8, marker="o", markersize=3.5, label=name)
-        axis.fill_between(layer, table.low[0], table.high[0], color=colour, alpha=0.15, linewidth=0)
+        line(axis, table, 0, colour, name)
         facts.add(len(effects.facts))
     axis.axhline(0, color=SOFT, linewidth=0.8)
     for side in ("top", "right"):
@@ -114,7 +114,10 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     axis.legend(frameon=False, fontsize=8.5, labelcolor=INK)
     metric = next(iter(runs.values())).metric
     many = " or ".join(map(str, sorted(facts)))
-    return Picture(_png(sheet, [f"Change in the {METRICS.get(metric, metric)} · {many} facts · bands: 95 % intervals"]))
+    caption = [f"Change in the {METRICS.get(metric, metric)} · {many} facts · bands: 95 % intervals"]
+    if table.window > 1:
+        caption.append(explained(table.window))
+    return Picture(_png(sheet, caption))
 
 
 def _largest(values: Any, *, signed: bool = False) -> float:

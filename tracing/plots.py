@@ -26,6 +26,7 @@ from lm.run import write_atomic
 from tracing.arrays import Array
 from tracing.effects import Effects, EffectTable
 from tracing.plan import layer_runs
+from tracing.plot_lines import explained, line
 from tracing.sweep import cut_windows
 
 INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
@@ -94,10 +95,16 @@ def figure(
 
     width = 3.3 + len(tables) * (1.1 + 0.135 * min(max(layers, 8), 40))
     caption = textwrap.wrap(_caption(tables, band, top, tentative), int(width * 15))
-    sheet = Figure(figsize=(width, 1.15 + 0.3 * len(shown) + 0.17 * len(caption)), dpi=200, facecolor="white")
+    windows = any(cut_windows(one.window, layers, one.kind) for one in tables)
+    maps, lines = 0.5 + 0.3 * len(shown), 1.3 if windows else 0.0
+    sheet = Figure(figsize=(width, 0.65 + maps + lines + 0.17 * len(caption)), dpi=200, facecolor="white")
     FigureCanvasAgg(sheet)
     sheet.set_layout_engine("constrained", w_pad=0.06, wspace=0.03)
-    axes: Any = sheet.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    heights = {"height_ratios": [maps, lines]} if windows else None
+    grid: Any = sheet.subplots(1 + windows, len(tables), sharey="row", squeeze=False, gridspec_kw=heights)
+    axes = grid[0]
+    if windows:
+        _lines(grid[1], tables)
     for axis, table in zip(axes, tables, strict=True):
         panel(axis, table.mean[list(shown)], norm, KIND_NAMES[table.kind], table.window)
         hatch(axis, cut_windows(table.window, layers, table.kind), len(shown))
@@ -112,6 +119,21 @@ def figure(
     buffer = io.BytesIO()
     sheet.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _lines(axes: Any, tables: Sequence[EffectTable]) -> None:
+    """Under each heat map of windows the row with its largest effect, as a line: cut windows are set right there."""
+    for axis, table in zip(axes, tables, strict=True):
+        known = np.where(np.isnan(table.mean), -np.inf, table.mean)
+        row = int(known.max(axis=1).argmax())
+        line(axis, table, row, "#26467f")
+        axis.axhline(0, color=SOFT, linewidth=0.8)
+        axis.set_xlim(-0.5, table.mean.shape[1] - 0.5)
+        axis.set_xticks([])
+        axis.tick_params(axis="y", labelsize=8, colors=SOFT, length=2)
+        for side in ("top", "right", "bottom"):
+            axis.spines[side].set_visible(False)
+        axis.set_title(ROLE_NAMES.get(table.roles[row], table.roles[row]), fontsize=8.5, color=SOFT, loc="left", pad=3)
 
 
 def fact_figure(effects: Effects, fact: int) -> bytes:
@@ -237,6 +259,9 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
     if band:
         names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in layer_runs(band))
         parts.append(f"outlined{' (not singled out)' if tentative else ''}: layers {names}")
+    cut = [one for one in tables if cut_windows(one.window, one.mean.shape[1], one.kind)]
+    if cut:
+        parts.append(f"lines: the token with the largest effect; {explained(cut[0].window)}")
     if not table.total_effect > 0:
         parts.append("no shares: on average the corruption took nothing")
     if top <= 0:

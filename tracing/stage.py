@@ -238,6 +238,7 @@ def readable(effects: Effects, tables: Sequence[EffectTable], *, seed: int = 0) 
         "summary": effects.summary(confidence=tables[0].confidence, seed=seed).split("\n"),
         "metric": effects.metric,
         "window": effects.window,
+        "layers_restored": {table.kind: table.layers_restored.tolist() for table in tables},
         "sigma": effects.sigma,
         "clean_mean": float(effects.clean.mean()),
         "corrupted_mean": float(effects.corrupted.mean()),
@@ -254,12 +255,13 @@ def readable(effects: Effects, tables: Sequence[EffectTable], *, seed: int = 0) 
 
 def readable_tables(tables: Sequence[EffectTable]) -> dict[str, Any]:
     """kind -> token role -> facts, and by layer mean and share of the total effect with intervals; null where no fact has the
-    role (shares also where the corruption took nothing)."""
+    role (shares also where the corruption took nothing). Of windows also the mean by layer restored."""
     return {
         table.kind: {
             role: {
                 "facts": int(table.facts[row]),
                 **{name: _numbers(getattr(table, name)[row]) for name in _COLUMNS},
+                **({"per_layer": _numbers(table.per_layer[row])} if table.window > 1 else {}),
             }
             for row, role in enumerate(table.roles)
         }

@@ -10,15 +10,20 @@ import numpy as np
 
 from lm.anatomy import Kind
 from tracing.arrays import Array
-from tracing.effects import ROLES, Effects
+from tracing.effects import ROLES, Effects, EffectTable
 from tracing.statistics import mean_over_facts, share_of
+from tracing.sweep import cut_windows, window_layers
 
-_PLACES = {"resid": "the stream after layer", "mlp": "the MLP of layer", "attn": "the attention of layer"}
+_PLACES = {"resid": "the stream after", "mlp": "the MLP of", "attn": "the attention of"}
+_SEVERAL = {"mlp": "the MLPs of", "attn": "the attention of"}
 
 
-def named(kind: Kind, layer: int, role: str) -> str:
-    """A cell of the averaged picture in words."""
-    return f"{_PLACES[kind]} {layer} at the {role.replace('_', ' ')} token"
+def named(table: EffectTable, row: int, layer: int) -> str:
+    """A cell of a table in words: what was put back, and where."""
+    put = window_layers(layer, table.window, table.mean.shape[1], table.kind)
+    several = len(put) > 1
+    what = f"{_SEVERAL[table.kind]} layers {put[0]}-{put[-1]}" if several else f"{_PLACES[table.kind]} layer {put[0]}"
+    return f"{what} at the {table.roles[row].replace('_', ' ')} token"
 
 
 def brought_back(effects: Effects) -> str:
@@ -50,8 +55,22 @@ def sentences(effects: Effects, *, confidence: float = 0.95, seed: int = 0) -> l
         share, low, high = (float(one[row, layer]) for one in (table.share, table.share_low, table.share_high))
         spread = f" ({confidence:.0%} interval {low:.1%} to {high:.1%})" if not np.isnan(low) else ""
         part = f", {share:.1%}{spread} of what it took" if not np.isnan(share) else ""
-        said.append(f"- {named(kind, layer, table.roles[row])}: {table.mean[row, layer]:.3g}{part}.")
+        said += [f"- {named(table, row, layer)}: {table.mean[row, layer]:.3g}{part}.", *_cut(table)]
     return [*said, *_without_shares(effects, total)]
+
+
+def _cut(table: EffectTable) -> list[str]:
+    """That windows at the ends hold fewer layers, and what comes back by layer; nothing where all are whole."""
+    layers = table.mean.shape[1]
+    cut = cut_windows(table.window, layers, table.kind)
+    if not cut:
+        return []
+    row, layer = highest(table.per_layer)
+    held = ", ".join(f"{table.layers_restored[one]} about layer {one}" for one in cut)
+    return [
+        f"  Windows of {table.window} are cut short by the ends of the model ({held}). By layer restored, most is brought "
+        f"back by {named(table, row, layer)}: {table.per_layer[row, layer]:.3g} each."
+    ]
 
 
 def highest(values: Array) -> tuple[int, int]:

@@ -294,3 +294,32 @@ def test_the_summary_tells_what_was_taken_and_what_came_back() -> None:
     assert nothing.to_dataframe().share.isna().all()
     assert nothing.plot().png.startswith(b"\x89PNG")
     assert nothing.plot(0).png.startswith(b"\x89PNG")
+
+
+def test_cut_windows_are_also_told_by_layer_restored() -> None:
+    effects = replace(made_up([0.4, 0.5, 0.3, 0.3, 0.0], facts=3, kinds=("resid", "mlp")), window=4)
+    many = [2, 3, 4, 4, 3]  # from two before a layer to one after it, within five layers
+    table = effects.table("mlp")
+    assert table.layers_restored.tolist() == many
+    row = ROLES.index("last_subject")
+    assert table.per_layer[row] == pytest.approx([0.2, 0.5 / 3, 0.075, 0.075, 0.0])
+    stream = effects.table("resid")
+    assert stream.layers_restored.tolist() == [1] * 5
+    assert np.array_equal(stream.per_layer, stream.mean, equal_nan=True)
+
+    cells = effects.to_dataframe()
+    found = cells[(cells.fact == "f1") & (cells.position == 2)].sort_values("layer")
+    assert found[found.kind == "mlp"].layers_restored.tolist() == many
+    assert found[found.kind == "mlp"].indirect_per_layer.tolist() == pytest.approx([0.2, 0.5 / 3, 0.075, 0.075, 0.0])
+    assert found[found.kind == "resid"].layers_restored.tolist() == [1] * 5
+    assert (cells[cells.kind == "resid"].indirect_per_layer == cells[cells.kind == "resid"].indirect).all()
+
+    said = effects.summary().split("\n")
+    assert said[1].startswith("- the stream after layer 1 at the first subject token: 0.5, 62.5%")
+    assert said[2].startswith("- the MLPs of layers 0-2 at the first subject token: 0.5, 62.5%")
+    assert said[3] == (
+        "  Windows of 4 are cut short by the ends of the model (2 about layer 0, 3 about layer 1, 3 about layer 4). By layer "
+        "restored, most is brought back by the MLPs of layers 0-1 at the first subject token: 0.2 each."
+    )
+    assert len(said) == 4
+    assert "cut short" not in replace(effects, window=1).summary()

@@ -15,7 +15,8 @@ from matplotlib.image import imread
 from tiny_tracing import made_up
 
 from lm.errors import UserError
-from tracing import LayerPlan, plots
+from tracing import ROLES, LayerPlan, plots
+from tracing.plot_lines import line
 from tracing.plot_runs import severed_figure
 from tracing.plots import fact_figure, figure, heatmap
 from tracing.sweep import cut_windows
@@ -120,6 +121,33 @@ def test_severed_paths_are_lines_with_intervals() -> None:
         severed_figure({})
     with pytest.raises(UserError, match="'attn' was not traced"):
         severed_figure(runs, kind="attn")
+
+
+def test_cut_windows_have_hollow_markers_and_a_dashed_line_that_sets_them_right() -> None:
+    axis: Any = Figure().subplots()
+    table = replace(made_up([0.4, 0.5, 0.3, 0.3, 0.0], facts=3).table("mlp", roles=["last_subject"]), window=4)
+    line(axis, table, 0, "#26467f", "windows")
+    drawn, whole, hollow, dashed = axis.get_lines()
+    assert drawn.get_ydata().tolist() == pytest.approx([0.4, 0.5, 0.3, 0.3, 0.0])
+    assert (whole.get_xdata().tolist(), whole.get_markerfacecolor()) == ([2, 3], "#26467f")
+    assert (hollow.get_xdata().tolist(), hollow.get_markerfacecolor()) == ([0, 1, 4], "white")
+    assert dashed.get_linestyle() == "--"
+    assert dashed.get_ydata().tolist() == pytest.approx([0.8, 2 / 3, 0.3, 0.3, 0.0])  # of 2, 3, 4, 4 and 3 layers
+    alone: Any = Figure().subplots()
+    line(alone, replace(table, window=1), 0, "#26467f")
+    assert not alone.get_lines()[2].get_xdata().size
+    assert len(alone.get_lines()) == 3
+
+
+def test_a_picture_of_windows_has_lines_under_its_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, int, str]] = []
+    monkeypatch.setattr(plots, "line", lambda axis, table, row, colour: drawn.append((table.kind, row, colour)))
+    effects = made_up(BUMP, kinds=("resid", "mlp"))
+    one, wide = effects.plot(), replace(effects, window=3).plot()
+    assert [(kind, ROLES[row]) for kind, row, _ in drawn] == [("resid", "first_subject"), ("mlp", "first_subject")]
+    assert pixels(wide.png).shape[0] > pixels(one.png).shape[0] + 200
+    replace(effects, window=3).plot(kinds=["resid"])
+    assert len(drawn) == 2  # the stream has no windows
 
 
 def test_windows_cut_by_the_ends_are_known() -> None:
