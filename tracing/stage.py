@@ -177,6 +177,7 @@ class _Asking:
             sever=asked.sever,
             memory=asked.memory,
             max_facts=max_facts,
+            seed=None,  # they are drawn
             least_total=least_total,
             only=only,
             cache=self.cache,

@@ -34,7 +34,7 @@ def brought_back(effects: Effects) -> str:
         return "no shares: it is not above zero"
     kind = max(known, key=lambda one: float(np.nanmax(known[one])))
     row, layer = highest(known[kind])
-    return f"at most {known[kind][row, layer]:.1%} brought back ({kind} {layer}, {ROLES[row].replace('_', ' ')})"
+    return f"at most {_percent(known[kind][row, layer])} brought back ({kind} {layer}, {ROLES[row].replace('_', ' ')})"
 
 
 def sentences(effects: Effects, *, confidence: float = 0.95, seed: int = 0) -> list[str]:
@@ -53,8 +53,8 @@ def sentences(effects: Effects, *, confidence: float = 0.95, seed: int = 0) -> l
             continue
         row, layer = highest(table.mean)
         share, low, high = (float(one[row, layer]) for one in (table.share, table.share_low, table.share_high))
-        spread = f" ({confidence:.0%} interval {low:.1%} to {high:.1%})" if not np.isnan(low) else ""
-        part = f", {share:.1%}{spread} of what it took" if not np.isnan(share) else ""
+        spread = f" ({confidence:.0%} interval {_percent(low)} to {_percent(high)})" if not np.isnan(low) else ""
+        part = f", {_percent(share)}{spread} of what it took" if not np.isnan(share) else ""
         said += [f"- {named(table, row, layer)}: {table.mean[row, layer]:.3g}{part}.", *_cut(table)]
     return [*said, *_without_shares(effects, total)]
 
@@ -77,6 +77,11 @@ def highest(values: Array) -> tuple[int, int]:
     """The row and column of the largest number."""
     row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
     return int(row), int(column)
+
+
+def _percent(share: float) -> str:
+    """With one decimal, and without a minus before nothing."""
+    return f"{round(float(share), 3) + 0.0:.1%}"
 
 
 def _share(effects: Effects, kind: Kind) -> Array:

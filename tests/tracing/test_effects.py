@@ -287,6 +287,7 @@ def test_the_summary_tells_what_was_taken_and_what_came_back() -> None:
     assert some.summary().endswith(
         "Of 1 fact the corruption took nothing: it has no share of its own, and counts in the means."
     )
+    assert ", 0.0% (95% interval 0.0% to 0.0%) of" in made_up([-1e-5], facts=4, tokens=3, span=(0, 3)).summary()
     nothing = replace(effects, clean=np.array([0.1, 0.1, 0.1, 0.0]))
     assert nothing.summary().endswith("There are no shares: on average the corruption took nothing (-0.025).")
     assert "%" not in nothing.summary()
