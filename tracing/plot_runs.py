@@ -20,6 +20,7 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.difference import Difference
 from tracing.effects import Effects
+from tracing.glyphs import families, readable
 from tracing.plot_lines import explained, line
 from tracing.plots import (
     INK,
@@ -94,7 +95,7 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     for (name, effects), colour in zip(runs.items(), _LINES, strict=False):
         table = effects.table(kind, roles=[role])
         layer = np.arange(effects.layers)
-        line(axis, table, 0, colour, name)
+        line(axis, table, 0, colour, readable(name))
         facts.add(len(effects.facts))
     axis.axhline(0, color=SOFT, linewidth=0.8)
     for side in ("top", "right"):
@@ -111,7 +112,7 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
         shares.spines["right"].set_visible(False)
         shares.set_ylabel("share of the total effect", fontsize=8.5, color=SOFT)
     axis.set_title(f"{KIND_NAMES[kind]}, {ROLE_NAMES.get(role, role)}", fontsize=10.5, color=INK, loc="left", pad=7)
-    axis.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    axis.legend(frameon=False, prop={"size": 8.5, "family": families(*map(readable, runs))}, labelcolor=INK)
     metric = next(iter(runs.values())).metric
     many = " or ".join(map(str, sorted(facts)))
     caption = [f"Change in the {METRICS.get(metric, metric)} · {many} facts · bands: 95 % intervals"]

@@ -25,6 +25,7 @@ from lm.errors import UserError
 from lm.run import write_atomic
 from tracing.arrays import Array
 from tracing.effects import Effects, EffectTable
+from tracing.glyphs import families, readable
 from tracing.plan import layer_runs
 from tracing.plot_lines import explained, line
 from tracing.sweep import cut_windows
@@ -155,17 +156,22 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
         panel(axis, values[shown], norm, KIND_NAMES[kind], window)
         hatch(axis, cut_windows(window, effects.layers, kind), len(shown))
     start, end = effects.subject_spans[fact]
-    words = [_word(effects.tokens[fact][row]) + (" *" if start <= row < end else "") for row in shown]
-    axes[0].set_yticks([row + 0.5 for row in range(len(shown))], words)
+    words = [readable(effects.tokens[fact][row]) + (" *" if start <= row < end else "") for row in shown]
+    axes[0].set_yticks([row + 0.5 for row in range(len(shown))], words, fontfamily=families(*words))
     axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=INK)
     for axis in axes[1:]:
         axis.tick_params(axis="y", length=0)
     total = float(effects.total[fact])
     colour_bar(sheet, axes, norm, "indirect effect", total=total)
-    caption = f"{_word(effects.facts[fact].label)}: what each cell brings back of {total:.3g} lost; * is the subject"
+    caption = f"{readable(effects.facts[fact].label)}: what each cell brings back of {total:.3g} lost; * is the subject"
     caption += "" if total > 0 else "; no shares: the corruption took nothing"
     text = sheet.supxlabel(
-        "\n".join(textwrap.wrap(caption, int(width * 15))), fontsize=8.5, color=SOFT, x=0.012, ha="left"
+        "\n".join(textwrap.wrap(caption, int(width * 15))),
+        fontsize=8.5,
+        color=SOFT,
+        x=0.012,
+        ha="left",
+        fontfamily=families(caption),
     )
     text.set_linespacing(1.35)
     buffer = io.BytesIO()
@@ -201,12 +207,6 @@ def colour_bar(
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g} ({value / total:.{digits}%})")
         label += "\n(share of the total effect)"
     bar.set_label(label, fontsize=8.5, color=SOFT)
-
-
-def _word(token: str) -> str:
-    """A text without what no font draws, and with its line breaks as signs; dollars would begin mathematics."""
-    shown = "".join(letter if letter.isprintable() else "⏎" if letter == "\n" else "�" for letter in token)
-    return shown.replace("$", r"\$")
 
 
 def hatch(axis: Any, layers: Sequence[int], rows: int) -> None:
