@@ -118,7 +118,7 @@ class EffectTable:
 
     @property
     def per_layer(self) -> Array:
-        """(roles, layers): the mean by layer restored, which is comparable at the ends of the model too."""
+        """(roles, layers): the mean per layer restored, which is comparable at the ends of the model too."""
         return np.asarray(self.mean / self.layers_restored)
 
 

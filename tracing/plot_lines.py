@@ -12,7 +12,7 @@ from tracing.sweep import cut_windows
 
 def line(axis: Any, table: EffectTable, row: int, colour: str, label: str | None = None) -> None:
     """The means of a row with their interval. Where a window is cut the marker is hollow, and a quiet dashed line shows the mean
-    by layer restored, times the layers of a whole window: what that would bring, were all its layers like those there."""
+    per layer restored, times the layers of a whole window: what that would bring, were all its layers like those there."""
     layers = np.arange(table.mean.shape[1])
     cut = np.isin(layers, cut_windows(table.window, len(layers), table.kind))
     axis.plot(layers, table.mean[row], color=colour, linewidth=1.8, label=label, zorder=2)
@@ -27,4 +27,4 @@ def line(axis: Any, table: EffectTable, row: int, colour: str, label: str | None
 
 def explained(window: int) -> str:
     """What hollow markers and dashes mean."""
-    return f"hollow: fewer than {window} layers restored · dashed: by layer restored, times {window}"
+    return f"hollow: fewer than {window} layers restored · dashed: per layer restored, times {window}"

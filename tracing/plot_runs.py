@@ -36,6 +36,7 @@ from tracing.plots import (
     panel,
     row_label,
 )
+from tracing.summary import put_back
 from tracing.sweep import cut_windows
 
 # Two hues of falling lightness away from zero: less is ochre, more is indigo; readable by the colour-blind.
@@ -57,8 +58,10 @@ def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()
     norms = [Normalize(0, top), Normalize(0, top), Normalize(-most, most)]
     width = 3.3 + 3 * (1.25 + 0.135 * min(max(layers, 8), 40))
     caption = textwrap.wrap(
-        f"{KIND_NAMES[kind]}: change in the {METRICS.get(found.metric, found.metric)} when one clean activation is put back · "
-        f"{found.facts} facts, the same before and after, shares of the total effect before · {found.sentence(kind)}",
+        f"{KIND_NAMES[kind]}: change in the {METRICS.get(found.metric, found.metric)} when "
+        f"{put_back([kind], tables[0].window)} is put back"
+        f"\u00a0· {found.facts} facts, the same before and after, shares of the total effect before\u00a0· "
+        f"{found.sentence(kind)}",
         int(width * 15),
     )
     sheet = Figure(figsize=(width, 1.15 + 0.3 * len(rows) + 0.17 * len(caption)), dpi=200, facecolor="white")
@@ -115,7 +118,7 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     axis.legend(frameon=False, prop={"size": 8.5, "family": families(*map(readable, runs))}, labelcolor=INK)
     metric = next(iter(runs.values())).metric
     many = " or ".join(map(str, sorted(facts)))
-    caption = [f"Change in the {METRICS.get(metric, metric)} · {many} facts · bands: 95 % intervals"]
+    caption = [f"Change in the {METRICS.get(metric, metric)}\u00a0· {many} facts\u00a0· bands: 95 % intervals"]
     if table.window > 1:
         caption.append(explained(table.window))
     return Picture(_png(sheet, caption))

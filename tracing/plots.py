@@ -28,6 +28,7 @@ from tracing.effects import Effects, EffectTable
 from tracing.glyphs import families, readable
 from tracing.plan import layer_runs
 from tracing.plot_lines import explained, line
+from tracing.summary import put_back
 from tracing.sweep import cut_windows
 
 INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
@@ -35,6 +36,7 @@ INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
 SCALE = LinearSegmentedColormap.from_list(
     "indigo", ["#f1f4f9", "#cfdbed", "#a3badd", "#7293c6", "#476cab", "#26467f", "#0f2350"]
 )
+DOT = "\u00a0· "  # never begins a line
 KIND_NAMES = {"resid": "whole stream after a block", "mlp": "MLP", "attn": "attention"}
 ROLE_NAMES = {
     "before": "before the subject",
@@ -251,10 +253,13 @@ def row_label(table: EffectTable, row: int) -> str:
 
 def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, tentative: bool) -> str:
     table = tables[0]
+    kinds, window = [one.kind for one in tables], max(one.window for one in tables)
     parts = [
-        f"Change in the {METRICS.get(table.metric, table.metric)} when one clean activation is put back",
+        f"Change in the {METRICS.get(table.metric, table.metric)} when {put_back(kinds, window)} is put back",
         f"{table.total_facts} fact{'s' if table.total_facts != 1 else ''}",
-        "other names" if table.sigma is None else f"noise σ = {table.sigma:.3g}",
+        "subject replaced by other names"
+        if table.sigma is None
+        else f"subject blurred by noise, σ = {table.sigma:.3g}",
     ]
     if band:
         names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in layer_runs(band))
@@ -268,4 +273,4 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
         parts.append("no effect is above zero")
     elif any(np.nanmin(np.where(np.isnan(one.mean), 0.0, one.mean)) < -0.02 * top for one in tables):
         parts.append("effects below zero are palest")
-    return " · ".join(parts)
+    return DOT.join(parts)

@@ -47,11 +47,12 @@ class TraceResult:
 def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
     """Trace as the config says.
 
-    Writes into `config.out`: `plan.json` (what training consumes), `effects.npz` (every cell), `effects.json` (means and
-    intervals by token role, facts used and left out), `effects.png` (all kinds side by side) and one `KIND.png` a kind. Of the
-    same facts, for each metric of `also_metrics` an `effects-METRIC.npz`, `.json` and `.png`, for each corruption of `also` an
-    `effects-NAME.npz`, `.json` and `.png`, and for both `effects-NAME-METRIC`. Where windows of layers are restored, single
-    layers are too: `effects-single.npz`, `.json` and `.png`, and `interaction.json`, what windows bring back beyond their layers.
+    Writes into `config.out`: `plan.json` (what training consumes), `effects.npz` (every cell), `effects.json` (a summary in
+    sentences, means and shares with intervals by token role, facts used and left out), `effects.png` (all kinds side by side)
+    and one `KIND.png` a kind. Of the same facts, for each metric of `also_metrics` an `effects-METRIC.npz`, `.json` and `.png`,
+    for each corruption of `also` an `effects-NAME.npz`, `.json` and `.png`, and for both `effects-NAME-METRIC`. Where windows of
+    layers are restored, single layers are too: `effects-single.npz`, `.json` and `.png`, and `interaction.json`, what windows
+    bring back beyond their layers.
 
     Raises:
         UserError: whatever the user can mend; finished facts stay in the run folder.
@@ -256,7 +257,7 @@ def readable(effects: Effects, tables: Sequence[EffectTable], *, seed: int = 0) 
 
 def readable_tables(tables: Sequence[EffectTable]) -> dict[str, Any]:
     """kind -> token role -> facts, and by layer mean and share of the total effect with intervals; null where no fact has the
-    role (shares also where the corruption took nothing). Of windows also the mean by layer restored."""
+    role (shares also where the corruption took nothing). Of windows also the mean per layer restored."""
     return {
         table.kind: {
             role: {

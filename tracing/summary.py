@@ -6,6 +6,8 @@ corruption took nothing there are none, and a sentence says so. Layers are chose
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lm.anatomy import Kind
@@ -15,15 +17,25 @@ from tracing.statistics import mean_over_facts, share_of
 from tracing.sweep import cut_windows, window_layers
 
 _PLACES = {"resid": "the stream after", "mlp": "the MLP of", "attn": "the attention of"}
-_SEVERAL = {"mlp": "the MLPs of", "attn": "the attention of"}
+_SEVERAL = {"mlp": "MLPs of", "attn": "attention of"}
 
 
 def named(table: EffectTable, row: int, layer: int) -> str:
     """A cell of a table in words: what was put back, and where."""
     put = window_layers(layer, table.window, table.mean.shape[1], table.kind)
     several = len(put) > 1
-    what = f"{_SEVERAL[table.kind]} layers {put[0]}-{put[-1]}" if several else f"{_PLACES[table.kind]} layer {put[0]}"
+    what = (
+        f"the {_SEVERAL[table.kind]} layers {put[0]}-{put[-1]}" if several else f"{_PLACES[table.kind]} layer {put[0]}"
+    )
     return f"{what} at the {table.roles[row].replace('_', ' ')} token"
+
+
+def put_back(kinds: Sequence[Kind], window: int) -> str:
+    """What is restored at a time."""
+    several = [_SEVERAL[kind].removesuffix(" of") for kind in kinds if kind != "resid"]
+    if window == 1 or not several:
+        return "one clean activation"
+    return f"one clean activation ({' and '.join(several)}: {window} layers together)"
 
 
 def brought_back(effects: Effects) -> str:
@@ -45,7 +57,7 @@ def sentences(effects: Effects, *, confidence: float = 0.95, seed: int = 0) -> l
     many = f"{len(effects.facts)} fact{'s' if len(effects.facts) > 1 else ''}"
     said = [
         f"On {many} the corruption takes {total:.3g} of the answer's mean {effects.metric.replace('_', ' ')} "
-        f"({clean:.3g} to {corrupted:.3g}). Putting one clean activation back brings back, at most:"
+        f"({clean:.3g} to {corrupted:.3g}). Of this {put_back(effects.kinds, effects.window)}, put back, brings back at most:"
     ]
     for kind in effects.kinds:
         table = effects.table(kind, confidence=confidence, seed=seed)
@@ -60,7 +72,7 @@ def sentences(effects: Effects, *, confidence: float = 0.95, seed: int = 0) -> l
 
 
 def _cut(table: EffectTable) -> list[str]:
-    """That windows at the ends hold fewer layers, and what comes back by layer; nothing where all are whole."""
+    """That windows at the ends hold fewer layers, and what comes back per layer; nothing where all are whole."""
     layers = table.mean.shape[1]
     cut = cut_windows(table.window, layers, table.kind)
     if not cut:
@@ -68,7 +80,7 @@ def _cut(table: EffectTable) -> list[str]:
     row, layer = highest(table.per_layer)
     held = ", ".join(f"{table.layers_restored[one]} about layer {one}" for one in cut)
     return [
-        f"  Windows of {table.window} are cut short by the ends of the model ({held}). By layer restored, most is brought "
+        f"  Windows of {table.window} are cut short by the ends of the model ({held}). Per layer restored, the most is brought "
         f"back by {named(table, row, layer)}: {table.per_layer[row, layer]:.3g} each."
     ]
 

@@ -277,8 +277,8 @@ def test_tables_hold_the_shares_of_the_facts_that_have_the_role() -> None:
 def test_the_summary_tells_what_was_taken_and_what_came_back() -> None:
     effects = made_up([0.1, 0.4, 0.2], facts=4, kinds=("resid", "mlp"))
     assert effects.summary().split("\n") == [
-        "On 4 facts the corruption takes 0.8 of the answer's mean probability (0.9 to 0.1). Putting one clean activation back "
-        "brings back, at most:",
+        "On 4 facts the corruption takes 0.8 of the answer's mean probability (0.9 to 0.1). Of this one clean activation, put "
+        "back, brings back at most:",
         "- the stream after layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
         "- the MLP of layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
     ]
@@ -297,7 +297,7 @@ def test_the_summary_tells_what_was_taken_and_what_came_back() -> None:
     assert nothing.plot(0).png.startswith(b"\x89PNG")
 
 
-def test_cut_windows_are_also_told_by_layer_restored() -> None:
+def test_cut_windows_are_also_told_per_layer_restored() -> None:
     effects = replace(made_up([0.4, 0.5, 0.3, 0.3, 0.0], facts=3, kinds=("resid", "mlp")), window=4)
     many = [2, 3, 4, 4, 3]  # from two before a layer to one after it, within five layers
     table = effects.table("mlp")
@@ -316,11 +316,12 @@ def test_cut_windows_are_also_told_by_layer_restored() -> None:
     assert (cells[cells.kind == "resid"].indirect_per_layer == cells[cells.kind == "resid"].indirect).all()
 
     said = effects.summary().split("\n")
+    assert said[0].endswith(" one clean activation (MLPs: 4 layers together), put back, brings back at most:")
     assert said[1].startswith("- the stream after layer 1 at the first subject token: 0.5, 62.5%")
     assert said[2].startswith("- the MLPs of layers 0-2 at the first subject token: 0.5, 62.5%")
     assert said[3] == (
-        "  Windows of 4 are cut short by the ends of the model (2 about layer 0, 3 about layer 1, 3 about layer 4). By layer "
-        "restored, most is brought back by the MLPs of layers 0-1 at the first subject token: 0.2 each."
+        "  Windows of 4 are cut short by the ends of the model (2 about layer 0, 3 about layer 1, 3 about layer 4). Per layer "
+        "restored, the most is brought back by the MLPs of layers 0-1 at the first subject token: 0.2 each."
     )
     assert len(said) == 4
     assert "cut short" not in replace(effects, window=1).summary()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from tracing.effects import EffectTable
 from tracing.plan import LayerPlan
+from tracing.sweep import cut_windows
 from unlearn.report import words
-from unlearn.report.charts import colour_key, heat_map, largest, layer_scores, shown_roles
+from unlearn.report.charts import beside, colour_key, heat_map, largest, layer_scores, shown_roles
 from unlearn.report.markup import Html, el, join
 from unlearn.report.records import Report
 
@@ -72,6 +72,8 @@ def _maps(tables: Sequence[EffectTable], plan: LayerPlan | None) -> list[Html]:
             tentative=plan is not None and not plan.singled_out,
         )
         window = f", {table.window} layers around each restored together" if table.window > 1 else ""
+        cut = cut_windows(table.window, table.mean.shape[1], table.kind)
+        window += f", fewer at {words.layer_name(cut)}" if cut else ""
         caption = el("figcaption", el("b", words.KINDS[table.kind]), window, colour_key(top, low))
         out.append(el("figure", caption, drawn))
     return out
@@ -142,11 +144,7 @@ def numbers(tables: Sequence[EffectTable], summary: str, what: str) -> Html:
 
 
 def _cell(table: EffectTable, row: int, layer: int) -> Html:
-    low, high = float(table.low[row, layer]), float(table.high[row, layer])
-    spread = None if math.isnan(low) else f"{table.confidence:.0%} interval {words.small(low)} to {words.small(high)}"
-    share = float(table.share[row, layer])
-    part = None if math.isnan(share) else f"{words.percent(share)} of what the corruption took"
-    title = ", ".join(filter(None, (spread, part))) or None
+    title = ", ".join(beside(table, row, layer)) or None
     return el("td", words.small(float(table.mean[row, layer])), class_="number", title=title)
 
 
