@@ -28,7 +28,7 @@ from tracing.effects import Effects, EffectTable
 from tracing.glyphs import families, readable
 from tracing.plan import layer_runs
 from tracing.plot_lines import explained, line
-from tracing.summary import put_back
+from tracing.summary import peak, put_back
 from tracing.sweep import cut_windows
 
 INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
@@ -127,8 +127,7 @@ def figure(
 def _lines(axes: Any, tables: Sequence[EffectTable]) -> None:
     """Under each heat map of windows the row with its largest effect, as a line: cut windows are set right there."""
     for axis, table in zip(axes, tables, strict=True):
-        known = np.where(np.isnan(table.mean), -np.inf, table.mean)
-        row = int(known.max(axis=1).argmax())
+        row = (peak(table.kind, table.roles, table.mean) or (0, 0))[0]
         line(axis, table, row, "#26467f")
         axis.axhline(0, color=SOFT, linewidth=0.8)
         axis.set_xlim(-0.5, table.mean.shape[1] - 0.5)

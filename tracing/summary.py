@@ -12,7 +12,7 @@ import numpy as np
 
 from lm.anatomy import Kind
 from tracing.arrays import Array
-from tracing.effects import ROLES, Effects, EffectTable
+from tracing.effects import ROLES, SUBJECT_ROLES, Effects, EffectTable
 from tracing.statistics import mean_over_facts, share_of
 from tracing.sweep import cut_windows, window_layers
 
@@ -38,15 +38,32 @@ def put_back(kinds: Sequence[Kind], window: int) -> str:
     return f"one clean activation ({' and '.join(several)}: {window} layers together)"
 
 
+def peak(kind: Kind, roles: Sequence[str], values: Array) -> tuple[int, int] | None:
+    """The row and layer of the largest of (roles, layers); None where there are no numbers.
+
+    Of the stream only the subject's tokens count, if any was traced: at the last token its end is the answer, so that it brings
+    back everything there whatever the model.
+    """
+    subject = np.isin(roles, SUBJECT_ROLES)[:, None] & ~np.isnan(values)
+    seen = subject if kind == "resid" and subject.any() else ~np.isnan(values)
+    if not seen.any():
+        return None
+    row, layer = np.unravel_index(int(np.where(seen, values, -np.inf).argmax()), values.shape)
+    return int(row), int(layer)
+
+
 def brought_back(effects: Effects) -> str:
-    """The largest share that one restored activation brings back, of all kinds and token roles, in a few words."""
-    found = {kind: _share(effects, kind) for kind in effects.kinds}
-    known = {kind: share for kind, share in found.items() if not np.isnan(share).all()}
-    if not known:
+    """The largest share that one restored activation brings back, of all kinds and token roles (`peak`), in a few words."""
+    found = []
+    for kind in effects.kinds:
+        share = _share(effects, kind)
+        place = peak(kind, ROLES, share)
+        if place is not None:
+            found.append((float(share[place]), kind, place))
+    if not found:
         return "no shares: it is not above zero"
-    kind = max(known, key=lambda one: float(np.nanmax(known[one])))
-    row, layer = highest(known[kind])
-    return f"at most {_percent(known[kind][row, layer])} brought back ({kind} {layer}, {ROLES[row].replace('_', ' ')})"
+    most, kind, (row, layer) = max(found, key=lambda one: one[0])
+    return f"at most {_percent(most)} brought back ({kind} {layer}, {ROLES[row].replace('_', ' ')})"
 
 
 def sentences(effects: Effects, *, confidence: float = 0.95, seed: int = 0) -> list[str]:
@@ -55,15 +72,20 @@ def sentences(effects: Effects, *, confidence: float = 0.95, seed: int = 0) -> l
         return ["No facts were traced."]
     clean, corrupted, total = (float(one.mean()) for one in (effects.clean, effects.corrupted, effects.total))
     many = f"{len(effects.facts)} fact{'s' if len(effects.facts) > 1 else ''}"
+    stream = (
+        " (the stream: at the subject; at the last token its end is the answer)" if "resid" in effects.kinds else ""
+    )
     said = [
         f"On {many} the corruption takes {total:.3g} of the answer's mean {effects.metric.replace('_', ' ')} "
-        f"({clean:.3g} to {corrupted:.3g}). Of this {put_back(effects.kinds, effects.window)}, put back, brings back at most:"
+        f"({clean:.3g} to {corrupted:.3g}). Of this {put_back(effects.kinds, effects.window)}, put back, brings back at "
+        f"most{stream}:"
     ]
     for kind in effects.kinds:
         table = effects.table(kind, confidence=confidence, seed=seed)
-        if np.isnan(table.mean).all():
+        place = peak(kind, table.roles, table.mean)
+        if place is None:
             continue
-        row, layer = highest(table.mean)
+        row, layer = place
         share, low, high = (float(one[row, layer]) for one in (table.share, table.share_low, table.share_high))
         spread = f" ({confidence:.0%} interval {_percent(low)} to {_percent(high)})" if not np.isnan(low) else ""
         part = f", {_percent(share)}{spread} of what it took" if not np.isnan(share) else ""
@@ -74,21 +96,15 @@ def sentences(effects: Effects, *, confidence: float = 0.95, seed: int = 0) -> l
 def _cut(table: EffectTable) -> list[str]:
     """That windows at the ends hold fewer layers, and what comes back per layer; nothing where all are whole."""
     layers = table.mean.shape[1]
-    cut = cut_windows(table.window, layers, table.kind)
-    if not cut:
+    cut, place = cut_windows(table.window, layers, table.kind), peak(table.kind, table.roles, table.per_layer)
+    if not cut or place is None:
         return []
-    row, layer = highest(table.per_layer)
+    row, layer = place
     held = ", ".join(f"{table.layers_restored[one]} about layer {one}" for one in cut)
     return [
         f"  Windows of {table.window} are cut short by the ends of the model ({held}). Per layer restored, the most is brought "
         f"back by {named(table, row, layer)}: {table.per_layer[row, layer]:.3g} each."
     ]
-
-
-def highest(values: Array) -> tuple[int, int]:
-    """The row and column of the largest number."""
-    row, column = np.unravel_index(int(np.nanargmax(values)), values.shape)
-    return int(row), int(column)
 
 
 def _percent(share: float) -> str:

@@ -13,6 +13,7 @@ from lm.errors import UserError
 from tracing import ROLES, Effects, Fact, GaussianNoise, Skipped, trace
 from tracing.effects import token_roles
 from tracing.statistics import interval, resample_counts, share_of, shares, units, weighted_means
+from tracing.summary import peak
 
 
 def roles(tokens: int, span: tuple[int, int]) -> list[str]:
@@ -278,7 +279,7 @@ def test_the_summary_tells_what_was_taken_and_what_came_back() -> None:
     effects = made_up([0.1, 0.4, 0.2], facts=4, kinds=("resid", "mlp"))
     assert effects.summary().split("\n") == [
         "On 4 facts the corruption takes 0.8 of the answer's mean probability (0.9 to 0.1). Of this one clean activation, put "
-        "back, brings back at most:",
+        "back, brings back at most (the stream: at the subject; at the last token its end is the answer):",
         "- the stream after layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
         "- the MLP of layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
     ]
@@ -316,7 +317,10 @@ def test_cut_windows_are_also_told_per_layer_restored() -> None:
     assert (cells[cells.kind == "resid"].indirect_per_layer == cells[cells.kind == "resid"].indirect).all()
 
     said = effects.summary().split("\n")
-    assert said[0].endswith(" one clean activation (MLPs: 4 layers together), put back, brings back at most:")
+    assert said[0].endswith(
+        " one clean activation (MLPs: 4 layers together), put back, brings back at most (the stream: at the "
+        "subject; at the last token its end is the answer):"
+    )
     assert said[1].startswith("- the stream after layer 1 at the first subject token: 0.5, 62.5%")
     assert said[2].startswith("- the MLPs of layers 0-2 at the first subject token: 0.5, 62.5%")
     assert said[3] == (
@@ -325,3 +329,18 @@ def test_cut_windows_are_also_told_per_layer_restored() -> None:
     )
     assert len(said) == 4
     assert "cut short" not in replace(effects, window=1).summary()
+
+
+def test_that_the_end_of_the_stream_is_the_answer_is_no_finding() -> None:
+    effects = made_up([0.1, 0.4, 0.2], facts=4, kinds=("resid", "mlp"))
+    for kind in effects.kinds:
+        for cells in effects.restored[kind]:
+            cells[-1, 2] = 0.9  # all of it, at the last token
+    said = effects.summary()
+    assert "- the stream after layer 1 at the first subject token: 0.4, 50.0%" in said
+    assert "- the MLP of layer 2 at the last token: 0.8, 100.0%" in said
+    stream = replace(effects, restored={"resid": effects.restored["resid"]})
+    assert "at most 50.0% brought back (resid 1, first subject)" in repr(stream)
+    assert "at most 100.0% brought back (mlp 2, last)" in repr(effects)
+    assert peak("resid", ["last"], np.array([[np.nan, 0.3]])) == (0, 1)  # nothing else was traced
+    assert peak("mlp", ["last"], np.array([[np.nan, np.nan]])) is None
