@@ -24,11 +24,13 @@ def main(config: TraceConfig) -> None:
         print(
             f"traced {len(effects.facts)} facts, left out {len(effects.skipped)} (reasons in {config.out}/effects.json)"
         )
-        for read in (effects, *effects.also.values()):
-            print(f"answer {read.metric}: clean {read.clean.mean():.4g}, corrupted {read.corrupted.mean():.4g}")
+        first = type(config.corruption).__name__
+        for name, traced in {first: effects, **result.others}.items():
+            for read in (traced, *traced.also.values()):
+                print(f"{name}: {read.summary(confidence=config.plan.confidence, seed=config.seed)}")
         for name, said in plan.evidence.get("also", {}).items():
             for alike in said.get("agreement", {}).values():
-                print(f"{name}, {Agreement(**alike)}")
+                print(f"{first} and {name}, {Agreement(**alike)}")
         for said in plan.evidence.get("windows", ()):
             print(said)
         print(plan.verdict)

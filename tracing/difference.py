@@ -16,6 +16,7 @@ from lm.errors import UserError
 from tracing.arrays import Array
 from tracing.effects import ROLES, Aggregation, Effects, EffectTable
 from tracing.statistics import bootstrap, check_confidence, mean_over_facts
+from tracing.summary import named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Difference:
     Attributes:
         clean, corrupted: how the scores of the intact and of the corrupted prompt changed.
         before, after: kind -> mean indirect effects by token role and layer.
-        change: kind -> the mean over facts of after minus before of these, with its intervals.
+        change: kind -> the mean over facts of after minus before of these, with its intervals, without shares.
     """
 
     metric: str
@@ -66,8 +67,8 @@ class Difference:
     def sentence(self, kind: Kind) -> str:
         """What the numbers say of the answer, and of the cell of `kind` that brought most back before."""
         role, layer, cell = self.strongest(kind)
-        what = {"resid": "the stream after layer", "mlp": "the MLP of layer", "attn": "the attention of layer"}[kind]
-        place = f"{what} {layer} at the {role.replace('_', ' ')} token"
+        table = self.before[kind]
+        place = named(table, table.roles.index(role), layer)
         return (
             f"On {self.facts} fact{'s' if self.facts != 1 else ''} the answer's mean {self.metric.replace('_', ' ')} "
             f"{self._went(self.clean)}, and what putting back {place} brings, most of all before, {self._went(cell)}."
@@ -157,7 +158,10 @@ def difference(
     for kind in kinds:
         gaps = after.by_role(kind, roles, aggregation) - before.by_role(kind, roles, aggregation)
         low, high = spread(gaps)
-        changed[kind] = replace(old[kind], mean=mean_over_facts(gaps), low=low, high=high)
+        none = np.full_like(low, np.nan)  # a change is a share of neither total
+        changed[kind] = replace(
+            old[kind], mean=mean_over_facts(gaps), low=low, high=high, share=none, share_low=none, share_high=none
+        )
     return Difference(
         metric=before.metric,
         confidence=confidence,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from lm.anatomy import Kind
 from lm.errors import UserError
@@ -20,7 +21,8 @@ from lm.run import write_atomic
 from tracing.arrays import Array, pack
 from tracing.facts import Fact
 from tracing.scores import LayerScores
-from tracing.statistics import bootstrap, check_confidence, mean_over_facts
+from tracing.statistics import bootstrap, check_confidence, mean_over_facts, share_of, shares
+from tracing.sweep import layers_restored
 
 if TYPE_CHECKING:
     import pandas
@@ -32,20 +34,6 @@ Aggregation = Literal["fixed", "authors"]
 ROLES = ("before", "first_subject", "middle_subject", "last_subject", "first_after", "further", "last")
 SUBJECT_ROLES = ("first_subject", "middle_subject", "last_subject")
 _VERSION = 1
-_COLUMNS = (
-    "fact",
-    "subject",
-    "group",
-    "kind",
-    "position",
-    "token",
-    "role",
-    "layer",
-    "clean",
-    "corrupted",
-    "restored",
-    "indirect",
-)
 
 
 def token_roles(tokens: int, span: tuple[int, int], aggregation: Aggregation = "fixed") -> dict[str, list[int]]:
@@ -101,7 +89,10 @@ class EffectTable:
 
     Attributes:
         mean, low, high: (roles, layers); NaN where no fact has such a token (intervals also where only one group of facts has).
+        share, share_low, share_high: (roles, layers), the mean over the mean total effect of the same facts, with its interval
+            (`tracing.statistics.shares`); NaN where the corruption took nothing on average.
         facts: (roles,), how many facts each row is the mean of.
+        total_effect: what the corruption took, the mean over all facts.
     """
 
     kind: Kind
@@ -109,12 +100,26 @@ class EffectTable:
     mean: Array
     low: Array
     high: Array
-    facts: np.ndarray[Any, np.dtype[np.int64]]
+    share: Array
+    share_low: Array
+    share_high: Array
+    facts: npt.NDArray[np.int64]
     confidence: float
     metric: str
     window: int
     sigma: float | None
     total_facts: int
+    total_effect: float
+
+    @property
+    def layers_restored(self) -> npt.NDArray[np.int64]:
+        """(layers,): how many layers were restored together; fewer than `window` where an end of the model cuts it short."""
+        return np.array(layers_restored(self.window, self.mean.shape[1], self.kind), dtype=np.int64)
+
+    @property
+    def per_layer(self) -> Array:
+        """(roles, layers): the mean per layer restored, which is comparable at the ends of the model too."""
+        return np.asarray(self.mean / self.layers_restored)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -149,11 +154,15 @@ class Effects:
     also: Mapping[str, Effects] = field(default_factory=dict)
 
     def __repr__(self) -> str:
+        from tracing.summary import brought_back
+
         how = "other names" if self.sigma is None else f"noise σ {self.sigma:.3g}"
         window = f", windows of {self.window}" if self.window > 1 else ""
         left = f", {len(self.skipped)} left out" if self.skipped else ""
         traced = f"{', '.join(self.kinds)} of {self.layers} layers{window}"
-        found = f"mean total effect {self.total.mean():.3g}" if len(self.facts) else "nothing"
+        found = "nothing"
+        if len(self.facts):
+            found = f"mean total effect {self.total.mean():.3g}, {brought_back(self)}"
         also = f"; also {', '.join(self.also)}" if self.also else ""
         return f"Effects({len(self.facts)} facts{left}; {traced}; {self.metric}, {how}; {found}{also})"
 
@@ -191,12 +200,13 @@ class Effects:
     def indirect(self, kind: Kind, *, normalised: bool = False) -> list[Array]:
         """Restored minus corrupted: one (prompt tokens, layers) array a fact.
 
-        `normalised`: as a share of the total effect; NaN for a fact of which the corruption took nothing, which has no shares.
+        `normalised`: as a share of the fact's total effect; NaN for a fact of which the corruption took nothing, which has no
+        shares. Not to be averaged: a small total makes a large share. The share of averages is in `table` and `summary`.
         """
         found = [cells - low for cells, low in zip(self._of(kind), self.corrupted, strict=True)]
         if not normalised:
             return found
-        return [cells / (total if total else np.nan) for cells, total in zip(found, self.total, strict=True)]
+        return [share_of(cells, total) for cells, total in zip(found, self.total, strict=True)]
 
     def by_role(self, kind: Kind, roles: Sequence[str] = ROLES, aggregation: Aggregation = "fixed") -> Array:
         """(facts, roles, layers): the mean indirect effect over each fact's tokens of each role; NaN where it has none."""
@@ -225,6 +235,9 @@ class Effects:
         values = self.by_role(kind, roles, aggregation)
         groups = [fact.group for fact in self.facts]
         low, high = bootstrap(values, groups, confidence=confidence, resamples=resamples, seed=seed)
+        share, share_low, share_high = shares(
+            values, self.total, groups, confidence=confidence, resamples=resamples, seed=seed
+        )
         facts = (~np.isnan(values).all(axis=2)).sum(axis=0)
         return EffectTable(
             kind=kind,
@@ -232,12 +245,16 @@ class Effects:
             mean=mean_over_facts(values),
             low=low,
             high=high,
+            share=share,
+            share_low=share_low,
+            share_high=share_high,
             facts=facts.astype(np.int64),
             confidence=confidence,
             metric=self.metric,
             window=1 if kind == "resid" else self.window,
             sigma=self.sigma,
             total_facts=len(self.facts),
+            total_effect=float(self.total.mean()),
         )
 
     def scores(self, roles: Sequence[str] = SUBJECT_ROLES, aggregation: Aggregation = "fixed") -> LayerScores:
@@ -275,33 +292,16 @@ class Effects:
         )
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row a cell: fact, subject, group, kind, position, token, role, layer, clean, corrupted, restored, indirect."""
-        import pandas
+        """One row a cell, with every number that belongs to it: see `tracing.frame`."""
+        from tracing.frame import cells
 
-        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-        for kind in self.kinds:
-            for index, (fact, cells) in enumerate(zip(self.facts, self.restored[kind], strict=True)):
-                role_of = {
-                    place: role
-                    for role, places in token_roles(len(cells), self.subject_spans[index]).items()
-                    for place in places
-                }
-                clean, corrupted = float(self.clean[index]), float(self.corrupted[index])
-                for place, layer in zip(*np.nonzero(~np.isnan(cells)), strict=True):
-                    restored = float(cells[place, layer])
-                    row = (
-                        fact.label,
-                        fact.subject,
-                        fact.group,
-                        kind,
-                        int(place),
-                        self.tokens[index][place],
-                        role_of[int(place)],
-                    )
-                    values = (*row, int(layer), clean, corrupted, restored, restored - corrupted)
-                    for name, value in zip(_COLUMNS, values, strict=True):
-                        columns[name].append(value)
-        return pandas.DataFrame(columns)
+        return cells(self)
+
+    def summary(self, *, confidence: float = 0.95, seed: int = 0) -> str:
+        """What was found, in a few sentences: what the corruption took, and what brings most back; see `tracing.summary`."""
+        from tracing.summary import sentences
+
+        return "\n".join(sentences(self, confidence=confidence, seed=seed))
 
     def plot(
         self,

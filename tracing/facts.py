@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from lm.errors import UserError
 from lm.records import Record, find_files, read_file, text_column
 from lm.rows import Row
@@ -137,6 +139,22 @@ def with_foils(facts: Sequence[Fact], seed: int = 0) -> list[Fact]:
         others = [answer for answer in sorted(answers[fact.question]) if answer != fact.answer]
         found.append(replace(fact, foil=draw.choice(others)) if others and not fact.foil else fact)
     return found
+
+
+def in_turn(facts: Sequence[Fact], seed: int) -> list[int]:
+    """The places of the facts in the order in which some are chosen: one of each subject in turn, then a second of each, ….
+
+    Intervals are over subjects (groups, where facts name them), and few facts of many tell more than many of few. Subjects, and
+    the facts of each, are shuffled by `seed`.
+    """
+    turns: dict[str, int] = defaultdict(int)
+    round_of = {}
+    shuffled = np.random.default_rng(seed).permutation(len(facts)).tolist()
+    for place in shuffled:
+        subject = facts[place].group or facts[place].subject
+        round_of[place] = turns[subject]
+        turns[subject] += 1
+    return sorted(shuffled, key=round_of.__getitem__)
 
 
 def facts_hash(facts: Sequence[Fact]) -> str:

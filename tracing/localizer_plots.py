@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from lm.anatomy import Kind
 from tracing.combine import Agreements
 from tracing.plan import LayerPlan, layer_runs
-from tracing.plots import ACCENT, INK, KIND_NAMES, SOFT
+from tracing.plots import ACCENT, DOT, INK, KIND_NAMES, SOFT
 from tracing.scores import LayerScores
 
 _LINES: dict[Kind, tuple[str, str]] = {"mlp": ("#26467f", "o"), "attn": ("#d98a29", "s"), "resid": ("#5a7d5a", "^")}
@@ -136,7 +136,7 @@ def _caption(plan: LayerPlan, found: Mapping[str, LayerScores], confidence: floa
     counts = sorted({len(one.facts) for one in found.values()})
     names = ", ".join(f"{start}–{end - 1}" if end - start > 1 else str(start) for start, end in layer_runs(plan.layers))
     many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return " · ".join(
+    return DOT.join(
         [
             f"Means over {many} facts with their {confidence:.0%} intervals",
             f"shaded: layers {names}, first by mean rank{'' if plan.singled_out else ' (not singled out)'}",

@@ -14,11 +14,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.difference import Difference
 from tracing.effects import Effects
+from tracing.glyphs import families, readable
+from tracing.plot_lines import explained, line
 from tracing.plots import (
     INK,
     KIND_NAMES,
@@ -33,6 +36,7 @@ from tracing.plots import (
     panel,
     row_label,
 )
+from tracing.summary import put_back
 from tracing.sweep import cut_windows
 
 # Two hues of falling lightness away from zero: less is ochre, more is indigo; readable by the colour-blind.
@@ -52,10 +56,12 @@ def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()
     top = max(_largest(table.mean, signed=True) for table in tables[:2])
     most = _largest(tables[2].mean)
     norms = [Normalize(0, top), Normalize(0, top), Normalize(-most, most)]
-    width = 2.6 + 3 * (1.25 + 0.135 * min(max(layers, 8), 40))
+    width = 3.3 + 3 * (1.25 + 0.135 * min(max(layers, 8), 40))
     caption = textwrap.wrap(
-        f"{KIND_NAMES[kind]}: change in the {METRICS.get(found.metric, found.metric)} when one clean activation is put back · "
-        f"{found.facts} facts, the same before and after · {found.sentence(kind)}",
+        f"{KIND_NAMES[kind]}: change in the {METRICS.get(found.metric, found.metric)} when "
+        f"{put_back([kind], tables[0].window)} is put back"
+        f"\u00a0· {found.facts} facts, the same before and after, shares of the total effect before\u00a0· "
+        f"{found.sentence(kind)}",
         int(width * 15),
     )
     sheet = Figure(figsize=(width, 1.15 + 0.3 * len(rows) + 0.17 * len(caption)), dpi=200, facecolor="white")
@@ -71,7 +77,7 @@ def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()
         outline(axis, band, len(rows), tentative=False)
         axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
     axes[0].set_yticks([row + 0.5 for row in range(len(rows))], [row_label(tables[0], row) for row in rows])
-    colour_bar(sheet, axes[:2], norms[0], "mean indirect effect")
+    colour_bar(sheet, axes[:2], norms[0], "mean indirect effect", total=tables[0].total_effect)
     colour_bar(sheet, axes[2:], norms[2], "change", _BOTH_WAYS)
     return Picture(_png(sheet, caption))
 
@@ -92,8 +98,7 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     for (name, effects), colour in zip(runs.items(), _LINES, strict=False):
         table = effects.table(kind, roles=[role])
         layer = np.arange(effects.layers)
-        axis.plot(layer, table.mean[0], color=colour, linewidth=1.8, marker="o", markersize=3.5, label=name)
-        axis.fill_between(layer, table.low[0], table.high[0], color=colour, alpha=0.15, linewidth=0)
+        line(axis, table, 0, colour, readable(name))
         facts.add(len(effects.facts))
     axis.axhline(0, color=SOFT, linewidth=0.8)
     for side in ("top", "right"):
@@ -102,11 +107,21 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     axis.set_xticks(layer[:: max(1, len(layer) // 12)])
     axis.set_xlabel("layer", fontsize=8.5, color=SOFT)
     axis.set_ylabel("mean indirect effect", fontsize=8.5, color=SOFT)
+    totals = [float(effects.total.mean()) for effects in runs.values()]
+    if totals[0] > 0 and np.allclose(totals, totals[0], rtol=1e-3):  # else a share is another number for each run
+        shares = axis.secondary_yaxis("right", functions=(lambda one: one / totals[0], lambda one: one * totals[0]))
+        shares.yaxis.set_major_formatter(PercentFormatter(1))
+        shares.tick_params(labelsize=8, colors=SOFT)
+        shares.spines["right"].set_visible(False)
+        shares.set_ylabel("share of the total effect", fontsize=8.5, color=SOFT)
     axis.set_title(f"{KIND_NAMES[kind]}, {ROLE_NAMES.get(role, role)}", fontsize=10.5, color=INK, loc="left", pad=7)
-    axis.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    axis.legend(frameon=False, prop={"size": 8.5, "family": families(*map(readable, runs))}, labelcolor=INK)
     metric = next(iter(runs.values())).metric
     many = " or ".join(map(str, sorted(facts)))
-    return Picture(_png(sheet, [f"Change in the {METRICS.get(metric, metric)} · {many} facts · bands: 95 % intervals"]))
+    caption = [f"Change in the {METRICS.get(metric, metric)}\u00a0· {many} facts\u00a0· bands: 95 % intervals"]
+    if table.window > 1:
+        caption.append(explained(table.window))
+    return Picture(_png(sheet, caption))
 
 
 def _largest(values: Any, *, signed: bool = False) -> float:

@@ -25,7 +25,10 @@ from lm.errors import UserError
 from lm.run import write_atomic
 from tracing.arrays import Array
 from tracing.effects import Effects, EffectTable
+from tracing.glyphs import families, readable
 from tracing.plan import layer_runs
+from tracing.plot_lines import explained, line
+from tracing.summary import peak, put_back
 from tracing.sweep import cut_windows
 
 INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
@@ -33,6 +36,7 @@ INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
 SCALE = LinearSegmentedColormap.from_list(
     "indigo", ["#f1f4f9", "#cfdbed", "#a3badd", "#7293c6", "#476cab", "#26467f", "#0f2350"]
 )
+DOT = "\u00a0· "  # never begins a line
 KIND_NAMES = {"resid": "whole stream after a block", "mlp": "MLP", "attn": "attention"}
 ROLE_NAMES = {
     "before": "before the subject",
@@ -92,12 +96,18 @@ def figure(
     top = max(float(np.nanmax(np.where(np.isnan(one.mean), 0.0, one.mean))) for one in tables)
     norm = Normalize(0, top if top > 0 else 1.0)
 
-    width = 2.6 + len(tables) * (1.1 + 0.135 * min(max(layers, 8), 40))
+    width = 3.3 + len(tables) * (1.1 + 0.135 * min(max(layers, 8), 40))
     caption = textwrap.wrap(_caption(tables, band, top, tentative), int(width * 15))
-    sheet = Figure(figsize=(width, 1.15 + 0.3 * len(shown) + 0.17 * len(caption)), dpi=200, facecolor="white")
+    windows = any(cut_windows(one.window, layers, one.kind) for one in tables)
+    maps, lines = 0.5 + 0.3 * len(shown), 1.3 if windows else 0.0
+    sheet = Figure(figsize=(width, 0.65 + maps + lines + 0.17 * len(caption)), dpi=200, facecolor="white")
     FigureCanvasAgg(sheet)
     sheet.set_layout_engine("constrained", w_pad=0.06, wspace=0.03)
-    axes: Any = sheet.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    heights = {"height_ratios": [maps, lines]} if windows else None
+    grid: Any = sheet.subplots(1 + windows, len(tables), sharey="row", squeeze=False, gridspec_kw=heights)
+    axes = grid[0]
+    if windows:
+        _lines(grid[1], tables)
     for axis, table in zip(axes, tables, strict=True):
         panel(axis, table.mean[list(shown)], norm, KIND_NAMES[table.kind], table.window)
         hatch(axis, cut_windows(table.window, layers, table.kind), len(shown))
@@ -106,12 +116,26 @@ def figure(
     axes[0].set_yticks([row + 0.5 for row in range(len(shown))], [row_label(first, row) for row in shown])
     for axis in axes:
         axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
-    colour_bar(sheet, axes, norm, "mean indirect effect")
+    colour_bar(sheet, axes, norm, "mean indirect effect", total=first.total_effect)
     text = sheet.supxlabel("\n".join(caption), fontsize=8.5, color=SOFT, x=0.012, ha="left")
     text.set_linespacing(1.35)
     buffer = io.BytesIO()
     sheet.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _lines(axes: Any, tables: Sequence[EffectTable]) -> None:
+    """Under each heat map of windows the row with its largest effect, as a line: cut windows are set right there."""
+    for axis, table in zip(axes, tables, strict=True):
+        row = (peak(table.kind, table.roles, table.mean) or (0, 0))[0]
+        line(axis, table, row, "#26467f")
+        axis.axhline(0, color=SOFT, linewidth=0.8)
+        axis.set_xlim(-0.5, table.mean.shape[1] - 0.5)
+        axis.set_xticks([])
+        axis.tick_params(axis="y", labelsize=8, colors=SOFT, length=2)
+        for side in ("top", "right", "bottom"):
+            axis.spines[side].set_visible(False)
+        axis.set_title(ROLE_NAMES.get(table.roles[row], table.roles[row]), fontsize=8.5, color=SOFT, loc="left", pad=3)
 
 
 def fact_figure(effects: Effects, fact: int) -> bytes:
@@ -124,7 +148,7 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
     ]
     top = max(float(np.nanmax(np.where(np.isnan(one), 0.0, one))) for one in cells.values())
     norm = Normalize(0, top if top > 0 else 1.0)
-    width = 2.2 + len(cells) * (1.1 + 0.135 * min(max(effects.layers, 8), 40))
+    width = 2.9 + len(cells) * (1.1 + 0.135 * min(max(effects.layers, 8), 40))
     sheet = Figure(figsize=(width, 1.1 + 0.22 * len(shown)), dpi=200, facecolor="white", layout="constrained")
     FigureCanvasAgg(sheet)
     axes: Any = sheet.subplots(1, len(cells), sharey=True, squeeze=False)[0]
@@ -133,16 +157,22 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
         panel(axis, values[shown], norm, KIND_NAMES[kind], window)
         hatch(axis, cut_windows(window, effects.layers, kind), len(shown))
     start, end = effects.subject_spans[fact]
-    words = [_word(effects.tokens[fact][row]) + (" *" if start <= row < end else "") for row in shown]
-    axes[0].set_yticks([row + 0.5 for row in range(len(shown))], words)
+    words = [readable(effects.tokens[fact][row]) + (" *" if start <= row < end else "") for row in shown]
+    axes[0].set_yticks([row + 0.5 for row in range(len(shown))], words, fontfamily=families(*words))
     axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=INK)
     for axis in axes[1:]:
         axis.tick_params(axis="y", length=0)
-    colour_bar(sheet, axes, norm, "indirect effect")
-    total = effects.total[fact]
-    caption = f"{_word(effects.facts[fact].label)}: what each cell brings back of {total:.3g} lost; * is the subject"
+    total = float(effects.total[fact])
+    colour_bar(sheet, axes, norm, "indirect effect", total=total)
+    caption = f"{readable(effects.facts[fact].label)}: what each cell brings back of {total:.3g} lost; * is the subject"
+    caption += "" if total > 0 else "; no shares: the corruption took nothing"
     text = sheet.supxlabel(
-        "\n".join(textwrap.wrap(caption, int(width * 15))), fontsize=8.5, color=SOFT, x=0.012, ha="left"
+        "\n".join(textwrap.wrap(caption, int(width * 15))),
+        fontsize=8.5,
+        color=SOFT,
+        x=0.012,
+        ha="left",
+        fontfamily=families(caption),
     )
     text.set_linespacing(1.35)
     buffer = io.BytesIO()
@@ -164,18 +194,20 @@ class Picture:
         write_atomic(Path(path), self.png)
 
 
-def colour_bar(sheet: Figure, axes: Any, norm: Normalize, label: str, scale: Colormap = SCALE) -> None:
-    """What the colours of these panels mean."""
-    bar: Any = sheet.colorbar(ScalarMappable(norm, scale), ax=list(axes), pad=0.012, fraction=0.03, aspect=16)
+def colour_bar(
+    sheet: Figure, axes: Any, norm: Normalize, label: str, scale: Colormap = SCALE, *, total: float = 0.0
+) -> None:
+    """What the colours of these panels mean; beside each number its share of the total effect, if that is above zero."""
+    bar: Any = sheet.colorbar(
+        ScalarMappable(norm, scale), ax=list(axes), pad=0.012, fraction=0.09 / len(axes), aspect=16
+    )
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=SOFT, length=2)
+    if total > 0:
+        digits = 0 if (norm.vmax or 0.0) >= 0.1 * total else 1
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g} ({value / total:.{digits}%})")
+        label += "\n(share of the total effect)"
     bar.set_label(label, fontsize=8.5, color=SOFT)
-
-
-def _word(token: str) -> str:
-    """A text without what no font draws, and with its line breaks as signs; dollars would begin mathematics."""
-    shown = "".join(letter if letter.isprintable() else "⏎" if letter == "\n" else "�" for letter in token)
-    return shown.replace("$", r"\$")
 
 
 def hatch(axis: Any, layers: Sequence[int], rows: int) -> None:
@@ -220,16 +252,24 @@ def row_label(table: EffectTable, row: int) -> str:
 
 def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, tentative: bool) -> str:
     table = tables[0]
+    kinds, window = [one.kind for one in tables], max(one.window for one in tables)
     parts = [
-        f"Change in the {METRICS.get(table.metric, table.metric)} when one clean activation is put back",
+        f"Change in the {METRICS.get(table.metric, table.metric)} when {put_back(kinds, window)} is put back",
         f"{table.total_facts} fact{'s' if table.total_facts != 1 else ''}",
-        "other names" if table.sigma is None else f"noise σ = {table.sigma:.3g}",
+        "subject replaced by other names"
+        if table.sigma is None
+        else f"subject blurred by noise, σ = {table.sigma:.3g}",
     ]
     if band:
         names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in layer_runs(band))
         parts.append(f"outlined{' (not singled out)' if tentative else ''}: layers {names}")
+    cut = [one for one in tables if cut_windows(one.window, one.mean.shape[1], one.kind)]
+    if cut:
+        parts.append(f"lines: the token with the largest effect; {explained(cut[0].window)}")
+    if not table.total_effect > 0:
+        parts.append("no shares: on average the corruption took nothing")
     if top <= 0:
         parts.append("no effect is above zero")
     elif any(np.nanmin(np.where(np.isnan(one.mean), 0.0, one.mean)) < -0.02 * top for one in tables):
         parts.append("effects below zero are palest")
-    return " · ".join(parts)
+    return DOT.join(parts)

@@ -47,11 +47,12 @@ class TraceResult:
 def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
     """Trace as the config says.
 
-    Writes into `config.out`: `plan.json` (what training consumes), `effects.npz` (every cell), `effects.json` (means and
-    intervals by token role, facts used and left out), `effects.png` (all kinds side by side) and one `KIND.png` a kind. Of the
-    same facts, for each metric of `also_metrics` an `effects-METRIC.npz`, `.json` and `.png`, for each corruption of `also` an
-    `effects-NAME.npz`, `.json` and `.png`, and for both `effects-NAME-METRIC`. Where windows of layers are restored, single
-    layers are too: `effects-single.npz`, `.json` and `.png`, and `interaction.json`, what windows bring back beyond their layers.
+    Writes into `config.out`: `plan.json` (what training consumes), `effects.npz` (every cell), `effects.json` (a summary in
+    sentences, means and shares with intervals by token role, facts used and left out), `effects.png` (all kinds side by side)
+    and one `KIND.png` a kind. Of the same facts, for each metric of `also_metrics` an `effects-METRIC.npz`, `.json` and `.png`,
+    for each corruption of `also` an `effects-NAME.npz`, `.json` and `.png`, and for both `effects-NAME-METRIC`. Where windows of
+    layers are restored, single layers are too: `effects-single.npz`, `.json` and `.png`, and `interaction.json`, what windows
+    bring back beyond their layers.
 
     Raises:
         UserError: whatever the user can mend; finished facts stay in the run folder.
@@ -177,6 +178,7 @@ class _Asking:
             sever=asked.sever,
             memory=asked.memory,
             max_facts=max_facts,
+            seed=None,  # they are drawn
             least_total=least_total,
             only=only,
             cache=self.cache,
@@ -196,7 +198,7 @@ def write_result(
     effects, plan = result.effects, result.plan
     tables = [effects.table(kind, confidence=confidence, seed=seed, aggregation=aggregation) for kind in effects.kinds]
     effects.save(folder / "effects.npz")
-    write_json(folder / "effects.json", readable(effects, tables))
+    write_json(folder / "effects.json", readable(effects, tables, seed=seed))
     kinds = ("mlp", "attn") if plan.evidence["kind"] == "both" else (plan.evidence["kind"],)
     tentative = not plan.singled_out
     write_atomic(folder / "effects.png", figure(tables, band=plan.layers, band_kinds=kinds, tentative=tentative))
@@ -210,7 +212,7 @@ def write_result(
     for name, other in beside.items():
         theirs = [other.table(kind, confidence=confidence, seed=seed, aggregation=aggregation) for kind in other.kinds]
         other.save(folder / f"effects-{name}.npz")
-        write_json(folder / f"effects-{name}.json", readable(other, theirs))
+        write_json(folder / f"effects-{name}.json", readable(other, theirs, seed=seed))
         drawing = figure(theirs, band=plan.layers, band_kinds=kinds, tentative=tentative)
         write_atomic(folder / f"effects-{name}.png", drawing)
     for table in tables:
@@ -229,14 +231,20 @@ def _with_interaction(plan: LayerPlan, beyond: Interaction, config: TraceConfig)
     return replace(plan, evidence=evidence)
 
 
-def readable(effects: Effects, tables: Sequence[EffectTable]) -> dict[str, Any]:
-    """The means as plain data: scores a fact, what was left out, and a table a kind (null where no fact has the role)."""
+_COLUMNS = ("mean", "low", "high", "share", "share_low", "share_high")
+
+
+def readable(effects: Effects, tables: Sequence[EffectTable], *, seed: int = 0) -> dict[str, Any]:
+    """The means as plain data: a summary in sentences, scores a fact, what was left out, and a table a kind."""
     return {
+        "summary": effects.summary(confidence=tables[0].confidence, seed=seed).split("\n"),
         "metric": effects.metric,
         "window": effects.window,
+        "layers_restored": {table.kind: table.layers_restored.tolist() for table in tables},
         "sigma": effects.sigma,
         "clean_mean": float(effects.clean.mean()),
         "corrupted_mean": float(effects.corrupted.mean()),
+        "total_effect_mean": float(effects.total.mean()),
         "facts": [
             {**asdict(fact), "clean": float(clean), "corrupted": float(corrupted)}
             for fact, clean, corrupted in zip(effects.facts, effects.clean, effects.corrupted, strict=True)
@@ -248,14 +256,14 @@ def readable(effects: Effects, tables: Sequence[EffectTable]) -> dict[str, Any]:
 
 
 def readable_tables(tables: Sequence[EffectTable]) -> dict[str, Any]:
-    """kind -> token role -> facts, mean, low and high by layer; null where no fact has the role."""
+    """kind -> token role -> facts, and by layer mean and share of the total effect with intervals; null where no fact has the
+    role (shares also where the corruption took nothing). Of windows also the mean per layer restored."""
     return {
         table.kind: {
             role: {
                 "facts": int(table.facts[row]),
-                "mean": _numbers(table.mean[row]),
-                "low": _numbers(table.low[row]),
-                "high": _numbers(table.high[row]),
+                **{name: _numbers(getattr(table, name)[row]) for name in _COLUMNS},
+                **({"per_layer": _numbers(table.per_layer[row])} if table.window > 1 else {}),
             }
             for row, role in enumerate(table.roles)
         }

@@ -44,9 +44,42 @@ def bootstrap(
     NaN where fewer than two groups have a value: of one there is nothing to draw, and an interval of no width would look certain.
     """
     low, high = interval(weighted_means(values, resample_counts(groups, resamples, seed)), confidence)
+    alone = _of_one_group(values, groups)
+    return np.where(alone, np.nan, low), np.where(alone, np.nan, high)
+
+
+def share_of(values: Array, total: Array | float) -> Array:
+    """`values / total`; NaN where the total is not above zero, or too near it for a number: nothing is a share of nothing."""
+    with np.errstate(all="ignore"):
+        share = np.asarray(values / np.asarray(total, dtype=np.float64))
+    return np.where((np.asarray(total) > 0) & np.isfinite(share), share, np.nan)
+
+
+def shares(
+    values: Array, totals: Array, groups: Sequence[str], *, confidence: float, resamples: int = 1000, seed: int = 0
+) -> tuple[Array, Array, Array]:
+    """(share, low, high), (...) each: the mean of the values, (facts, ...), over the mean of the same facts' totals, (facts,).
+
+    A share of averages, not an average of shares: a fact of which the corruption took next to nothing has a share of any size,
+    and would outweigh all others. The interval is the percentile bootstrap's of the ratio, groups of facts drawn together.
+
+    NaN where the mean total is not above zero; intervals also where it is not in some resample, or only one group has a value.
+    """
+    taken = np.where(np.isnan(values), np.nan, totals.reshape(-1, *[1] * (values.ndim - 1)))
+    share = share_of(mean_over_facts(values), mean_over_facts(taken))
+    counts = resample_counts(groups, resamples, seed)
+    means = weighted_means(values, counts)
+    drawn = share_of(means, weighted_means(taken, counts))
+    low, high = interval(drawn, confidence)
+    unsure = np.isnan(share) | (np.isnan(drawn) & ~np.isnan(means)).any(axis=0) | _of_one_group(values, groups)
+    return share, np.where(unsure, np.nan, low), np.where(unsure, np.nan, high)
+
+
+def _of_one_group(values: Array, groups: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """(...): where fewer than two groups of facts have a value, (facts, ...)."""
     unit, present = units(groups), ~np.isnan(values)
     told = np.sum([present[unit == one].any(axis=0) for one in set(unit.tolist())], axis=0)
-    return np.where(told < 2, np.nan, low), np.where(told < 2, np.nan, high)
+    return np.asarray(told < 2)
 
 
 def weighted_means(values: Array, counts: Array) -> Array:

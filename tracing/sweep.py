@@ -69,10 +69,15 @@ def window_layers(layer: int, window: int, layers: int, kind: Kind) -> range:
     return range(max(0, layer - window // 2), min(layers, layer + (window + 1) // 2))
 
 
+def layers_restored(window: int, layers: int, kind: Kind) -> list[int]:
+    """For each layer how many are restored together there: fewer than `window` at the ends of the model."""
+    return [len(window_layers(layer, window, layers, kind)) for layer in range(layers)]
+
+
 def cut_windows(window: int, layers: int, kind: Kind) -> list[int]:
     """The layers whose window is cut short by an end of the model, so that fewer are restored there than elsewhere."""
     whole = 1 if kind == "resid" else window
-    return [layer for layer in range(layers) if len(window_layers(layer, window, layers, kind)) < whole]
+    return [layer for layer, many in enumerate(layers_restored(window, layers, kind)) if many < whole]
 
 
 def first_block(kind: Kind, layers: range) -> int:

@@ -26,7 +26,7 @@ from tracing.corruption import Corruption, Corruptor, GaussianNoise
 from tracing.cost import Estimate, alike, estimated, trunk_row_bytes
 from tracing.effects import Effects, Skipped
 from tracing.engines import Engine, check_engine, make_engine
-from tracing.facts import Fact, with_foils
+from tracing.facts import Fact, in_turn, with_foils
 from tracing.metrics import Metric
 from tracing.probe import Probe, make_probe, why_too_long, why_unknown, why_unscored
 from tracing.reference import Traced, total_effect
@@ -61,6 +61,7 @@ def trace(
     sever: Severed | None = None,
     memory: float = 2.0,
     max_facts: int | None = None,
+    seed: int | None = 0,
     least_total: float | None = None,
     only: Collection[Fact] | None = None,
     cache: str | Path | None = None,
@@ -87,7 +88,9 @@ def trace(
         sever: hold all MLPs, or all attention layers, at the restored token at their corrupted values; see `Sweep`.
         memory: gigabytes (10^9 bytes) that the wavefront may take beside the model, about: half for the ordinary passes that the
             cells leave from, half for the cells. Where a GPU runs out all the same, both are halved until it does not.
-        max_facts: trace only so many of the known facts, the first ones; the others are listed as left out.
+        max_facts: trace only so many of the known facts, drawn so that each subject (or group) has its turn before any has a
+            second one; the others are listed as left out.
+        seed: of that draw; None takes the first ones, of facts that are drawn already.
         least_total: leave out, before any cell is computed, facts of which the corruption takes less than this (the total effect,
             in units of the metric): dividing by it, or averaging over it, tells nothing.
         only: trace exactly these of the facts, whether or not the model still answers them; the others lend the measure of the
@@ -113,6 +116,7 @@ def trace(
             prompt,
             memory=memory,
             max_facts=max_facts,
+            seed=seed,
             least_total=least_total,
             only=only,
             cache=cache,
@@ -142,6 +146,8 @@ def trace(
             "positions": positions,
             "sever": sever,
             "facts_given": len(begun.known) + len(begun.skipped),
+            "max_facts": max_facts,
+            "max_facts_seed": seed if max_facts is not None else None,
             "least_total": least_total,
         },
     )
@@ -199,6 +205,7 @@ def _begin(
     *,
     memory: float,
     max_facts: int | None,
+    seed: int | None,
     least_total: float | None,
     only: Collection[Fact] | None,
     cache: str | Path | None,
@@ -211,6 +218,8 @@ def _begin(
         raise UserError(f"memory is {memory} GB; give what may be taken beside the model (2 is usual).")
     if max_facts is not None and max_facts < 1:
         raise UserError(f"max_facts is {max_facts}; give at least 1, or leave it out for all.")
+    if seed is not None and seed < 0:
+        raise UserError(f"seed is {seed}; give 0 or more, or None for facts that are drawn already.")
     if least_total is not None and not least_total >= 0:
         raise UserError(f"least_total is {least_total}; give 0 or more in units of the metric, or leave it out.")
     if workers.count > 1 and cache is None:
@@ -227,6 +236,7 @@ def _begin(
         prompt,
         also_metrics=sweep.also,
         max_facts=max_facts,
+        seed=seed,
         least_total=least_total,
         only=only,
         memory=memory,
@@ -254,6 +264,7 @@ def estimate(
     sever: Severed | None = None,
     memory: float = 2.0,
     max_facts: int | None = None,
+    seed: int | None = 0,
     least_total: float | None = None,
     only: Collection[Fact] | None = None,
     cache: str | Path | None = None,
@@ -276,6 +287,7 @@ def estimate(
             prompt,
             memory=memory,
             max_facts=max_facts,
+            seed=seed,
             least_total=least_total,
             only=only,
             cache=cache,
@@ -303,6 +315,7 @@ def prepare(
     *,
     also_metrics: Sequence[Metric] = (),
     max_facts: int | None = None,
+    seed: int | None = None,
     least_total: float | None = None,
     only: Collection[Fact] | None = None,
     memory: float = 2.0,
@@ -310,7 +323,7 @@ def prepare(
 ) -> tuple[list[Probe], list[Skipped], Corruptor]:
     """The facts that the model knows (or `only` these), those left out, and the corruption measured on all.
 
-    `memory`: see `trace`. Raises UserError if none is known.
+    `memory`, `max_facts`, `seed`: see `trace`; by default the first ones. Raises UserError if none is known.
     """
     metrics = (metric, *also_metrics)
     if "logit_difference" in metrics:
@@ -332,7 +345,7 @@ def prepare(
         without = why_too_long(model, probe) or corruptor.why_not(probe) or why_unscored(probe, metrics)
         return without or (why_unknown(model, probe) if asked is None else None) or why_small(probe)
 
-    return *_sort_out(model, probes, why_not, max_facts, show, asked), corruptor
+    return *_sort_out(model, probes, why_not, max_facts, show, asked, seed), corruptor
 
 
 def known_facts(
@@ -370,23 +383,28 @@ def _sort_out(
     max_facts: int | None,
     show: bool,
     asked: Collection[Fact] | None = None,
+    seed: int | None = None,
 ) -> tuple[list[Probe], list[Skipped]]:
-    """The facts (only those `asked` for) against which there is nothing to say, up to `max_facts`; all others with reasons."""
-    known: list[Probe] = []
-    skipped: list[Skipped] = []
+    """The facts (only those `asked` for) against which there is nothing to say, up to `max_facts` (the first, or drawn in turn by
+    `seed`); all others with reasons. Both in the order given."""
+    reasons: dict[int, str | None] = {}
+    order: Sequence[int] = range(len(probes))
+    if max_facts is not None and seed is not None:
+        order = in_turn([probe.fact for probe in probes], seed)
+    known = 0
     with progress_bar(len(probes), label="known facts", unit="facts", enabled=show) as advance:
-        for probe in probes:
-            if max_facts is not None and len(known) >= max_facts:
+        for place in order:
+            if max_facts is not None and known >= max_facts:
                 reason: str | None = f"not needed: max_facts is {max_facts}"
-            elif asked is not None and probe.fact not in asked:
+            elif asked is not None and probes[place].fact not in asked:
                 reason = "not one of the facts asked for"
             else:
-                reason = why_not(probe)
-            if reason is None:
-                known.append(probe)
-            else:
-                skipped.append(Skipped(fact=probe.fact, reason=reason))
+                reason = why_not(probes[place])
+            reasons[place] = reason
+            known += reason is None
             advance(1)
+    told = [(probe, reasons[place]) for place, probe in enumerate(probes)]
+    skipped = [Skipped(fact=probe.fact, reason=reason) for probe, reason in told if reason is not None]
     if not known:
         first = next((one for one in skipped if asked is None or one.fact in asked), skipped[0])
         if asked is not None:
@@ -397,7 +415,7 @@ def _sort_out(
             f"none of the {len(probes)} facts can be traced in {model.name} (the first, {first.fact.label!r}: {first.reason}); "
             "give facts that it answers word for word, in the prompt format it was trained on, and that the corruption fits."
         )
-    return known, skipped
+    return [probe for probe, reason in told if reason is None], skipped
 
 
 def _trace_all(model: LanguageModel, begun: _Begun, show: bool) -> list[Traced]:

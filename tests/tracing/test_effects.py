@@ -12,7 +12,8 @@ from tiny_tracing import known, made_up, tiny
 from lm.errors import UserError
 from tracing import ROLES, Effects, Fact, GaussianNoise, Skipped, trace
 from tracing.effects import token_roles
-from tracing.statistics import interval, resample_counts, units, weighted_means
+from tracing.statistics import interval, resample_counts, share_of, shares, units, weighted_means
+from tracing.summary import peak
 
 
 def roles(tokens: int, span: tuple[int, int]) -> list[str]:
@@ -203,6 +204,7 @@ def test_a_table_of_cells_holds_every_number_once() -> None:
     row = table[(table.fact == "f1") & (table.kind == "attn") & (table.position == 2) & (table.layer == 1)].iloc[0]
     assert row.indirect == pytest.approx(0.4)
     assert (row.role, row.subject, row.token, row.clean) == ("last_subject", "ada", "c", 0.9)
+    assert (row.total, row.share) == (pytest.approx(0.8), pytest.approx(0.5))
     for role, found in table[table.kind == "attn"].groupby("role"):
         place = list(effects.by_role("attn", [str(role)])[:, 0].mean(0))
         assert found.groupby("layer").indirect.mean().tolist() == pytest.approx(place)
@@ -210,7 +212,10 @@ def test_a_table_of_cells_holds_every_number_once() -> None:
 
 def test_what_is_held_is_said_in_a_line() -> None:
     said = repr(made_up([0.1, 0.4, 0.2], facts=4, kinds=("mlp",)))
-    assert said == "Effects(4 facts; mlp of 3 layers; probability, noise σ 0.1; mean total effect 0.8)"
+    assert said == (
+        "Effects(4 facts; mlp of 3 layers; probability, noise σ 0.1; mean total effect 0.8, at most 50.0% brought back "
+        "(mlp 1, first subject))"
+    )
     other = repr(replace(made_up([0.1], facts=1), sigma=None, window=5))
     assert "other names" in other
     assert "windows of 5" in other
@@ -232,3 +237,110 @@ def test_a_fact_that_lost_nothing_has_no_shares() -> None:
     kept, lost = effects.indirect("mlp", normalised=True)
     np.testing.assert_allclose(kept, effects.indirect("mlp")[0] / 0.8)
     assert np.isnan(lost).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_share_is_one_of_averages() -> None:
+    effects = np.array([[1.0], [1.0], [np.nan]])
+    totals = np.array([10.0, 0.1, 1000.0])  # a tiny total, and one of a fact that has no such token
+    share, low, high = shares(effects, totals, ["a", "b", "c"], confidence=0.95, resamples=4000)
+    assert share == pytest.approx(2 / 10.1)  # the mean of the shares is 5.05
+    assert low == pytest.approx(1 / 10)  # drawn twice: the one,
+    assert high == pytest.approx(1 / 0.1)  # the other
+    share, low, high = shares(effects, totals, ["a", "a", "c"], confidence=0.95)
+    assert share == pytest.approx(2 / 10.1)
+    assert np.isnan([low, high]).all()  # of one group there is nothing to draw
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_nothing_there_is_no_share() -> None:
+    assert np.isnan(share_of(np.array([1.0, -1.0, 0.0]), np.array([0.0, -2.0, 0.0]))).all()
+    assert np.isnan(share_of(np.array([1.0, 1.0]), np.array([5e-324, np.nan]))).all()  # never infinite
+    effects = np.array([[1.0], [1.0]])
+    for totals in ([1.0, -1.0], [0.0, 0.0], [-2.0, 1.0]):
+        assert np.isnan(np.array(shares(effects, np.array(totals), ["a", "b"], confidence=0.95))).all()
+    share, low, high = shares(effects, np.array([3.0, -1.0]), ["a", "b"], confidence=0.95)
+    assert share == 1.0
+    assert np.isnan([low, high]).all()  # a resample of the second fact alone has no share
+
+
+def test_tables_hold_the_shares_of_the_facts_that_have_the_role() -> None:
+    table = numbered().table("mlp")
+    assert table.total_effect == 4500
+    assert table.share[ROLES.index("first_subject")].tolist() == [(10 - 1000) / 4000, (11 - 1000) / 4000]
+    assert table.share[ROLES.index("last_subject")].tolist() == [(65 - 1000) / 4500, (66 - 1000) / 4500]
+    place = ROLES.index("last_subject"), 0
+    assert table.share_low[place] == pytest.approx((30 - 1000) / 4000)
+    assert table.share_high[place] == pytest.approx((100 - 1000) / 5000)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_summary_tells_what_was_taken_and_what_came_back() -> None:
+    effects = made_up([0.1, 0.4, 0.2], facts=4, kinds=("resid", "mlp"))
+    assert effects.summary().split("\n") == [
+        "On 4 facts the corruption takes 0.8 of the answer's mean probability (0.9 to 0.1). Of this one clean activation, put "
+        "back, brings back at most (the stream: at the subject; at the last token its end is the answer):",
+        "- the stream after layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
+        "- the MLP of layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
+    ]
+    some = replace(effects, clean=np.array([0.9, 0.9, 0.9, 0.1]))
+    assert "the MLP of layer 1 at the first subject token: 0.4, 66.7%" in some.summary()  # 0.4 of a mean of 0.6
+    assert some.summary().endswith(
+        "Of 1 fact the corruption took nothing: it has no share of its own, and counts in the means."
+    )
+    assert ", 0.0% (95% interval 0.0% to 0.0%) of" in made_up([-1e-5], facts=4, tokens=3, span=(0, 3)).summary()
+    nothing = replace(effects, clean=np.array([0.1, 0.1, 0.1, 0.0]))
+    assert nothing.summary().endswith("There are no shares: on average the corruption took nothing (-0.025).")
+    assert "%" not in nothing.summary()
+    assert "mean total effect -0.025, no shares: it is not above zero)" in repr(nothing)
+    assert nothing.to_dataframe().share.isna().all()
+    assert nothing.plot().png.startswith(b"\x89PNG")
+    assert nothing.plot(0).png.startswith(b"\x89PNG")
+
+
+def test_cut_windows_are_also_told_per_layer_restored() -> None:
+    effects = replace(made_up([0.4, 0.5, 0.3, 0.3, 0.0], facts=3, kinds=("resid", "mlp")), window=4)
+    many = [2, 3, 4, 4, 3]  # from two before a layer to one after it, within five layers
+    table = effects.table("mlp")
+    assert table.layers_restored.tolist() == many
+    row = ROLES.index("last_subject")
+    assert table.per_layer[row] == pytest.approx([0.2, 0.5 / 3, 0.075, 0.075, 0.0])
+    stream = effects.table("resid")
+    assert stream.layers_restored.tolist() == [1] * 5
+    assert np.array_equal(stream.per_layer, stream.mean, equal_nan=True)
+
+    cells = effects.to_dataframe()
+    found = cells[(cells.fact == "f1") & (cells.position == 2)].sort_values("layer")
+    assert found[found.kind == "mlp"].layers_restored.tolist() == many
+    assert found[found.kind == "mlp"].indirect_per_layer.tolist() == pytest.approx([0.2, 0.5 / 3, 0.075, 0.075, 0.0])
+    assert found[found.kind == "resid"].layers_restored.tolist() == [1] * 5
+    assert (cells[cells.kind == "resid"].indirect_per_layer == cells[cells.kind == "resid"].indirect).all()
+
+    said = effects.summary().split("\n")
+    assert said[0].endswith(
+        " one clean activation (MLPs: 4 layers together), put back, brings back at most (the stream: at the "
+        "subject; at the last token its end is the answer):"
+    )
+    assert said[1].startswith("- the stream after layer 1 at the first subject token: 0.5, 62.5%")
+    assert said[2].startswith("- the MLPs of layers 0-2 at the first subject token: 0.5, 62.5%")
+    assert said[3] == (
+        "  Windows of 4 are cut short by the ends of the model (2 about layer 0, 3 about layer 1, 3 about layer 4). Per layer "
+        "restored, the most is brought back by the MLPs of layers 0-1 at the first subject token: 0.2 each."
+    )
+    assert len(said) == 4
+    assert "cut short" not in replace(effects, window=1).summary()
+
+
+def test_that_the_end_of_the_stream_is_the_answer_is_no_finding() -> None:
+    effects = made_up([0.1, 0.4, 0.2], facts=4, kinds=("resid", "mlp"))
+    for kind in effects.kinds:
+        for cells in effects.restored[kind]:
+            cells[-1, 2] = 0.9  # all of it, at the last token
+    said = effects.summary()
+    assert "- the stream after layer 1 at the first subject token: 0.4, 50.0%" in said
+    assert "- the MLP of layer 2 at the last token: 0.8, 100.0%" in said
+    stream = replace(effects, restored={"resid": effects.restored["resid"]})
+    assert "at most 50.0% brought back (resid 1, first subject)" in repr(stream)
+    assert "at most 100.0% brought back (mlp 2, last)" in repr(effects)
+    assert peak("resid", ["last"], np.array([[np.nan, 0.3]])) == (0, 1)  # nothing else was traced
+    assert peak("mlp", ["last"], np.array([[np.nan, np.nan]])) is None

@@ -15,6 +15,7 @@ from lm.builtin import world
 from lm.errors import UserError
 from lm.rows import Row
 from tracing import Fact, facts_from_rows, find_subjects, load_known_facts
+from tracing.facts import in_turn
 from tracing.names import recurring_names
 from unlearn.facts import read_sources
 
@@ -268,3 +269,20 @@ def test_a_file_without_records_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=rf"{name} holds no records; give rows .* or facts"):
             read_sources([str(tmp_path / name)], columns=None, tasks=(), subject=None, leave_out_unnamed=False)
+
+
+def test_each_subject_has_its_turn_before_any_has_a_second() -> None:
+    people = ["ada"] * 4 + ["bo"] * 1 + ["cy"] * 3
+    facts = [
+        Fact(f"{name} {place} ?", name, "x", group="" if name == "bo" else name) for place, name in enumerate(people)
+    ]
+    orders = [in_turn(facts, seed) for seed in range(40)]
+    for order in orders:
+        assert sorted(order) == list(range(8))
+        named = [people[place] for place in order]
+        assert sorted(named[:3]) == ["ada", "bo", "cy"]
+        assert sorted(named[3:5]) == sorted(named[5:7]) == ["ada", "cy"]
+        assert named[7] == "ada"
+    assert {order[0] for order in orders} == set(range(8))  # nobody is always first, nor any of a person's facts
+    assert in_turn(facts, 3) == in_turn(facts, 3) == orders[3]
+    assert in_turn([], 0) == []

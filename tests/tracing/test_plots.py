@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib._pylab_helpers import Gcf
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tiny_tracing import made_up
 
 from lm.errors import UserError
-from tracing import LayerPlan, plots
+from tracing import ROLES, LayerPlan, plots
+from tracing.plot_lines import line
 from tracing.plot_runs import severed_figure
 from tracing.plots import fact_figure, figure, heatmap
 from tracing.sweep import cut_windows
@@ -48,7 +50,7 @@ def test_a_heat_map_is_a_png_and_the_same_each_time(tmp_path: Path) -> None:
 def test_the_dark_cells_are_where_the_effects_are() -> None:
     left = blue_ink(pixels(heatmap(made_up([0.9, 0.9, 0, 0, 0, 0, 0, 0]).table("mlp"))))
     right = blue_ink(pixels(heatmap(made_up([0, 0, 0, 0, 0, 0, 0.9, 0.9]).table("mlp"))))
-    bar = int(0.85 * len(left))  # the colour bar stands right of the cells
+    bar = int(0.75 * len(left))  # the colour bar stands right of the cells
     assert left[:bar].argmax() < len(left) * 0.5 < right[:bar].argmax()
 
 
@@ -58,9 +60,9 @@ def test_panels_share_one_scale() -> None:
     width = together.shape[1]
     ink = blue_ink(together)
     assert ink[: width // 2].max() > 50
-    assert ink[int(width * 0.58) : int(width * 0.85)].max() == 0  # a fiftieth of the scale is nearly its palest colour
+    assert ink[int(width * 0.55) : int(width * 0.78)].max() == 0  # a fiftieth of the scale is nearly its palest colour
     alone = blue_ink(pixels(figure([weak])))
-    assert alone[: int(len(alone) * 0.85)].max() > 50
+    assert alone[: int(len(alone) * 0.75)].max() > 50
 
 
 @pytest.mark.parametrize("profile", [[0.0] * 8, [-0.5] * 8, [0.3]])
@@ -121,6 +123,33 @@ def test_severed_paths_are_lines_with_intervals() -> None:
         severed_figure(runs, kind="attn")
 
 
+def test_cut_windows_have_hollow_markers_and_a_dashed_line_that_sets_them_right() -> None:
+    axis: Any = Figure().subplots()
+    table = replace(made_up([0.4, 0.5, 0.3, 0.3, 0.0], facts=3).table("mlp", roles=["last_subject"]), window=4)
+    line(axis, table, 0, "#26467f", "windows")
+    drawn, whole, hollow, dashed = axis.get_lines()
+    assert drawn.get_ydata().tolist() == pytest.approx([0.4, 0.5, 0.3, 0.3, 0.0])
+    assert (whole.get_xdata().tolist(), whole.get_markerfacecolor()) == ([2, 3], "#26467f")
+    assert (hollow.get_xdata().tolist(), hollow.get_markerfacecolor()) == ([0, 1, 4], "white")
+    assert dashed.get_linestyle() == "--"
+    assert dashed.get_ydata().tolist() == pytest.approx([0.8, 2 / 3, 0.3, 0.3, 0.0])  # of 2, 3, 4, 4 and 3 layers
+    alone: Any = Figure().subplots()
+    line(alone, replace(table, window=1), 0, "#26467f")
+    assert not alone.get_lines()[2].get_xdata().size
+    assert len(alone.get_lines()) == 3
+
+
+def test_a_picture_of_windows_has_lines_under_its_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, int, str]] = []
+    monkeypatch.setattr(plots, "line", lambda axis, table, row, colour: drawn.append((table.kind, row, colour)))
+    effects = made_up(BUMP, kinds=("resid", "mlp"))
+    one, wide = effects.plot(), replace(effects, window=3).plot()
+    assert [(kind, ROLES[row]) for kind, row, _ in drawn] == [("resid", "first_subject"), ("mlp", "first_subject")]
+    assert pixels(wide.png).shape[0] > pixels(one.png).shape[0] + 200
+    replace(effects, window=3).plot(kinds=["resid"])
+    assert len(drawn) == 2  # the stream has no windows
+
+
 def test_windows_cut_by_the_ends_are_known() -> None:
     assert cut_windows(5, 8, "mlp") == [0, 1, 6, 7]
     assert cut_windows(4, 8, "attn") == [0, 1, 7]
@@ -147,3 +176,21 @@ def test_a_plan_is_outlined_where_it_trains_and_dashed_where_it_is_not_sure(monk
     assert drawn == [("MLP", True), ("whole stream after a block", False)]
     with pytest.raises(UserError, match="no facts"):
         effects.some([])
+
+
+def test_the_colour_bar_has_shares_beside_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+    real = Figure.colorbar
+    monkeypatch.setattr(Figure, "colorbar", lambda *given, **named: bars.append(real(*given, **named)) or bars[-1])
+    effects = made_up([0.1, 0.4, 0.2], facts=2)  # of a total effect of 0.8
+    effects.plot()
+    effects.plot(0)
+    nothing = replace(effects, clean=np.array([0.1, 0.0]))
+    nothing.plot()
+    nothing.plot(1)
+    for bar in bars[:2]:
+        assert "0.4 (50%)" in [tick.get_text() for tick in bar.ax.get_yticklabels()]
+        assert "share of the total effect" in bar.ax.get_ylabel()
+    for bar in bars[2:]:
+        assert not any("%" in tick.get_text() for tick in bar.ax.get_yticklabels())
+        assert "share" not in bar.ax.get_ylabel()

@@ -53,6 +53,9 @@ def test_a_run_writes_everything_and_goes_on_when_resumed(model_folder: Path, tm
     assert about["tables"]["mlp"]["last_subject"]["facts"] == 6
     table = result.effects.table("mlp", seed=3)
     assert about["tables"]["mlp"]["last_subject"]["mean"] == table.mean[3].tolist()
+    assert table.total_effect > 0
+    assert about["tables"]["mlp"]["last_subject"]["share"] == pytest.approx(table.mean[3] / table.total_effect)
+    assert about["summary"] == result.effects.summary(seed=3).split("\n")
     for name in ("effects", "resid", "mlp", "attn"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -410,6 +413,14 @@ def test_windows_come_with_single_layers_and_what_lies_between(model_folder: Pat
     assert sentence.startswith(f"Windows of 2 MLPs bring back {found.ratio('mlp')[0]:.2f} times")
     assert sentence in LayerPlan.load(tmp_path / "run" / "plan.json").evidence["caveats"]
     assert not (tmp_path / "alone" / "interaction.json").exists()
+    about = json.loads((tmp_path / "run" / "effects.json").read_text())
+    assert about["layers_restored"] == {"mlp": [1, 2, 2, 2]}  # from the layer before to the layer itself
+    last = about["tables"]["mlp"]["last_subject"]
+    assert last["per_layer"] == pytest.approx([last["mean"][0], *(one / 2 for one in last["mean"][1:])])
+    assert (
+        "per_layer"
+        not in json.loads((tmp_path / "alone" / "effects.json").read_text())["tables"]["mlp"]["last_subject"]
+    )
     whole = replace(config, window=9, out=str(tmp_path / "whole"))  # wider than the model
     assert "all cut short" in run_tracing(whole, facts).plan.evidence["windows"][0]
 

@@ -14,7 +14,7 @@ from tiny_tracing import known, say, tiny
 from lm.errors import UserError
 from lm.identity import fingerprint
 from lm.prompts import PromptSpec, encode_pair, encode_prompt
-from tracing import Fact, GaussianNoise, trace, tracer
+from tracing import Effects, Fact, GaussianNoise, trace, tracer
 from tracing.corruption import embedding_std
 from tracing.probe import make_probe, why_unknown
 
@@ -49,6 +49,31 @@ def test_max_facts_leaves_the_others_out_in_words() -> None:
     effects = trace(model, known(model), kinds=["mlp"], max_facts=1, progress=False)
     assert len(effects.facts) == 1
     assert [one.reason for one in effects.skipped] == ["not needed: max_facts is 1"] * 2
+
+
+def test_max_facts_are_drawn_over_subjects() -> None:
+    model = tiny()
+    facts = [replace(fact, group="ada" if place < 4 else "king") for place, fact in enumerate(known(model, how_many=6))]
+
+    def traced(**settings: Any) -> list[str]:
+        effects = trace(model, facts, kinds=["mlp"], positions="subject_and_last", progress=False, **settings)
+        assert sorted(one.fact.id for one in effects.skipped) == sorted(
+            {f"fact{n}" for n in range(6)} - set(ids(effects))
+        )
+        return ids(effects)
+
+    def ids(effects: Effects) -> list[str]:
+        return [fact.id for fact in effects.facts]
+
+    for seed in range(4):
+        drawn = traced(max_facts=4, seed=seed)
+        assert drawn == sorted(drawn)  # in the order given
+        assert {"fact4", "fact5"} < set(drawn)  # two of each person, not four of the first
+        assert set(traced(max_facts=2, seed=seed)) < set(drawn)
+    assert traced(max_facts=4) == traced(max_facts=4, seed=0)
+    assert len({tuple(traced(max_facts=2, seed=seed)) for seed in range(8)}) > 1
+    assert traced(max_facts=4, seed=None) == ["fact0", "fact1", "fact2", "fact3"]
+    assert traced() == [f"fact{place}" for place in range(6)]
 
 
 @pytest.mark.parametrize(
@@ -226,6 +251,7 @@ def test_wrong_settings_are_refused_before_anything_runs() -> None:
         ({"metric": "logit"}, "metric 'logit' is unknown"),
         ({"positions": "subject"}, "positions 'subject' are unknown"),
         ({"max_facts": 0}, "max_facts is 0"),
+        ({"seed": -1}, "seed is -1"),
         ({"facts": []}, "no facts"),
     ):
         with pytest.raises(UserError, match=message):

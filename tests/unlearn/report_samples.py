@@ -61,12 +61,16 @@ def table(kind: str = "mlp", layers: int = 8, peak: int = 3) -> EffectTable:
         mean=mean,
         low=mean - 0.005,
         high=mean + 0.005,
+        share=mean / 0.8,
+        share_low=(mean - 0.005) / 0.8,
+        share_high=(mean + 0.005) / 0.8,
         facts=facts,
         confidence=0.95,
         metric="probability",
         window=1,
         sigma=0.1,
         total_facts=6,
+        total_effect=0.8,
     )
 
 

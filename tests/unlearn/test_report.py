@@ -10,7 +10,7 @@ import pytest
 
 from lm.errors import UserError
 from tests.unlearn.report_samples import BASE, PLANNED, TWIN, Page, full, plan, report, retraced, table
-from unlearn.report import Answer, Report, ReportModel, render, write_report
+from unlearn.report import Answer, Report, ReportModel, render, words, write_report
 from unlearn.report.markup import Html, el
 from unlearn.report.style import DARK, LIGHT
 
@@ -160,3 +160,29 @@ def test_elements_escape_text_and_keep_markup() -> None:
     assert el("b", "<i>", Html("<i></i>"), None, title='"', class_="x", data_y=1.5, hidden=None) == (
         '<b title="&quot;" class="x" data-y="1.5">&lt;i&gt;<i></i></b>'
     )
+
+
+def test_a_cell_tells_its_share_of_what_the_corruption_took() -> None:
+    made = report(tables={"mlp": table()})
+    page = Page(render(made))
+    assert "the corruption took 0.800 on average" in page.text
+    titles = [str(cell.get("title")) for cell in page.all("td")]
+    assert "95% interval 0.395 to 0.405, 50.0% of what the corruption took" in titles
+    none = dataclasses.replace(table(), total_effect=0.0, share=table().share * float("nan"))
+    page = Page(render(report(tables={"mlp": none})))
+    assert "the corruption itself took nothing on average" in page.text
+    assert not any("of what" in str(cell.get("title")) for cell in page.all("td"))
+
+
+def test_cut_windows_are_marked_and_told_by_layer() -> None:
+    wide = dataclasses.replace(table(), window=5)
+    page = Page(render(report(tables={"mlp": wide})))
+    assert "5 layers around each restored together, fewer at layers 0–1, 6–7" in page.text
+    titles = [str(cell.get("title")) for cell in page.all("td")]
+    assert any(title.endswith("only 3 of 5 layers restored, −0.00667 each") for title in titles)  # −0.02 at layer 0
+    assert sum("only 4 of 5 layers restored" in title for title in titles) == 6  # two layers, three roles
+    assert "fewer at" not in Page(render(report(tables={"mlp": table()}))).text
+
+
+def test_what_rounding_leaves_of_nothing_is_nothing() -> None:
+    assert [words.small(value) for value in (5.3e-16, -1e-13, 1e-7, 0.0)] == ["0", "0", "1.0e−07", "0"]

@@ -19,7 +19,10 @@ from unlearn.report.scales import apart, layer_ticks, log_range, path, step_tick
 def test_heat_map_cells() -> None:
     drawn = str(heat_map(table(), top=0.4, band=(2, 3, 4), outlined=True, tentative=False))
     assert len(re.findall(r'class="(?:plus|minus)"', drawn)) == 3 * 8
-    assert "subject, last token, layer 3: 0.400, 95% interval 0.395 to 0.405, 6 facts" in drawn
+    assert (
+        "subject, last token, layer 3: 0.400, 95% interval 0.395 to 0.405, 50.0% of what the corruption took, 6 facts"
+        in drawn
+    )
     assert re.search(r'<rect class="plus"[^>]*fill-opacity="1"><title>subject, last token, layer 3', drawn)
     assert drawn.count('class="minus"') == 1
     assert "largest at subject, last token, layer 3: 0.400" in drawn

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tracing.effects import EffectTable
+from tracing.sweep import cut_windows
 from unlearn.evaluation.lume import TERMS
 from unlearn.report import words
 from unlearn.report.markup import Html, el
@@ -198,14 +199,23 @@ def _outline(band: Sequence[int], layers: int, y: float, height: float, tentativ
     ]
 
 
+def beside(table: EffectTable, row: int, layer: int) -> list[str]:
+    """What belongs to a number of a table: its interval, its share of the total effect, and whether its window is cut."""
+    low, high, share = (float(one[row, layer]) for one in (table.low, table.high, table.share))
+    said = []
+    if not (math.isnan(low) or math.isnan(high)):
+        said.append(f"{table.confidence:.0%} interval {words.small(low)} to {words.small(high)}")
+    if not math.isnan(share):
+        said.append(f"{words.percent(share)} of what the corruption took")
+    if layer in cut_windows(table.window, table.mean.shape[1], table.kind):
+        each = words.small(float(table.per_layer[row, layer]))
+        said.append(f"only {table.layers_restored[layer]} of {table.window} layers restored, {each} each")
+    return said
+
+
 def _cell_title(table: EffectTable, row: int, layer: int, name: str) -> str:
-    low, high = float(table.low[row, layer]), float(table.high[row, layer])
-    spread = (
-        ""
-        if math.isnan(low) or math.isnan(high)
-        else f", {table.confidence:.0%} interval {words.small(low)} to {words.small(high)}"
-    )
-    return f"{name}, layer {layer}: {words.small(float(table.mean[row, layer]))}{spread}, {int(table.facts[row])} facts"
+    value = words.small(float(table.mean[row, layer]))
+    return ", ".join([f"{name}, layer {layer}: {value}", *beside(table, row, layer), f"{int(table.facts[row])} facts"])
 
 
 def _peak(table: EffectTable, rows: Sequence[int]) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from tracing.effects import EffectTable
 from tracing.plan import LayerPlan
+from tracing.sweep import cut_windows
 from unlearn.report import words
-from unlearn.report.charts import colour_key, heat_map, largest, layer_scores, shown_roles
+from unlearn.report.charts import beside, colour_key, heat_map, largest, layer_scores, shown_roles
 from unlearn.report.markup import Html, el, join
 from unlearn.report.records import Report
 
@@ -49,8 +49,8 @@ def _explanation(table: EffectTable, plan: LayerPlan | None) -> Html:
         "p",
         f"The subject of each prompt is {_corrupted(table.sigma)}, and one clean activation is put "
         f"back at a time. A cell shows how much of the {metric} that brings back, as a mean over "
-        f"{_facts(table.total_facts)}. Stronger colour is more.{outlined} This shows where an answer is carried, not "
-        "where training works best.",
+        f"{_facts(table.total_facts)}; {_taken(table.total_effect)}. Stronger colour is more.{outlined} This shows "
+        "where an answer is carried, not where training works best.",
     )
 
 
@@ -72,6 +72,8 @@ def _maps(tables: Sequence[EffectTable], plan: LayerPlan | None) -> list[Html]:
             tentative=plan is not None and not plan.singled_out,
         )
         window = f", {table.window} layers around each restored together" if table.window > 1 else ""
+        cut = cut_windows(table.window, table.mean.shape[1], table.kind)
+        window += f", fewer at {words.layer_name(cut)}" if cut else ""
         caption = el("figcaption", el("b", words.KINDS[table.kind]), window, colour_key(top, low))
         out.append(el("figure", caption, drawn))
     return out
@@ -142,9 +144,8 @@ def numbers(tables: Sequence[EffectTable], summary: str, what: str) -> Html:
 
 
 def _cell(table: EffectTable, row: int, layer: int) -> Html:
-    low, high = float(table.low[row, layer]), float(table.high[row, layer])
-    spread = None if math.isnan(low) else f"{table.confidence:.0%} interval {words.small(low)} to {words.small(high)}"
-    return el("td", words.small(float(table.mean[row, layer])), class_="number", title=spread)
+    title = ", ".join(beside(table, row, layer)) or None
+    return el("td", words.small(float(table.mean[row, layer])), class_="number", title=title)
 
 
 def _is_planned(kind: str, plan: LayerPlan) -> bool:
@@ -154,6 +155,12 @@ def _is_planned(kind: str, plan: LayerPlan) -> bool:
 
 def _facts(count: int) -> str:
     return f"{count} fact{'s' if count != 1 else ''}"
+
+
+def _taken(total: float) -> str:
+    if not total > 0:
+        return "the corruption itself took nothing on average"
+    return f"the corruption took {words.small(total)} on average"
 
 
 def _corrupted(sigma: float | None) -> str:

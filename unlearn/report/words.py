@@ -38,10 +38,10 @@ def score(value: float) -> str:
 
 
 def small(value: float) -> str:
-    """An effect or a loss, to three figures, without an exponent from 0.0001 to a million."""
+    """An effect or a loss, to three figures, without an exponent from 0.0001 to a million; 0 for what rounding leaves of it."""
     if math.isnan(value):
         return DASH
-    if value == 0:
+    if abs(value) < 1e-12:
         return "0"
     decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if math.isfinite(value) else 0
     text = f"{value:.{decimals}f}" if 1e-4 <= abs(value) < 1e6 else f"{value:.1e}"
