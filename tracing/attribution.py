@@ -27,11 +27,11 @@ from tracing.corruption import Corruption, Corruptor, GaussianNoise
 from tracing.cost import gradient_row_bytes
 from tracing.effects import Effects
 from tracing.facts import Fact
+from tracing.known import evaluating, prepare
 from tracing.metrics import Metric, Target, read_off
 from tracing.probe import Probe, forward
 from tracing.reference import Traced, refuse_nan
 from tracing.sweep import Sweep
-from tracing.tracer import evaluating, prepare
 
 
 def check_differentiable(metric: Metric) -> None:

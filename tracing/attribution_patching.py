@@ -21,12 +21,12 @@ from tracing.attribution import attributed, check_differentiable
 from tracing.corruption import Corruption, Corruptor, GaussianNoise
 from tracing.effects import SUBJECT_ROLES, Effects, check_roles
 from tracing.facts import Fact
+from tracing.known import evaluating
 from tracing.localizer import Localizer, among
 from tracing.metrics import Metric
 from tracing.probe import Probe
 from tracing.scores import LayerScores
 from tracing.sweep import Sweep
-from tracing.tracer import evaluating
 from tracing.verify import Verification, verify
 
 

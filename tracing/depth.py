@@ -23,10 +23,10 @@ from lm.load import LanguageModel
 from lm.prompts import PromptSpec
 from tracing.arrays import Array
 from tracing.facts import Fact
+from tracing.known import evaluating
 from tracing.metrics import Metric, Target, read_off
 from tracing.probe import Probe, embed, forward, make_probe
 from tracing.statistics import bootstrap
-from tracing.tracer import evaluating
 
 DepthMetric = Literal["distinguishing_log_probability", "log_probability"]
 Scope = Literal["answer", "all"]

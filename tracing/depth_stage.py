@@ -17,8 +17,8 @@ from lm.prompts import PromptSpec
 from lm.run import RunFolder, peak_memory_bytes, write_json
 from tracing.depth import DepthMetric, DepthReport, Scope, lost_with, streams_for
 from tracing.facts import Fact, facts_hash
+from tracing.known import evaluating, known_facts
 from tracing.stage import drawn
-from tracing.tracer import evaluating, known_facts
 
 
 @dataclass(frozen=True, kw_only=True)

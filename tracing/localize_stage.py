@@ -17,12 +17,12 @@ from lm.load import LanguageModel, load
 from lm.run import RunFolder, peak_memory_bytes, write_atomic, write_json
 from tracing.combine import Agreements, combined_plan, compare_all
 from tracing.facts import Fact, facts_hash
+from tracing.known import known_facts
 from tracing.localize_config import LocalizeConfig
 from tracing.localizer_plots import overview
 from tracing.plan import LayerPlan
 from tracing.scores import LayerScores
 from tracing.stage import drawn
-from tracing.tracer import known_facts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

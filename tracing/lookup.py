@@ -26,13 +26,13 @@ from lm.run import progress as progress_bar
 from tracing.arrays import Array
 from tracing.effects import Skipped
 from tracing.facts import Fact
+from tracing.known import evaluating, known_facts
 from tracing.localizer import Localizer, made_with
 from tracing.metrics import Metric, check_metric
 from tracing.probe import Probe, embed, forward
 from tracing.readout import folds_of, linear_probe, logit_lens, usable
 from tracing.scores import LayerScores
 from tracing.statistics import mean_over_facts
-from tracing.tracer import evaluating, known_facts
 
 Readout = Literal["logit_lens", "linear_probe"]
 ReadAt = Literal["last_subject", "last"]

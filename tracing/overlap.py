@@ -22,10 +22,10 @@ from lm.run import progress as progress_bar
 from tracing.arrays import Array
 from tracing.facts import Fact
 from tracing.gradients import add_to, answer_gradient, check_kinds, differentiable, module_weights
+from tracing.known import evaluating, known_facts
 from tracing.localizer import Localizer, made_with
 from tracing.probe import Probe
 from tracing.scores import LayerScores
-from tracing.tracer import evaluating, known_facts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,10 @@ from tracing.early import trace_until_apart
 from tracing.effects import Aggregation, Effects, EffectTable
 from tracing.facts import Fact, facts_hash
 from tracing.interaction import Interaction, interaction
+from tracing.known import NothingToTrace
 from tracing.plan import LayerPlan
 from tracing.plots import figure, heatmap
-from tracing.tracer import NothingToTrace, Workers, trace
+from tracing.tracer import Workers, trace
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,8 +7,7 @@ of a cell is the engine's (`tracing.engines`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ from lm.prompts import PromptSpec
 from lm.run import progress as progress_bar
 from tracing.cache import FactCache
 from tracing.corruption import Corruption, Corruptor, GaussianNoise
-from tracing.cost import Estimate, alike, estimated, trunk_row_bytes
+from tracing.cost import Estimate, alike, estimated
 from tracing.effects import Effects, Skipped
 from tracing.engines import Engine, check_engine, make_engine
-from tracing.facts import Fact, in_turn, with_foils
+from tracing.facts import Fact
+from tracing.known import evaluating, prepare
 from tracing.metrics import Metric
-from tracing.probe import Probe, make_probe, why_too_long, why_unknown, why_unscored
-from tracing.reference import Traced, total_effect
+from tracing.probe import Probe
+from tracing.reference import Traced
 from tracing.sweep import Positions, Severed, Sweep, count_cells
 
 
@@ -40,10 +40,6 @@ class Workers:
     index: int = 0
     count: int = 1
     wait: Callable[[], None] = lambda: None
-
-
-class NothingToTrace(UserError):
-    """No fact is left: the model knows none, or the corruption takes nothing or fits none."""
 
 
 def trace(
@@ -306,118 +302,6 @@ def _scores(traced: Sequence[Traced], kinds: Sequence[Kind]) -> dict[str, Any]:
     }
 
 
-def prepare(
-    model: LanguageModel,
-    facts: Sequence[Fact],
-    corruption: Corruption,
-    metric: Metric,
-    prompt: PromptSpec,
-    *,
-    also_metrics: Sequence[Metric] = (),
-    max_facts: int | None = None,
-    seed: int | None = None,
-    least_total: float | None = None,
-    only: Collection[Fact] | None = None,
-    memory: float = 2.0,
-    show: bool = False,
-) -> tuple[list[Probe], list[Skipped], Corruptor]:
-    """The facts that the model knows (or `only` these), those left out, and the corruption measured on all.
-
-    `memory`, `max_facts`, `seed`: see `trace`; by default the first ones. Raises UserError if none is known.
-    """
-    metrics = (metric, *also_metrics)
-    if "logit_difference" in metrics:
-        facts = with_foils(facts)
-    probes = [make_probe(model, fact, prompt, *metrics) for fact in facts]
-    corruptor = corruption.bind(model, probes)
-    asked = None if only is None else frozenset(only)
-
-    def why_small(probe: Probe) -> str | None:
-        if least_total is None:
-            return None
-        each = trunk_row_bytes(model, len(probe.input_ids), len(probe.answer_ids), Sweep(metric=metric))
-        found = total_effect(model, probe, corruptor.batch(probe), metric, rows=int(memory * 1e9) // each)
-        return (
-            f"the corruption takes only {found:.3g}, under least_total {least_total:g}" if found < least_total else None
-        )
-
-    def why_not(probe: Probe) -> str | None:
-        without = why_too_long(model, probe) or corruptor.why_not(probe) or why_unscored(probe, metrics)
-        return without or (why_unknown(model, probe) if asked is None else None) or why_small(probe)
-
-    return *_sort_out(model, probes, why_not, max_facts, show, asked, seed), corruptor
-
-
-def known_facts(
-    model: LanguageModel,
-    facts: Sequence[Fact],
-    prompt: PromptSpec,
-    *,
-    metric: Metric = "log_probability",
-    max_facts: int | None = None,
-    show: bool = False,
-) -> tuple[list[Probe], list[Skipped]]:
-    """`prepare` without a corruption: the facts that the model knows, and those left out.
-
-    Raises:
-        UserError: no facts, or none that the model knows.
-    """
-    if not facts:
-        raise UserError("there are no facts to locate; give at least one.")
-    if metric == "logit_difference":
-        facts = with_foils(facts)
-    probes = [make_probe(model, fact, prompt, metric) for fact in facts]
-    return _sort_out(
-        model,
-        probes,
-        lambda probe: why_too_long(model, probe) or why_unscored(probe, [metric]) or why_unknown(model, probe),
-        max_facts,
-        show,
-    )
-
-
-def _sort_out(
-    model: LanguageModel,
-    probes: Sequence[Probe],
-    why_not: Callable[[Probe], str | None],
-    max_facts: int | None,
-    show: bool,
-    asked: Collection[Fact] | None = None,
-    seed: int | None = None,
-) -> tuple[list[Probe], list[Skipped]]:
-    """The facts (only those `asked` for) against which there is nothing to say, up to `max_facts` (the first, or drawn in turn by
-    `seed`); all others with reasons. Both in the order given."""
-    reasons: dict[int, str | None] = {}
-    order: Sequence[int] = range(len(probes))
-    if max_facts is not None and seed is not None:
-        order = in_turn([probe.fact for probe in probes], seed)
-    known = 0
-    with progress_bar(len(probes), label="known facts", unit="facts", enabled=show) as advance:
-        for place in order:
-            if max_facts is not None and known >= max_facts:
-                reason: str | None = f"not needed: max_facts is {max_facts}"
-            elif asked is not None and probes[place].fact not in asked:
-                reason = "not one of the facts asked for"
-            else:
-                reason = why_not(probes[place])
-            reasons[place] = reason
-            known += reason is None
-            advance(1)
-    told = [(probe, reasons[place]) for place, probe in enumerate(probes)]
-    skipped = [Skipped(fact=probe.fact, reason=reason) for probe, reason in told if reason is not None]
-    if not known:
-        first = next((one for one in skipped if asked is None or one.fact in asked), skipped[0])
-        if asked is not None:
-            raise NothingToTrace(
-                f"none of the facts asked for can be traced (the first, {first.fact.label!r}: {first.reason})."
-            )
-        raise NothingToTrace(
-            f"none of the {len(probes)} facts can be traced in {model.name} (the first, {first.fact.label!r}: {first.reason}); "
-            "give facts that it answers word for word, in the prompt format it was trained on, and that the corruption fits."
-        )
-    return [probe for probe, reason in told if reason is None], skipped
-
-
 def _trace_all(model: LanguageModel, begun: _Begun, show: bool) -> list[Traced]:
     """Every fact's cells, those that are not finished computed; with several workers each adds its share to the cache.
 
@@ -446,14 +330,3 @@ def _trace_all(model: LanguageModel, begun: _Begun, show: bool) -> list[Traced]:
             f"another process did not leave fact {lost[0]!r} in {cache.folder}; give a folder that all can see."
         )
     return [one for one in traced if one is not None]
-
-
-@contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Eval mode while the context is open, then what it was."""
-    training = model.model.training
-    model.model.train(False)
-    try:
-        yield
-    finally:
-        model.model.train(training)

@@ -172,7 +172,7 @@ def verify(
 
     Args:
         model: in eval mode.
-        probes, corruptor: those that the estimates are of (`tracing.tracer.prepare`).
+        probes, corruptor: those that the estimates are of (`tracing.known.prepare`).
         estimated: every cell's estimate; its kinds and metric are used, windows are not.
         roles: only the cells of tokens with these roles are looked at, and spoken of.
         top: how many cells a fact, by absolute estimated effect over all kinds, tokens from the subject on, and layers.

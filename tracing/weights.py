@@ -27,10 +27,10 @@ from tracing.gradients import (
     module_weights,
     zeroing_effects,
 )
+from tracing.known import evaluating, known_facts
 from tracing.localizer import Localizer, made_with
 from tracing.probe import Probe
 from tracing.scores import LayerScores
-from tracing.tracer import evaluating, known_facts
 
 
 @dataclass(frozen=True, kw_only=True)

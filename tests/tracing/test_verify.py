@@ -21,10 +21,10 @@ from lm.prompts import PromptSpec
 from tracing import Effects, Fact, GaussianNoise
 from tracing.attribution import attribute_fact, attributed
 from tracing.cost import row_bytes, trunk_row_bytes
+from tracing.known import evaluating
 from tracing.probe import Probe, make_probe
 from tracing.reference import score_cells
 from tracing.sweep import Sweep
-from tracing.tracer import evaluating
 from tracing.verify import Compared, Verification, _drawn, upper_bound, verify
 from tracing.wavefront import Wavefront
 
