@@ -284,6 +284,7 @@ def test_the_script_traces_rows(model_folder: Path, tmp_path: Path) -> None:
     done = run_forked(ROOT / "scripts" / "trace.py", *words)
     assert done.returncode == 0, done.stderr
     assert "traced 6 facts, left out 0" in done.stdout
+    assert "GaussianNoise: On 6 facts the corruption takes " in done.stdout
     assert "The evidence " in done.stdout
     assert LayerPlan.load(tmp_path / "run" / "plan.json").provenance["window"] == 2
 
