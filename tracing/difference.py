@@ -16,7 +16,7 @@ from lm.errors import UserError
 from tracing.arrays import Array
 from tracing.effects import ROLES, Aggregation, Effects, EffectTable
 from tracing.statistics import bootstrap, check_confidence, mean_over_facts
-from tracing.summary import named
+from tracing.summary import named, peak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,11 @@ class Difference:
         return tuple(self.change)
 
     def strongest(self, kind: Kind) -> tuple[str, int, ScoreChange]:
-        """The token role and layer with the largest effect before, and what became of it."""
+        """The token role and layer with the largest effect before (`tracing.summary.peak`), and what became of it."""
         table = self.before[kind]
-        known = np.where(np.isnan(table.mean) | np.isnan(self.after[kind].mean), -np.inf, table.mean)
-        row, layer = (int(place) for place in np.unravel_index(int(known.argmax()), known.shape))
+        place = peak(kind, table.roles, np.where(np.isnan(self.after[kind].mean), np.nan, table.mean))
+        assert place is not None  # both tables have numbers
+        row, layer = place
         change = self.change[kind]
         values = (table.mean, self.after[kind].mean, change.mean, change.low, change.high)
         before, after, by, low, high = (float(one[row, layer]) for one in values)

@@ -111,6 +111,17 @@ def test_differences_are_paired_and_of_the_right_cells() -> None:
     assert "the MLP of layer 1 at the" in said
 
 
+def test_the_streams_end_at_the_last_token_is_never_the_strongest() -> None:
+    one = made_up([0.1, 0.5, 0.2], facts=4, noise=0.0)
+    stream = [cells.copy() for cells in one.restored["mlp"]]
+    for cells in stream:
+        cells[-1] = 0.9  # the answer itself
+    both = replace(one, restored={"resid": stream, "mlp": stream})
+    found = difference(both, both)
+    assert found.strongest("resid")[:2] == ("first_subject", 1)
+    assert found.strongest("mlp")[0] == "last"
+
+
 def test_intervals_of_the_change_cover_it() -> None:
     held = 0
     for seed in range(40):
