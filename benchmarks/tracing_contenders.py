@@ -62,7 +62,10 @@ class Contender(ABC):
 
     @abstractmethod
     def scores(self, cells: Sequence[CellPlace]) -> list[float]:
-        """The mean over the corrupted copies of the answer's probability with each cell restored."""
+        """The mean over the corrupted copies of the answer's probability with each cell restored.
+
+        Of no cells it still does what a sweep does once, whatever the number of its cells.
+        """
 
     @torch.inference_mode()
     def batch(self) -> Tensor:
@@ -181,7 +184,8 @@ class NNsight(Contender):
         import nnsight
 
         depth = {"attn": 0, "mlp": 1, "resid": 2}  # values must be asked for in the order in which the model makes them
-        sites = sorted({(layer, kind) for kind, _, layer in cells}, key=lambda site: (site[0], depth[site[1]]))
+        kinds = sorted(self.question.sweep.kinds, key=depth.__getitem__)
+        sites = [(layer, kind) for layer in range(self.model.anatomy.layers) for kind in kinds]
         found = []
         with torch.inference_mode():
             with self.wrapped.trace(self.question.clean[None]):

@@ -41,8 +41,8 @@ def put_back(kinds: Sequence[Kind], window: int) -> str:
 def peak(kind: Kind, roles: Sequence[str], values: Array) -> tuple[int, int] | None:
     """The row and layer of the largest of (roles, layers); None where there are no numbers.
 
-    Of the stream only the subject's tokens count, if any was traced: at the last token its end is the answer, so that it brings
-    back everything there whatever the model.
+    Of the stream only the subject's tokens count, if any was traced: at the last token its end is the answer's first token, so
+    that it brings back all of that one whatever the model.
     """
     subject = np.isin(roles, SUBJECT_ROLES)[:, None] & ~np.isnan(values)
     seen = subject if kind == "resid" and subject.any() else ~np.isnan(values)
@@ -73,7 +73,9 @@ def sentences(effects: Effects, *, confidence: float = 0.95, seed: int = 0) -> l
     clean, corrupted, total = (float(one.mean()) for one in (effects.clean, effects.corrupted, effects.total))
     many = f"{len(effects.facts)} fact{'s' if len(effects.facts) > 1 else ''}"
     stream = (
-        " (the stream: at the subject; at the last token its end is the answer)" if "resid" in effects.kinds else ""
+        " (the stream: at the subject; at the last token its end is the answer's first token)"
+        if "resid" in effects.kinds
+        else ""
     )
     said = [
         f"On {many} the corruption takes {total:.3g} of the answer's mean {effects.metric.replace('_', ' ')} "

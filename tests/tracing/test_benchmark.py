@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tracing import of_all
 from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,11 @@ def test_this_project_s_contenders_agree(tmp_path: Path, window: str) -> None:
         assert len(facts["seconds"]) == 1
         assert facts["seconds"][0] > 0
     assert (tmp_path / "table.md").read_text() in done.stdout
+
+
+def test_what_is_done_once_is_not_multiplied_with_the_cells() -> None:
+    assert of_all(1.0 + 12 * 0.5, 1.0, 12 / 192) == 1.0 + 192 * 0.5
+    assert of_all(3.0, 0.0, 0.25) == 12.0
 
 
 @pytest.mark.parametrize(("name", "package"), [("transformer_lens", "transformer_lens"), ("nnsight", "nnsight")])

@@ -279,7 +279,7 @@ def test_the_summary_tells_what_was_taken_and_what_came_back() -> None:
     effects = made_up([0.1, 0.4, 0.2], facts=4, kinds=("resid", "mlp"))
     assert effects.summary().split("\n") == [
         "On 4 facts the corruption takes 0.8 of the answer's mean probability (0.9 to 0.1). Of this one clean activation, put "
-        "back, brings back at most (the stream: at the subject; at the last token its end is the answer):",
+        "back, brings back at most (the stream: at the subject; at the last token its end is the answer's first token):",
         "- the stream after layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
         "- the MLP of layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
     ]
@@ -319,7 +319,7 @@ def test_cut_windows_are_also_told_per_layer_restored() -> None:
     said = effects.summary().split("\n")
     assert said[0].endswith(
         " one clean activation (MLPs: 4 layers together), put back, brings back at most (the stream: at the "
-        "subject; at the last token its end is the answer):"
+        "subject; at the last token its end is the answer's first token):"
     )
     assert said[1].startswith("- the stream after layer 1 at the first subject token: 0.5, 62.5%")
     assert said[2].startswith("- the MLPs of layers 0-2 at the first subject token: 0.5, 62.5%")

@@ -23,7 +23,7 @@ from lm.prompts import PromptSpec
 from tracing import Fact, GaussianNoise, trace, tracer
 from tracing import engines as engines_module
 from tracing.cost import cost, row_bytes, trunk_row_bytes
-from tracing.probe import Probe, make_probe
+from tracing.probe import Probe, forward, make_probe
 from tracing.reference import Traced, trace_fact
 from tracing.sweep import Sweep
 from tracing.tracer import Workers
@@ -42,8 +42,12 @@ QUESTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def family(name: str, dtype: torch.dtype) -> LanguageModel:
-    model = tiny_family(name, dtype=dtype)
+SLIDING = ("olmo3", "gemma2", "gemma3_text", "mistral", "phi3")
+REACH = 3  # tokens that sliding attention sees; the prompts have twice as many
+
+
+def family(name: str, dtype: torch.dtype, reach: int = REACH) -> LanguageModel:
+    model = tiny_family(name, dtype=dtype, **({"sliding_window": reach} if name in SLIDING else {}))
     if name == "olmoe" and dtype == torch.float64:
         model.model.set_experts_implementation("eager")  # the grouped product has no float64
     return model
@@ -89,6 +93,16 @@ def test_every_cell_is_the_reference_s(name: str, dtype: torch.dtype, allowed: f
         spread = [np.abs(cells - one.corrupted) for one in expected for cells in one.restored.values()]
         effects = max(effects, *(float(np.nanmax(values)) for values in spread))
     assert effects > 0.1, "restoring changes next to nothing in this model: the test could not tell engines apart"
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_sliding_attention_does_not_see_the_whole_prompt(name: str) -> None:
+    """Else the test above would say nothing of its masks."""
+    near, far = (family(name, torch.float32, reach) for reach in (REACH, 64))
+    probe = probes_of(near, Sweep())[0]
+    given = batch_of(near, probe)[:1]
+    with torch.no_grad():
+        assert float((forward(near, given, 1) - forward(far, given, 1)).abs().max()) > 1e-3
 
 
 def test_severing_matters_and_leaves_the_severed_cells_alone() -> None:
