@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache
 
 from lm.anatomy import module_at
@@ -128,6 +129,34 @@ def calls(model: LanguageModel, embeddings: Tensor, past: Past) -> list[Call]:
     with _blocks_replaced(model, note):
         model.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return seen
+
+
+@contextmanager
+def last_mlp_at_the_end(model: LanguageModel, keep: int) -> Iterator[None]:
+    """While open, the last block's MLP works on the last `keep` tokens alone and says 0 for the others: for passes of which
+    nothing else is read after that block. Hooks on the MLP that are added later see the whole."""
+    anatomy = model.anatomy
+    mlp = module_at(model.model, f"{anatomy.block_path(anatomy.layers - 1)}.{anatomy.names.mlp}")
+    left = 0
+
+    def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        nonlocal left
+        hidden = args[0] if args else kwargs["hidden_states"]
+        left = max(hidden.shape[1] - keep, 0)
+        end = hidden[:, left:].contiguous()  # some modules view their input
+        return ((end, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": end})
+
+    def fill(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        found, *others = output if isinstance(output, tuple) else (output,)
+        whole = functional.pad(found, (0, 0, left, 0))
+        return (whole, *others) if isinstance(output, tuple) else whole
+
+    hooks = mlp.register_forward_pre_hook(cut, with_kwargs=True), mlp.register_forward_hook(fill)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -217,6 +217,7 @@ class Wavefront:
         joined: list[Cell] = []
         state: Tensor | None = None
         with ExitStack() as hooks:
+            hooks.enter_context(replay.last_mlp_at_the_end(self.model, trunk.target.answer.shape[1]))
             for site in self._edited(cells):
                 hooks.enter_context(
                     intercept(self.model, site, self._restorer(trunk, site, position, joined, rows, facts))

@@ -201,12 +201,12 @@ def test_the_cost_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         for engine, expected in (("wave", said.wave), ("reference", said.reference)):
             count = 0
 
-            def seen(module: Any, args: Any, output: torch.Tensor) -> None:
+            def seen(module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> None:
                 nonlocal count
-                count += output.shape[0] * output.shape[1]
+                count += output[0].shape[0] * output[0].shape[1]
 
-            mlps = [module_at(model.model, f"{model.anatomy.block_path(layer)}.mlp") for layer in range(layers)]
-            handles = [mlp.register_forward_hook(seen) for mlp in mlps]
+            blocks = [module_at(model.model, model.anatomy.block_path(layer)) for layer in range(layers)]
+            handles = [block.get_submodule(model.anatomy.names.attn).register_forward_hook(seen) for block in blocks]
             if engine == "wave":
                 Wavefront(model, sweep, 10**6).trace(probes, [batch_of(model, probe) for probe in probes])
             else:
@@ -215,6 +215,22 @@ def test_the_cost_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
                 handle.remove()
             assert count == expected, (question, engine)
     assert row_bytes(model, 20) > 2 * row_bytes(model, 10)
+
+
+def test_the_last_mlp_works_only_on_what_is_read() -> None:
+    model = family("olmo2", torch.float32)
+    sweep = Sweep(kinds=("resid",), metric="log_probability")
+    (probe, *_) = probes_of(model, sweep)
+    last = module_at(model.model, model.anatomy.block_path(model.anatomy.layers - 1))
+    tokens: list[int] = []
+    handle = last.get_submodule("mlp.up_proj").register_forward_hook(
+        lambda module, args, out: tokens.append(out.shape[1])
+    )
+    Wavefront(model, sweep, 10**6).trace([probe], [batch_of(model, probe)])
+    handle.remove()
+    assert tokens[0] == len(probe.input_ids), "the trunk keeps every token"
+    assert len(tokens) > 1
+    assert set(tokens[1:]) == {len(probe.answer_ids)}
 
 
 def test_samples_that_do_not_fit_together_are_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
