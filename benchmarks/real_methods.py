@@ -12,6 +12,7 @@ terms may lose. The leading methods are run again with other seeds. It is `unlea
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -100,11 +101,23 @@ def main(asked: Comparison) -> None:
         if name not in methods:
             raise UserError(f"there is no method {name}{did_you_mean(name, methods)}")
     chosen = {name: fixed for name, fixed in methods.items() if not asked.only or name in asked.only}
-    if "AltPO" in chosen and not (invented / ALTERNATES).exists():
+    if "Sequential" in chosen and asked.batch % 8:
+        raise UserError(
+            f"batch is {asked.batch}: Sequential has 7 retain rows for each forget row; give a multiple of 8"
+        )
+    if "AltPO" in chosen and not has_all(invented / ALTERNATES, out / "data" / "forget.jsonl"):
         invent(str(base), out / "data" / "forget.jsonl", invented)
     config = search(asked, chosen, base, plan)
     result = run_search(config)
     print("\n\n".join((terms(result), table(result), every_trial(result))))
+
+
+def has_all(alternates: Path, rows: Path) -> bool:
+    """Whether each row has other answers already."""
+    if not alternates.exists():
+        return False
+    found = {json.loads(line)["id"] for line in alternates.read_text().splitlines()}
+    return found >= {row.id for row in load_rows(rows)}
 
 
 def invent(model: str, rows: Path, out: Path) -> None:

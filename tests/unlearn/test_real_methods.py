@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.real_methods import Comparison, search, settings
+from benchmarks.real_methods import Comparison, has_all, search, settings
 from tests.unlearn.helpers import ROOT
 from unlearn.search.plan import Plan
 
@@ -26,3 +26,13 @@ def test_no_objective_of_the_table_is_left_out() -> None:
     documented = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) - {"objective", "Learn"}
     assert documented
     assert documented <= {fixed["objective"] for fixed in settings(5, Path("x")).values()}
+
+
+def test_a_row_without_an_alternate_is_noticed(tmp_path: Path) -> None:
+    rows, alternates = tmp_path / "rows.jsonl", tmp_path / "alternates.jsonl"
+    rows.write_text("".join(f'{{"id": "{name}", "input": "q", "output": "a", "task": "Task2"}}\n' for name in "ab"))
+    assert not has_all(alternates, rows)
+    alternates.write_text('{"id": "a", "alternates": ["x"]}\n')
+    assert not has_all(alternates, rows)
+    alternates.write_text('{"id": "a", "alternates": ["x"]}\n{"id": "b", "alternates": ["y"]}\n')
+    assert has_all(alternates, rows)
