@@ -19,7 +19,7 @@ from unlearn.search.ledger import JOURNAL, Finished, Ledger
 from unlearn.search.picture import pareto
 from unlearn.search.plan import Plan, words
 from unlearn.search.result import MethodResult, SearchResult
-from unlearn.search.scored import Measures, Scored
+from unlearn.search.scored import Measures, Scored, _origin
 from unlearn.search.table import page
 
 RATE = Range(log_uniform=(1e-4, 1e-2))
@@ -335,3 +335,12 @@ def test_the_picture_is_drawn_whatever_was_found() -> None:
     for result in (whole, nothing):
         assert pareto(result).startswith(b"\x89PNG")
     assert pareto(whole) == pareto(whole)
+
+
+def test_alternates_are_the_methods_own() -> None:
+    """A method that learns alternates is compared with those that have none."""
+    rows = {"forget": "a", "retain": "b"}
+    plain, learns, other = (
+        {"data": data, "weights": "w"} for data in (rows, {**rows, "alternates": "c"}, {**rows, "forget": "d"})
+    )
+    assert _origin(plain) == _origin(learns) != _origin(other)

@@ -83,10 +83,15 @@ def read_scored(out: Path, folder: str, measures: Measures) -> Scored:
         seconds=float(training.get("train_seconds", 0.0)),
         tokens=int(training.get("tokens", 0)),
         peak_bytes=int(training.get("peak_gpu_bytes") or training.get("peak_memory_bytes", 0)),
-        made_from=_hash([training["data"], training["weights"]]) if trained else "",
+        made_from=_hash(_origin(training)) if trained else "",
         scored_on=_hash(scoring["data"]),
         files=files,
     )
+
+
+def _origin(training: Mapping[str, Any]) -> list[Any]:
+    """Rows and weights that a run began with. Alternates are not rows: each method has its own, or none."""
+    return [{side: hashed for side, hashed in training["data"].items() if side != "alternates"}, training["weights"]]
 
 
 def check_runs(out: Path, runs: Sequence[Scored], measures: Measures) -> None:
