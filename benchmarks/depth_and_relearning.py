@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from lm.config import script  # noqa: E402
 from lm.errors import UserError  # noqa: E402
-from tracing.arrays import Array  # noqa: E402
+from tracing.agreement import spearman  # noqa: E402
 from tracing.statistics import interval, resample_counts  # noqa: E402
 
 
@@ -46,15 +45,9 @@ def rank_correlation(one: Sequence[float], other: Sequence[float], groups: Seque
     """
     x, y = np.array(one), np.array(other)
     draws = resample_counts(groups, 1000, 0).astype(int)
-    found = np.array([_correlation(np.repeat(x, times), np.repeat(y, times)) for times in draws])
+    found = np.array([spearman(np.repeat(x, times), np.repeat(y, times)) for times in draws])
     low, high = (np.nan, np.nan) if np.isnan(found).any() else interval(found, 0.95)
-    return _correlation(x, y), float(low), float(high)
-
-
-def _correlation(x: Array, y: Array) -> float:
-    a, b = (ranks - ranks.mean() for ranks in (rankdata(x), rankdata(y)))
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size else float("nan")
+    return spearman(x, y), float(low), float(high)
 
 
 def _shown(mean: float, low: float, high: float) -> str:

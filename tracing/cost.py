@@ -25,7 +25,8 @@ class Cost:
 
     cells: int
     wave: int
-    """Token-blocks of the wavefront engine, the ordinary passes included."""
+    """Token-blocks of the wavefront engine, the ordinary passes included; of the last block its cells run attention on all of
+    them, the MLP on those that are read off."""
     reference: int
     """Token-blocks of the reference engine."""
 
