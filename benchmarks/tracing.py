@@ -1,4 +1,4 @@
-"""The same sweep of causal tracing, five ways: seconds for all cells of a fact, and the largest difference of their numbers.
+"""The same sweep of causal tracing, six ways: seconds for all cells of a fact, and the largest difference of their numbers.
 
     pip install -e '.[tracing-peers]'
     python benchmarks/tracing.py --tokens 12 --out runs/tracing-benchmark
@@ -6,7 +6,8 @@
 
 A prompt of `tokens` random tokens, its subject replaced by `samples` others; every (token, layer) of the stream and of the MLPs
 is restored in turn, and the probability of the clean run's next token read off. The wavefront computes all cells. The loops
-(`reference`, this project's form of the published script; `dense`, which puts several cells into one batch; TransformerLens and
+(`script_2022`, which makes the whole output as the published script does; `reference`, this project's form of it, which makes
+only the output that is read; `dense`, which puts several cells into one batch; TransformerLens and
 nnsight as their documentation shows a patching sweep) have the same time for every cell, so `cells` of them, drawn at random, are
 timed and multiplied up; what a loop does once for all cells (the ordinary pass that gives the clean values) is timed by itself
 and counted once. Contenders take turns in every round. Ratios are medians of the ratios within a round.

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lm.anatomy import Kind, Site
+from lm.anatomy import Kind, Site, module_at
 from lm.hooks import Edit, capture, patch
 from lm.load import LanguageModel
 from tracing.facts import Fact
 from tracing.probe import Probe
 from tracing.reference import restorations, score_cells
-from tracing.sweep import Sweep
+from tracing.sweep import Sweep, window_layers
 from tracing.wavefront import Wavefront
 
 CellPlace = tuple[Kind, int, int]
@@ -96,6 +96,31 @@ class Loop(Contender):
 
     def scores(self, cells: Sequence[CellPlace]) -> list[float]:
         return score_cells(self.model, self.question.probe, self.batch(), self.question.sweep, cells)
+
+
+class Script(Contender):
+    """The 2022 script's way: the clean run is row 0 of every pass, hooks copy its token into the other rows, and the model's
+    whole output is made, though one position of it is read."""
+
+    @torch.inference_mode()
+    def scores(self, cells: Sequence[CellPlace]) -> list[float]:
+        batch, anatomy, found = self.batch(), self.model.anatomy, []
+        for kind, position, layer in cells:
+
+            def restore(module: nn.Module, inputs: Any, output: Any, position: int = position) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                hidden[1:, position] = hidden[0, position]
+
+            layers = window_layers(layer, self.question.sweep.window, anatomy.layers, kind)
+            modules = [module_at(self.model.model, anatomy.module_path(Site(kind, one))) for one in layers]
+            hooks = [module.register_forward_hook(restore) for module in modules]
+            try:
+                logits = self.model.model(inputs_embeds=batch, use_cache=False).logits
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            found.append(float(self.probability(logits[1:, -1]).mean()))
+        return found
 
 
 class Dense(Contender):
@@ -209,6 +234,7 @@ class NNsight(Contender):
 CONTENDERS: dict[str, type[Contender]] = {
     "wavefront": Wave,
     "reference": Loop,
+    "script_2022": Script,
     "dense": Dense,
     "transformer_lens": TransformerLens,
     "nnsight": NNsight,
