@@ -12,6 +12,7 @@ process held after its imports (on a GPU: torch's), and the first losses. Peers 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -132,8 +133,9 @@ class Worker:
 
     def ask(self, message: str) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(message + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it is gone: `read` says why
+            self.process.stdin.write(message + "\n")
+            self.process.stdin.flush()
         return self.read()
 
     def read(self) -> dict[str, Any]:

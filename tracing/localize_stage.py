@@ -92,7 +92,7 @@ def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequen
     refused = {
         name: str(json.loads(refusal(run.path, name).read_text())["reason"])
         for name in config.localizers
-        if refusal(run.path, name).exists()
+        if refusal(run.path, name).exists() and not (run.path / f"{name}.npz").exists()
     }
     scores = {name: LayerScores.load(run.path / f"{name}.npz") for name in config.localizers if name not in refused}
     if len(scores) < 2:

@@ -197,12 +197,10 @@ class _Loop:
                 self.at.seconds += time.perf_counter() - started
                 self.at.tokens += result.tokens
                 self._log(result, norm)
-                advance(
-                    forget=result.forget_cross_entropy,
-                    retain=result.retain_cross_entropy,
-                    alpha=result.retain_weight,
-                    tok_s=self.at.tokens / self.at.seconds,
-                )
+                shown_too = {"forget": result.forget_cross_entropy}
+                if self.loss.uses_retain:
+                    shown_too |= {"retain": result.retain_cross_entropy, "alpha": result.retain_weight}
+                advance(**shown_too, tok_s=self.at.tokens / self.at.seconds)
                 self._milestones()
         if self.saved_at != self.at.step:  # not a look at the disk: every process must decide alike
             self._save(self.run.checkpoint_name(self.at.step), with_moments=True)  # the export may meet a full disk

@@ -344,6 +344,8 @@ def test_a_localiser_that_refused_is_asked_again_and_one_alone_is_not_compared(
     assert list(again.scores) == ["odd", "weights"]
     assert "gave no scores" not in again.plan.verdict
     assert not list(folder.glob("*.refused.json"))
+    (folder / "odd.refused.json").write_text('{"localizer": "odd", "reason": "of a run killed after its scores"}')
+    assert not run_localizing(replace(config, resume=True), facts).refused
 
 
 def test_a_full_disk_is_no_refusal(config: LocalizeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
