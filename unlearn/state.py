@@ -137,9 +137,9 @@ class _Saved:
         self.names = set(self._files)
 
     def like(self, name: str, parameter: Tensor) -> Tensor:
-        """Room for a moment of `parameter`: sharded as it is, or a single number on the CPU, where the optimiser keeps it."""
+        """Room for a moment of `parameter`: sharded as it is, or a single number on its device, where a fused AdamW needs it."""
         if not self._files[name][0].get_slice(name).get_shape():
-            return torch.empty(())
+            return torch.empty((), device=parameter.device)
         return torch.empty_like(parameter, requires_grad=False)
 
     @torch.no_grad()

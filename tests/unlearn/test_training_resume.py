@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lm.errors import UserError
 from lm.run import RunFolder
 from tests.unlearn.helpers import SMALL, command, config_words, environment, reworded, run_script, small_config
 from tracing.plan import LayerPlan
+from unlearn import state
 from unlearn.objectives import NPO, Joint, Objective
 from unlearn.scope import Scope
 from unlearn.stage import run_unlearning
@@ -100,6 +101,14 @@ def _stop_after(step: int):  # type: ignore[no-untyped-def]
             raise _Stop
 
     return milestones
+
+
+def test_a_moment_is_read_to_where_its_weight_is(tmp_path: Path) -> None:
+    """A fused AdamW counts its steps on the weights' device: with a count on the CPU no run goes on on a GPU."""
+    moments = {"step::w": torch.tensor(3.0), "exp_avg::w": torch.ones(2)}
+    save_file(moments, tmp_path / f"{state.MOMENTS}-00000-of-00001.safetensors")
+    saved, weight = state._Saved(tmp_path, state.MOMENTS), torch.empty(2, device="meta")
+    assert {name: saved.like(name, weight).device.type for name in saved.names} == dict.fromkeys(moments, "meta")
 
 
 def test_what_a_name_stands_for_must_not_change_before_a_run_goes_on(tiny: Path, tmp_path: Path) -> None:
