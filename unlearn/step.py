@@ -35,7 +35,7 @@ class StepResult:
 
     loss: float
     forget_cross_entropy: float
-    """Nats a token; NaN where nothing asked for log-probabilities."""
+    """Nats a token; NaN where nothing asked for log-probabilities, and without such rows."""
     retain_cross_entropy: float
     """Likewise."""
     retain_weight: float
@@ -148,7 +148,7 @@ class Stepper:
             self.acc.backward(term.total * 0.0)
 
     def _global(self, rows: StepRows, memory: RetainMemory) -> StepResult:
-        retain_ce = weight = retain_loss = 0.0
+        retain_ce, weight, retain_loss = math.nan, 0.0, 0.0
         if self.loss.uses_retain and rows.retain:
             divisor = _Counts.of([self.retain.rows[i] for i in rows.retain], self.loss.retain_needs)
             sums = torch.zeros(2, dtype=torch.float64, device=self.acc.device)
@@ -160,7 +160,7 @@ class Stepper:
                     self.acc.backward(loss * self.acc.num_processes)
                 sums += torch.stack([stats.total(stats.cross_entropy.detach()), loss.detach()])
             ce_sum, retain_loss = sum_over_processes(sums).tolist()
-            retain_ce = ce_sum / count if self.loss.retain_needs.logprob else math.nan
+            retain_ce = _mean(ce_sum, count, self.loss.retain_needs)
             weight = self.loss.weight.at(memory, retain_ce, retain_loss)
             if self.loss.retain_needs.logprob:
                 memory.add(cross_entropy=ce_sum, tokens=count, batch_means=retain_ce, rows=divisor.rows)
@@ -183,7 +183,7 @@ class Stepper:
         ce_sum, forget_loss, beyond = sum_over_processes(sums).tolist()
         return StepResult(
             loss=forget_loss + weight * retain_loss,
-            forget_cross_entropy=ce_sum / divisor.tokens if self.loss.forget_needs.logprob else math.nan,
+            forget_cross_entropy=_mean(ce_sum, divisor.tokens if rows.forget else 0, self.loss.forget_needs),
             retain_cross_entropy=retain_ce,
             retain_weight=weight,
             forgotten_share=beyond / divisor.tokens,
@@ -227,8 +227,8 @@ class Stepper:
             memory.add(cross_entropy=retain_ce, tokens=retain_tokens, batch_means=means, rows=held_rows)
         return StepResult(
             loss=loss_sum / count,
-            forget_cross_entropy=forget_ce / max(forget_tokens, 1.0) if self.loss.forget_needs.logprob else math.nan,
-            retain_cross_entropy=retain_ce / max(retain_tokens, 1.0) if self.loss.retain_needs.logprob else math.nan,
+            forget_cross_entropy=_mean(forget_ce, forget_tokens, self.loss.forget_needs),
+            retain_cross_entropy=_mean(retain_ce, retain_tokens, self.loss.retain_needs),
             retain_weight=weights / count,
             forgotten_share=beyond / max(forget_tokens, 1.0),
             tokens=self._tokens(rows, memory.epoch),
@@ -298,6 +298,11 @@ class Stepper:
         if self.loss.forget_needs.alternate:
             used += sum(len(self.forget.texts[self.forget.alternate(i, epoch)].ids) for i in rows.forget)
         return used + (sum(len(self.retain.rows[i].ids) for i in rows.retain) if self.loss.uses_retain else 0)
+
+
+def _mean(total: float, count: float, needs: Needs) -> float:
+    """NaN where it is not known: nothing asked for log-probabilities, or there are no such tokens."""
+    return total / count if needs.logprob and count else math.nan
 
 
 def _by_row(stats: TokenStats) -> TokenStats:

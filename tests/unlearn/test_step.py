@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -204,8 +205,10 @@ def test_a_batch_without_a_side_has_no_term_for_it(model, sides) -> None:  # typ
         one = stepper(model, sides, loss, micro_batch=8, weighting=weighting)
         result = one.gradient(rows, RetainMemory())
         assert result.loss == pytest.approx(-float(mean_ce(model.model, sides[0][:3])), rel=1e-5)
+        assert math.isnan(result.retain_cross_entropy), "0 would be a perfect one"
         only_retain = one.gradient(StepRows(((False, 0), (False, 1))), RetainMemory())
         assert only_retain.loss == pytest.approx(1.2 * float(mean_ce(model.model, sides[1][:2])), rel=1e-5)
+        assert math.isnan(only_retain.forget_cross_entropy)
 
 
 def test_a_micro_batchs_tokens_are_counted_with_its_alternates(model, sides) -> None:  # type: ignore[no-untyped-def]
