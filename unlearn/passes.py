@@ -103,6 +103,16 @@ class Passes:
         finally:
             self.chunk, self._brief = usual, False
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While open, passes go round the wrapper: DDP sends the buffers to all processes in a forward, and would wait for those
+        that have none."""
+        usual, self.wrapped = self.wrapped, self.model.model
+        try:
+            yield
+        finally:
+            self.wrapped = usual
+
     def unread(self, needs: Needs) -> list[nn.Parameter]:
         """The trainable parameters on which nothing that `needs` asks for depends."""
         named = self.model.model.named_parameters()

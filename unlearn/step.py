@@ -141,8 +141,8 @@ class Stepper:
         return Micro(forget, tuple(rows), epoch, longest * len(texts), supervised)
 
     def probe(self, micro: Micro) -> None:
-        """Forward and backward of one micro-batch, with a gradient of 0."""
-        with self._syncing(False):
+        """Forward and backward of one micro-batch, with a gradient of 0, on this process alone: another may have no such rows."""
+        with self.passes.alone(), self._syncing(False):
             stats = self._stats(micro.rows, forget=micro.forget, epoch=micro.epoch)
             term = self.loss.objective.forget_term(stats) if micro.forget else self.loss.retain.term(stats)
             self.acc.backward(term.total * 0.0)

@@ -45,10 +45,10 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": Joint(),
         "trainer": replace(FIVE, pairing="sequential", chunk=4, retain_per_forget=4),
     },
-    "kl, one row a side": {"objective": KLMinimisation(), "trainer": ONE},
+    "kl, one row a side": {"objective": KLMinimisation(), "trainer": replace(ONE, estimate=True)},
     "rmu, one row a side": {"objective": RMU(layer=1), "scope": Scope(layers=(0, 1)), "trainer": ONE},
     "dpo, one row a side": {"objective": DPO(), "alternates": Refusals(per_row=2), "trainer": ONE},
-    "dual": {"objective": PDU(), "scope": Scope(layers=(0, 1))},
+    "dual": {"objective": PDU(), "scope": Scope(layers=(0, 1)), "trainer": replace(FIVE, warmup=2)},
     "npo, kept": {"objective": NPO(), "trainer": replace(FIVE, cache_below=True)},
     "npo, whole model, exchanged": {
         "objective": NPO(),
