@@ -106,6 +106,11 @@ class UnlearnConfig:
                 if given
                 else f"{name} reads alternate answers and none are given: set alternates, to Refusals for instance"
             )
+        if not self.loss.uses_retain and not isinstance(self.retain_weight, AsPublishedWeight):
+            raise UserError(
+                f"retain_weight is given and {type(self.objective).__name__} has no retain term here: leave it out, or set "
+                "retain_loss, to CrossEntropy for instance"
+            )
         if self.trainer.checkpoint != "last" and self.validation.forget is None:
             raise UserError(
                 f"trainer.checkpoint is {self.trainer.checkpoint}, which is judged on validation rows: "

@@ -88,6 +88,11 @@ class Scope:
             )
         if self.lora is not None and self.mask is not None:
             raise UserError("scope.lora trains adapters and scope.mask chooses weights: give one of them")
+        if self.layers == "model" and self.modules is not None:
+            raise UserError(
+                f"scope.layers is model, which is all of it, and scope.modules is {list(self.modules)}: set scope.layers to all "
+                "for these modules of every block, or leave scope.modules out"
+            )
         if self.layers == () or self.modules == ():
             raise UserError("scope.layers or scope.modules is empty, so nothing would be trained: name at least one")
 

@@ -29,7 +29,7 @@ from unlearn.beforehand import asks_original, compute_beforehand, size_below, us
 from unlearn.estimate import estimate
 from unlearn.mask import Masks, make_masks
 from unlearn.objectives import Dual, Loss, RetainMemory
-from unlearn.passes import Passes, reads
+from unlearn.passes import Passes, first_block, reads
 from unlearn.reference import reference
 from unlearn.scope import WeightMask
 from unlearn.step import Side, Stepper, StepResult
@@ -90,6 +90,10 @@ def train(
         return_freed_memory()
     batches = config.batches(len(forget.rows), len(retain.rows) if loss.uses_retain else 0)
     steps = config.steps or batches.total(config.epochs)
+    if config.warmup >= steps:
+        raise UserError(
+            f"trainer.warmup is {config.warmup} of {steps} steps: the peak rate is never reached; give fewer"
+        )
     model.model.train(False)
     if config.gradient_checkpointing:
         _enable_gradient_checkpointing(model.model)
@@ -157,6 +161,13 @@ def _refuse_what_cannot_be(
             raise UserError(
                 f"{name} may change, but {type(loss.objective).__name__} reads the model only up to layer "
                 f"{max(needs.hidden.layer for needs in sides if needs.hidden is not None)}: leave later layers out of the scope"
+            )
+    start = first_block(model)
+    for axis, needs in (("objective", loss.forget_needs), ("retain_loss", loss.retain.needs())):
+        if needs.hidden is not None and not needs.vocabulary and needs.hidden.layer < start:
+            raise UserError(
+                f"{axis} reads the stream after layer {needs.hidden.layer}, and nothing up to there may change, so it could do "
+                f"nothing: give it layer {start} or a later one, or widen the scope"
             )
 
 

@@ -24,10 +24,13 @@ from unlearn.objectives import (
     DPO,
     NPO,
     RMU,
+    UNDIAL,
     AdaptiveRMU,
+    CrossEntropy,
     Fixed,
     GradientAscent,
     GradientDifference,
+    HiddenDistance,
     Joint,
     KLMinimisation,
     Objective,
@@ -114,6 +117,8 @@ def test_weights_that_are_no_numbers_are_never_saved(tiny: Path, tmp_path: Path)
         (lambda: Fixed(factor=float("nan")), "retain_weight.factor is nan"),
         (lambda: KLMinimisation(forget_cap=float("nan")), "forget_cap is nan"),
         (lambda: Lora(alpha=0), "alpha is 0"),
+        (lambda: Scope(layers="model", modules=("mlp",)), "set scope.layers to all"),
+        (lambda: UnlearnConfig(objective=UNDIAL(), retain_weight=Fixed(factor=5.0)), "UNDIAL has no retain term here"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(wrong: Callable[[], object], says: str) -> None:
@@ -265,6 +270,25 @@ def test_misdirection_runs_no_deeper_than_its_layer(
         run_unlearning(small_config(tiny, tmp_path / "deep", objective=objective, scope=Scope(layers=(1, 2))))
     with pytest.raises(UserError, match="layer 7 does not exist"):
         run_unlearning(small_config(tiny, tmp_path / "none", objective=replace(objective, layer=7)))
+
+
+def test_a_term_that_reads_nothing_that_may_change_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """It would have no gradient."""
+    above = Scope(layers=(2,))
+    shallow = small_config(tiny, tmp_path / "a", objective=RMU(layer=1), retain_loss=CrossEntropy(), scope=above)
+    with pytest.raises(UserError, match=r"objective reads the stream after layer 1, .* give it layer 2"):
+        run_unlearning(shallow)
+    held = small_config(tiny, tmp_path / "b", objective=Joint(), retain_loss=HiddenDistance(layer=0), scope=above)
+    with pytest.raises(UserError, match="retain_loss reads the stream after layer 0"):
+        run_unlearning(held)
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(tiny: Path, tmp_path: Path) -> None:
+    trainer = replace(SMALL, steps=None, epochs=1, warmup=3)  # 12 rows a side, 4 of each a step
+    with pytest.raises(UserError, match=r"trainer\.warmup is 3 of 3 steps"):
+        run_unlearning(small_config(tiny, tmp_path / "run", trainer=trainer))
+    run_unlearning(small_config(tiny, tmp_path / "fewer", trainer=replace(trainer, warmup=2)))
+    assert [line["lr"] for line in RunFolder(tmp_path / "fewer").metrics()] == pytest.approx([0.0, 1.5e-3, 3e-3])
 
 
 def test_schedules() -> None:
