@@ -244,6 +244,12 @@ def test_flat_by_hand(divergence: str, expected: float) -> None:
     assert value(FLAT(divergence=divergence).forget_term(row), "row") == pytest.approx(expected)  # type: ignore[arg-type]
 
 
+def test_flat_of_tiny_probabilities_is_their_difference() -> None:
+    row = replace(said([2e-6]), alternate=said([5e-6]))
+    assert value(FLAT(divergence="pearson").forget_term(row), "row") == pytest.approx(-3e-6, rel=1e-5)
+    assert value(FLAT(divergence="total_variation").forget_term(row), "row") == pytest.approx(-1.5e-6, rel=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------------- steering
 
 
@@ -282,6 +288,12 @@ def test_adaptive_misdirection_steers_to_a_length_in_norms_of_the_rows_original_
     assert value(AdaptiveRMU(layer=0, scale=2.5).forget_term(doubled), "hidden") == pytest.approx(200.0, rel=1e-6)
 
 
+def test_adaptive_misdirection_of_states_of_one_length_is_misdirection() -> None:
+    stats = steering([[1.0, -1.0], [0.5, 2.0]], [[3.0, 4.0], [0.0, 5.0]])
+    adaptive, plain = AdaptiveRMU(layer=0, scale=2.0).forget_term(stats), RMU(layer=0, scale=10.0).forget_term(stats)
+    assert value(adaptive, "hidden") == pytest.approx(value(plain, "hidden"))
+
+
 def test_misdirection_holds_the_retain_rows_at_its_own_layer() -> None:
     loss = Loss.of(AdaptiveRMU(layer=4, tokens="answer"))
     assert loss.retain == HiddenDistance(layer=4, tokens="answer")
@@ -289,6 +301,17 @@ def test_misdirection_holds_the_retain_rows_at_its_own_layer() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- retain and weight
+
+
+def test_divergence_and_blend_by_hand() -> None:
+    batch = logits([math.log(6.0), math.log(2.0), math.log(2.0)])  # 0.6, 0.2, 0.2; the original's 0.2, 0.4, 0.4
+    batch = replace(batch, reference=torch.tensor([[[0.0, math.log(2.0), math.log(2.0)]]], dtype=torch.float64))
+    divergence = 0.2 * math.log(0.2 / 0.6) + 0.8 * math.log(0.4 / 0.2)
+    for term, expected in (
+        (Divergence(), divergence),
+        (Blend(cross_entropy=0.5, divergence=2.0), 2.0 * divergence - 0.5 * math.log(0.6)),
+    ):
+        assert value(term.term(statistics(batch, term.needs()))) == pytest.approx(expected)
 
 
 def test_a_blend_of_one_kind_is_that_kind() -> None:

@@ -45,7 +45,10 @@ DIVERGENCE = Statistic("divergence", divergence, reference=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence(Retain):
-    """`KL(original || model)` over the whole vocabulary, the mean over supervised tokens (nats)."""
+    """`KL(original || model)` over the whole vocabulary, the mean over supervised tokens (nats).
+
+    Source: TOFU (arXiv 2401.06121). Badge: **variant**: supervised tokens only, where TOFU's code takes all.
+    """
 
     def needs(self) -> Needs:
         """The original's logits."""
@@ -61,6 +64,7 @@ class Blend(Retain):
     """`cross_entropy * CE(retain) + divergence * KL(original || model)(retain)`, both means over supervised tokens (nats).
 
     As two SemEval-2025 Task 4 systems hold the retain rows: ZJUKLAB (arXiv 2503.21088) and Atyaephyra (arXiv 2503.13690).
+    Badge: **variant**: the divergence is that of `Divergence`.
     """
 
     cross_entropy: float = 1.0
@@ -86,7 +90,10 @@ class Blend(Retain):
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenDistance(Retain):
-    """Mean over tokens and dimensions of `(h - h_original)^2` at one layer, as in RMU (Li et al. 2024, arXiv 2403.03218)."""
+    """Mean over tokens and dimensions of `(h - h_original)^2` at one layer, as in RMU (Li et al. 2024, arXiv 2403.03218).
+
+    Badge: **variant**: without the padding that the authors' code counts.
+    """
 
     layer: int
     """The stream after this block, from 0."""
