@@ -58,6 +58,13 @@ def test_rouge_l_recall_by_hand(expected: str, said: str, recall: float) -> None
     assert lume.row_scores(row("1sc1", "Task1", expected, said)) == {"regurgitation": pytest.approx(recall, abs=1e-12)}
 
 
+def test_a_row_with_nothing_to_recall_leaves_the_other_rows_scores_where_they_are() -> None:
+    """Elsewhere rows without a target were dropped from the values and not from their places: scores moved up by a row."""
+    rows = [row(f"{i}sc1", "Task1", expected, "one two") for i, expected in enumerate(("one", "", "one three four"))]
+    assert [lume.row_scores(each)["regurgitation"] for each in rows] == pytest.approx([1.0, 0.0, 1 / 3])
+    assert lume.score([], rows).terms[6] == pytest.approx(4 / 9)
+
+
 def test_exact_match_is_of_the_whole_generation() -> None:
     assert lume.exact_match("Ada Byron", "  ada BYRON\n") == 1
     assert lume.exact_match("Ada Byron", "Ada Byron.") == 0
