@@ -2,8 +2,8 @@
 
 Memory is counted: weights, gradients, optimiser and original are sizes of parameters, logits a chunk's, and activations
 those of one row and of two, measured tensor by tensor and carried to the largest micro-batch that will come. Time is that of
-a typical micro-batch of each side, and of an optimiser step. Nothing is changed by it. Gathered weights of sharded models
-and what processes wait for each other are not in it.
+a typical micro-batch of each side, what it takes longer when its shape is new, and an optimiser step. Nothing is changed by
+it. Gathered weights of sharded models and what processes wait for each other are not in it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def estimate(stepper: Stepper, batches: Batches, steps: int) -> Estimate:
     gradients = sum(local_part(p).nbytes for p in stepper.parameters)
     for parameter in stepper.parameters:  # a step's later micro-batches find one there
         parameter.grad = torch.zeros_like(parameter)
-    seconds, sides = 0.0, [(0.0, 0.0)]
+    seconds, new, sides = 0.0, 0.0, [(0.0, 0.0)]
     for forget in (True, False):
         mine = [one for one in micros if one.forget == forget and one.rows]
         if mine:
@@ -84,7 +84,9 @@ def estimate(stepper: Stepper, batches: Batches, steps: int) -> Estimate:
             sides.append((_activations(stepper, largest), logits))
             total = sum(one.padded for one in mine)
             typical = min(mine, key=lambda one: abs(one.padded - total / len(mine)))
-            seconds += _seconds(partial(stepper.probe, typical)) * total / typical.padded
+            first, again = _seconds(partial(stepper.probe, typical))
+            seconds += again * total / typical.padded
+            new += max(first - again, 0.0) * len({(len(one.rows), one.padded) for one in mine})
     for parameter in stepper.parameters:
         parameter.grad = None
     activations, logits = max(sides, key=sum)
@@ -96,7 +98,7 @@ def estimate(stepper: Stepper, batches: Batches, steps: int) -> Estimate:
         activations=round(activations),
         logits=round(logits),
         before=before,
-        seconds=seconds * steps / looked + steps * _optimiser_seconds(stepper),
+        seconds=new + seconds * steps / looked + steps * _optimiser_seconds(stepper),
     )
 
 
@@ -129,16 +131,16 @@ def _activations(stepper: Stepper, largest: Micro) -> float:
     return max(peaks[0] - each * sizes[0], 0.0) + each * largest.padded
 
 
-def _seconds(work: Callable[[], None]) -> float:
-    """Of the second time: the first is slower."""
-    took = 0.0
+def _seconds(work: Callable[[], None]) -> tuple[float, float]:
+    """Of the first time, in which kernels are made for new shapes, and of the second."""
+    took = []
     for _ in range(2):
         began = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        took = time.perf_counter() - began
-    return took
+        took.append(time.perf_counter() - began)
+    return took[0], took[1]
 
 
 def _optimiser_seconds(stepper: Stepper) -> float:
@@ -153,7 +155,7 @@ def _optimiser_seconds(stepper: Stepper) -> float:
         torch.nn.utils.clip_grad_norm_([sample], 1.0)
         optimiser.step()
 
-    return _seconds(work) * count / sample.numel()
+    return _seconds(work)[1] * count / sample.numel()
 
 
 def _logit_bytes(needs: Needs, vocabulary: int) -> float:

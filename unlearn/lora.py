@@ -45,6 +45,7 @@ def quantise(model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
     for name, module in linear:
         inside, out, bias = module.in_features, module.out_features, module.bias
         small = Linear4bit(inside, out, bias=bias is not None, compute_dtype=module.weight.dtype, quant_type="nf4")
+        small.support_avx512bf16_for_cpu = False  # else it turns itself into a coarser form for inference amid training
         small.weight = Params4bit(module.weight.detach(), requires_grad=False, quant_type="nf4")
         if bias is not None:
             small.bias = bias
