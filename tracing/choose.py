@@ -132,7 +132,7 @@ def choose_layers(
             f"{_said(picks, layers)} mean {given.unit} of {'mlp and attn' if kind == 'both' else kind} ({given.source})"
         ),
         singled_out=not against,
-        verdict=_verdict(judged, against, part, _restored(kind, window)),
+        verdict=_verdict(judged, against, part, _restored(kind, window), given.details.get("roles", ())),
         evidence=evidence,
         controls=control_layers(chosen, means, seed),
         provenance={
@@ -187,7 +187,7 @@ def _little(part: float | None, least: float) -> list[str]:
     return [f"the best layer brings back only {part:.1%} of what the corruption took ({least:.0%} asked)"]
 
 
-def _verdict(judged: Judged, against: Sequence[str], part: float | None, restored: str) -> str:
+def _verdict(judged: Judged, against: Sequence[str], part: float | None, restored: str, roles: Sequence[str]) -> str:
     several, name = len(judged.layers) > 1, layer_names(judged.layers)
     if against:
         has = "have" if several else "has"
@@ -195,8 +195,9 @@ def _verdict(judged: Judged, against: Sequence[str], part: float | None, restore
     sentence = f"The evidence singles out {name}: {judged.favour}."
     if part is None:
         return sentence
+    where = "one subject token" if set(roles) <= set(SUBJECT_ROLES) else f"one token ({', '.join(roles)})"
     return (
-        f"{sentence} Restoring {restored} in {'the best of them' if several else 'it'} at one subject token "
+        f"{sentence} Restoring {restored} in {'the best of them' if several else 'it'} at {where} "
         f"brings back {part:.0%} of what the corruption took, on average."
     )
 

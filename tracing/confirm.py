@@ -45,8 +45,9 @@ def confirm(
 
     Badge: *reconstruction*. Another corruption *confirms* the plan if, at the plan's confidence, the layers of each planned
     module are ranked alike (the rank correlation is above zero at its lower end) and the planned layers' mean effect exceeds
-    that of the other layers at the lower end of the interval. The layers were not chosen by these effects, so the interval is
-    fair. One corruption that does not confirm takes `singled_out` away.
+    that of the other layers at the lower end of the interval. The layers were not chosen by these effects, but on the same facts:
+    what is peculiar to the facts and shared by both corruptions makes the interval too kind. So this only ever takes
+    `singled_out` away, for which one corruption that does not confirm is enough.
 
     Args:
         plan: drawn from `effects`, by `choose_layers` with the same roles and aggregation.
@@ -105,6 +106,8 @@ def _lead(plan: LayerPlan, theirs: LayerScores, confidence: float, resamples: in
 
 
 def _doubts(name: str, alike: Sequence[Agreement], lead: _Lead | None) -> list[str]:
+    if any(np.isnan(one.correlation) for one in alike):  # a single layer, or effects that are all equal
+        return [f"under {name} the layers have no order that could be compared"]
     if any(np.isnan(one.low) for one in alike):  # of one group there is no interval
         return [f"under {name} only one group of facts was traced, too few to compare"]
     doubts = [

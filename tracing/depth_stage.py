@@ -55,6 +55,8 @@ class DepthConfig:
     """Of the drawn facts and the resampling."""
     out: str = "runs/depth"
     """The run folder."""
+    resume: bool = False
+    """Measure again in `out`, where a run with these settings broke off."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -79,7 +81,8 @@ def run_depth(config: DepthConfig, facts: Sequence[Fact]) -> DepthReport:
     """
     started = time.monotonic()
     original = load(config.original)
-    run = RunFolder.create(config.out, config, facts={"facts": {"count": len(facts), "sha256": facts_hash(facts)}})
+    about = {"facts": {"count": len(facts), "sha256": facts_hash(facts)}}
+    run = RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("facts",))
     with evaluating(original):
         known, skipped = known_facts(
             original,

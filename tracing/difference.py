@@ -84,16 +84,21 @@ class Difference:
         return f"{verb} from {score.before:.3g} to {score.after:.3g} (by {score.change:.3g}{spread})"
 
     def to_json(self) -> dict[str, Any]:
-        """Scores and the strongest cells as plain data; the tables are written by `tracing.stage`."""
+        """Scores and the strongest cells as plain data, None for an interval that there is not; the tables are written by
+        `tracing.stage`."""
         cells = {kind: self.strongest(kind) for kind in self.kinds}
+
+        def plain(score: ScoreChange) -> dict[str, float | None]:
+            return {name: None if np.isnan(value) else value for name, value in asdict(score).items()}
+
         return {
             "metric": self.metric,
             "confidence": self.confidence,
             "facts": self.facts,
-            "clean": asdict(self.clean),
-            "corrupted": asdict(self.corrupted),
+            "clean": plain(self.clean),
+            "corrupted": plain(self.corrupted),
             "strongest_before": {
-                kind: {"role": role, "layer": layer, **asdict(found)} for kind, (role, layer, found) in cells.items()
+                kind: {"role": role, "layer": layer, **plain(found)} for kind, (role, layer, found) in cells.items()
             },
         }
 

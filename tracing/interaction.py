@@ -17,7 +17,7 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.arrays import Array
 from tracing.effects import SUBJECT_ROLES, Effects, EffectTable
-from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, weighted_means
+from tracing.statistics import check_confidence, interval, mean_over_facts, resample_counts, units, weighted_means
 from tracing.sweep import cut_windows, window_layers
 
 
@@ -58,7 +58,7 @@ class Interaction:
         """(ratio, low, high): the summed mean effects of all whole windows over those of their layers one by one.
 
         The means are over facts, and of a fact over its tokens of `roles`; the interval is the percentile bootstrap's over
-        groups of facts. Where the lower sum is near zero it tells nothing.
+        groups of facts, NaN with a single one. Where the lower sum is near zero it tells nothing.
 
         Raises:
             UserError: no window is whole.
@@ -70,10 +70,13 @@ class Interaction:
                 f"no window of {self.window.window} layers is whole in a model of {self.window.layers}; take a smaller one."
             )
         above, below = (one.scores(roles).of(kind)[:, whole].sum(axis=1) for one in (self.window, self.summed))
-        counts = resample_counts([fact.group for fact in self.window.facts], resamples, seed)
+        groups = [fact.group for fact in self.window.facts]
+        counts = resample_counts(groups, resamples, seed)
         with np.errstate(divide="ignore", invalid="ignore"):
             low, high = interval(weighted_means(above, counts) / weighted_means(below, counts), confidence)
             ratio = mean_over_facts(above) / mean_over_facts(below)
+        if int(units(groups).max()) == 0:  # of one group there is nothing to draw
+            return float(ratio), float("nan"), float("nan")
         return float(ratio), float(low), float(high)
 
     def sentence(
@@ -92,7 +95,7 @@ class Interaction:
         self, roles: Sequence[str] = SUBJECT_ROLES, *, confidence: float = 0.95, seed: int = 0
     ) -> dict[str, Any]:
         """Means and intervals by kind and token role as plain data (null where no fact has the role), with the edges, and the
-        `ratio` over the tokens of `roles` (null where no window is whole)."""
+        `ratio` over the tokens of `roles` (null where no window is whole; its interval is null where there is none)."""
         found: dict[str, Any] = {"window": self.window.window, "metric": self.window.metric, "kinds": {}}
         for kind in self.kinds:
             tables = {
@@ -100,9 +103,10 @@ class Interaction:
                 for name, one in (("window", self.window), ("summed", self.summed), ("beyond", self.beyond))
             }
             whole = len(self.edges(kind)) < self.window.layers
+            ratio = self.ratio(kind, roles=roles, confidence=confidence, seed=seed) if whole else ()
             found["kinds"][kind] = {
                 "edges": self.edges(kind),
-                "ratio": self.ratio(kind, roles=roles, confidence=confidence, seed=seed) if whole else None,
+                "ratio": [None if np.isnan(one) else one for one in ratio] or None,
                 "roles": {
                     role: {name: _row(table, place) for name, table in tables.items()}
                     for place, role in enumerate(tables["beyond"].roles)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -47,7 +48,7 @@ def prepare(
         facts = with_foils(facts)
     probes = [make_probe(model, fact, prompt, *metrics) for fact in facts]
     corruptor = corruption.bind(model, probes)
-    asked = None if only is None else frozenset(only)
+    asked = None if only is None else Counter(only)
 
     def why_small(probe: Probe) -> str | None:
         if least_total is None:
@@ -99,13 +100,14 @@ def _sort_out(
     why_not: Callable[[Probe], str | None],
     max_facts: int | None,
     show: bool,
-    asked: Collection[Fact] | None = None,
+    asked: Counter[Fact] | None = None,
     seed: int | None = None,
 ) -> tuple[list[Probe], list[Skipped]]:
-    """The facts (only those `asked` for) against which there is nothing to say, up to `max_facts` (the first, or drawn in turn by
-    `seed`); all others with reasons. Both in the order given."""
+    """The facts (only those `asked` for, each as often as it is) against which there is nothing to say, up to `max_facts` (the
+    first, or drawn in turn by `seed`); all others with reasons. Both in the order given."""
     reasons: dict[int, str | None] = {}
     order: Sequence[int] = range(len(probes))
+    still = Counter(asked or ())
     if max_facts is not None and seed is not None:
         order = in_turn([probe.fact for probe in probes], seed)
     known = 0
@@ -113,10 +115,11 @@ def _sort_out(
         for place in order:
             if max_facts is not None and known >= max_facts:
                 reason: str | None = f"not needed: max_facts is {max_facts}"
-            elif asked is not None and probes[place].fact not in asked:
+            elif asked is not None and not still[probes[place].fact]:
                 reason = "not one of the facts asked for"
             else:
                 reason = why_not(probes[place])
+                still[probes[place].fact] -= 1
             reasons[place] = reason
             known += reason is None
             advance(1)

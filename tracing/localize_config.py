@@ -83,8 +83,7 @@ class LocalizeConfig:
     leave_out_unnamed: bool = False
     """Leave out questions whose subject is not found instead of refusing the file."""
     max_facts: int | None = None
-    """So many known facts on either side, drawn at random with `seed`; null takes all. A corruption sees these alone: few of them
-    leave few other names to put in."""
+    """So many known facts on either side, drawn at random with `seed`; null takes all. A corruption is that of all facts."""
     localizers: dict[str, Localizer] = field(default_factory=_usual)
     """A name -> a localiser, at least two; each writes its scores as NAME.npz."""
     prompt: PromptSpec = field(default_factory=PromptSpec)

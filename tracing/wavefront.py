@@ -111,11 +111,12 @@ class Wavefront:
         for position in range(tokens):
             asked = [fact for fact, positions in enumerate(swept) if position in positions]
             facts = [fact for fact in asked if position >= probes[fact].span[0]]
+            for cells_of_kind in sums.values():
+                cells_of_kind[facts, position] = 0.0
             for cells, rows in self._waves(self.cells, facts, samples):
                 found = self._wave(trunk, position, cells, rows, samples).cpu()
                 for cell, values in zip(cells, found, strict=True):
                     here = sums[cell.kind][:, position, cell.layer]
-                    here[facts] = np.nan_to_num(here[facts])
                     np.add.at(here, (rows // samples).numpy(), values.numpy() / samples)
             advance(len(asked) * len(self.cells))
         return [

@@ -133,3 +133,12 @@ def test_one_group_of_facts_can_confirm_nothing_and_no_correlation_is_blamed() -
     assert not found.singled_out
     assert "under names only one group of facts was traced, too few to compare" in found.verdict
     assert "nan" not in found.verdict
+
+
+def test_effects_without_an_order_are_not_taken_for_a_single_group() -> None:
+    effects = named(PROFILE, 1)
+    flat = replace(effects, restored={"mlp": [np.full_like(cells, 0.3) for cells in effects.restored["mlp"]]})
+    found = confirm(choose_layers(effects, size=2), effects, {"names": flat})
+    assert not found.singled_out
+    assert "under names the layers have no order that could be compared" in found.verdict
+    assert "one group" not in found.verdict

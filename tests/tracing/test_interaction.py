@@ -60,6 +60,16 @@ def test_what_is_beyond_the_sum_has_an_interval_and_a_ratio() -> None:
     assert low < ratio < high
 
 
+def test_of_one_group_the_ratio_has_no_interval() -> None:
+    single = made_up(PROFILE, facts=4, noise=0.05, groups=1)
+    found = interaction(windowed(single, 3, 1.5), single)
+    ratio, *spread = found.ratio("mlp")
+    assert ratio == pytest.approx(1.5)
+    assert np.isnan(spread).all()
+    assert found.sentence("mlp") == "Windows of 3 MLPs bring back 1.50 times what their layers bring back one by one."
+    assert found.to_json()["kinds"]["mlp"]["ratio"] == [pytest.approx(1.5), None, None]
+
+
 def test_by_hand_from_two_traces_of_a_model() -> None:
     model = tiny("olmo")
     facts = known(model)

@@ -146,6 +146,14 @@ def test_wide_windows_and_left_out_facts_are_told() -> None:
     assert plan.provenance["window"] == 3
 
 
+def test_the_verdict_names_the_tokens_that_counted() -> None:
+    effects = made_up(BUMP, noise=0.1)
+    assert "at one subject token brings back" in choose_layers(effects, size=3).verdict
+    for cells in effects.restored["mlp"]:
+        cells[-1] = cells[1]
+    assert "at one token (last) brings back" in choose_layers(effects, size=3, roles=["last"]).verdict
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -226,3 +226,14 @@ def test_of_one_group_nothing_is_said_to_have_fallen() -> None:
     assert np.isnan([found.clean.low, found.change["mlp"].low[3, 0]]).all()
     assert "chance cannot be told" in found.sentence("mlp")
     assert "fell" not in found.sentence("mlp")
+    written = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert written["clean"]["low"] is written["strongest_before"]["mlp"]["high"] is None
+
+
+def test_a_fact_that_is_given_twice_is_traced_again_as_often_as_before() -> None:
+    model = tiny()
+    one, other = known(model, how_many=2)
+    before = trace(model, [one, other, one], kinds=["mlp"], max_facts=2, seed=None, progress=False)
+    assert before.facts == retrace(model, before, progress=False).facts == (one, other)
+    twice = trace(model, [one, other, one], kinds=["mlp"], progress=False)
+    assert retrace(model, twice, progress=False).facts == (one, other, one)

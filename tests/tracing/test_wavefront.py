@@ -105,6 +105,47 @@ def test_sliding_attention_does_not_see_the_whole_prompt(name: str) -> None:
         assert float((forward(near, given, 1) - forward(far, given, 1)).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("olmo2", {"num_hidden_layers": 7}),
+        ("gpt2", {"n_layer": 7}),
+        ("gpt_neox", {"num_hidden_layers": 7}),
+        ("gemma2", {"num_hidden_layers": 7, "layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 4}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_windows_of_five_also_where_they_are_whole_and_severed(name: str, more: dict[str, Any]) -> None:
+    """In the models of three layers every window of five is cut short, and restores all that lies above its start."""
+    model = tiny_family(name, dtype=torch.float64, **more)
+    for sever in (None, "mlp", "attn"):
+        sweep = Sweep(
+            kinds=("mlp", "attn"), window=5, sever=sever, metric="log_probability", positions="subject_and_last"
+        )
+        probe = probes_of(model, sweep)[0]
+        expected = trace_fact(model, probe, batch_of(model, probe), sweep)
+        found = Wavefront(model, sweep, 10**6).trace([probe], [batch_of(model, probe)])[0]
+        assert apart(found, expected) < 1e-10, sever
+        last = expected.restored["mlp"][-1]
+        assert len(set(np.round(last, 9))) > 4, "windows about other layers must give other scores"
+
+
+def test_nan_in_one_part_of_the_samples_is_refused_whatever_the_others_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family("llama", torch.float32)
+    sweep = Sweep(kinds=("mlp",))
+    probe = probes_of(model, sweep)[0]
+    real = Wavefront._wave
+
+    def broken(self: Wavefront, trunk: Any, position: int, cells: Any, rows: Tensor, samples: int) -> Tensor:
+        found = real(self, trunk, position, cells, rows, samples)
+        return torch.where((rows == 0)[None, :, None], torch.nan, found.cpu())
+
+    monkeypatch.setattr(Wavefront, "_wave", broken)
+    for rows in (10**6, 1):  # all samples at once, and one after the other
+        with pytest.raises(UserError, match="gave NaN"):
+            Wavefront(model, sweep, rows).trace([probe], [batch_of(model, probe)])
+
+
 def test_severing_matters_and_leaves_the_severed_cells_alone() -> None:
     model = family("llama", torch.float64)
     probe = probes_of(model, Sweep())[0]
