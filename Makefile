@@ -21,9 +21,9 @@ test: $(READY)
 test-slow: $(READY)
 	$(SMALL) $(BIN)/python -m pytest -m slow $(ARGS)
 
-# What holds between this project's files and the tools that read them, in an environment that has those tools.
+# What holds between this project's files and the tools that read them, and with four bits, in an environment that has those tools.
 test-peers: $(PEERS)/.ready
-	$(SMALL) $(PEERS)/bin/python -m pytest tests/sae/test_formats_peers.py tests/test_notebooks.py $(ARGS)
+	$(SMALL) $(PEERS)/bin/python -m pytest tests/sae/test_formats_peers.py tests/unlearn/test_quantised.py tests/test_notebooks.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -42,7 +42,7 @@ builtin: $(READY)
 	$(BIN)/python -m lm.builtin.build --out runs/builtin $(ARGS)
 
 $(READY): EXTRAS := tests
-$(PEERS)/.ready: EXTRAS := tests,peers
+$(PEERS)/.ready: EXTRAS := tests,peers,qlora
 
 %/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; found " + sys.version'

@@ -32,7 +32,7 @@ def quantise(model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
     """Replace every linear layer of the blocks by one with 4-bit weights (NF4) on `device`; embedding and head stay dense.
 
     Raises:
-        UserError: a model whose blocks have no such layers (GPT-2).
+        UserError: a model whose blocks have no such layers (GPT-2); on a CPU, layers of a width that bitsandbytes gets wrong.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -44,6 +44,11 @@ def quantise(model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
         )
     for name, module in linear:
         inside, out, bias = module.in_features, module.out_features, module.bias
+        if device.type == "cpu" and inside % 64:  # 0.50.2: up to a third off, where a block of scales crosses rows
+            raise UserError(
+                f"{name} reads {inside} numbers, no multiple of 64, which bitsandbytes gets wrong on a CPU: train on a GPU, or set "
+                "scope.lora.quantise to false"
+            )
         small = Linear4bit(inside, out, bias=bias is not None, compute_dtype=module.weight.dtype, quant_type="nf4")
         small.support_avx512bf16_for_cpu = False  # else it turns itself into a coarser form for inference amid training
         small.weight = Params4bit(module.weight.detach(), requires_grad=False, quant_type="nf4")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny as tiny_model
+from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
 from lm.errors import UserError
 from tests.unlearn.helpers import SMALL, small_config
@@ -20,6 +21,7 @@ from unlearn.stage import run_unlearning
 
 SCOPE = Scope(layers=(1,), modules=("all",), lora=Lora(rank=2, quantise=True))
 CPU = torch.device("cpu")
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
 
 
 def test_without_bitsandbytes_it_is_refused_before_anything_loads(
@@ -44,13 +46,13 @@ def test_combinations_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_linear_layers_of_the_blocks_alone_are_quantised() -> None:
     functional = pytest.importorskip("bitsandbytes").functional
-    model = tiny_model("qwen2")
+    model = tiny_model("qwen2", **WIDE)
     before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     ids = torch.arange(12).view(1, 12)
     lora.quantise(model.model, model.anatomy, CPU)
     small = {name for name, p in model.model.named_parameters() if p.dtype == torch.uint8}
     assert small == {name for name, p in before.items() if p.ndim == 2 and name.startswith(f"{model.anatomy.blocks}.")}
-    again = tiny_model("qwen2").model
+    again = tiny_model("qwen2", **WIDE).model
     for name in small:
         weight = model.model.get_parameter(name)
         found = functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -58,10 +60,12 @@ def test_linear_layers_of_the_blocks_alone_are_quantised() -> None:
         again.get_parameter(name).data.copy_(found)
     assert torch.allclose(model.model(ids).logits, again(ids).logits, atol=1e-5)
     lora.inject(model.model, model.anatomy, Scope(layers=(1,)).resolve(model.anatomy), Lora(rank=2), seed=0)
-    dense = tiny_model("qwen2").model
+    dense = tiny_model("qwen2", **WIDE).model
     merged = export.gather_weights(model.model, main=True, dense=dense)
     assert merged.keys() == before.keys() | {name for name, _ in dense.named_buffers() if name in dense.state_dict()}
     assert all(torch.equal(merged[name], value) for name, value in before.items()), "nothing was learnt yet"
+    with pytest.raises(UserError, match="reads 32 numbers, no multiple of 64"):
+        lora.quantise(tiny_model("qwen2").model, model.anatomy, CPU)
     gpt2 = tiny_model("gpt2")
     with pytest.raises(UserError, match="no plain linear layers"):
         lora.quantise(gpt2.model, gpt2.anatomy, CPU)
@@ -69,8 +73,12 @@ def test_linear_layers_of_the_blocks_alone_are_quantised() -> None:
 
 def test_a_run_saves_a_dense_model_whose_frozen_weights_are_bit_identical(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
+    wide = tmp_path / "wide"
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(wide)
+    OlmoForCausalLM(OlmoConfig.from_pretrained(tiny / "model", **WIDE)).save_pretrained(wide)
     config = small_config(tiny, tmp_path / "run", scope=SCOPE, objective=NPO())
-    after, before = weights(run_unlearning(config)), weights(tiny / "model")
+    config = replace(config, model=replace(config.model, path=str(wide)))
+    after, before = weights(run_unlearning(config)), weights(wide)
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
