@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol, get_args
@@ -15,7 +16,7 @@ from lm.config import known_or_near
 from lm.errors import UserError
 from lm.load import LanguageModel
 from tracing.cost import Passes, cost, embedded_row_bytes, row_bytes, rows_within, trunk_row_bytes
-from tracing.metrics import LOGARITHMIC
+from tracing.metrics import LOGARITHMIC, Metric
 from tracing.probe import Probe
 from tracing.reference import Traced, in_parts, score_cells, trace_fact
 from tracing.sweep import Sweep, count_cells, swept_positions
@@ -244,10 +245,9 @@ def compare(
     `(kind, position, layer)`."""
     parts = in_parts(batch, rows)
     expected = _mean([(share, score_cells(model, probe, part, sweep, list(found))) for share, part in parts])
-    allowed = _tolerance(next(model.model.parameters()).dtype)
+    tolerance = _tolerance(next(model.model.parameters()).dtype, len(probe.answer_ids))
     for (cell, got), value in zip(found.items(), expected, strict=True):
-        size = 1.0 if sweep.metric in (*LOGARITHMIC, "logit_difference") else max(abs(value), abs(corrupted))
-        if abs(got - value) > allowed * max(size, 1e-12):
+        if abs(got - value) > _allowed(tolerance, sweep.metric, max(abs(value), abs(corrupted))):
             kind, position, layer = cell
             raise UserError(
                 f"the wavefront engine and the reference disagree on {model.name} ({kind} at token {position}, layer {layer}: "
@@ -260,6 +260,14 @@ def _value(found: Traced, cell: tuple[Kind, int, int]) -> float:
     return float(found.restored[kind][position, layer])
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    """Relative, of a probability, or absolute, of its logarithm: other shapes round otherwise."""
-    return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.3)
+def _tolerance(dtype: torch.dtype, tokens: int) -> float:
+    """In nats, of an answer of so many tokens: other shapes round otherwise, and each token anew."""
+    return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.3) * max(1.0, tokens / 4)
+
+
+def _allowed(tolerance: float, metric: Metric, size: float) -> float:
+    """How far apart two values of a metric may lie: a ratio of probabilities, a difference of logarithms, logits and ranks, a
+    share of a divergence."""
+    if metric in (*LOGARITHMIC, "logit_difference", "reciprocal_rank"):
+        return tolerance
+    return max(size, 1e-12) * (tolerance if metric == "negative_kl" else math.expm1(tolerance))

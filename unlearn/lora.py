@@ -46,8 +46,8 @@ def quantise(model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
         inside, out, bias = module.in_features, module.out_features, module.bias
         if device.type == "cpu" and inside % 64:  # 0.50.2: up to a third off, where a block of scales crosses rows
             raise UserError(
-                f"{name} reads {inside} numbers, no multiple of 64, which bitsandbytes gets wrong on a CPU: train on a GPU, or set "
-                "scope.lora.quantise to false"
+                f"{name} reads {inside} numbers, no multiple of 64, which bitsandbytes gets wrong on a CPU: train on a GPU, or "
+                "set scope.lora.quantise to false"
             )
         small = Linear4bit(inside, out, bias=bias is not None, compute_dtype=module.weight.dtype, quant_type="nf4")
         small.support_avx512bf16_for_cpu = False  # else it turns itself into a coarser form for inference amid training

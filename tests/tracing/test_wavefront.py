@@ -23,6 +23,8 @@ from lm.prompts import PromptSpec
 from tracing import Fact, GaussianNoise, trace, tracer
 from tracing import engines as engines_module
 from tracing.cost import cost, row_bytes, trunk_row_bytes
+from tracing.engines import _allowed, _tolerance
+from tracing.metrics import Metric
 from tracing.probe import Probe, forward, make_probe
 from tracing.reference import Traced, trace_fact
 from tracing.sweep import Sweep
@@ -430,3 +432,19 @@ def test_an_estimate_of_memory_is_the_engine_s_for_the_largest_fact() -> None:
     assert f"(by {said.timed}) and up to {said.memory / 1e9:.2g} GB beside the model" in str(said)
     with pytest.raises(UserError, match="memory is 0"):
         tracing.estimate(model, facts, memory=0)
+
+
+def test_long_answers_in_low_precision_may_lie_further_apart_and_others_not() -> None:
+    low, single = torch.bfloat16, torch.float32
+
+    def refused(dtype: torch.dtype, tokens: int, metric: Metric, got: float, value: float) -> bool:
+        return abs(got - value) > _allowed(_tolerance(dtype, tokens), metric, abs(value))
+
+    twelve = 1e-8 * np.exp(12 * 0.05)  # each token 0.05 nats off
+    assert not refused(low, 12, "probability", twelve, 1e-8)
+    assert refused(low, 2, "probability", twelve, 1e-8)
+    assert not refused(low, 12, "log_probability", -18.4, -19.0)
+    assert refused(low, 12, "log_probability", -18.4, -20.0)
+    assert refused(single, 12, "probability", 0.201, 0.200)
+    assert not refused(single, 1, "negative_kl", -3.001, -3.0)
+    assert refused(single, 1, "reciprocal_rank", 0.5, 1.0)

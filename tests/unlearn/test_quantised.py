@@ -56,7 +56,9 @@ def test_linear_layers_of_the_blocks_alone_are_quantised() -> None:
     for name in small:
         weight = model.model.get_parameter(name)
         found = functional.dequantize_4bit(weight.data, weight.quant_state)
-        assert 0 < float((found - before[name]).norm() / before[name].norm()) < 0.15, "four bits are near, and not the same"
+        assert 0 < float((found - before[name]).norm() / before[name].norm()) < 0.15, (
+            "four bits are near, and not the same"
+        )
         again.get_parameter(name).data.copy_(found)
     assert torch.allclose(model.model(ids).logits, again(ids).logits, atol=1e-5)
     lora.inject(model.model, model.anatomy, Scope(layers=(1,)).resolve(model.anatomy), Lora(rank=2), seed=0)
