@@ -54,7 +54,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, description
         chosen = {field.name: values[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for field, hint in _fields(cls):
             if _axis(hint) is not None:
-                chosen[field.name] = _axis_value(parser, words, field.name, _default(field))
+                chosen[field.name] = _axis_value(cls, words, field.name, _default(field))
         return cls(**chosen)
     except UserError:
         raise
@@ -135,7 +135,8 @@ def known_or_near(word: str, known: Sequence[str]) -> str:
     return f" (known: {', '.join(known)})" if 0 < len(known) <= 16 else ""
 
 
-def _parser(cls: type[Any], description: str) -> jsonargparse.ArgumentParser:
+def _parser(cls: type[Any], description: str, *, partial: bool = False) -> jsonargparse.ArgumentParser:
+    """`partial`: for some of the words, in which what is required may be missing."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
@@ -144,7 +145,7 @@ def _parser(cls: type[Any], description: str) -> jsonargparse.ArgumentParser:
         default = _default(field)
         axis = _axis(hint)
         if default is dataclasses.MISSING:
-            parser.add_argument(f"--{field.name}", type=hint, required=True, help=about.get(field.name))
+            parser.add_argument(f"--{field.name}", type=hint, required=not partial, help=about.get(field.name))
         elif axis is not None:
             jsonargparse.set_parsing_settings(subclasses_enabled=[axis])
             chosen: type[Any] = type(default)
@@ -164,12 +165,13 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _axis_value(parser: jsonargparse.ArgumentParser, words: list[str], name: str, default: Any) -> Any:
+def _axis_value(cls: type[Any], words: list[str], name: str, default: Any) -> Any:
     """What an axis was set to: the chosen class with *its own* defaults and only the fields that were given for it.
 
     jsonargparse carries fields of equal name over from one class to the next (from the default's, or from a file's);
     another objective must not inherit this one's settings.
     """
+    parser = _parser(cls, "", partial=True)
     given = parser.parse_args(words, defaults=False).get(name)
     if given is None:
         return default
