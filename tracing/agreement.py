@@ -25,7 +25,8 @@ class Agreement:
 
     Attributes:
         correlation: 1: the same order of layers, -1: the reverse; NaN where one of them has no order.
-        low, high: the percentile bootstrap interval over facts (those of a group drawn together); NaN with a single group.
+        low, high: the percentile bootstrap interval over facts (those of a group drawn together); NaN with a single group. Facts
+            drawn again are noisier means, which are less alike: it lies low, at times below the correlation itself.
         by_chance: the share of shuffled orders of the layers that are at least as alike; NaN where there is no order.
             Neighbouring layers are alike of themselves, which shuffling destroys, so it is rather too small.
         facts: how many facts both traced.

@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 from lm.errors import UserError
 from lm.run import write_atomic
 from tracing.arrays import Array
-from tracing.effects import Effects, EffectTable
+from tracing.effects import SUBJECT_ROLES, Effects, EffectTable
 from tracing.glyphs import families, readable
 from tracing.plan import layer_runs
 from tracing.plot_lines import explained, line
@@ -32,6 +32,7 @@ from tracing.summary import peak, put_back
 from tracing.sweep import cut_windows
 
 INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
+_LINES = ("#26467f", "#d98a29")
 # One hue, lightness falling evenly: readable in grey and by the colour-blind.
 SCALE = LinearSegmentedColormap.from_list(
     "indigo", ["#f1f4f9", "#cfdbed", "#a3badd", "#7293c6", "#476cab", "#26467f", "#0f2350"]
@@ -98,19 +99,18 @@ def figure(
 
     width = 3.3 + len(tables) * (1.1 + 0.135 * min(max(layers, 8), 40))
     caption = textwrap.wrap(_caption(tables, band, top, tentative), int(width * 15))
-    windows = any(cut_windows(one.window, layers, one.kind) for one in tables)
-    maps, lines = 0.5 + 0.3 * len(shown), 1.3 if windows else 0.0
+    maps, lines = 0.5 + 0.3 * len(shown), 1.3
     sheet = Figure(figsize=(width, 0.65 + maps + lines + 0.17 * len(caption)), dpi=200, facecolor="white")
     FigureCanvasAgg(sheet)
     sheet.set_layout_engine("constrained", w_pad=0.06, wspace=0.03)
-    heights = {"height_ratios": [maps, lines]} if windows else None
-    grid: Any = sheet.subplots(1 + windows, len(tables), sharey="row", squeeze=False, gridspec_kw=heights)
+    heights = {"height_ratios": [maps, lines]}
+    grid: Any = sheet.subplots(2, len(tables), squeeze=False, gridspec_kw=heights)
     axes = grid[0]
-    if windows:
-        _lines(grid[1], tables)
-    for axis, table in zip(axes, tables, strict=True):
+    for axis, under, table in zip(axes, grid[1], tables, strict=True):
         panel(axis, table.mean[list(shown)], norm, KIND_NAMES[table.kind], table.window)
         hatch(axis, cut_windows(table.window, layers, table.kind), len(shown))
+        axis.set_yticks([])
+        _lines(under, table)
         if band_kinds is None or table.kind in band_kinds:
             outline(axis, band, len(shown), tentative)
     axes[0].set_yticks([row + 0.5 for row in range(len(shown))], [row_label(first, row) for row in shown])
@@ -124,18 +124,23 @@ def figure(
     return buffer.getvalue()
 
 
-def _lines(axes: Any, tables: Sequence[EffectTable]) -> None:
-    """Under each heat map of windows the row with its largest effect, as a line: cut windows are set right there."""
-    for axis, table in zip(axes, tables, strict=True):
-        row = (peak(table.kind, table.roles, table.mean) or (0, 0))[0]
-        line(axis, table, row, "#26467f")
-        axis.axhline(0, color=SOFT, linewidth=0.8)
-        axis.set_xlim(-0.5, table.mean.shape[1] - 0.5)
-        axis.set_xticks([])
-        axis.tick_params(axis="y", labelsize=8, colors=SOFT, length=2)
-        for side in ("top", "right", "bottom"):
-            axis.spines[side].set_visible(False)
-        axis.set_title(ROLE_NAMES.get(table.roles[row], table.roles[row]), fontsize=8.5, color=SOFT, loc="left", pad=3)
+def _lines(axis: Any, table: EffectTable) -> None:
+    """Under a heat map, on a scale of its own, with intervals: the subject's row with the largest effect, and the last token's."""
+    subject = np.isin(table.roles, SUBJECT_ROLES)[:, None]
+    found = peak(table.kind, table.roles, np.where(subject, table.mean, np.nan))
+    rows = [found[0]] if found else []
+    rows += [row for row, role in enumerate(table.roles) if role == "last" and table.facts[row]]
+    for row, colour in zip(rows, _LINES, strict=False):
+        line(axis, table, row, colour, ROLE_NAMES.get(table.roles[row], table.roles[row]))
+    axis.axhline(0, color=SOFT, linewidth=0.8, zorder=0)
+    axis.set_xlim(-0.5, table.mean.shape[1] - 0.5)
+    axis.set_xticks([])
+    axis.tick_params(axis="y", labelsize=8, colors=SOFT, length=2)
+    for side in ("top", "right", "bottom"):
+        axis.spines[side].set_visible(False)
+    axis.spines["left"].set_color("#c5ccd3")
+    if rows:
+        axis.legend(fontsize=7.5, frameon=False, labelcolor=INK, handlelength=1.4, loc="best", borderaxespad=0.1)
 
 
 def fact_figure(effects: Effects, fact: int) -> bytes:
@@ -264,8 +269,9 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
         names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in layer_runs(band))
         parts.append(f"outlined{' (not singled out)' if tentative else ''}: layers {names}")
     cut = [one for one in tables if cut_windows(one.window, one.mean.shape[1], one.kind)]
+    parts.append(f"lines: means with their {table.confidence:.0%} intervals, each panel on its own scale")
     if cut:
-        parts.append(f"lines: the token with the largest effect; {explained(cut[0].window)}")
+        parts.append(explained(cut[0].window))
     if not table.total_effect > 0:
         parts.append("no shares: on average the corruption took nothing")
     if top <= 0:

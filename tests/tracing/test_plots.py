@@ -24,6 +24,10 @@ from tracing.sweep import cut_windows
 BUMP = [0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.1, 0.0]
 
 
+_MAPS = 300
+"""Rows of pixels that hold the maps of a picture and not the lines under them."""
+
+
 def pixels(data: bytes) -> np.ndarray:
     """(height, width, 3) from 0 to 1."""
     return np.asarray(imread(io.BytesIO(data)))[..., :3]
@@ -56,12 +60,12 @@ def test_the_dark_cells_are_where_the_effects_are() -> None:
 
 def test_panels_share_one_scale() -> None:
     strong, weak = made_up(BUMP).table("mlp"), replace(made_up(np.array(BUMP) / 50).table("mlp"), kind="attn")
-    together = pixels(figure([strong, weak]))
+    together = pixels(figure([strong, weak]))[:_MAPS]
     width = together.shape[1]
     ink = blue_ink(together)
     assert ink[: width // 2].max() > 50
     assert ink[int(width * 0.55) : int(width * 0.78)].max() == 0  # a fiftieth of the scale is nearly its palest colour
-    alone = blue_ink(pixels(figure([weak])))
+    alone = blue_ink(pixels(figure([weak]))[:_MAPS])
     assert alone[: int(len(alone) * 0.75)].max() > 50
 
 
@@ -139,15 +143,20 @@ def test_cut_windows_have_hollow_markers_and_a_dashed_line_that_sets_them_right(
     assert len(alone.get_lines()) == 3
 
 
-def test_a_picture_of_windows_has_lines_under_its_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[tuple[str, int, str]] = []
-    monkeypatch.setattr(plots, "line", lambda axis, table, row, colour: drawn.append((table.kind, row, colour)))
+def test_under_each_map_are_the_lines_of_the_subject_s_best_row_and_of_the_last_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[tuple[str, str, str]] = []
+    monkeypatch.setattr(
+        plots, "line", lambda axis, table, row, colour, label: drawn.append((table.kind, ROLES[row], label))
+    )
     effects = made_up(BUMP, kinds=("resid", "mlp"))
-    one, wide = effects.plot(), replace(effects, window=3).plot()
-    assert [(kind, ROLES[row]) for kind, row, _ in drawn] == [("resid", "first_subject"), ("mlp", "first_subject")]
-    assert pixels(wide.png).shape[0] > pixels(one.png).shape[0] + 200
-    replace(effects, window=3).plot(kinds=["resid"])
-    assert len(drawn) == 2  # the stream has no windows
+    effects.plot()
+    both = [("first_subject", "first subject token"), ("last", "last token")]
+    assert drawn == [(kind, *one) for kind in ("resid", "mlp") for one in both]
+    drawn.clear()
+    figure([effects.table("mlp", roles=["last"])])
+    assert drawn == [("mlp", ROLES[0], "last token")], "no subject was asked for"
 
 
 def test_windows_cut_by_the_ends_are_known() -> None:
