@@ -125,7 +125,7 @@ def figure(
 
 
 def _lines(axis: Any, table: EffectTable) -> None:
-    """Under a heat map, on a scale of its own, with intervals: the subject's row with the largest effect, and the last token's."""
+    """Under a heat map, on a scale of its own, with intervals: the subject's row of the largest effect, and the last token."""
     subject = np.isin(table.roles, SUBJECT_ROLES)[:, None]
     found = peak(table.kind, table.roles, np.where(subject, table.mean, np.nan))
     rows = [found[0]] if found else []
