@@ -2,15 +2,15 @@
 
 Memory is counted: weights, gradients, optimiser and original are sizes of parameters, logits a chunk's, and activations
 those of one row and of two, measured tensor by tensor and carried to the largest micro-batch that will come. Time is that of
-a typical micro-batch of each side, what it takes longer when its shape is new, and an optimiser step. Nothing is changed by
-it. Gathered weights of sharded models and what processes wait for each other are not in it.
+three micro-batches of each side, a small, a middling and a large one, and of an optimiser step. Nothing is changed by it.
+Gathered weights of sharded models and what processes wait for each other are not in it.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,7 +73,7 @@ def estimate(stepper: Stepper, batches: Batches, steps: int) -> Estimate:
     gradients = sum(local_part(p).nbytes for p in stepper.parameters)
     for parameter in stepper.parameters:  # a step's later micro-batches find one there
         parameter.grad = torch.zeros_like(parameter)
-    seconds, new, sides = 0.0, 0.0, [(0.0, 0.0)]
+    seconds, sides = 0.0, [(0.0, 0.0)]
     for forget in (True, False):
         mine = [one for one in micros if one.forget == forget and one.rows]
         if mine:
@@ -82,11 +82,9 @@ def estimate(stepper: Stepper, batches: Batches, steps: int) -> Estimate:
             tokens = min(stepper.passes.chunk, max(one.supervised for one in mine))
             logits = tokens * _logit_bytes(needs, stepper.passes.model.anatomy.vocabulary)
             sides.append((_activations(stepper, largest), logits))
-            total = sum(one.padded for one in mine)
-            typical = min(mine, key=lambda one: abs(one.padded - total / len(mine)))
-            first, again = _seconds(partial(stepper.probe, typical))
-            seconds += again * total / typical.padded
-            new += max(first - again, 0.0) * len({(len(one.rows), one.padded) for one in mine})
+            some = _spread(mine)
+            took = sum(_seconds(partial(stepper.probe, one)) for one in some)
+            seconds += took * sum(one.padded for one in mine) / sum(one.padded for one in some)
     for parameter in stepper.parameters:
         parameter.grad = None
     activations, logits = max(sides, key=sum)
@@ -98,7 +96,7 @@ def estimate(stepper: Stepper, batches: Batches, steps: int) -> Estimate:
         activations=round(activations),
         logits=round(logits),
         before=before,
-        seconds=new + seconds * steps / looked + steps * _optimiser_seconds(stepper),
+        seconds=seconds * steps / looked + steps * _optimiser_seconds(stepper),
     )
 
 
@@ -131,16 +129,19 @@ def _activations(stepper: Stepper, largest: Micro) -> float:
     return max(peaks[0] - each * sizes[0], 0.0) + each * largest.padded
 
 
-def _seconds(work: Callable[[], None]) -> tuple[float, float]:
-    """Of the first time, in which kernels are made for new shapes, and of the second."""
-    took = []
-    for _ in range(2):
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - began)
-    return took[0], took[1]
+def _spread(micros: Sequence[Micro], count: int = 3) -> list[Micro]:
+    """Some of them, of sizes that stand for all, and all different: in a short run most shapes are new, which takes longer."""
+    ordered = sorted({one.padded: one for one in micros}.values(), key=lambda one: one.padded)
+    places = sorted({(2 * place + 1) * len(ordered) // (2 * count) for place in range(count)})
+    return [ordered[place] for place in places]
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _optimiser_seconds(stepper: Stepper) -> float:
@@ -155,7 +156,8 @@ def _optimiser_seconds(stepper: Stepper) -> float:
         torch.nn.utils.clip_grad_norm_([sample], 1.0)
         optimiser.step()
 
-    return _seconds(work)[1] * count / sample.numel()
+    _seconds(work)  # makes its state
+    return _seconds(work) * count / sample.numel()
 
 
 def _logit_bytes(needs: Needs, vocabulary: int) -> float:

@@ -17,13 +17,13 @@ from tests.unlearn.test_training import losses, weights
 from unlearn import lora
 from unlearn.alternates import Refusals
 from unlearn.batches import PairedBatches
-from unlearn.estimate import Estimate, Live, estimate
+from unlearn.estimate import Estimate, Live, _spread, estimate
 from unlearn.objectives import DPO, NPO, RMU, Divergence, GradientDifference, Loss, Objective
 from unlearn.passes import Passes
 from unlearn.reference import reference
 from unlearn.scope import Lora, Scope
 from unlearn.stage import run_unlearning
-from unlearn.step import Side, Stepper
+from unlearn.step import Micro, Side, Stepper
 from unlearn.trainer import _enable_gradient_checkpointing
 
 BLOCKS, MODEL = Scope(layers=(0, 1, 2)), Scope(layers="model")
@@ -123,3 +123,11 @@ def test_the_peak_is_the_sum_of_what_comes_or_what_was() -> None:
         "estimate: peak 136 B (now 100 B, gradients 10 B, optimiser 20 B, original 0 B, activations 5 B, logits 1 B), "
         "1 min 15 s of steps"
     )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chosen"), [([8], [8]), ([8, 8, 8], [8]), ([9, 3], [3, 9]), ([6, 5, 4, 3, 2, 1], [2, 4, 6])]
+)
+def test_time_is_that_of_small_and_large_micro_batches(sizes: list[int], chosen: list[int]) -> None:
+    micros = [Micro(True, (place,), 0, padded, 1) for place, padded in enumerate(sizes)]
+    assert [one.padded for one in _spread(micros)] == chosen
