@@ -1,21 +1,24 @@
 """Unlearning by arithmetic on weights, on the model, rows and scores of benchmarks/real_methods.py: task vectors and TIES.
 
     python benchmarks/real_methods.py --real runs/real --out runs/real_methods
-    python benchmarks/real_merging.py --real runs/real --methods runs/real_methods \
-      --pairs '[[search/UNDIAL/trial-00, search/Joint/trial-01]]' --out runs/real_merging
+    python benchmarks/real_merging.py --methods runs/real_methods \
+      --pairs '[[search/UNDIAL/trial-00, search/GeneralisedCrossEntropy/trial-01]]' --out runs/real_merging
 
 Negation: the forget rows are learnt once more, the same layers for as many steps of as many rows as every other method has,
 and what that changed is taken away, once or more. TIES: two runs of the search that are already there are joined. A merge
-itself trains nothing. Every stage is one of this project's scripts, printed as the command it is; a finished one is not run
-again.
+itself trains nothing. Model, rows, steps and scoring are those of the search's own files. Every stage is one of this
+project's scripts, printed as the command it is; a finished one is not run again.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
@@ -31,26 +34,16 @@ from unlearn.search.scored import Measures  # noqa: E402
 class Merging:
     """What is merged."""
 
-    real: str = "runs/real"
-    """The folder of benchmarks/real_model.py, with `base` and `trace` done."""
     methods: str = "runs/real_methods"
-    """The folder of benchmarks/real_methods.py: the rows that are learnt and scored, and the runs that are joined."""
-    steps: int = 20
-    """Optimiser steps of learning the forget rows, as many as the other methods had."""
-    batch: int = 24
-    """Rows a step."""
+    """The folder of benchmarks/real_methods.py: what is learnt, how, how it is scored, and the runs that are joined."""
     rates: tuple[float, ...] = (3e-4, 1e-3)
     """Learning rates of learning."""
     weights: tuple[float, ...] = (-0.5, -1.0, -2.0)
     """What the task vector is multiplied by before it is added."""
     pairs: tuple[tuple[str, str], ...] = ()
     """Runs to join: two folders inside `methods`."""
-    densities: tuple[float, ...] = (0.2, 0.8)
-    """Shares of their changes that are kept."""
-    autocast: str = "bf16"
-    """Type that training computes in over float32 weights."""
-    score_dtype: str = "bfloat16"
-    """Type in which models are scored."""
+    densities: tuple[float, ...] = (0.02, 0.05, 0.2)
+    """Shares of the whole model's weights whose changes are kept."""
     out: str = "runs/real_merging"
     """The folder, with a run folder a stage."""
 
@@ -67,58 +60,41 @@ def main(asked: Merging) -> None:
 
 
 def stages(asked: Merging) -> list[Stage]:
-    """Every stage, in an order in which each finds what it needs. UserError for a run to join that is not there."""
-    base, out = str(Path(asked.real) / "base" / "model"), Path(asked.out)
+    """Every stage, in an order in which each finds what it needs. UserError for a search or a run of it that is not there."""
+    methods, out = Path(asked.methods), Path(asked.out)
+    search = methods / "search" / "config.yaml"
+    if not search.exists():
+        raise UserError(f"{search} is missing: run benchmarks/real_methods.py first, or name its folder as methods")
+    settings = yaml.safe_load(search.read_text())["settings"]
+    written = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    same = [word for name, value in written.items() for word in (f"--{name}", value)]
     found: list[Stage] = []
     for rate in asked.rates:
         learnt = f"learn-{rate:g}"
-        words = [
-            "--model.path",
-            base,
-            "--model.dtype",
-            "float32",
-            *rows(asked, "forget", "retain"),
-            "--objective",
-            "Learn",
-        ]
-        words += ["--retain_loss", "NoRetain", "--scope.plan", str(Path(asked.real) / "trace" / "plan.json")]
-        words += ["--trainer.steps", str(asked.steps), "--trainer.batch", str(asked.batch)]
-        words += ["--trainer.learning_rate", str(rate), "--trainer.autocast", asked.autocast]
-        found.append(Stage(learnt, "unlearn", tuple(words)))
+        words = ["--config", str(methods / "unlearn.yaml"), *same, "--trainer.learning_rate", str(rate)]
+        found.append(Stage(learnt, "unlearn", (*words, "--objective", "Learn", "--retain_loss", "NoRetain")))
         for weight in asked.weights:
-            how = ["--method", "TaskArithmetic", "--method.weights", f"[{weight}]"]
-            found += merge(asked, f"negation-{rate:g}-by{weight:g}", base, [str(out / learnt / "model")], how)
+            how = ("--method", "TaskArithmetic", "--method.weights", f"[{weight}]")
+            found += merge(asked, f"negation-{rate:g}-by{weight:g}", [out / learnt / "model"], how)
     for number, pair in enumerate(asked.pairs, 1):
-        models = [str(Path(asked.methods) / name / "model") for name in pair]
+        models = [methods / name / "model" for name in pair]
         for model in models:
-            if not Path(model).exists():
+            if not model.exists():
                 raise UserError(f"{model} is missing: name runs of {asked.methods} that have a model")
         for density in asked.densities:
-            found += merge(
-                asked,
-                f"ties-{number}-of{density:g}",
-                base,
-                models,
-                ["--method", "Ties", "--method.density", str(density)],
-            )
+            how = ("--method", "Ties", "--method.density", str(density))
+            found += merge(asked, f"ties-{number}-of{density:g}", models, how)
     return found
 
 
-def merge(asked: Merging, name: str, base: str, models: list[str], how: list[str]) -> list[Stage]:
-    """A merge and the scoring of its result."""
-    words = ["--base", base, "--models", json.dumps(models), *how]
-    scoring = ["--model.path", str(Path(asked.out) / name / "model"), "--model.dtype", asked.score_dtype]
-    scoring += [*rows(asked, "forget", "retain"), "--members", "null", "--nonmembers", "null", "--utility", "null"]
-    scoring += ["--batch_size", "64"]
-    return [
-        Stage(name, "merge", tuple(words)),
-        Stage(f"{name}-scores", "evaluate", tuple(scoring), "scores.json"),
-    ]
-
-
-def rows(asked: Merging, *sides: str) -> list[str]:
-    """The rows of the other benchmark, as words."""
-    return [word for side in sides for word in (f"--{side}", str(Path(asked.methods) / "data" / f"{side}.jsonl"))]
+def merge(asked: Merging, name: str, models: Sequence[Path], how: Sequence[str]) -> list[Stage]:
+    """A merge and the scoring of its result, as the search scored its runs."""
+    methods = Path(asked.methods)
+    base = yaml.safe_load((methods / "unlearn.yaml").read_text())["model"]["path"]
+    merging = ("--base", base, "--models", json.dumps([str(model) for model in models]), *how)
+    result = str(Path(asked.out) / name / "model")
+    scoring = ("--config", str(methods / "evaluate.yaml"), "--model.path", result)
+    return [Stage(name, "merge", merging), Stage(f"{name}-scores", "evaluate", scoring, "scores.json")]
 
 
 def table(out: Path, names: list[str]) -> str:

@@ -28,8 +28,9 @@ from unlearn.batches import Batches
 from unlearn.beforehand import asks_original, compute_beforehand, size_below, used_texts
 from unlearn.estimate import estimate
 from unlearn.mask import Masks, make_masks
-from unlearn.objectives import Dual, Loss, RetainMemory
-from unlearn.passes import Passes, first_block, reads
+from unlearn.objectives import Loss, RetainMemory
+from unlearn.passes import Passes
+from unlearn.possible import refuse_what_cannot_be
 from unlearn.reference import reference
 from unlearn.scope import WeightMask
 from unlearn.step import Side, Stepper, StepResult
@@ -85,7 +86,7 @@ def train(
         UserError: the loss needs retain rows and there are none, or reads nothing of a trainable parameter; the loss became
             NaN; the disk is full.
     """
-    _refuse_what_cannot_be(model, forget, retain, loss, config, validates=validate is not None)
+    refuse_what_cannot_be(model, forget, retain, loss, config, validates=validate is not None)
     if acc.device.type == "cpu":
         return_freed_memory()
     batches = config.batches(len(forget.rows), len(retain.rows) if loss.uses_retain else 0)
@@ -136,41 +137,6 @@ def train(
     return wrapped, loop.run_all(resume=resume, label=label)
 
 
-def _refuse_what_cannot_be(
-    model: LanguageModel, forget: Side, retain: Side, loss: Loss, config: TrainerConfig, *, validates: bool
-) -> None:
-    if loss.uses_retain and not retain.rows:
-        raise UserError(f"{type(loss.objective).__name__} needs retain rows and there are none: give a retain set")
-    if config.checkpoint != "last" and not validates:
-        raise UserError(
-            f"trainer.checkpoint is {config.checkpoint!r} but there is no validation split: give one, or use last"
-        )
-    if config.weighting == "micro_batch_mean" and isinstance(loss.weight, Dual):
-        raise UserError(
-            "the dual variable moves with the global batch's loss, which micro_batch_mean never knows: set trainer.weighting "
-            "to global_tokens"
-        )
-    if loss.forget_needs.alternate and not forget.alternates:
-        raise UserError(f"{type(loss.objective).__name__} needs alternate answers and there are none: set alternates")
-    sides = [loss.forget_needs, *([loss.retain_needs] if loss.uses_retain else [])]
-    for needs in sides:
-        if needs.hidden is not None:
-            model.anatomy.block_path(needs.hidden.layer)
-    for name, parameter in model.model.named_parameters():
-        if parameter.requires_grad and not any(reads(model.anatomy, needs, name) for needs in sides):
-            raise UserError(
-                f"{name} may change, but {type(loss.objective).__name__} reads the model only up to layer "
-                f"{max(needs.hidden.layer for needs in sides if needs.hidden is not None)}: leave later layers out of the scope"
-            )
-    start = first_block(model)
-    for axis, needs in (("objective", loss.forget_needs), ("retain_loss", loss.retain.needs())):
-        if needs.hidden is not None and not needs.vocabulary and needs.hidden.layer < start:
-            raise UserError(
-                f"{axis} reads the stream after layer {needs.hidden.layer}, and nothing up to there may change, so it could do "
-                f"nothing: give it layer {start} or a later one, or widen the scope"
-            )
-
-
 class _Loop:
     """The state of one call of `train`."""
 
@@ -208,10 +174,10 @@ class _Loop:
                 self.at.seconds += time.perf_counter() - started
                 self.at.tokens += result.tokens
                 self._log(result, norm)
-                shown_too = {"forget": result.forget_cross_entropy}
+                sides = {"forget": result.forget_cross_entropy}
                 if self.loss.uses_retain:
-                    shown_too |= {"retain": result.retain_cross_entropy, "alpha": result.retain_weight}
-                advance(**shown_too, tok_s=self.at.tokens / self.at.seconds)
+                    sides |= {"retain": result.retain_cross_entropy, "alpha": result.retain_weight}
+                advance(**sides, tok_s=self.at.tokens / self.at.seconds)
                 self._milestones()
         if self.saved_at != self.at.step:  # not a look at the disk: every process must decide alike
             self._save(self.run.checkpoint_name(self.at.step), with_moments=True)  # the export may meet a full disk

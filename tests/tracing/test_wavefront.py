@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -12,23 +9,19 @@ import pytest
 import torch
 from families import FAMILIES
 from families import tiny as tiny_family
-from tiny_tracing import known, say, tiny
+from tiny_tracing import known, tiny
 from torch import Tensor
 
-import tracing
 from lm import UserError, replay
 from lm.anatomy import module_at
 from lm.load import LanguageModel
 from lm.prompts import PromptSpec
-from tracing import Fact, GaussianNoise, trace, tracer
+from tracing import Fact, GaussianNoise, trace
 from tracing import engines as engines_module
 from tracing.cost import cost, row_bytes, trunk_row_bytes
-from tracing.engines import _allowed, _tolerance
-from tracing.metrics import Metric
 from tracing.probe import Probe, forward, make_probe
 from tracing.reference import Traced, trace_fact
 from tracing.sweep import Sweep
-from tracing.tracer import Workers
 from tracing.wavefront import Wavefront
 
 FACTS = (  # of one shape, with subjects of other places and lengths
@@ -199,27 +192,6 @@ def test_models_of_one_layer_and_in_bfloat16() -> None:
         np.testing.assert_allclose(mine, theirs, atol=0.05)
 
 
-def test_an_engine_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
-    facts = known(model, answer_tokens=1)
-
-    def nothing(self: Any, *args: Any, **more: Any) -> list[Traced]:
-        found = real(self, *args, **more)
-        return [
-            Traced(
-                clean=one.clean,
-                corrupted=one.corrupted,
-                restored={kind: np.full_like(cells, one.corrupted) for kind, cells in one.restored.items()},
-            )
-            for one in found
-        ]
-
-    real = Wavefront.trace
-    monkeypatch.setattr(engines_module.Wavefront, "trace", nothing)
-    with pytest.raises(UserError, match=r"disagree on tiny llama .*engine: reference"):
-        trace(model, facts, progress=False)
-
-
 def test_nothing_is_left_behind_on_the_model_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("gpt2")
     before = model.model(torch.tensor([[5, 6, 7]])).logits
@@ -334,117 +306,3 @@ def test_a_device_that_runs_out_gets_smaller_parts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Wavefront, "trace", full)
     with pytest.raises(UserError, match="no memory for even one row of fact 'fact0'"):
         trace(model, facts, progress=False)
-
-
-def test_what_is_told_beforehand_leaves_out_what_is_finished_and_what_others_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = tiny("llama")
-    facts = known(model)
-    trace(model, facts[:2], GaussianNoise(sigma=1.0), cache=tmp_path)
-    assert re.search(r"trace: 2 facts, .* GB beside the model\n", capsys.readouterr().err)
-    trace(model, facts, GaussianNoise(sigma=1.0), cache=tmp_path)
-    assert "trace: 1 fact, " in capsys.readouterr().err
-    trace(model, facts, GaussianNoise(sigma=1.0), cache=tmp_path, workers=Workers(0, 2))
-    assert "every fact is finished" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("engine", ["wavefront", "reference"])
-def test_an_estimate_is_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
-    """Cells, passes, rows and token-blocks that are told are counted by hooks; a finished fact of a group is left out."""
-    model = tiny("llama")
-    shape = ("where is ada byron w5 now ?", "where is w5 byron ada now ?", "where is now ada byron w5 ?")
-    facts = [*known(model), *(Fact(prompt, "ada", say(model, prompt, 2), id=prompt) for prompt in shape)]
-    noise, layers = GaussianNoise(samples=5), range(model.anatomy.layers)
-    told: list[int] = []
-    rows: list[int] = []
-    blocks = 0
-
-    def into_mlp(module: Any, args: Any) -> None:
-        nonlocal blocks
-        blocks += args[0].shape[0] * args[0].shape[1]
-
-    def counted(name: str, place: int | None) -> None:
-        path, _, last = name.rpartition(".")
-        real = getattr(resolve_name(path), last)
-
-        def call(*args: Any, **more: Any) -> Any:
-            found = real(*args, **more)
-            rows.append(found.shape[0] * found.shape[1] if place is None else len(args[place]))
-            return found
-
-        monkeypatch.setattr(name, call)
-
-    for layer in layers:
-        module_at(model.model, f"{model.anatomy.block_path(layer)}.mlp").register_forward_pre_hook(into_mlp)
-    counted("tracing.wavefront.replay.trunk", 1)
-    counted("tracing.wavefront.Wavefront._wave", None)
-    if engine == "reference":
-        counted("tracing.reference.forward", 1)
-    monkeypatch.setattr("tracing.engines.check", lambda *args, **more: None)
-    make = tracer.make_engine
-
-    def watching(*args: Any) -> Any:
-        made = make(*args)
-        trace_some = made.trace
-
-        def only_the_sweep(probes: Any, batches: Any, advance: Any) -> Any:
-            nonlocal blocks
-            if not told:
-                rows.clear()
-                blocks = 0
-            told.append(0)
-            return trace_some(probes, batches, told.append)
-
-        monkeypatch.setattr(made, "trace", only_the_sweep)
-        return made
-
-    monkeypatch.setattr(tracer, "make_engine", watching)
-    asked: dict[str, Any] = {"corruption": noise, "engine": engine, "window": 2, "progress": False}
-    for memory in (2.0, 0.001, 0.0001):
-        cache = tmp_path / str(memory)
-        trace(model, facts, cache=cache, memory=memory, **asked)
-        some = sorted(cache.iterdir())[::2]
-        for path in some:
-            path.unlink()
-        for given, count in ((facts[:1], 1), (facts, len(some))):
-            folder = cache if len(given) > 1 else None
-            said = tracing.estimate(model, given, cache=folder, memory=memory, **asked)
-            told.clear()
-            trace(model, given, cache=folder, memory=memory, **asked)
-            assert (said.facts, said.cells, said.passes, said.rows) == (count, sum(told), len(rows), max(rows))
-            assert said.token_blocks == blocks
-            assert said.seconds > 0
-    assert tracing.estimate(model, facts, cache=cache, **asked).facts == 0  # all are finished
-
-
-def test_an_estimate_of_memory_is_the_engine_s_for_the_largest_fact() -> None:
-    model = tiny("llama")
-    facts = known(model)
-    probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in facts]
-    for memory in (2.0, 0.0005):
-        engine = engines_module.Checked(model, Sweep(), int(memory * 1e9))
-        each = [engine.takes(len(one.input_ids), len(one.answer_ids), 10) for one in probes]
-        said = tracing.estimate(model, facts, memory=memory, progress=False)
-        assert said.memory == max(each)
-    assert said.memory < 0.0005e9 + row_bytes(model, 20)
-    assert str(said).startswith("3 facts, ")
-    assert f"(by {said.timed}) and up to {said.memory / 1e9:.2g} GB beside the model" in str(said)
-    with pytest.raises(UserError, match="memory is 0"):
-        tracing.estimate(model, facts, memory=0)
-
-
-def test_long_answers_in_low_precision_may_lie_further_apart_and_others_not() -> None:
-    low, single = torch.bfloat16, torch.float32
-
-    def refused(dtype: torch.dtype, tokens: int, metric: Metric, got: float, value: float) -> bool:
-        return abs(got - value) > _allowed(_tolerance(dtype, tokens), metric, abs(value))
-
-    twelve = 1e-8 * np.exp(12 * 0.05)  # each token 0.05 nats off
-    assert not refused(low, 12, "probability", twelve, 1e-8)
-    assert refused(low, 2, "probability", twelve, 1e-8)
-    assert not refused(low, 12, "log_probability", -18.4, -19.0)
-    assert refused(low, 12, "log_probability", -18.4, -20.0)
-    assert refused(single, 12, "probability", 0.201, 0.200)
-    assert not refused(single, 1, "negative_kl", -3.001, -3.0)
-    assert refused(single, 1, "reciprocal_rank", 0.5, 1.0)

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.real_merging import Merging, stages, table
-from lm.config import parse_config
+from benchmarks.real_methods import Comparison, search, settings
+from lm.config import dump_yaml, parse_config
 from lm.errors import UserError
+from lm.run import write_atomic
 from unlearn.config import UnlearnConfig
 from unlearn.evaluation.config import EvaluateConfig
 from unlearn.merging import MergeConfig, TaskArithmetic, Ties
 from unlearn.objectives import Learn
 
+PAIR = ("search/UNDIAL/trial-00", "search/Joint/trial-01")
 
-def test_the_words_of_every_stage_are_those_of_a_config(tmp_path: Path) -> None:
-    pair = ("search/UNDIAL/trial-00", "search/Joint/trial-01")
-    for name in pair:
-        (tmp_path / name / "model").mkdir(parents=True)
+
+@pytest.fixture
+def methods(tmp_path: Path) -> Path:
+    """What benchmarks/real_methods.py leaves there, with models in two runs."""
+    out = tmp_path / "Methods"
+    asked = Comparison(out=str(out), steps=9, batch=16, autocast="no", score_dtype="float32")
+    config = search(asked, settings(5, out / "alternates.jsonl"), Path("runs/Base"), Path("runs/plan.json"))
+    write_atomic(out / "search" / "config.yaml", dump_yaml(config))
+    for name in PAIR:
+        (out / name / "model").mkdir(parents=True)
+    return out
+
+
+def test_the_words_of_every_stage_are_those_of_a_config(methods: Path) -> None:
     asked = Merging(
-        methods=str(tmp_path), steps=9, batch=16, rates=(1e-3,), weights=(-1.0,), pairs=(pair,), out="runs/x"
+        methods=str(methods), rates=(1e-3,), weights=(-1.0,), pairs=(PAIR,), densities=(0.2, 0.8), out="runs/x"
     )
     found = {stage.name: stage for stage in stages(asked)}
     assert list(found) == [
@@ -32,21 +46,24 @@ def test_the_words_of_every_stage_are_those_of_a_config(tmp_path: Path) -> None:
     learnt = parse_config(UnlearnConfig, found["learn-0.001"].words)
     assert learnt.objective == Learn()
     assert not learnt.loss.uses_retain
+    assert (learnt.model.path, learnt.scope.plan, learnt.trainer.autocast) == ("runs/Base", "runs/plan.json", "no")
     assert (learnt.trainer.steps, learnt.trainer.batch, learnt.trainer.learning_rate) == (9, 16, 1e-3)
     negated = parse_config(MergeConfig, found["negation-0.001-by-1"].words)
     assert negated.method == TaskArithmetic(weights=(-1.0,))
-    assert negated.models == ("runs/x/learn-0.001/model",)
+    assert (negated.base, negated.models) == ("runs/Base", ("runs/x/learn-0.001/model",))
     joined = parse_config(MergeConfig, found["ties-1-of0.8"].words)
     assert joined.method == Ties(density=0.8)
-    assert joined.models == tuple(str(tmp_path / name / "model") for name in pair)
+    assert joined.models == tuple(str(methods / name / "model") for name in PAIR)
     scored = parse_config(EvaluateConfig, found["ties-1-of0.8-scores"].words)
-    assert scored.model.path == "runs/x/ties-1-of0.8/model"
-    assert (scored.forget, scored.utility) == (learnt.forget, None)
+    theirs = parse_config(EvaluateConfig, ["--config", str(methods / "evaluate.yaml")])
+    assert scored == replace(theirs, model=replace(theirs.model, path="runs/x/ties-1-of0.8/model"))
 
 
-def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_what_is_not_there_is_named(methods: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="search/No/model is missing"):
-        stages(Merging(methods=str(tmp_path), pairs=(("search/No", "search/No"),)))
+        stages(Merging(methods=str(methods), pairs=(("search/No", "search/No"),)))
+    with pytest.raises(UserError, match=r"search/config.yaml is missing: run benchmarks/real_methods\.py first"):
+        stages(Merging(methods=str(tmp_path / "none")))
 
 
 def test_the_table_counts_as_the_search_does(tmp_path: Path) -> None:
