@@ -11,15 +11,18 @@ import ctypes
 import os
 import sys
 
-AT_LEAST = 1 << 19
-"""Bytes from which a block is the system's. At half of it a small model's steps took a third more time, for a tenth less memory
-(medians of the three runs in docs/unlearning_cost.md)."""
+SMALL, LARGE = 1 << 19, 1 << 22
+"""Bytes from which a block is the system's, for small models and for large ones. What stays in the heap is soon used again, which
+is faster, and leaves holes of some hundred megabytes: too many beside a small model, few beside the weights of a large one
+(docs/unlearning_cost.md has both)."""
+_LARGE_MODEL = 1 << 28
+"""Bytes of weights from which a model is large."""
 
 _M_MMAP_THRESHOLD = -3
 
 
-def return_freed_memory(at_least: int = AT_LEAST) -> bool:
-    """Have blocks of `at_least` bytes and more, from now on, go back to the system as soon as they are freed.
+def return_freed_memory(weights: int = 0) -> bool:
+    """Have large blocks, from now on, go back to the system as soon as they are freed. `weights`: bytes of the model's.
 
     For the whole process. A user's own MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES is left alone.
 
@@ -30,5 +33,6 @@ def return_freed_memory(at_least: int = AT_LEAST) -> bool:
         return False
     if not sys.platform.startswith("linux"):
         return False
+    at_least = LARGE if weights >= _LARGE_MODEL else SMALL
     library = ctypes.CDLL(None)
     return hasattr(library, "gnu_get_libc_version") and library.mallopt(_M_MMAP_THRESHOLD, at_least) == 1

@@ -88,7 +88,7 @@ def train(
     """
     refuse_what_cannot_be(model, forget, retain, loss, config, validates=validate is not None)
     if acc.device.type == "cpu":
-        return_freed_memory()
+        return_freed_memory(sum(p.nbytes for p in model.model.parameters()))
     batches = config.batches(len(forget.rows), len(retain.rows) if loss.uses_retain else 0)
     steps = config.steps or batches.total(config.epochs)
     if config.warmup >= steps:

@@ -16,8 +16,8 @@ from lm.run import resident_bytes
 
 first = torch.ones(4 << 20)
 del first  # glibc now keeps whatever is smaller than its 16 MiB
-if sys.argv[1] == "yes":
-    print(return_freed_memory())
+if sys.argv[1] != "no":
+    print(return_freed_memory(int(sys.argv[1])))
 before = resident_bytes()
 large, small = [], []
 for _ in range(100):
@@ -38,14 +38,15 @@ def run(asked: str, **environment: str) -> list[str]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_freed_blocks_are_not_kept() -> None:
     kept = int(run("no")[0])
-    told, mib = run("yes")
+    told, mib = run("0")
     if told == "False":
         pytest.skip("this C library is not glibc")
     assert kept > 150, "200 MiB lie free in the heap: without the call this machine has nothing to return"
     assert int(mib) < 20
+    assert int(run("1000000000")[1]) > 150, "beside a large model blocks of 2 MiB stay in the heap"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_a_users_own_setting_stays() -> None:
-    assert run("yes", MALLOC_MMAP_THRESHOLD_="1000000000")[0] == "False"
-    assert run("yes", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1000000000")[0] == "False"
+    assert run("0", MALLOC_MMAP_THRESHOLD_="1000000000")[0] == "False"
+    assert run("0", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1000000000")[0] == "False"
