@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import itertools
 import re
 import sys
 import typing
@@ -23,6 +22,7 @@ import jsonargparse
 import yaml
 
 from lm.errors import UserError, did_you_mean
+from lm.old_configs import axis_of, class_name, say, subclasses, upgraded, upgraded_words
 
 T = TypeVar("T")
 
@@ -46,14 +46,13 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, description
     Raises:
         UserError: a wrong key, type, value or combination, with the nearest known name.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    _check_yaml(words)
+    words = _upgraded(list(sys.argv[1:] if argv is None else argv), cls)
     parser = _parser(cls, description)
     try:
         values = parser.instantiate(parser.parse_args(words))
         chosen = {field.name: values[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for field, hint in _fields(cls):
-            if _axis(hint) is not None:
+            if axis_of(hint) is not None:
                 chosen[field.name] = _axis_value(cls, words, field.name, _default(field))
         return cls(**chosen)
     except UserError:
@@ -62,21 +61,36 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, description
         raise UserError(_explain(error, cls)) from error
 
 
-def _check_yaml(words: Sequence[str]) -> None:
-    """Refuse a config file that is not YAML by its name and line, before anything else is said about it."""
-    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    files += [word for flag, word in itertools.pairwise(words) if flag == "--config"]
-    for name in files:
-        try:
-            yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" line {mark.line + 1}" if mark else ""
-            raise UserError(f"{name}{where} is not YAML ({getattr(error, 'problem', error)}): mend it") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name} is not UTF-8 text: save it as UTF-8") from error
-        except OSError:
-            continue  # the parser says that it is not there
+def _upgraded(words: list[str], cls: type[Any]) -> list[str]:
+    """The words with today's names; of a config file that has older ones, its text with today's."""
+    notices: list[str] = []
+    words = upgraded_words(words, cls, notices)
+    for place, word in enumerate(words):
+        beside = word == "--config" and place + 1 < len(words)
+        if not beside and not word.startswith("--config="):
+            continue
+        name = words[place + 1] if beside else word.removeprefix("--config=")
+        values = _read_yaml(name)
+        newer = upgraded(values, cls, notices)
+        if newer != values:
+            text = yaml.safe_dump(newer, sort_keys=False, allow_unicode=True)
+            words[place + beside] = text if beside else f"--config={text}"
+    say(notices)
+    return words
+
+
+def _read_yaml(name: str) -> Any:
+    """What a config file holds. One that is not YAML is refused by its name and line, before anything else is said about it."""
+    try:
+        return yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{name}{where} is not YAML ({getattr(error, 'problem', error)}): mend it") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text: save it as UTF-8") from error
+    except OSError:
+        return None  # the parser says that it is not there
 
 
 def script(main: Callable[[T], None], cls: type[T], *, description: str) -> None:
@@ -111,7 +125,7 @@ def as_dict(config: Any) -> Any:
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         values = {field.name: as_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
         if getattr(config, "config_axis", False):
-            return {"class_path": f"{type(config).__module__}.{type(config).__qualname__}", "init_args": values}
+            return {"class_path": class_name(type(config)), "init_args": values}
         return values
     if isinstance(config, (list, tuple)):
         return [as_dict(item) for item in config]
@@ -143,7 +157,7 @@ def _parser(cls: type[Any], description: str, *, partial: bool = False) -> jsona
     about = _attribute_docs(cls)
     for field, hint in _fields(cls):
         default = _default(field)
-        axis = _axis(hint)
+        axis = axis_of(hint)
         if default is dataclasses.MISSING:
             parser.add_argument(f"--{field.name}", type=hint, required=not partial, help=about.get(field.name))
         elif axis is not None:
@@ -153,8 +167,8 @@ def _parser(cls: type[Any], description: str, *, partial: bool = False) -> jsona
             parser.add_subclass_arguments(
                 axis,
                 field.name,
-                default={"class_path": f"{chosen.__module__}.{chosen.__qualname__}", "init_args": values},
-                help=f"{about.get(field.name, '')} One of: {', '.join(sorted(_subclasses(axis)))}.",
+                default={"class_path": class_name(chosen), "init_args": values},
+                help=f"{about.get(field.name, '')} One of: {', '.join(sorted(subclasses(axis)))}.",
             )
         else:
             parser.add_argument(f"--{field.name}", type=hint, default=default, help=about.get(field.name))
@@ -191,18 +205,6 @@ def _fields(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
     return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
 
 
-def _axis(hint: Any) -> type[Any] | None:
-    return hint if isinstance(hint, type) and getattr(hint, "config_axis", False) else None
-
-
-def _subclasses(axis: type[Any]) -> dict[str, type[Any]]:
-    found: dict[str, type[Any]] = {}
-    for sub in axis.__subclasses__():
-        found[sub.__name__] = sub
-        found.update(_subclasses(sub))
-    return found
-
-
 def _attribute_docs(cls: type[Any]) -> dict[str, str]:
     """The string that stands under each field in the class body, or in that of the class it is inherited from."""
     from docstring_parser import parse_from_object  # comes with jsonargparse[signatures]
@@ -222,8 +224,8 @@ def _known(cls: type[Any], prefix: str = "") -> list[str]:
         name = prefix + field.name
         names.append(name)
         for part in (hint, *typing.get_args(hint)):
-            axis = _axis(part)
-            for kind, sub in _subclasses(axis).items() if axis is not None else ():
+            axis = axis_of(part)
+            for kind, sub in subclasses(axis).items() if axis is not None else ():
                 names += [kind, *_known(sub, name + ".")]
             if dataclasses.is_dataclass(part) and isinstance(part, type) and axis is None:
                 names += _known(part, name + ".")

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from lm.config import as_dict, dump_yaml
 from lm.errors import NotWritten, UserError
+from lm.old_configs import upgraded
 from lm.progress import progress
 
 __all__ = ["RunFolder", "progress", "writable", "write_atomic", "write_json"]
@@ -222,7 +223,8 @@ class RunFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _refuse_other_config(self, config: Any, free: Collection[str]) -> None:
-        old = _flat(yaml.safe_load((self.path / "config.yaml").read_text()))
+        saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        old = _flat(upgraded(saved, type(config)))
         new = _flat(as_dict(config))
         differing = [key for key in sorted({*old, *new} - {"resume", *free}) if old.get(key) != new.get(key)]
         if any(key not in old for key in differing):  # a setting that is younger than the run had its default then

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import pytest
 import yaml
 
-from lm.config import _attribute_docs, _fields, _subclasses, dump_yaml, known_or_near, parse_config
+from lm.config import _attribute_docs, _fields, dump_yaml, known_or_near, parse_config
 from lm.errors import UserError
+from lm.old_configs import subclasses
 from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,7 +166,7 @@ def test_every_setting_has_a_sentence() -> None:
             if not said.get(item.name):
                 silent.append(prefix + item.name)
             for part in (hint, *typing.get_args(hint)):
-                inner = [part, *_subclasses(part).values()] if getattr(part, "config_axis", False) else [part]
+                inner = [part, *subclasses(part).values()] if getattr(part, "config_axis", False) else [part]
                 for one in inner:
                     if dataclasses.is_dataclass(one) and isinstance(one, type):
                         look(one, f"{prefix}{item.name}.")

@@ -1,0 +1,199 @@
+"""Configs written before a name changed: read as what they meant, with a notice for every word that is another one now.
+
+A saved config must outlive a refactoring, or `--resume` is worth nothing. Three things may be old: a class path with the module
+a class used to be in (now the bare class name is written), the name of a class (`formerly` on the class), and a key
+(`old_keys` on the dataclass: the old dotted key -> the new one). Nothing here knows of any particular experiment.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+PACKAGES = ("lm", "tracing", "sae", "unlearn")
+"""Whose classes are written by their bare names; anybody else's keep their module, which is how they are found."""
+_PATH = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.[a-z_]\w*)+\.([A-Za-z]\w*)")
+
+
+def class_name(cls: type[Any]) -> str:
+    """How a config names a class: bare, or with its module if it is not one of this project's."""
+    own = cls.__module__.partition(".")[0] in PACKAGES
+    return cls.__qualname__ if own else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def subclasses(axis: type[Any]) -> dict[str, type[Any]]:
+    """Every class of an axis that is imported, by its bare name."""
+    found: dict[str, type[Any]] = {}
+    for sub in axis.__subclasses__():
+        found[sub.__name__] = sub
+        found.update(subclasses(sub))
+    return found
+
+
+def axis_of(hint: Any) -> type[Any] | None:
+    """The axis that a type hint stands for, or None."""
+    return hint if isinstance(hint, type) and getattr(hint, "config_axis", False) else None
+
+
+def upgraded(values: Any, cls: type[Any], notices: list[str] | None = None) -> Any:
+    """A config as plain data, as `cls` spells it today. What is not understood stays as it is: the parser will refuse it.
+
+    Args:
+        values: what YAML held.
+        cls: a dataclass.
+        notices: gets a sentence for every key or class that has another name now.
+    """
+    return _of_dataclass(copy.deepcopy(values), cls, [] if notices is None else notices, "")
+
+
+def upgraded_words(words: Sequence[str], cls: type[Any], notices: list[str]) -> list[str]:
+    """Command-line words, `--twin.path MODEL` say, with the keys and classes of today."""
+    keys = dict(_old_keys(cls))
+    classes = dict(_old_classes(cls))
+    known = {part.__name__ for _, part in _parts(cls)} | set(classes)
+    out: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        name = flag.removeprefix("--")
+        for old, new in keys.items():
+            inside = name.startswith(f"{old}.") and not new.startswith(f"{old}.")
+            if name == old or inside:
+                notices.append(_renamed(old, new))
+                name = new + name.removeprefix(old)
+                break
+        if (found := _PATH.fullmatch(value)) and found.group(1) in known:
+            value = found.group(1)
+        if value in classes:
+            notices.append(_renamed(value, classes[value]))
+            value = classes[value]
+        out.append(f"--{name}{equals}{value}" if flag else value)
+    return out
+
+
+def say(notices: Sequence[str]) -> None:
+    """Print each notice once."""
+    for notice in dict.fromkeys(notices):
+        print(f"notice: {notice}", file=sys.stderr)
+
+
+def _renamed(old: str, new: str) -> str:
+    return f"{old} is called {new} now; the old name is still read"
+
+
+def _of_dataclass(values: Any, cls: type[Any], notices: list[str], prefix: str) -> Any:
+    if not isinstance(values, dict):
+        return values
+    for old, new in getattr(cls, "old_keys", {}).items():
+        if _present(values, old, new):
+            notices.append(_renamed(prefix + old, prefix + new))
+            _put(values, new, _taken(values, old))
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in values:
+            values[field.name] = _of_hint(values[field.name], hints[field.name], notices, f"{prefix}{field.name}.")
+    return values
+
+
+def _of_hint(value: Any, hint: Any, notices: list[str], prefix: str) -> Any:
+    if (axis := axis_of(hint)) is not None:
+        return _of_axis(value, axis, notices, prefix)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _of_dataclass(value, hint, notices, prefix)
+    for part in typing.get_args(hint):
+        if axis_of(part) is None and not (dataclasses.is_dataclass(part) or typing.get_args(part)):
+            continue
+        if isinstance(value, list):
+            value = [_of_hint(one, part, notices, prefix) for one in value]
+        elif isinstance(value, dict) and typing.get_origin(hint) in (dict, Mapping):
+            value = {name: _of_hint(one, part, notices, f"{prefix}{name}.") for name, one in value.items()}
+        else:
+            value = _of_hint(value, part, notices, prefix)
+    return value
+
+
+def _of_axis(value: Any, axis: type[Any], notices: list[str], prefix: str) -> Any:
+    """A chosen class: its bare name or a mapping with `class_path`, or (of the default's class) its settings alone."""
+    if isinstance(value, str):
+        return _class_today(value, axis, notices)
+    if not isinstance(value, dict):
+        return value
+    known = subclasses(axis)
+    if "class_path" not in value:
+        for cls in known.values():
+            value = _of_dataclass(value, cls, notices, prefix)
+        return value
+    value["class_path"] = _class_today(str(value["class_path"]), axis, notices)
+    chosen = known.get(value["class_path"].rpartition(".")[2])
+    if chosen is not None and "init_args" in value:
+        value["init_args"] = _of_dataclass(value["init_args"], chosen, notices, prefix)
+    return value
+
+
+def _class_today(name: str, axis: type[Any], notices: list[str]) -> str:
+    """The bare name of today. A class that is not imported keeps its path, by which the parser may find it."""
+    found = _PATH.fullmatch(name)
+    bare = found.group(1) if found else name
+    known = subclasses(axis)
+    for cls in known.values():
+        if bare in vars(cls).get("formerly", ()):
+            notices.append(_renamed(bare, cls.__name__))
+            return cls.__name__
+    return bare if bare in known else name
+
+
+def _parts(cls: type[Any]) -> Iterator[tuple[str, type[Any]]]:
+    """Every dataclass inside a config with the dotted key it stands at, itself first; of an axis, each of its classes."""
+    yield "", cls
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        for part in (hint, *typing.get_args(hint)):
+            axis = axis_of(part)
+            inner = [part] if axis is None else [axis, *subclasses(axis).values()]
+            for one in inner:
+                if dataclasses.is_dataclass(one) and isinstance(one, type):
+                    for key, found in _parts(one):
+                        yield f"{field.name}.{key}" if key else field.name, found
+
+
+def _old_keys(cls: type[Any]) -> Iterator[tuple[str, str]]:
+    for at, part in _parts(cls):
+        prefix = f"{at}." if at else ""
+        for old, new in getattr(part, "old_keys", {}).items():
+            yield prefix + old, prefix + new
+
+
+def _old_classes(cls: type[Any]) -> Iterator[tuple[str, str]]:
+    for _, part in _parts(cls):
+        for name in vars(part).get("formerly", ()):
+            yield name, part.__name__
+
+
+def _present(values: dict[str, Any], dotted: str, new: str) -> bool:
+    """Whether the old key is there; where the new one is inside it, a mapping there is the new one already."""
+    first, _, rest = dotted.partition(".")
+    if first not in values:
+        return False
+    if not rest:
+        return not (new.startswith(f"{dotted}.") and isinstance(values[first], dict))
+    return isinstance(values[first], dict) and _present(values[first], rest, new.partition(".")[2])
+
+
+def _taken(values: dict[str, Any], dotted: str) -> Any:
+    first, _, rest = dotted.partition(".")
+    return _taken(values[first], rest) if rest else values.pop(first)
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    first, _, rest = dotted.partition(".")
+    if not rest:
+        values.setdefault(first, value)
+        return
+    inner = values.setdefault(first, {})
+    if isinstance(inner, dict):
+        _put(inner, rest, value)
