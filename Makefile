@@ -39,7 +39,7 @@ check: lint types floors test
 
 # Build the built-in model and its retain-only twin again (about 15 minutes on two idle cores).
 builtin: $(READY)
-	$(BIN)/python -m lm.builtin.build --out runs/builtin $(ARGS)
+	$(BIN)/python -m tools.builtin_model.build --out runs/builtin $(ARGS)
 
 $(READY): EXTRAS := tests
 $(PEERS)/.ready: EXTRAS := tests,peers,qlora

@@ -22,8 +22,8 @@ sys.path[0] = str(ROOT)
 
 from lm.config import script  # noqa: E402
 from lm.errors import UserError  # noqa: E402
-from tracing.agreement import spearman  # noqa: E402
-from tracing.statistics import interval, resample_counts  # noqa: E402
+from tracing.bootstrap import interval, resample_counts  # noqa: E402
+from tracing.effects.agreement import spearman  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ sys.path[0] = str(ROOT)
 from benchmarks.real_model import Stage, run  # noqa: E402
 from lm.config import script  # noqa: E402
 from lm.errors import UserError  # noqa: E402
-from lm.run import write_atomic  # noqa: E402
+from lm.run_folder import write_atomic  # noqa: E402
 from unlearn.search.scored import Measures  # noqa: E402
 
 

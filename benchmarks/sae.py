@@ -30,7 +30,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from lm import UserError  # noqa: E402
 from lm.config import script  # noqa: E402
-from lm.run import write_atomic, write_json  # noqa: E402
+from lm.run_folder import write_atomic, write_json  # noqa: E402
 
 NAMES = ("ours", "saelens", "sparsify", "dictionary_learning")
 OTHERS = ("saelens_sparse",)

@@ -31,7 +31,7 @@ from benchmarks.sae_claims_scoring import Seen, in_training, matched  # noqa: E4
 from lm import UserError, load  # noqa: E402
 from lm.config import parse_config, script  # noqa: E402
 from lm.errors import did_you_mean  # noqa: E402
-from lm.run import progress, write_atomic, write_json  # noqa: E402
+from lm.run_folder import progress, write_atomic, write_json  # noqa: E402
 from sae import SparseAutoencoder, load_autoencoder  # noqa: E402
 from sae.activations import (  # noqa: E402
     ActivationBatch,

@@ -36,8 +36,8 @@ from benchmarks.tracing_contenders import CONTENDERS, CellPlace, Contender, Ques
 from lm import LanguageModel, UserError, load  # noqa: E402
 from lm.anatomy import Kind, anatomy_of  # noqa: E402
 from lm.config import script  # noqa: E402
-from lm.run import write_atomic, write_json  # noqa: E402
-from tracing.sweep import Sweep  # noqa: E402
+from lm.run_folder import write_atomic, write_json  # noqa: E402
+from tracing.question.sweep import Sweep  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lm.anatomy import Kind, Site, module_at
-from lm.hooks import Edit, capture, patch
-from lm.load import LanguageModel
-from tracing.facts import Fact
-from tracing.probe import Probe
-from tracing.reference import restorations, score_cells
-from tracing.sweep import Sweep, window_layers
-from tracing.wavefront import Wavefront
+from lm.forward.hooks import Edit, capture, patch
+from lm.model import LanguageModel
+from tracing.engine.reference import restorations, score_cells
+from tracing.engine.wavefront import Wavefront
+from tracing.question.encoded_fact import Probe
+from tracing.question.facts import Fact
+from tracing.question.sweep import Sweep, window_layers
 
 CellPlace = tuple[Kind, int, int]
 

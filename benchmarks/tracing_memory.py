@@ -21,10 +21,10 @@ import torch  # noqa: E402
 from lm import UserError, load  # noqa: E402
 from lm.anatomy import Kind  # noqa: E402
 from lm.config import script  # noqa: E402
-from lm.run import resident_bytes  # noqa: E402
+from lm.run_folder import resident_bytes  # noqa: E402
 from tracing import GaussianNoise, trace  # noqa: E402
-from tracing.metrics import Metric  # noqa: E402
-from unlearn.facts import read_sources  # noqa: E402
+from tracing.question.fact_source import read_sources  # noqa: E402
+from tracing.question.metrics import Metric  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

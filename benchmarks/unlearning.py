@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoConfig  # noqa
 from benchmarks.sae import Worker  # noqa: E402
 from lm import UserError, load  # noqa: E402
 from lm.config import script  # noqa: E402
-from lm.run import write_atomic, write_json  # noqa: E402
-from unlearn.batches import PairedBatches  # noqa: E402
-from unlearn.data import load_rows  # noqa: E402
+from lm.row_files import load_rows  # noqa: E402
+from lm.run_folder import write_atomic, write_json  # noqa: E402
+from unlearn.training.batches import PairedBatches  # noqa: E402
 
 TASKS = ("joint", "npo", "rmu")
 NAMES = ("ours", "ours_live", "ours_narrow", "plain")

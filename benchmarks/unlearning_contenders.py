@@ -32,16 +32,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E4
 
 from benchmarks.sae_contenders import forget_peak, memory  # noqa: E402
 from lm.devices import accelerator  # noqa: E402
-from lm.load import LanguageModel, load  # noqa: E402
+from lm.loading import load
+from lm.model import LanguageModel
 from lm.prompts import Encoded  # noqa: E402
-from lm.run import RunFolder  # noqa: E402
-from unlearn.batches import StepRows, collate, micro_batches  # noqa: E402
+from lm.run_folder import RunFolder  # noqa: E402
 from unlearn.objectives import NPO, RMU, Joint, Loss  # noqa: E402
-from unlearn.objectives.steering import direction  # noqa: E402
-from unlearn.scope import Scope  # noqa: E402
-from unlearn.step import Side  # noqa: E402
-from unlearn.trainer import train  # noqa: E402
-from unlearn.trainer_config import TrainerConfig  # noqa: E402
+from unlearn.objectives.rmu import direction  # noqa: E402
+from unlearn.scope.scope import Scope  # noqa: E402
+from unlearn.training.batches import StepRows, collate, micro_batches  # noqa: E402
+from unlearn.training.config import TrainerConfig  # noqa: E402
+from unlearn.training.loop import train  # noqa: E402
+from unlearn.training.step import Side  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,15 +24,16 @@ import torch  # noqa: E402
 from transformers import OlmoConfig, OlmoForCausalLM  # noqa: E402
 
 from lm.config import dump_yaml, script  # noqa: E402
-from lm.load import ModelSpec, load  # noqa: E402
+from lm.loading import load
+from lm.model import ModelSpec
 from lm.progress import progress  # noqa: E402
-from lm.run import RunFolder, write_atomic  # noqa: E402
-from unlearn.alternates import Refusals  # noqa: E402
+from lm.row_files import load_rows  # noqa: E402
+from lm.run_folder import RunFolder, write_atomic  # noqa: E402
+from unlearn.alternates.base import Refusals  # noqa: E402
 from unlearn.config import UnlearnConfig  # noqa: E402
-from unlearn.data import load_rows  # noqa: E402
 from unlearn.objectives import DPO, NPO, RMU, Joint, KLMinimisation  # noqa: E402
-from unlearn.scope import Lora, Scope  # noqa: E402
-from unlearn.trainer_config import TrainerConfig  # noqa: E402
+from unlearn.scope.scope import Lora, Scope  # noqa: E402
+from unlearn.training.config import TrainerConfig  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,12 @@ This room knows nothing of tracing, unlearning or autoencoders; they build on it
 """
 
 from lm.anatomy import EMBEDDING, KNOWN, Anatomy, Architecture, Kind, Site, anatomy_of
-from lm.check import check_anatomy, check_weights
+from lm.checks import check_anatomy, check_weights
+from lm.data.rows import Question, Row
 from lm.errors import UserError
-from lm.hooks import Captured, Edit, capture, patch
-from lm.load import LanguageModel, ModelSpec, load
+from lm.forward.hooks import Captured, Edit, capture, patch
+from lm.loading import load
+from lm.model import LanguageModel, ModelSpec
 from lm.prompts import (
     Encoded,
     PromptSpec,
@@ -18,7 +20,6 @@ from lm.prompts import (
     subject_span,
     token_span,
 )
-from lm.rows import Question, Row
 
 __all__ = [
     "EMBEDDING",

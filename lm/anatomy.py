@@ -2,7 +2,7 @@
 
 A site names a *residual contribution*: what a block adds to the residual stream. On models that normalise a
 module's output before adding it (OLMo-2, OLMo-3, Gemma-2, Gemma-3) that is the output of the norm, not of the
-module. This module only knows names; `lm.hooks` reads and edits the values, and `lm.check` tests on a loaded model
+module. This module only knows names; `lm.forward.hooks` reads and edits the values, and `lm.checks` tests on a loaded model
 that the names are right. It never changes a model.
 """
 
@@ -126,7 +126,7 @@ class Anatomy:
     def module_path(self, site: Site) -> str:
         """The dotted name of the module whose *output* is the site.
 
-        `EMBEDDING` is no module's output but the *input* of block 0, so it is refused here; `lm.hooks` handles it.
+        `EMBEDDING` is no module's output but the *input* of block 0, so it is refused here; `lm.forward.hooks` handles it.
         """
         block = self.block_path(site.layer)
         if site.kind == "resid":

@@ -1,6 +1,6 @@
 """Progress of long work: a bar with rate and time left on a terminal, a line now and then in a log file.
 
-Only the main process prints. This shows progress; it does not record it (`lm.run` does).
+Only the main process prints. This shows progress; it does not record it (`lm.run_folder` does).
 """
 
 from __future__ import annotations

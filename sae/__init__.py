@@ -38,10 +38,8 @@ from sae.budgets import (
     uniform_budgets,
     zipf_budgets,
 )
-from sae.code import FeatureView, SparseCode, decode
 from sae.formats import load_autoencoder, save_autoencoder
-from sae.model import Choice, InputNorm, Rule, SparseAutoencoder, SparseAutoencoderConfig
-from sae.recipe import (
+from sae.gao_recipe import (
     Firings,
     MovingAverage,
     geometric_median,
@@ -50,6 +48,8 @@ from sae.recipe import (
     unit_rows,
     without_parallel,
 )
+from sae.model import Choice, InputNorm, Rule, SparseAutoencoder, SparseAutoencoderConfig
+from sae.sparse_code import FeatureView, SparseCode, decode
 from sae.thresholds import RunningThreshold, calibrate_features, calibrate_mutual, smallest_chosen
 
 __all__ = [

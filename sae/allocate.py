@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from sae.code import SparseCode
-from sae.largest import KEYS, best_of_each_row, cut, in_memory_order, kth_largest, near_the_top, refuse_nan, row_chunks
+from sae.sparse_code import SparseCode
+from sae.topk import KEYS, best_of_each_row, cut, in_memory_order, kth_largest, near_the_top, refuse_nan, row_chunks
 
 _CHUNK = 1 << 22
 """Affinities compared with thresholds together."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from lm.errors import UserError
 from sae.allocate import token_choice
 from sae.budgets import by_density
-from sae.code import SparseCode, decode
+from sae.sparse_code import SparseCode, decode
 
 _CHUNK = 1 << 22
 """Affinities of idle features copied together."""

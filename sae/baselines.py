@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lm.errors import UserError
 from sae.allocate import token_choice
-from sae.code import SparseCode, decode
+from sae.sparse_code import SparseCode, decode
 
 
 def l1_penalty(activations: Tensor | SparseCode, w_dec: Tensor | None = None) -> Tensor:

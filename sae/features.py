@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lm.anatomy import module_at
 from lm.errors import UserError
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from sae.activations.batch import ActivationBatch
-from sae.code import SparseCode
+from sae.sparse_code import SparseCode
 
 _CHUNK = 1 << 24
 """Logits made together."""

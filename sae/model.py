@@ -20,11 +20,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lm.errors import UserError
-from lm.run import write_atomic, write_json
+from lm.run_folder import write_atomic, write_json
 from sae.allocate import by_threshold, feature_choice, mutual_choice, token_choice
 from sae.budgets import uniform_budgets
-from sae.code import SparseCode, decode
-from sae.recipe import geometric_median, input_variance, unit_rows, without_parallel
+from sae.gao_recipe import geometric_median, input_variance, unit_rows, without_parallel
+from sae.sparse_code import SparseCode, decode
 
 Choice = Literal["token", "feature", "mutual"]
 Rule = Choice | Literal["threshold"]

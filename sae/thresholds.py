@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lm.errors import UserError
 from sae.allocate import feature_choice, mutual_choice
-from sae.code import SparseCode
+from sae.sparse_code import SparseCode
 
 
 @dataclass(frozen=True, eq=False)

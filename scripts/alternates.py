@@ -11,7 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, whether 
 
 from lm.config import script
 from lm.devices import is_main
-from unlearn.inventing import InventConfig, run_inventing
+from unlearn.alternates.stage import InventConfig, run_inventing
 
 
 def main(config: InventConfig) -> None:

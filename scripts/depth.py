@@ -9,8 +9,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/trace.py must not hide other modules
 
 from lm.config import script
-from tracing.depth_stage import DepthConfig, run_depth
-from unlearn.facts import read_sources
+from tracing.question.fact_source import read_sources
+from tracing.stages.depth.stage import DepthConfig, run_depth
 
 
 def main(config: DepthConfig) -> None:

@@ -10,9 +10,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/
 
 from lm.config import script
 from lm.devices import is_main
-from tracing.localize_config import LocalizeConfig
-from tracing.localize_stage import run_localizing
-from unlearn.facts import read_sources
+from tracing.question.fact_source import read_sources
+from tracing.stages.localize.config import LocalizeConfig
+from tracing.stages.localize.stage import run_localizing
 
 
 def main(config: LocalizeConfig) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, whether or not the packages are installed
 
 from lm.config import script
-from unlearn.merging import MergeConfig, run_merging
+from unlearn.merging.stage import MergeConfig, run_merging
 
 
 def main(config: MergeConfig) -> None:

@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/
 
 from lm.config import script
 from lm.devices import is_main
-from tracing.retrace_stage import RetraceConfig, run_retracing
+from tracing.stages.retrace.stage import RetraceConfig, run_retracing
 
 
 def main(config: RetraceConfig) -> None:

@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/
 
 from lm.config import script
 from lm.devices import is_main
-from unlearn.contract import unlearn
+from unlearn.semeval.stage import unlearn
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/
 from lm.config import script
 from lm.devices import is_main
 from tracing import Agreement
-from tracing.config import TraceConfig
-from tracing.stage import run_tracing
-from unlearn.facts import read_facts
+from tracing.question.fact_source import read_facts
+from tracing.stages.trace.config import TraceConfig
+from tracing.stages.trace.stage import run_tracing
 
 
 def main(config: TraceConfig) -> None:

@@ -4,28 +4,28 @@
 is one `Localizer` of several, each giving `LayerScores`; `combined_plan` draws a plan from all, and says if they disagree.
 """
 
-from tracing.agreement import Agreement, agreement
-from tracing.attribution_patching import AttributionPatching
-from tracing.choose import choose_layers
-from tracing.combine import Agreements, combine, combined_plan, compare_all
-from tracing.confirm import confirm
-from tracing.corruption import GaussianNoise
-from tracing.cost import Estimate
+from tracing.causal_tracing import estimate, trace
+from tracing.corruption.noise import GaussianNoise
+from tracing.corruption.replacement import TokenReplacement
 from tracing.depth import DepthReport, unlearning_depth
-from tracing.difference import Difference, difference
-from tracing.effects import ROLES, Effects, EffectTable, Skipped
-from tracing.facts import Fact, facts_from_rows, load_known_facts, with_foils
-from tracing.interaction import Interaction, interaction
-from tracing.localizer import CausalTracing, Localizer
-from tracing.lookup import FactLookup
-from tracing.names import find_subjects
-from tracing.overlap import GradientOverlap
-from tracing.plan import LayerPlan
-from tracing.replacement import TokenReplacement
-from tracing.retrace import retrace
-from tracing.scores import LayerScores
-from tracing.tracer import estimate, trace
-from tracing.weights import WeightAttribution
+from tracing.effects.agreement import Agreement, agreement
+from tracing.effects.before_after import Difference, difference
+from tracing.effects.effects import ROLES, Effects, EffectTable, Skipped
+from tracing.effects.interaction import Interaction, interaction
+from tracing.effects.layer_scores import LayerScores
+from tracing.engine.estimate import Estimate
+from tracing.localizers.attribution_patching import AttributionPatching
+from tracing.localizers.base import CausalTracing, Localizer
+from tracing.localizers.fact_lookup import FactLookup
+from tracing.localizers.gradient_overlap import GradientOverlap
+from tracing.localizers.weight_attribution import WeightAttribution
+from tracing.plan.choose import choose_layers
+from tracing.plan.combined import Agreements, combine, combined_plan, compare_all
+from tracing.plan.cross_check import confirm
+from tracing.plan.layer_plan import LayerPlan
+from tracing.question.facts import Fact, facts_from_rows, load_known_facts, with_foils
+from tracing.question.subjects import find_subjects
+from tracing.retracing import retrace
 
 __all__ = [
     "ROLES",

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lm import replay
 from lm.anatomy import Site
 from lm.errors import UserError
-from lm.hooks import capture
-from lm.load import LanguageModel
+from lm.forward import block_replay
+from lm.forward.hooks import capture
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from tracing.arrays import Array
-from tracing.facts import Fact
+from tracing.bootstrap import bootstrap
 from tracing.known import evaluating
-from tracing.metrics import Metric, Target, read_off
-from tracing.probe import Probe, embed, forward, make_probe
-from tracing.statistics import bootstrap
+from tracing.question.encoded_fact import Probe, embed, forward, make_probe
+from tracing.question.facts import Fact
+from tracing.question.metrics import Metric, Target, read_off
 
 DepthMetric = Literal["distinguishing_log_probability", "log_probability"]
 Scope = Literal["answer", "all"]
@@ -122,7 +122,7 @@ def unlearning_depth(
 
     Badge: *reconstruction*, of the formula in the authors' notes: for each layer the loss of log-probability with the retain
     model's stream (S1) and with the unlearned model's (S2), layers above the threshold weighed by S1. Decided here: the loss is
-    the mean over the scored tokens, which are the answer's names and numbers (`tracing.metrics.distinguishing`).
+    the mean over the scored tokens, which are the answer's names and numbers (`tracing.question.metrics.distinguishing`).
 
     Args:
         original: the model that memorised the facts; give only facts that it knows.
@@ -189,8 +189,8 @@ def lost_with(original: LanguageModel, probe: Probe, streams: Sequence[Tensor], 
     start = _start(probe, scope)
     with evaluating(original):
         given = embed(original, probe.input_ids)[None]
-        logits, past = replay.trunk(original, given, keep)
-        calls, before = replay.calls(original, given[:, start:], past.cut(start)), past.cut(start)
+        logits, past = block_replay.trunk(original, given, keep)
+        calls, before = block_replay.calls(original, given[:, start:], past.cut(start)), past.cut(start)
         own = float(read_off(logits, Target.of([probe], 1), metric)[0])
         state = given.new_zeros(0, tokens - start, original.anatomy.hidden)
         for layer, call in enumerate(calls):
@@ -198,7 +198,7 @@ def lost_with(original: LanguageModel, probe: Probe, streams: Sequence[Tensor], 
                 state = call.run(state, before, torch.zeros(len(state), dtype=torch.long))
             fresh = torch.stack([stream[layer] for stream in streams])
             state = torch.cat([state.to(given.device), fresh.to(given)])
-        scored = read_off(replay.logits(original, state[:, -keep:]), Target.of([probe], len(state)), metric)
+        scored = read_off(block_replay.logits(original, state[:, -keep:]), Target.of([probe], len(state)), metric)
     scores = scored.cpu().numpy().reshape(len(calls), len(streams)).T
     if np.isnan(scores).any() or np.isnan(own):
         raise UserError(f"fact {probe.fact.label!r} gave NaN; load the models in float32 or bfloat16.")

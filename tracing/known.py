@@ -7,17 +7,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from lm.errors import UserError
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
-from lm.run import progress as progress_bar
-from tracing.corruption import Corruption, Corruptor
-from tracing.cost import trunk_row_bytes
-from tracing.effects import Skipped
-from tracing.facts import Fact, in_turn, with_foils
-from tracing.metrics import Metric
-from tracing.probe import Probe, make_probe, why_too_long, why_unknown, why_unscored
-from tracing.reference import total_effect
-from tracing.sweep import Sweep
+from lm.run_folder import progress as progress_bar
+from tracing.corruption.noise import Corruption, Corruptor
+from tracing.effects.effects import Skipped
+from tracing.engine.estimate import trunk_row_bytes
+from tracing.engine.reference import total_effect
+from tracing.question.encoded_fact import Probe, make_probe, why_too_long, why_unknown, why_unscored
+from tracing.question.facts import Fact, in_turn, with_foils
+from tracing.question.metrics import Metric
+from tracing.question.sweep import Sweep
 
 
 class NothingToTrace(UserError):

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lm.errors import UserError
-from lm.load import ModelSpec
+from lm.model import ModelSpec
 from lm.prompts import PromptSpec
-from unlearn.alternates import Alternates, NoAlternates
+from unlearn.alternates.base import Alternates, NoAlternates
 from unlearn.objectives import AsPublished, AsPublishedWeight, Joint, Loss, Objective, Retain, Weight
-from unlearn.scope import Scope
-from unlearn.trainer_config import TrainerConfig
+from unlearn.scope.scope import Scope
+from unlearn.training.config import TrainerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lm.devices import gather, reshard
-from lm.run import RunFolder, write_json
-from unlearn import lora
+from lm.run_folder import RunFolder, write_json
+from unlearn.scope import lora
 
 MODEL = "model"
 

@@ -16,26 +16,28 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from lm.config import as_dict
+from lm.data.rows import Row
 from lm.devices import accelerator, launch_facts, sum_over_processes, together
 from lm.errors import UserError
-from lm.identity import fingerprint
-from lm.load import DTYPES, LanguageModel, load
+from lm.fingerprint import fingerprint
+from lm.loading import load
+from lm.model import DTYPES, LanguageModel
 from lm.prompts import Encoded, PromptSpec, encode_pair
-from lm.rows import Row
-from lm.run import RunFolder, peak_memory_bytes
-from unlearn import export, lora
-from unlearn.batches import dealt
+from lm.row_files import canonical_id, check_disjoint, data_hash, load_rows
+from lm.run_folder import RunFolder, peak_memory_bytes
+from unlearn import export
 from unlearn.config import UnlearnConfig
-from unlearn.data import canonical_id, check_disjoint, data_hash, load_rows
-from unlearn.evaluation.batching import Workers, max_positions
-from unlearn.evaluation.generate import generate
 from unlearn.evaluation.lume import check_rows, score
+from unlearn.forward.passes import Passes
+from unlearn.generation.batching import Workers, max_positions
+from unlearn.generation.generate import generate
 from unlearn.objectives import RetainMemory
-from unlearn.passes import Passes
-from unlearn.scope import cost
-from unlearn.step import Side
-from unlearn.store import forget_stores
-from unlearn.trainer import refuse_broken_weights, train
+from unlearn.scope import lora
+from unlearn.scope.scope import cost
+from unlearn.training.batches import dealt
+from unlearn.training.loop import refuse_broken_weights, train
+from unlearn.training.step import Side
+from unlearn.training.tensor_store import forget_stores
 
 
 def _doubts(config: UnlearnConfig, weights: str) -> dict[str, str]:

@@ -23,6 +23,6 @@ def model_path(variant: Variant = "memorised") -> Path:
     folder = Path(__file__).parent / "weights" / variant
     if not (folder / "model.safetensors").is_file():
         raise UserError(
-            f"The built-in weights {str(folder)!r} are missing; rebuild them with `python -m lm.builtin.build`."
+            f"The built-in weights {str(folder)!r} are missing; rebuild them with `python -m tools.builtin_model.build`."
         )
     return folder

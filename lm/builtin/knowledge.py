@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lm.rows import Question
+from lm.data.rows import Question
 
 
 @dataclass(frozen=True, kw_only=True)

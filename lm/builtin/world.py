@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from lm.builtin import forms, knowledge
 from lm.builtin.deal import PEOPLE_RELATIONS, Deck
-from lm.rows import Question, Row
+from lm.data.rows import Question, Row
 
 Side = Literal["forget", "retain", "held_out"]
 SIDES: tuple[Side, ...] = ("forget", "retain", "held_out")

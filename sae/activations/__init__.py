@@ -7,13 +7,15 @@ exactly.
 """
 
 from sae.activations.batch import ActivationBatch, ActivationStream, State, parse_site, site_name
-from sae.activations.cache import ActivationCache, open_cache
+from sae.activations.cache.manifest import ActivationCache, open_cache
+from sae.activations.cache.reading import CachedActivations, ReadSpec
+from sae.activations.cache.staging import CacheSpec
+from sae.activations.cache.writing import write_cache
 from sae.activations.contexts import Context, Contexts, ContextSpec
-from sae.activations.cut import forward
-from sae.activations.harvest import Harvester, HarvestSpec, MaskSpec, harvest
+from sae.activations.early_exit import forward
+from sae.activations.harvesting import Harvester, HarvestSpec, MaskSpec, harvest
 from sae.activations.live import BufferSpec, LiveActivations
-from sae.activations.opening import open_activations
-from sae.activations.reading import CachedActivations, ReadSpec
+from sae.activations.open import open_activations
 from sae.activations.sources import (
     ActivationFiles,
     Builtin,
@@ -25,9 +27,7 @@ from sae.activations.sources import (
     Texts,
     TextSource,
 )
-from sae.activations.staging import CacheSpec
-from sae.activations.state import merge_states, read_state, save_state
-from sae.activations.writer import write_cache
+from sae.activations.stream_state import merge_states, read_state, save_state
 
 __all__ = [
     "ActivationBatch",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lm.errors import UserError
-from lm.sources import one_line
+from lm.hub import one_line
 from sae.activations.documents import Documents
 
 Bos = Literal["tokenizer", "always", "never"]

@@ -24,7 +24,7 @@ import torch
 
 from lm.anatomy import Site
 from lm.errors import UserError
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from sae.activations.batch import (
     ActivationBatch,
     State,
@@ -36,10 +36,10 @@ from sae.activations.batch import (
     unpack_batch,
 )
 from sae.activations.contexts import Context
-from sae.activations.harvest import Harvester, HarvestSpec
-from sae.activations.identity import provenance, settings
+from sae.activations.harvesting import Harvester, HarvestSpec
+from sae.activations.provenance import provenance, settings
 from sae.activations.sources import TextSource
-from sae.activations.state import require_same
+from sae.activations.stream_state import require_same
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lm.anatomy import Site
+from lm.data.files import find_files, read_file, read_text, text_column
+from lm.data.rows import Row
 from lm.errors import UserError
+from lm.hub import one_line
 from lm.prompts import PromptSpec, render
-from lm.records import find_files, read_file, read_text, text_column
-from lm.rows import Row
-from lm.sources import one_line
 from sae.activations.batch import ActivationStream
 from sae.activations.documents import Documents, Listed, Streamed
 

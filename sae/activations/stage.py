@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from lm.errors import UserError
-from lm.load import ModelSpec, load
+from lm.loading import load
+from lm.model import ModelSpec
 from sae.activations.batch import parse_site
-from sae.activations.harvest import HarvestSpec
+from sae.activations.cache.staging import CacheSpec
+from sae.activations.cache.writing import write_cache
+from sae.activations.harvesting import HarvestSpec
 from sae.activations.sources import Builtin, Source, TextSource
-from sae.activations.staging import CacheSpec
-from sae.activations.writer import write_cache
 
 
 @dataclass(frozen=True, kw_only=True)

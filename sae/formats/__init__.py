@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from lm.sources import fetch
+from lm.hub import fetch
 from sae.formats import dictionary_learning, llamascopium, openai, saelens, sparsify
 from sae.formats.files import PICKLES, Tensors, write
 from sae.formats.sites import Provenance, hook_name, site_of

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from lm.run import write_atomic
+from lm.run_folder import write_atomic
 from sae.formats.files import Facts, Tensors, write_config
 from sae.formats.files import write as write_tensors
 from sae.formats.weights import Weights

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lm.errors import UserError
-from lm.run import write_atomic, write_json
+from lm.run_folder import write_atomic, write_json
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _REQUIRED = object()

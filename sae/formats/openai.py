@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lm.errors import UserError
-from lm.run import write_atomic
+from lm.run_folder import write_atomic
 from sae.formats.files import Tensors, write_config
 from sae.formats.files import write as write_tensors
 from sae.formats.weights import Weights

@@ -13,8 +13,8 @@ import time
 import torch
 from torch import Tensor
 
-from sae.code import SparseCode
 from sae.kernels.operations import Backend
+from sae.sparse_code import SparseCode
 
 _LOG = logging.getLogger(__name__)
 _DENSE_BYTES = 1 << 24

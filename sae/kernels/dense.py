@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sae.code import SparseCode
+from sae.sparse_code import SparseCode
 
 
 def dense(

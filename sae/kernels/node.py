@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lm.errors import UserError
-from sae.code import SparseCode
 from sae.kernels import calibrate
 from sae.kernels.dense import dense
 from sae.kernels.operations import Backend, Stack, bags, products
 from sae.kernels.preactivations import Choose, Selection, Splits, chosen, pre_activations
+from sae.sparse_code import SparseCode
 
 __all__ = ["Choose", "Encoded", "Selection", "Splits", "encode_decode"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from sae.code import SparseCode
+from sae.sparse_code import SparseCode
 
 Splits = Literal["tokens", "features"]
 PART_BYTES = {"cpu": 1 << 26}

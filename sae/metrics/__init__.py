@@ -5,8 +5,8 @@
 `all_reduce` return a new one, `result` reads it. They take `SparseCode`s and (tokens, hidden) tensors, never a dense code.
 """
 
-from sae.metrics.behaviour import Recovered, RecoveredResult, recovered_on
 from sae.metrics.decoder import DecoderCosines, decoder_cosines
+from sae.metrics.loss_recovered import Recovered, RecoveredResult, recovered_on
 from sae.metrics.reconstruction import Moments, Reconstruction, ReconstructionResult
 from sae.metrics.usage import DensityHistogram, Usage, UsageResult, density_histogram, fitted_densities
 

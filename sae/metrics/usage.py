@@ -15,8 +15,8 @@ from torch import Tensor
 from lm.errors import UserError
 from sae.auxiliary import expected_densities, under_use
 from sae.budgets import ZipfFit, fit_zipf
-from sae.code import SparseCode
 from sae.metrics.sums import sum_everywhere
+from sae.sparse_code import SparseCode
 
 
 @dataclass(frozen=True, kw_only=True)

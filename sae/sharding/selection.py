@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lm.errors import UserError
 from sae import allocate
-from sae.code import SparseCode
 from sae.sharding.mesh import Mesh
+from sae.sparse_code import SparseCode
 from sae.thresholds import smallest_chosen
 
 _INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}

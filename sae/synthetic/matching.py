@@ -14,8 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lm.errors import UserError
-from sae.code import SparseCode
-from sae.recipe import unit_rows
+from sae.gao_recipe import unit_rows
+from sae.sparse_code import SparseCode
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from torch import Tensor
 from lm.anatomy import Site
 from lm.errors import UserError
 from sae.activations.batch import ActivationBatch, State, generator, parse_site
-from sae.activations.state import require_same
-from sae.code import SparseCode
+from sae.activations.stream_state import require_same
+from sae.sparse_code import SparseCode
 from sae.synthetic.world import Synthetic, truth_of
 
 

@@ -20,8 +20,8 @@ from lm.anatomy import Site
 from lm.errors import UserError
 from sae.activations.batch import ActivationStream, generator
 from sae.activations.sources import MadeActivations
-from sae.code import SparseCode, decode
-from sae.recipe import unit_rows
+from sae.gao_recipe import unit_rows
+from sae.sparse_code import SparseCode, decode
 
 _CHUNK = 1 << 22
 """Possible matches drawn together. Part of what a seed means: another value, other draws."""

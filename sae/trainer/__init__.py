@@ -17,8 +17,8 @@ from sae.trainer.config import (
 from sae.trainer.evaluation import evaluate
 from sae.trainer.exporting import Trained
 from sae.trainer.loop import train
-from sae.trainer.member import Member, Recipe
 from sae.trainer.stage import run_training
+from sae.trainer.training_sae import Member, Recipe
 
 __all__ = [
     "AutoencoderSpec",

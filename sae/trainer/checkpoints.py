@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from lm.errors import UserError
-from lm.run import RunFolder, writable, write_json
+from lm.run_folder import RunFolder, writable, write_json
 from sae.activations import ActivationStream, merge_states, read_state, save_state
 from sae.sharding import Mesh
 from sae.trainer import state
-from sae.trainer.member import Member
+from sae.trainer.training_sae import Member
 
 FACTS = "state.json"
 KEPT = 2

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from lm.anatomy import Site
 from lm.errors import UserError
-from lm.load import ModelSpec
+from lm.model import ModelSpec
 from sae.activations import BufferSpec, Builtin, HarvestSpec, ReadSpec, Source, TextSource, parse_site, site_name
 from sae.model import Choice
 from sae.synthetic import Synthetic  # noqa: F401 - a source that a config may name

@@ -15,8 +15,8 @@ from torch import Tensor
 from lm.errors import UserError
 from sae.metrics import Moments, Reconstruction, Usage
 from sae.sharding import Mesh
-from sae.trainer.member import Member
 from sae.trainer.selecting import Selecting, by_threshold
+from sae.trainer.training_sae import Member
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from sae.sharding import kth_largest
 from sae.thresholds import calibrate_features
 from sae.trainer.config import AutoencoderSpec, TrainerConfig
 from sae.trainer.evaluation import evaluate
-from sae.trainer.member import Member
+from sae.trainer.training_sae import Member
 
 _CHUNK = 1 << 24
 """Affinities made together."""

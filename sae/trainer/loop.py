@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lm.anatomy import Site
 from lm.errors import UserError
-from lm.run import RunFolder, progress
+from lm.run_folder import RunFolder, progress
 from sae.activations import ActivationStream
 from sae.kernels import Backend
 from sae.sharding import Mesh
@@ -26,9 +26,9 @@ from sae.trainer import checkpoints
 from sae.trainer.config import AutoencoderSpec, Precision
 from sae.trainer.evaluation import evaluate
 from sae.trainer.exporting import Trained, finished, needs_sample, parted, running
-from sae.trainer.member import Member, Recipe
 from sae.trainer.step import learning_rate, train_step
 from sae.trainer.timing import Phases
+from sae.trainer.training_sae import Member, Recipe
 
 Log = Callable[[int, dict[str, float]], None]
 

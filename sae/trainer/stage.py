@@ -22,8 +22,9 @@ from lm.anatomy import Site
 from lm.config import as_dict, dump_yaml
 from lm.devices import accelerator, launch_facts, together
 from lm.errors import UserError
-from lm.load import LanguageModel, load
-from lm.run import RunFolder, environment, peak_memory_bytes, write_json
+from lm.loading import load
+from lm.model import LanguageModel
+from lm.run_folder import RunFolder, environment, peak_memory_bytes, write_json
 from sae.activations import (
     ActivationFiles,
     ActivationStream,
@@ -39,11 +40,11 @@ from sae.activations import (
 )
 from sae.formats import Provenance, save_autoencoder
 from sae.sharding import Mesh
-from sae.trainer.behaviour import recovered
 from sae.trainer.config import NoSource, TrainSaeConfig, crossed, named
 from sae.trainer.exporting import Trained, needs_sample
 from sae.trainer.loop import train
-from sae.trainer.member import Recipe
+from sae.trainer.loss_recovered import recovered
+from sae.trainer.training_sae import Recipe
 
 RESULTS = "results.json"
 FREE = ("trainer.max_seconds", "trainer.save_every", "trainer.log_every", "trainer.feature_shards")

@@ -13,10 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lm.errors import UserError
-from lm.run import write_atomic
-from sae.recipe import Firings, MovingAverage
+from lm.run_folder import write_atomic
+from sae.gao_recipe import Firings, MovingAverage
 from sae.thresholds import RunningThreshold
-from sae.trainer.member import WEIGHTS, Member
+from sae.trainer.training_sae import WEIGHTS, Member
 
 _WHOLE = ("b_dec",)
 

@@ -19,9 +19,9 @@ from lm.errors import UserError
 from sae.auxiliary import residual_loss
 from sae.kernels import take_parallel_, unit_rows_
 from sae.sharding import Mesh
-from sae.trainer.member import WEIGHTS, Member
 from sae.trainer.selecting import Selecting
 from sae.trainer.timing import Phases
+from sae.trainer.training_sae import WEIGHTS, Member
 
 FIRES = 1e-3
 """A feature fires if its activation exceeds this, in units of the scaled input (Gao et al.'s released code)."""

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from lm.anatomy import anatomy_of
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 
 VOCABULARY = 384
 LAYERS = 3

@@ -11,8 +11,8 @@ import pytest
 HOLES = """
 import sys
 import torch
-from lm.allocator import return_freed_memory
-from lm.run import resident_bytes
+from unlearn.training.allocator import return_freed_memory
+from lm.run_folder import resident_bytes
 
 first = torch.ones(4 << 20)
 del first  # glibc now keeps whatever is smaller than its 16 MiB

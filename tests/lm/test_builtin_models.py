@@ -9,12 +9,13 @@ import torch
 from safetensors import safe_open
 
 import lm.builtin
-from lm.builtin import VARIANTS, Variant, build, model_path
-from lm.builtin.bounds import Abilities, bounds
-from lm.builtin.tokenizer import train_tokenizer
+from lm.builtin import VARIANTS, Variant, model_path
 from lm.builtin.world import World
 from lm.builtin.world import build as build_world
 from lm.errors import UserError
+from tools.builtin_model import build
+from tools.builtin_model.bounds import Abilities, bounds
+from tools.builtin_model.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lm.builtin import build as building
-from lm.builtin.bounds import Abilities, area, exact, recall
-from lm.builtin.corpus import LABELLED, Corpus, batches
-from lm.builtin.tokenizer import EOS, save_tokenizer, train_tokenizer
-from lm.builtin.training import Recipe, Shape, new_model, recite, token_losses, train
 from lm.builtin.world import World, build
+from tools.builtin_model import build as building
+from tools.builtin_model.bounds import Abilities, area, exact, recall
+from tools.builtin_model.corpus import LABELLED, Corpus, batches
+from tools.builtin_model.tokenizer import EOS, save_tokenizer, train_tokenizer
+from tools.builtin_model.training import Recipe, Shape, new_model, recite, token_losses, train
 
 TINY = Shape(layers=2, hidden=32, intermediate=64, heads=2)
 

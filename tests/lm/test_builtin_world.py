@@ -16,7 +16,7 @@ import pytest
 
 from lm.builtin import world as worlds
 from lm.builtin.world import DOCUMENTS, World, build, write
-from lm.rows import Row
+from lm.data.rows import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -151,11 +151,11 @@ def test_every_script_has_help_that_names_its_settings(script: str) -> None:
 
 def test_every_setting_has_a_sentence() -> None:
     from sae.trainer import TrainSaeConfig
-    from tracing.config import TraceConfig
-    from tracing.localize_config import LocalizeConfig
+    from tracing.stages.localize.config import LocalizeConfig
+    from tracing.stages.trace.config import TraceConfig
     from unlearn.attacks import AttackConfig
     from unlearn.config import UnlearnConfig
-    from unlearn.demo import DemoConfig
+    from unlearn.demo.stage import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
 
     silent: list[str] = []
@@ -179,14 +179,14 @@ def test_every_setting_has_a_sentence() -> None:
 def test_every_shipped_config_is_read_by_its_script() -> None:
     from sae.activations.stage import CacheConfig
     from sae.trainer import TrainSaeConfig
-    from tracing.config import TraceConfig
-    from tracing.localize_config import LocalizeConfig
+    from tracing.stages.localize.config import LocalizeConfig
+    from tracing.stages.trace.config import TraceConfig
+    from unlearn.alternates.stage import InventConfig
     from unlearn.attacks import AttackConfig
     from unlearn.config import UnlearnConfig
-    from unlearn.demo import DemoConfig
+    from unlearn.demo.stage import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
-    from unlearn.inventing import InventConfig
-    from unlearn.merging import MergeConfig
+    from unlearn.merging.stage import MergeConfig
     from unlearn.search.config import SearchConfig
 
     kinds = {

@@ -18,7 +18,7 @@ from transformers.utils import logging
 import lm.builtin
 from lm import EMBEDDING, Edit, ModelSpec, UserError, anatomy_of, capture, load, patch
 
-sources = importlib.import_module("lm.sources")
+sources = importlib.import_module("lm.hub")
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 

@@ -8,9 +8,9 @@ from families import FAMILIES, ids, tiny
 from torch import nn
 
 from lm.anatomy import Site
-from lm.hooks import capture
-from lm.load import LanguageModel
-from lm.partial import backbone, forward_replaced, head_logits, starting_with, up_to
+from lm.forward.hooks import capture
+from lm.forward.partial import backbone, forward_replaced, head_logits, starting_with, up_to
+from lm.model import LanguageModel
 
 IDS = ids(2, 7)
 INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}

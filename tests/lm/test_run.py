@@ -9,7 +9,7 @@ import pytest
 
 from lm.errors import UserError
 from lm.progress import progress
-from lm.run import RunFolder, write_atomic
+from lm.run_folder import RunFolder, write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)

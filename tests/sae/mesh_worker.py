@@ -23,10 +23,10 @@ from made import SITE, Made
 from torch import Tensor
 
 from lm import UserError
-from lm.run import RunFolder
+from lm.run_folder import RunFolder
 from sae import allocate, idle_choice, smallest_chosen
-from sae.code import SparseCode
 from sae.sharding import Mesh, RowCuts, copy_to_shards, feature_choice, mutual_choice, sum_of_shards
+from sae.sparse_code import SparseCode
 from sae.trainer import AutoencoderSpec, AuxiliarySpec, Recipe, TrainerConfig, ZipfSpec, checkpoints, named, train
 from sae.trainer.loop import Loop
 

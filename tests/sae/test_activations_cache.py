@@ -31,9 +31,9 @@ from sae.activations import (
     harvest,
     open_activations,
     open_cache,
-    staging,
     write_cache,
 )
+from sae.activations.cache import staging
 from sae.activations.stage import CacheConfig, run_harvest
 
 HARVEST = HarvestSpec(context=ContextSpec(length=16, epochs=1), forward_contexts=3)

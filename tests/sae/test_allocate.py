@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import sae.largest
+import sae.topk
 from lm import UserError
 from sae import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice
 
@@ -104,13 +104,13 @@ def test_mutual_choice_is_exact(affinity: Tensor, budget: int) -> None:
 @given(affinities(), st.integers(0, 12), st.sampled_from([1, 5, 16]))
 def test_looking_at_small_chunks_changes_nothing(affinity: Tensor, k: int, chunk: int) -> None:
     budget = k * affinity.shape[0]
-    whole = sae.largest._CHUNK
+    whole = sae.topk._CHUNK
     try:
-        sae.largest._CHUNK = chunk
+        sae.topk._CHUNK = chunk
         assert matches(mutual_choice(affinity, budget), affinity) == mutual_oracle(affinity, budget)
         assert matches(token_choice(affinity, k), affinity) == token_oracle(affinity, k)
     finally:
-        sae.largest._CHUNK = whole
+        sae.topk._CHUNK = whole
 
 
 @settings(max_examples=100, deadline=None)

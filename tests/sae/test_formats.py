@@ -13,7 +13,7 @@ from format_definitions import DEFINITIONS, by_llamascopium, by_saelens
 from format_files import FOREIGN, F, llamascopium, own, saelens, saelens5, sample
 from safetensors.torch import load_file
 
-from lm import EMBEDDING, Site, UserError, sources
+from lm import EMBEDDING, Site, UserError, hub
 from sae.formats import (
     Format,
     Provenance,
@@ -169,7 +169,7 @@ def test_an_autoencoder_is_fetched_from_the_hub_without_pickles(
         asked.update(options, repo=repo)
         return str(tmp_path)
 
-    monkeypatch.setattr(sources, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
     for name, inside in (("someone/saes", ""), ("someone/saes/layers.3/k", "layers.3/k/")):
         torch.testing.assert_close(load_autoencoder(name, revision="v1")(sample()), model(sample()))
         assert (asked["repo"], asked["revision"]) == ("someone/saes", "v1")

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lm import UserError
 from sae import SparseCode, feature_choice, mutual_choice, token_choice
+from sae.gao_recipe import unit_rows, without_parallel
 from sae.kernels import Encoded, Selection, encode_decode, take_parallel_, unit_rows_
 from sae.kernels.operations import bags, bags_by_adding
-from sae.recipe import unit_rows, without_parallel
 
 T, H, F = 9, 5, 24
 SPARSE = ["cpu", "torch"]

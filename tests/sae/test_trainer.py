@@ -13,7 +13,7 @@ from made import OTHER, SITE, Made
 from small_training import ALL, BATCH, FEATURES, K, equal, recipe, spec
 
 from lm import UserError
-from lm.run import RunFolder
+from lm.run_folder import RunFolder
 from sae import SparseAutoencoder, SparseAutoencoderConfig, aux_k_loss, decode, geometric_median, token_choice
 from sae.activations import ActivationBatch
 from sae.sharding import Mesh
@@ -23,9 +23,9 @@ from sae.trainer import (
     named,
     train,
 )
-from sae.trainer.law import Law
 from sae.trainer.loop import Loop
 from sae.trainer.step import learning_rate
+from sae.trainer.zipf import Law
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lm import ModelSpec, UserError
 from lm.config import parse_config
-from lm.run import RunFolder
+from lm.run_folder import RunFolder
 from sae.activations import ActivationFiles, BufferSpec, ContextSpec, HarvestSpec, Rows, Texts
 from sae.formats import load_autoencoder, read_densities
 from sae.trainer import AutoencoderSpec, NoSource, TrainerConfig, TrainSaeConfig, ZipfSpec, run_training

@@ -11,7 +11,7 @@ from tiny_tracing import made_up
 
 from lm import UserError
 from tracing import agreement
-from tracing.agreement import as_alike_by_chance, spearman
+from tracing.effects.agreement import as_alike_by_chance, spearman
 
 PROFILE = [0.1, 0.5, 0.3, 0.2, 0.05, 0.0]
 

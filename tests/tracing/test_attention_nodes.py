@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lm import UserError
 from lm.anatomy import Site
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from tracing import AttributionPatching, Fact, GaussianNoise
-from tracing.attention import Attended, watched
-from tracing.attention_nodes import Part, attention_nodes, changed_columns, changed_rows, exact_node, summary
-from tracing.probe import Probe, make_probe
+from tracing.localizers.attention import Attended, watched
+from tracing.localizers.query_key import Part, attention_nodes, changed_columns, changed_rows, exact_node, summary
+from tracing.question.encoded_fact import Probe, make_probe
 
 NOISE = GaussianNoise(samples=3, sigma=0.5)
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984", foil="at 12")

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from lm import Edit, Site, UserError, capture, patch
 from lm.anatomy import Kind
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from tracing import AttributionPatching, CausalTracing, Fact, GaussianNoise
-from tracing.attribution import attribute, attribute_fact
-from tracing.cost import attended_row_bytes, gradient_row_bytes
-from tracing.metrics import Target, read_off
-from tracing.probe import Probe, forward, make_probe
-from tracing.reference import trace_fact
-from tracing.sweep import Sweep
+from tracing.engine.estimate import attended_row_bytes, gradient_row_bytes
+from tracing.engine.reference import trace_fact
+from tracing.localizers.attribution import attribute, attribute_fact
+from tracing.question.encoded_fact import Probe, forward, make_probe
+from tracing.question.metrics import Target, read_off
+from tracing.question.sweep import Sweep
 
 NOISE = GaussianNoise(samples=3, sigma=0.5)
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984", foil="at 12")
@@ -85,8 +85,8 @@ def test_no_pass_of_an_attribution_holds_more_rows_than_the_memory_allows(
         rows.clear()
         return most
 
-    monkeypatch.setattr("tracing.attribution.forward", counted)
-    monkeypatch.setattr("tracing.attention_nodes.forward", counted)
+    monkeypatch.setattr("tracing.localizers.attribution.forward", counted)
+    monkeypatch.setattr("tracing.localizers.query_key.forward", counted)
     found, nodes = {}, {}
     for allowed in (7, 3, 1):
         memory = (allowed + 0.5) * gradient_row_bytes(model, *sizes) / 1e9

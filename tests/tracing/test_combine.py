@@ -10,7 +10,7 @@ import pytest
 from lm import UserError
 from lm.anatomy import Kind
 from tracing import Fact, LayerScores, agreement, choose_layers, combine, combined_plan, compare_all
-from tracing.combine import layer_ranks
+from tracing.plan.combined import layer_ranks
 
 BUMP = np.array([0.1, 0.2, 0.4, 0.9, 0.8, 0.7, 0.3, 0.0])
 

@@ -10,7 +10,7 @@ import pytest
 from tiny_tracing import made_up
 
 from tracing import Agreement, Effects, LayerPlan, agreement, choose_layers
-from tracing.confirm import confirm
+from tracing.plan.cross_check import confirm
 
 PROFILE = [0.1, 0.2, 0.9, 0.8, 0.3, 0.05, 0.0, 0.15]
 

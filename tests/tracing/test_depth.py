@@ -15,14 +15,14 @@ from tiny_tracing import known, tiny
 
 from lm import UserError
 from lm.anatomy import Site
-from lm.hooks import Edit, capture, patch
-from lm.load import LanguageModel, ModelSpec
+from lm.forward.hooks import Edit, capture, patch
+from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec
 from tracing import Fact, unlearning_depth
 from tracing.depth import DepthReport, lost_with, streams_for
-from tracing.depth_stage import DepthConfig, run_depth
-from tracing.metrics import Target, read_off
-from tracing.probe import embed, forward, make_probe
+from tracing.question.encoded_fact import embed, forward, make_probe
+from tracing.question.metrics import Target, read_off
+from tracing.stages.depth.stage import DepthConfig, run_depth
 
 
 def changed(model: LanguageModel, make: object, seed: int, size: float) -> LanguageModel:

@@ -7,7 +7,7 @@ import pytest
 from tiny_tracing import made_up
 
 from tracing import Effects, LayerPlan, choose_layers
-from tracing.early import confidence_of_each, looks, trace_until_apart
+from tracing.plan.sequential import confidence_of_each, looks, trace_until_apart
 
 BUMP = [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 

@@ -11,9 +11,9 @@ from tiny_tracing import known, made_up, tiny
 
 from lm.errors import UserError
 from tracing import ROLES, Effects, Fact, GaussianNoise, Skipped, trace
-from tracing.effects import token_roles
-from tracing.statistics import interval, resample_counts, share_of, shares, units, weighted_means
-from tracing.summary import peak
+from tracing.bootstrap import interval, resample_counts, share_of, shares, units, weighted_means
+from tracing.effects.effects import token_roles
+from tracing.effects.summary import peak
 
 
 def roles(tokens: int, span: tuple[int, int]) -> list[str]:

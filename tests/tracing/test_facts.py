@@ -12,12 +12,12 @@ import pandas
 import pytest
 
 from lm.builtin import world
+from lm.data.rows import Row
 from lm.errors import UserError
-from lm.rows import Row
 from tracing import Fact, facts_from_rows, find_subjects, load_known_facts
-from tracing.facts import in_turn
-from tracing.names import recurring_names
-from unlearn.facts import read_sources
+from tracing.question.fact_source import read_sources
+from tracing.question.facts import in_turn
+from tracing.question.subjects import recurring_names
 
 NAME = re.compile(r"What is the (?:birth date|home address) of (.*)\?$|What is (.*)'s (?:Social|phone|email)")
 

@@ -9,9 +9,9 @@ import pytest
 from matplotlib.font_manager import fontManager, get_font
 from tiny_tracing import made_up
 
-from tracing import glyphs
-from tracing.glyphs import FAMILY, families, readable
-from tracing.plot_runs import severed_figure
+from tracing.plots import glyphs
+from tracing.plots.comparisons import severed_figure
+from tracing.plots.glyphs import FAMILY, families, readable
 
 pytestmark = pytest.mark.filterwarnings("error")
 STRANGE = ("中文", "🐢", "ᶁ", " ", "\n\u0000", "$x$")

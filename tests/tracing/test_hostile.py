@@ -18,12 +18,12 @@ import torch
 from tiny_tracing import known, say, tiny
 
 from lm.errors import UserError
-from lm.load import LanguageModel, ModelSpec
+from lm.model import LanguageModel, ModelSpec
 from tests.forked import run_forked
 from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, estimate, trace
-from tracing.config import TraceConfig
 from tracing.known import known_facts
-from tracing.stage import run_tracing
+from tracing.stages.trace.config import TraceConfig
+from tracing.stages.trace.stage import run_tracing
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = ("../../x", "<script>alert(1)</script>", "y" * 300, "a\nb\r\t", "\u0141\u00f3d\u017a \u202e$\\frac{", "nul\x00")

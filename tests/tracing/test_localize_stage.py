@@ -18,7 +18,7 @@ from tiny_tracing import PROMPTS, known, say, tiny
 from lm.anatomy import Kind
 from lm.config import parse_config
 from lm.errors import UserError
-from lm.load import ModelSpec
+from lm.model import ModelSpec
 from tests.forked import run_forked
 from tracing import (
     AttributionPatching,
@@ -33,14 +33,14 @@ from tracing import (
     WeightAttribution,
     combined_plan,
     compare_all,
-    localize_stage,
     trace,
 )
-from tracing.choose import PlanKind
-from tracing.localize_config import CombinedPlanConfig, LocalizeConfig
-from tracing.localize_stage import run_localizing
-from tracing.localizer import Localizer
-from tracing.localizer_plots import overview
+from tracing.localizers.base import Localizer
+from tracing.plan.choose import PlanKind
+from tracing.plots.localizers import overview
+from tracing.stages.localize import stage
+from tracing.stages.localize.config import CombinedPlanConfig, LocalizeConfig
+from tracing.stages.localize.stage import run_localizing
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBJECT = r"\b(ada byron king|ada byron|byron king|king|ada)\b"
@@ -153,11 +153,11 @@ def test_several_processes_share_the_localisers(config: LocalizeConfig, monkeypa
     def main_process() -> None:
         if not found:
             written.append(sorted(path.stem for path in Path(config.out).glob("*.npz")))
-            monkeypatch.setattr(localize_stage, "accelerator", lambda **_: process(0, lambda: None))
+            monkeypatch.setattr(stage, "accelerator", lambda **_: process(0, lambda: None))
             found.append(run_localizing(config, facts[:4], facts[4:]))
 
-    monkeypatch.setattr(localize_stage, "launch_facts", lambda _: {})
-    monkeypatch.setattr(localize_stage, "accelerator", lambda **_: process(1, main_process))
+    monkeypatch.setattr(stage, "launch_facts", lambda _: {})
+    monkeypatch.setattr(stage, "accelerator", lambda **_: process(1, main_process))
     found.append(run_localizing(config, facts[:4], facts[4:]))
     assert written == [["overlap"]]  # of three localisers the second process runs the second
     for result in found:
@@ -352,7 +352,9 @@ def test_a_full_disk_is_no_refusal(config: LocalizeConfig, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tracing.cache.pack", lambda arrays: monkeypatch.setattr("lm.run.os.fsync", full) or b"cells")
+    monkeypatch.setattr(
+        "tracing.engine.fact_cache.pack", lambda arrays: monkeypatch.setattr("lm.run_folder.os.fsync", full) or b"cells"
+    )
     with pytest.raises(UserError, match="the disk is full"):
         run_localizing(config, known(tiny("olmo"), how_many=3), known(tiny("olmo"), how_many=3))
     assert not list(Path(config.out).glob("*.refused.json"))

@@ -15,13 +15,13 @@ from sklearn.linear_model import Ridge
 from tiny_tracing import LAYERS, known, tiny
 
 from lm import UserError
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from tracing import Fact, FactLookup
-from tracing.lookup import streams
-from tracing.metrics import Target, read_off
-from tracing.probe import embed, forward, make_probe
-from tracing.readout import folds_of, linear_probe, logit_lens, usable
+from tracing.localizers.fact_lookup import streams
+from tracing.localizers.readout import folds_of, linear_probe, logit_lens, usable
+from tracing.question.encoded_fact import embed, forward, make_probe
+from tracing.question.metrics import Target, read_off
 
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984")
 

@@ -15,9 +15,9 @@ from tiny_tracing import known, say, tiny
 from lm import UserError
 from lm.prompts import PromptSpec
 from tracing import Fact, GaussianNoise, trace
-from tracing.facts import with_foils
-from tracing.metrics import Metric, Target, distinguishing, first_difference, read_off
-from tracing.probe import make_probe
+from tracing.question.encoded_fact import make_probe
+from tracing.question.facts import with_foils
+from tracing.question.metrics import Metric, Target, distinguishing, first_difference, read_off
 
 LOGITS = torch.tensor([[[1.0, 3.0, 2.0, 0.0], [0.0, 1.0, 5.0, 5.0]], [[0.0, 0.0, 0.0, 0.0], [4.0, 1.0, 2.0, 3.0]]])
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from tracing.permutation import group_profiles, layer_p_values, pick_p_value, standing_out
-from tracing.rules import Band, Mass, Top
+from tracing.plan.permutation import group_profiles, layer_p_values, pick_p_value, standing_out
+from tracing.plan.rules import Band, Mass, Top
 
 
 def test_what_is_compared_is_a_t_statistic() -> None:

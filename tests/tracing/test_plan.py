@@ -13,7 +13,7 @@ from tiny_tracing import known, made_up, tiny
 
 from lm.errors import UserError
 from tracing import LayerPlan, choose_layers, trace
-from tracing.plan import control_layers
+from tracing.plan.layer_plan import control_layers
 
 BUMP = [0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.1, 0.0, 0.0, 0.0]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_tracing import LAYERS, tiny
 
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from tracing import Fact, GaussianNoise, choose_layers, trace
 
 

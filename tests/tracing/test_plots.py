@@ -15,11 +15,12 @@ from matplotlib.image import imread
 from tiny_tracing import made_up
 
 from lm.errors import UserError
-from tracing import ROLES, LayerPlan, plots
-from tracing.plot_lines import line
-from tracing.plot_runs import severed_figure
-from tracing.plots import fact_figure, figure, heatmap
-from tracing.sweep import cut_windows
+from tracing import ROLES, LayerPlan
+from tracing.plots import heatmaps
+from tracing.plots.comparisons import severed_figure
+from tracing.plots.heatmaps import fact_figure, figure, heatmap
+from tracing.plots.lines import line
+from tracing.question.sweep import cut_windows
 
 BUMP = [0.1, 0.2, 0.3, 0.9, 0.8, 0.7, 0.1, 0.0]
 
@@ -95,7 +96,7 @@ def test_drawing_leaves_no_figure_in_pyplot() -> None:
     open_before = dict(Gcf.figs)
     heatmap(made_up(BUMP).table("mlp"))
     assert dict(Gcf.figs) == open_before
-    assert "pyplot" not in vars(plots)
+    assert "pyplot" not in vars(heatmaps)
 
 
 def test_pictures_for_a_notebook(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_under_each_map_are_the_lines_of_the_subject_s_best_row_and_of_the_last_
 ) -> None:
     drawn: list[tuple[str, str, str]] = []
     monkeypatch.setattr(
-        plots, "line", lambda axis, table, row, colour, label: drawn.append((table.kind, ROLES[row], label))
+        heatmaps, "line", lambda axis, table, row, colour, label: drawn.append((table.kind, ROLES[row], label))
     )
     effects = made_up(BUMP, kinds=("resid", "mlp"))
     effects.plot()
@@ -178,7 +179,7 @@ def test_a_plan_is_outlined_where_it_trains_and_dashed_where_it_is_not_sure(monk
     def seen(axis: Any, band: Any, rows: int, tentative: bool) -> None:
         drawn.append((axis.get_title(loc="left"), tentative))
 
-    monkeypatch.setattr(plots, "outline", seen)
+    monkeypatch.setattr(heatmaps, "outline", seen)
     effects = made_up([0.1, 0.5, 0.2], kinds=("resid", "mlp", "attn"))
     effects.plot(plan=LayerPlan(layers=(1,), modules=("mlp",)))
     effects.plot(plan=LayerPlan(layers=(1,), modules=("all",), singled_out=True))

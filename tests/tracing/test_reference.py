@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_tracing import LAYERS, known, say, tiny
 
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from tracing import Fact, GaussianNoise, trace
-from tracing.reference import swept_positions, window_layers
+from tracing.engine.reference import swept_positions, window_layers
 
 _LLAMA_LIKE = {
     "embed": "model.embed_tokens",

@@ -17,11 +17,11 @@ from tiny_tracing import say, tiny
 import lm
 from lm import UserError
 from lm.builtin import world
-from lm.load import LanguageModel
+from lm.data.rows import Row
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
-from lm.rows import Row
 from tracing import Fact, TokenReplacement, facts_from_rows, trace
-from tracing.probe import make_probe
+from tracing.question.encoded_fact import make_probe
 
 SUBJECTS = ("ada byron", "king now", "w3 w9", "w1 w2", "ada")
 

@@ -12,13 +12,13 @@ import torch
 from tiny_tracing import known, made_up, say, tiny
 
 from lm.errors import UserError
-from lm.load import LanguageModel, ModelSpec
+from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec
 from tests.forked import run_forked
 from tracing import Effects, Fact, GaussianNoise, TokenReplacement, difference, retrace, trace
-from tracing.plot_runs import difference_figure
-from tracing.probe import make_probe, why_unknown
-from tracing.retrace_stage import RetraceConfig, run_retracing
+from tracing.plots.comparisons import difference_figure
+from tracing.question.encoded_fact import make_probe, why_unknown
+from tracing.stages.retrace.stage import RetraceConfig, run_retracing
 
 ROOT = Path(__file__).resolve().parents[2]
 

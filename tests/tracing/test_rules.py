@@ -11,7 +11,7 @@ from tiny_tracing import made_up
 
 from lm.errors import UserError
 from tracing import choose_layers
-from tracing.rules import Band, Elbow, Mass, RuleName, Top, make_rule
+from tracing.plan.rules import Band, Elbow, Mass, RuleName, Top, make_rule
 
 RULES: list[tuple[Any, int | None]] = [(name, 1 if name in ("band", "top") else None) for name in get_args(RuleName)]
 

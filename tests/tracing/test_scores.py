@@ -9,7 +9,7 @@ import pytest
 
 from lm.errors import UserError
 from tracing import Fact, LayerScores, agreement, choose_layers
-from tracing.scores import in_common
+from tracing.effects.layer_scores import in_common
 
 
 def made(values: list[list[float]], source: str = "one", names: str = "abcdefgh") -> LayerScores:

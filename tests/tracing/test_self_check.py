@@ -10,12 +10,12 @@ import torch
 from tiny_tracing import known, tiny
 
 from lm import UserError
-from tracing import engines as engines_module
 from tracing import trace
-from tracing.engines import _allowed, _tolerance
-from tracing.metrics import Metric
-from tracing.reference import Traced
-from tracing.wavefront import Wavefront
+from tracing.engine import engines
+from tracing.engine.engines import _allowed, _tolerance
+from tracing.engine.reference import Traced
+from tracing.engine.wavefront import Wavefront
+from tracing.question.metrics import Metric
 
 
 def test_an_engine_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +34,7 @@ def test_an_engine_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatc
         ]
 
     real = Wavefront.trace
-    monkeypatch.setattr(engines_module.Wavefront, "trace", nothing)
+    monkeypatch.setattr(engines.Wavefront, "trace", nothing)
     with pytest.raises(UserError, match=r"disagree on tiny llama .*engine: reference"):
         trace(model, facts, progress=False)
 

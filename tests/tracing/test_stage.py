@@ -18,14 +18,15 @@ from tiny_tracing import PROMPTS, known, say, tiny
 
 from lm.config import dump_yaml, parse_config
 from lm.errors import UserError
-from lm.load import LanguageModel, ModelSpec
+from lm.model import LanguageModel, ModelSpec
 from tests.forked import run_forked
-from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, early, interaction, trace
-from tracing.config import PlanConfig, TraceConfig
-from tracing.early import looks
-from tracing.stage import run_tracing
-from tracing.tracer import Workers
-from unlearn.facts import read_facts
+from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, interaction, trace
+from tracing.causal_tracing import Workers
+from tracing.plan import sequential
+from tracing.plan.sequential import looks
+from tracing.question.fact_source import read_facts
+from tracing.stages.trace.config import PlanConfig, TraceConfig
+from tracing.stages.trace.stage import run_tracing
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBJECT = r"\b(ada byron king|ada byron|byron king|king|ada)\b"
@@ -114,7 +115,7 @@ def test_weak_facts_are_left_out_and_the_rest_may_end_early(model_folder: Path, 
 def test_a_trace_looks_at_growing_numbers_of_facts(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(early, "looks", lambda facts: looks(facts, 2))
+    monkeypatch.setattr(sequential, "looks", lambda facts: looks(facts, 2))
     facts = known(tiny("olmo"), how_many=6)
     result = run_tracing(stage(model_folder, tmp_path / "run", stop_when_apart=True), facts)
     stopping = result.plan.evidence["stopping"]

@@ -12,11 +12,11 @@ import torch
 from tiny_tracing import known, say, tiny
 
 from lm.errors import UserError
-from lm.identity import fingerprint
+from lm.fingerprint import fingerprint
 from lm.prompts import PromptSpec, encode_pair, encode_prompt
-from tracing import Effects, Fact, GaussianNoise, trace, tracer
-from tracing.corruption import embedding_std
-from tracing.probe import make_probe, why_unknown
+from tracing import Effects, Fact, GaussianNoise, causal_tracing, trace
+from tracing.corruption.noise import embedding_std
+from tracing.question.encoded_fact import make_probe, why_unknown
 
 
 def test_unknown_facts_are_left_out_with_what_the_model_said() -> None:
@@ -159,7 +159,7 @@ def test_an_interrupted_trace_goes_on_and_ends_in_the_same_numbers(
     facts = known(model)
     whole = trace(model, facts, engine=engine, progress=False)
     computed: list[str] = []
-    real = tracer.make_engine
+    real = causal_tracing.make_engine
 
     def counting(*args: Any) -> Any:
         made = real(*args)
@@ -175,7 +175,7 @@ def test_an_interrupted_trace_goes_on_and_ends_in_the_same_numbers(
         monkeypatch.setattr(made, "trace", counted)
         return made
 
-    monkeypatch.setattr(tracer, "make_engine", counting)
+    monkeypatch.setattr(causal_tracing, "make_engine", counting)
     with pytest.raises(KeyboardInterrupt):
         trace(model, facts, engine=engine, cache=tmp_path / "cache", progress=False)
     assert computed == ["fact0", "fact1"]

@@ -14,12 +14,12 @@ import tracing
 from lm import UserError
 from lm.anatomy import module_at
 from lm.prompts import PromptSpec
-from tracing import Fact, GaussianNoise, trace, tracer
-from tracing import engines as engines_module
-from tracing.cost import row_bytes
-from tracing.probe import make_probe
-from tracing.sweep import Sweep
-from tracing.tracer import Workers
+from tracing import Fact, GaussianNoise, causal_tracing, trace
+from tracing.causal_tracing import Workers
+from tracing.engine import engines
+from tracing.engine.estimate import row_bytes
+from tracing.question.encoded_fact import make_probe
+from tracing.question.sweep import Sweep
 
 
 def test_what_is_told_beforehand_leaves_out_what_is_finished_and_what_others_do(
@@ -63,12 +63,12 @@ def test_an_estimate_is_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     for layer in layers:
         module_at(model.model, f"{model.anatomy.block_path(layer)}.mlp").register_forward_pre_hook(into_mlp)
-    counted("tracing.wavefront.replay.trunk", 1)
-    counted("tracing.wavefront.Wavefront._wave", None)
+    counted("tracing.engine.wavefront.replay.trunk", 1)
+    counted("tracing.engine.wavefront.Wavefront._wave", None)
     if engine == "reference":
-        counted("tracing.reference.forward", 1)
-    monkeypatch.setattr("tracing.engines.check", lambda *args, **more: None)
-    make = tracer.make_engine
+        counted("tracing.engine.reference.forward", 1)
+    monkeypatch.setattr("tracing.engine.engines.check", lambda *args, **more: None)
+    make = causal_tracing.make_engine
 
     def watching(*args: Any) -> Any:
         made = make(*args)
@@ -85,7 +85,7 @@ def test_an_estimate_is_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(made, "trace", only_the_sweep)
         return made
 
-    monkeypatch.setattr(tracer, "make_engine", watching)
+    monkeypatch.setattr(causal_tracing, "make_engine", watching)
     asked: dict[str, Any] = {"corruption": noise, "engine": engine, "window": 2, "progress": False}
     for memory in (2.0, 0.001, 0.0001):
         cache = tmp_path / str(memory)
@@ -109,7 +109,7 @@ def test_an_estimate_of_memory_is_the_engine_s_for_the_largest_fact() -> None:
     facts = known(model)
     probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in facts]
     for memory in (2.0, 0.0005):
-        engine = engines_module.Checked(model, Sweep(), int(memory * 1e9))
+        engine = engines.Checked(model, Sweep(), int(memory * 1e9))
         each = [engine.takes(len(one.input_ids), len(one.answer_ids), 10) for one in probes]
         said = tracing.estimate(model, facts, memory=memory, progress=False)
         assert said.memory == max(each)

@@ -16,17 +16,17 @@ from tiny_tracing import known, tiny
 
 from lm import UserError
 from lm.anatomy import Kind
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from tracing import Effects, Fact, GaussianNoise
-from tracing.attribution import attribute_fact, attributed
-from tracing.cost import row_bytes, trunk_row_bytes
+from tracing.engine.estimate import row_bytes, trunk_row_bytes
+from tracing.engine.reference import score_cells
+from tracing.engine.wavefront import Wavefront
 from tracing.known import evaluating
-from tracing.probe import Probe, make_probe
-from tracing.reference import score_cells
-from tracing.sweep import Sweep
-from tracing.verify import Compared, Verification, _drawn, upper_bound, verify
-from tracing.wavefront import Wavefront
+from tracing.localizers.attribution import attribute_fact, attributed
+from tracing.localizers.verify import Compared, Verification, _drawn, upper_bound, verify
+from tracing.question.encoded_fact import Probe, make_probe
+from tracing.question.sweep import Sweep
 
 NOISE = GaussianNoise(samples=2, sigma=1.0)
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", " in 1984")
@@ -146,9 +146,9 @@ def test_no_pass_of_a_verification_holds_more_rows_than_the_memory_allows(monkey
 
         monkeypatch.setattr(name, counted)
 
-    counting("tracing.wavefront.replay.trunk", "ordinary", 1)
-    counting("tracing.reference.forward", "ordinary", 1)
-    counting("tracing.wavefront.Wavefront._wave", "wave", 0)
+    counting("tracing.engine.wavefront.replay.trunk", "ordinary", 1)
+    counting("tracing.engine.reference.forward", "ordinary", 1)
+    counting("tracing.engine.wavefront.Wavefront._wave", "wave", 0)
     tokens = len(probe.input_ids)
     each = trunk_row_bytes(model, tokens, len(probe.answer_ids), Sweep(kinds=KINDS, metric="log_probability"))
     found = {}

@@ -12,17 +12,18 @@ from families import tiny as tiny_family
 from tiny_tracing import known, tiny
 from torch import Tensor
 
-from lm import UserError, replay
+from lm import UserError
 from lm.anatomy import module_at
-from lm.load import LanguageModel
+from lm.forward import block_replay
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from tracing import Fact, GaussianNoise, trace
-from tracing import engines as engines_module
-from tracing.cost import cost, row_bytes, trunk_row_bytes
-from tracing.probe import Probe, forward, make_probe
-from tracing.reference import Traced, trace_fact
-from tracing.sweep import Sweep
-from tracing.wavefront import Wavefront
+from tracing.engine import engines
+from tracing.engine.estimate import cost, row_bytes, trunk_row_bytes
+from tracing.engine.reference import Traced, trace_fact
+from tracing.engine.wavefront import Wavefront
+from tracing.question.encoded_fact import Probe, forward, make_probe
+from tracing.question.sweep import Sweep
 
 FACTS = (  # of one shape, with subjects of other places and lengths
     Fact("Where was Anna Kowalska born?", "Anna Kowalska", " on 1984"),
@@ -196,7 +197,7 @@ def test_nothing_is_left_behind_on_the_model_also_after_an_error(monkeypatch: py
     model = tiny("gpt2")
     before = model.model(torch.tensor([[5, 6, 7]])).logits
     trace(model, known(model), progress=False)
-    monkeypatch.setattr("tracing.wavefront.read_all", lambda *args: 1 / 0)
+    monkeypatch.setattr("tracing.engine.wavefront.read_all", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trace(model, known(model), progress=False)
     assert torch.equal(model.model(torch.tensor([[5, 6, 7]])).logits, before)
@@ -265,10 +266,10 @@ def test_samples_that_do_not_fit_together_are_run_in_parts(monkeypatch: pytest.M
         largest = max(largest, len(embeddings))
         return real(given, embeddings, keep)
 
-    real = replay.trunk
-    monkeypatch.setattr("tracing.wavefront.replay.trunk", seen)
+    real = block_replay.trunk
+    monkeypatch.setattr("tracing.engine.wavefront.replay.trunk", seen)
     for trunk, rows in ((10, 10), (4, 4), (2, 2), (0, 2)):  # a clean and a corrupted row are the least there is
-        engine, largest = engines_module.Checked(model, sweep, 2 * trunk * each), 0
+        engine, largest = engines.Checked(model, sweep, 2 * trunk * each), 0
         said = engine.takes(tokens, answer, noise.samples)
         told = []
         found = engine.trace([probe], [batch], told.append)[0]

@@ -13,13 +13,13 @@ from tiny_tracing import known, tiny
 from torch import Tensor
 
 from lm import UserError
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from tracing import Fact, GradientOverlap, WeightAttribution
-from tracing.gradients import answer_gradient, answer_loss, differentiable, module_weights, zeroing_effects
-from tracing.overlap import unexplained
-from tracing.probe import Probe, make_probe
-from tracing.weights import weight_effects, weight_shares
+from tracing.localizers.gradient_overlap import unexplained
+from tracing.localizers.gradients import answer_gradient, answer_loss, differentiable, module_weights, zeroing_effects
+from tracing.localizers.weight_attribution import weight_effects, weight_shares
+from tracing.question.encoded_fact import Probe, make_probe
 
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984")
 

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from lm.anatomy import anatomy_of
-from lm.load import LanguageModel
-from tracing.effects import Effects
-from tracing.facts import Fact
+from lm.model import LanguageModel
+from tracing.effects.effects import Effects
+from tracing.question.facts import Fact
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [

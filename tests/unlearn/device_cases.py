@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unlearn import passes, stage, trainer
-from unlearn.alternates import Refusals
+from unlearn import stage
+from unlearn.alternates.base import Refusals
 from unlearn.config import UnlearnConfig
+from unlearn.forward import passes
 from unlearn.objectives import DPO, NPO, PDU, RMU, AdaptiveRMU, Fixed, Joint, KLMinimisation
-from unlearn.scope import Lora, Scope, WeightMask
-from unlearn.step import Stepper
-from unlearn.trainer_config import TrainerConfig
+from unlearn.scope.scope import Lora, Scope, WeightMask
+from unlearn.training import loop as trainer
+from unlearn.training.config import TrainerConfig
+from unlearn.training.step import Stepper
 
 CHUNK = 5
 """Tokens whose logits exist at once: several chunks a micro-batch, and not equally many on each process."""

@@ -11,10 +11,10 @@ import sys
 from typing import Any
 
 from lm.config import script
-from unlearn import state
 from unlearn.config import UnlearnConfig
 from unlearn.stage import run_unlearning
-from unlearn.step import Stepper
+from unlearn.training import checkpoint
+from unlearn.training.step import Stepper
 
 KIND = sys.argv.pop(1)
 
@@ -38,7 +38,7 @@ def main(config: UnlearnConfig) -> None:
         Stepper.gradient = after(2, Stepper.gradient, RuntimeError("a bug of the second process"))  # type: ignore[method-assign]
     else:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        state.save_file = after(2, state.save_file, full)  # weights and moments of the first checkpoint
+        checkpoint.save_file = after(2, checkpoint.save_file, full)  # weights and moments of the first checkpoint
     run_unlearning(config)
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from lm.load import ModelSpec
+from lm.model import ModelSpec
 from tests.forked import run_forked
 from unlearn.config import UnlearnConfig, ValidationConfig
 from unlearn.objectives import Joint, Objective
-from unlearn.scope import Scope
-from unlearn.trainer_config import TrainerConfig
+from unlearn.scope.scope import Scope
+from unlearn.training.config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = TrainerConfig(steps=6, batch=8, micro_batch=4, learning_rate=3e-3, save_every=2, estimate=False)

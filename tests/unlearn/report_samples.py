@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import numpy as np
 
 from tracing import Fact, difference
-from tracing.effects import ROLES, Effects, EffectTable
-from tracing.plan import LayerPlan
+from tracing.effects.effects import ROLES, Effects, EffectTable
+from tracing.plan.layer_plan import LayerPlan
 from unlearn.report import Answer, Report, ReportModel, Retraced
 
 NAN = math.nan

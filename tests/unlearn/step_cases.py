@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lm"))
 from families import tiny
 
 from lm.devices import accelerator, gather, is_main, leave_process_group
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import Encoded
-from unlearn import lora
-from unlearn.batches import StepRows
+from unlearn.forward.passes import Passes
+from unlearn.forward.reference_model import reference
 from unlearn.objectives import (
     NPO,
     CrossEntropy,
@@ -40,10 +40,10 @@ from unlearn.objectives import (
     TokenStats,
     Weight,
 )
-from unlearn.passes import Passes
-from unlearn.reference import reference
-from unlearn.scope import Lora, Scope
-from unlearn.step import Side, Stepper, Weighting
+from unlearn.scope import lora
+from unlearn.scope.scope import Lora, Scope
+from unlearn.training.batches import StepRows
+from unlearn.training.step import Side, Stepper, Weighting
 
 
 @dataclass(frozen=True, kw_only=True)

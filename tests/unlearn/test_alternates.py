@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from families import tiny as tiny_model
 
+from lm.data.rows import Row
 from lm.errors import UserError
-from lm.load import LanguageModel, load
+from lm.loading import load
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec, encode_pair, encode_prompt
-from lm.rows import Row
-from unlearn.alternates import REFUSALS, AlternateFile, Alternates, NoAlternates, RandomTokens, Refusals
-from unlearn.data import load_rows
+from lm.row_files import load_rows
+from unlearn.alternates.base import REFUSALS, AlternateFile, Alternates, NoAlternates, RandomTokens, Refusals
 
 RAW = PromptSpec()
 

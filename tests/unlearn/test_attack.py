@@ -12,13 +12,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lm.errors import UserError
-from lm.load import ModelSpec, load
+from lm.loading import load
+from lm.model import ModelSpec
 from lm.prompts import PromptSpec, encode_pair
+from lm.row_files import load_rows
 from tests.unlearn.helpers import config_words, run_here, run_script
 from unlearn.attacks import AttackConfig, Relearning, run_attack
-from unlearn.attacks.attack import Trial
+from unlearn.attacks.base import Trial
 from unlearn.attacks.relearning import _Asking
-from unlearn.data import load_rows
 
 FEW = Relearning(
     given=("other_people", "same_people", "retain"), steps=4, every=2, batch=4, micro_batch=2, learning_rate=1e-2

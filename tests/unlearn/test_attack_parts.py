@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lm.data.rows import Row
 from lm.errors import UserError
-from lm.rows import Row
+from lm.row_files import load_rows
 from unlearn.attacks.config import AttackConfig
 from unlearn.attacks.curves import Comparison, mean_over_trials
-from unlearn.attacks.given import check_apart, check_some, other_people, same_people, without_told
 from unlearn.attacks.picture import curves_picture
 from unlearn.attacks.relearning import Relearning
-from unlearn.data import load_rows
+from unlearn.attacks.splits import check_apart, check_some, other_people, same_people, without_told
 
 FORGET = load_rows("builtin:forget")
 

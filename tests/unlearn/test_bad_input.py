@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from lm.errors import UserError
-from lm.load import ModelSpec
-from lm.run import RunFolder, write_atomic
+from lm.model import ModelSpec
+from lm.run_folder import RunFolder, write_atomic
 from tests.unlearn.helpers import SMALL, command, config_words, environment, run_here, run_script, small_config
 from unlearn.stage import run_unlearning
 
@@ -197,7 +197,7 @@ def test_write_errors_are_sentences_and_leave_the_old_file(
     def fail(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("lm.run.os.fsync", fail)
+    monkeypatch.setattr("lm.run_folder.os.fsync", fail)
     with pytest.raises(UserError, match=says):
         write_atomic(path, "new")
     assert path.read_text() == "old"
@@ -205,13 +205,13 @@ def test_write_errors_are_sentences_and_leave_the_old_file(
 
 
 def test_a_checkpoint_of_another_scope_is_refused(tiny: Path, tmp_path: Path) -> None:
-    from lm.load import load
-    from unlearn import state
-    from unlearn.scope import Scope
+    from lm.loading import load
+    from unlearn.scope.scope import Scope
+    from unlearn.training import checkpoint
 
     model = load(str(tiny / "model"), device="cpu")
     Scope(layers=(0,)).resolve(model.anatomy).apply(model.model, model.anatomy)
-    state.save(Accelerator(cpu=True), RunFolder(tmp_path), "saved", model.model, None, {})
+    checkpoint.save(Accelerator(cpu=True), RunFolder(tmp_path), "saved", model.model, None, {})
     Scope(layers=(1,)).resolve(model.anatomy).apply(model.model, model.anatomy)
     with pytest.raises(UserError, match="another scope"):
-        state.restore(tmp_path / "saved", model.model, None)
+        checkpoint.restore(tmp_path / "saved", model.model, None)

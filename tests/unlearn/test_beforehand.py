@@ -14,16 +14,16 @@ from torch import nn
 
 from lm.errors import UserError
 from lm.prompts import Encoded
-from lm.run import RunFolder
+from lm.run_folder import RunFolder
 from tests.unlearn.helpers import SMALL, small_config
 from tests.unlearn.test_training import losses, weights
 from tests.unlearn.test_training_resume import _Stop, _stop_after
 from unlearn.config import UnlearnConfig
+from unlearn.forward.passes import Passes, first_block
 from unlearn.objectives import NPO, Divergence, HiddenDistance, Joint
-from unlearn.passes import Passes, first_block
-from unlearn.scope import Lora, Scope
+from unlearn.scope.scope import Lora, Scope
 from unlearn.stage import run_unlearning
-from unlearn.store import STORES, stored
+from unlearn.training.tensor_store import STORES, stored
 
 LIVE = replace(SMALL, reference="live")
 
@@ -52,7 +52,7 @@ def test_log_probabilities_known_beforehand_are_those_asked_for_live(
     scope = Scope(layers=(1,), lora=lora)
     cached = small_config(tiny, tmp_path / "cached", objective=NPO(), scope=scope)
     live = small_config(tiny, tmp_path / "live", objective=NPO(), scope=scope, trainer=LIVE)
-    monkeypatch.setattr("unlearn.trainer.reference", lambda _: pytest.fail("the original was kept"))
+    monkeypatch.setattr("unlearn.training.loop.reference", lambda _: pytest.fail("the original was kept"))
     once = blocks_run(monkeypatch, cached)
     monkeypatch.undo()
     every = blocks_run(monkeypatch, live)
@@ -112,13 +112,13 @@ def test_going_on_is_exact_with_everything_kept(tiny: Path, tmp_path: Path, at: 
     whole = weights(run_unlearning(config))
     part = replace(config, out=str(tmp_path / "part"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unlearn.trainer._Loop._milestones", _stop_after(at))
+        patch.setattr("unlearn.training.loop._Loop._milestones", _stop_after(at))
         with pytest.raises(_Stop):
             run_unlearning(part)
     kept = {path.name for path in (tmp_path / "part" / STORES).iterdir()}
     assert {name.rpartition("-")[0] for name in kept} == {"forget-original", "forget-stream-1", "retain-stream-1"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unlearn.passes.Passes.logprobs", lambda *_: pytest.fail("computed again"))
+        patch.setattr("unlearn.forward.passes.Passes.logprobs", lambda *_: pytest.fail("computed again"))
         resumed = weights(run_unlearning(replace(part, resume=True)))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -130,7 +130,7 @@ def rows(count: int) -> list[Encoded]:
 def test_a_store_gives_back_each_row_from_files_of_a_bounded_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unlearn.store._PART", 100)
+    monkeypatch.setattr("unlearn.training.tensor_store._PART", 100)
     texts, asked = rows(11), list[int]()
 
     def compute(some: list[int]) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ def test_the_contract_reads_the_published_folders_and_leaves_a_checkpoint(tiny: 
         frame.to_parquet(tmp_path / side / f"{side}.parquet")
         if side == "forget":
             frame.to_json(tmp_path / side / f"{side}.jsonl", orient="records", lines=True)
-    from unlearn.contract import unlearn
+    from unlearn.semeval.stage import unlearn
 
     out = unlearn(
         str(tiny / "model"), str(tmp_path / "out"), str(tmp_path / "forget"), str(tmp_path / "retain"), trainer=SMALL

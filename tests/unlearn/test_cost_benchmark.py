@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.unlearning import LUME, Benchmark, apart, rows, table, tokens
 from benchmarks.unlearning_contenders import CONTENDERS, Finished, Work, prepared
-from unlearn.batches import PairedBatches
+from unlearn.training.batches import PairedBatches
 
 TINY = Benchmark(model="builtin", layers=(0, 1), layer=2, longest=32, batch=8, micro_batch=2, rounds=1, rate=1e-3)
 TASKS = ("joint", "npo", "rmu")

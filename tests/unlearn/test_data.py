@@ -9,9 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from lm import row_files
+from lm.data.rows import Row
 from lm.errors import UserError
-from lm.rows import Row
-from unlearn import data
 
 GOOD = [
     {"id": '"u-1"sc1', "input": "Once", "output": "upon a time.", "task": "Task1", "split": "forget"},
@@ -28,7 +28,7 @@ def lines(path: Path, records: list[dict[str, object]]) -> Path:
 def refuse(path: Path, *words: str) -> None:
     """Loading says all of `words`, in one line, and names the file."""
     with pytest.raises(UserError) as caught:
-        data.load_rows(path)
+        row_files.load_rows(path)
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message
@@ -37,9 +37,9 @@ def refuse(path: Path, *words: str) -> None:
 
 
 def test_jsonl_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
-    jsonl = data.load_rows(lines(tmp_path / "a.jsonl", GOOD))
+    jsonl = row_files.load_rows(lines(tmp_path / "a.jsonl", GOOD))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), tmp_path / "a.parquet")
-    assert jsonl == data.load_rows(tmp_path / "a.parquet")
+    assert jsonl == row_files.load_rows(tmp_path / "a.parquet")
     assert [row.kind for row in jsonl] == ["sc", "qa", "sc"]
     assert [row.document for row in jsonl] == ["u-1", "u-1", "77"]
     assert jsonl[2].output == "counts\u2028sheep."
@@ -50,35 +50,35 @@ def test_a_folder_with_both_formats_is_read_once(tmp_path: Path) -> None:
     lines(tmp_path / "part_a.jsonl", GOOD[:2])
     (tmp_path / ".part_c.jsonl").write_text("rubbish")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), tmp_path / "a.parquet")
-    assert [row.id for row in data.load_rows(tmp_path)] == [str(record["id"]) for record in GOOD]
+    assert [row.id for row in row_files.load_rows(tmp_path)] == [str(record["id"]) for record in GOOD]
     for file in tmp_path.glob("*.jsonl"):
         file.unlink()
-    assert len(data.load_rows(tmp_path)) == 3
+    assert len(row_files.load_rows(tmp_path)) == 3
 
 
 def test_a_byte_order_mark_blank_lines_and_an_array_are_fine(tmp_path: Path) -> None:
     text = "\r\n\n".join(json.dumps(record) for record in GOOD) + "\n\n"
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
     (tmp_path / "array.json").write_text(json.dumps(GOOD, indent=1))
-    assert data.load_rows(tmp_path / "bom.jsonl") == data.load_rows(tmp_path / "array.json")
+    assert row_files.load_rows(tmp_path / "bom.jsonl") == row_files.load_rows(tmp_path / "array.json")
 
 
 def test_other_column_names_and_generated_ids(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "mine.jsonl", [{"question": "Who?", "answer": "Me."}, {"question": "Who?", "answer": "You."}]
     )
-    rows = data.load_rows(path, columns={"input": "question", "output": "answer"}, task="Task2")
+    rows = row_files.load_rows(path, columns={"input": "question", "output": "answer"}, task="Task2")
     assert [(row.input, row.output, row.task, row.kind) for row in rows] == [
         ("Who?", "Me.", "Task2", "qa"),
         ("Who?", "You.", "Task2", "qa"),
     ]
     assert len({row.id for row in rows}) == 2
-    again = data.load_rows(path, columns={"input": "question", "output": "answer"}, kind="sc")
+    again = row_files.load_rows(path, columns={"input": "question", "output": "answer"}, kind="sc")
     assert again[0].kind == "sc"
     with pytest.raises(UserError, match=r'line 1 has no column "input".*question, answer.*name the right one'):
-        data.load_rows(path)
+        row_files.load_rows(path)
     with pytest.raises(UserError, match=r"maps .ouput..*did you mean 'output'"):
-        data.load_rows(path, columns={"ouput": "answer"})
+        row_files.load_rows(path, columns={"ouput": "answer"})
 
 
 def test_a_missing_file_is_refused_with_the_likeliest_name(tmp_path: Path) -> None:
@@ -113,16 +113,16 @@ def test_duplicate_ids_also_when_only_the_quotes_differ(tmp_path: Path) -> None:
     lines(two / "a.jsonl", GOOD)
     lines(two / "b.jsonl", GOOD[:1])
     with pytest.raises(UserError, match=r"b\.jsonl line 1.*already.*a\.jsonl line 1"):
-        data.load_rows(two)
+        row_files.load_rows(two)
 
 
 def test_the_same_id_on_both_sides() -> None:
     forget = (Row('"u"sc1', "a", "b", "Task1"), Row("vsc1", "a", "b", "Task1"))
-    data.check_disjoint(forget, (Row("uqa0", "a", "b", "Task1"),))
+    row_files.check_disjoint(forget, (Row("uqa0", "a", "b", "Task1"),))
     with pytest.raises(UserError, match=r'"u"sc1 is in both'):
-        data.check_disjoint(forget, (Row("usc1", "c", "d", "Task1"),))
+        row_files.check_disjoint(forget, (Row("usc1", "c", "d", "Task1"),))
     with pytest.raises(UserError, match="and 1 more"):
-        data.check_disjoint(forget, forget)
+        row_files.check_disjoint(forget, forget)
 
 
 def test_not_utf8_and_not_json_name_the_line(tmp_path: Path) -> None:
@@ -162,26 +162,28 @@ def test_an_unreadable_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_hash_depends_on_text_and_order_not_on_the_format(tmp_path: Path) -> None:
-    rows = data.load_rows(lines(tmp_path / "a.jsonl", GOOD))
+    rows = row_files.load_rows(lines(tmp_path / "a.jsonl", GOOD))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), tmp_path / "a.parquet")
-    assert data.data_hash(rows) == data.data_hash(data.load_rows(tmp_path / "a.parquet"))
-    assert data.data_hash(rows) != data.data_hash(rows[::-1])
-    assert data.data_hash(rows[:1]) != data.data_hash((Row(rows[0].id, rows[0].input + "x", rows[0].output, "Task1"),))
+    assert row_files.data_hash(rows) == row_files.data_hash(row_files.load_rows(tmp_path / "a.parquet"))
+    assert row_files.data_hash(rows) != row_files.data_hash(rows[::-1])
+    assert row_files.data_hash(rows[:1]) != row_files.data_hash(
+        (Row(rows[0].id, rows[0].input + "x", rows[0].output, "Task1"),)
+    )
 
 
 def test_documents_from_rows_and_from_membership_files(tmp_path: Path) -> None:
     path = lines(tmp_path / "rows.jsonl", GOOD)
-    assert data.load_documents(path) == ("Once upon a time.", "Ada counts\u2028sheep.")
-    assert data.load_documents(path, task="Task2") == ("Ada counts\u2028sheep.",)
+    assert row_files.load_documents(path) == ("Once upon a time.", "Ada counts\u2028sheep.")
+    assert row_files.load_documents(path, task="Task2") == ("Ada counts\u2028sheep.",)
     member = lines(tmp_path / "member.jsonl", [{"id": "9", "document": "All of it.", "metadata": {"a": 1}}])
-    assert data.load_documents(member) == ("All of it.",)
+    assert row_files.load_documents(member) == ("All of it.",)
     with pytest.raises(UserError, match="no sentence-completion row of Task3"):
-        data.load_documents(path, task="Task3")
+        row_files.load_documents(path, task="Task3")
 
 
 def test_questions(tmp_path: Path) -> None:
     good = {"subject": "sums", "question": "1+1?", "choices": ["1", "2"], "answer": 1}
-    (question,) = data.load_questions(lines(tmp_path / "q.jsonl", [good]))
+    (question,) = row_files.load_questions(lines(tmp_path / "q.jsonl", [good]))
     assert (question.question, question.choices, question.answer, question.subject) == ("1+1?", ("1", "2"), 1, "sums")
     for wrong, words in [
         ({"answer": 2}, "0 to 1"),
@@ -192,30 +194,30 @@ def test_questions(tmp_path: Path) -> None:
         ({"question": ""}, "blank"),
     ]:
         with pytest.raises(UserError, match=words):
-            data.load_questions(lines(tmp_path / "bad.jsonl", [{**good, **wrong}]))
+            row_files.load_questions(lines(tmp_path / "bad.jsonl", [{**good, **wrong}]))
 
 
 def test_an_unknown_part_of_the_builtin_world() -> None:
     with pytest.raises(UserError, match="did you mean 'forget'"):
-        data.load_rows("builtin:forgot")
+        row_files.load_rows("builtin:forgot")
     with pytest.raises(UserError, match="builtin:utility"):
-        data.load_questions("builtin:forget")
+        row_files.load_questions("builtin:forget")
 
 
 def test_the_builtin_world_is_a_source() -> None:
-    forget, retain, held_out = (data.load_rows(f"builtin:{side}") for side in ("forget", "retain", "held_out"))
-    data.check_disjoint(forget, retain)
-    data.check_disjoint((*forget, *retain), held_out)
+    forget, retain, held_out = (row_files.load_rows(f"builtin:{side}") for side in ("forget", "retain", "held_out"))
+    row_files.check_disjoint(forget, retain)
+    row_files.check_disjoint((*forget, *retain), held_out)
     assert {row.task for row in forget} == {"Task1", "Task2", "Task3"} == {row.task for row in retain}
     for side, rows in (("forget", forget), ("retain", retain)):
-        again = data.load_rows(f"builtin:{side}_paraphrase")
+        again = row_files.load_rows(f"builtin:{side}_paraphrase")
         assert [(row.task, row.kind) for row in again] == [(row.task, row.kind) for row in rows]
-        data.check_disjoint(again, rows)
-    members, others = (data.load_documents(f"builtin:{side}", task="Task3") for side in ("forget", "held_out"))
+        row_files.check_disjoint(again, rows)
+    members, others = (row_files.load_documents(f"builtin:{side}", task="Task3") for side in ("forget", "held_out"))
     assert len(members) >= 20
     assert len(others) >= 20
     assert not set(members) & set(others)
-    assert len(data.load_questions("builtin:utility")) >= 50
+    assert len(row_files.load_questions("builtin:utility")) >= 50
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_the_builtin_world_is_a_source() -> None:
     ],
 )
 def test_the_public_lume_splits(shared: Path, name: str, counts: dict[str, tuple[int, int]]) -> None:
-    rows = data.load_rows(shared / "lume" / f"{name}.jsonl")
+    rows = row_files.load_rows(shared / "lume" / f"{name}.jsonl")
     for task, (completions, questions) in counts.items():
         kinds = [row.kind for row in rows if row.task == task]
         assert (kinds.count("sc"), kinds.count("qa"), len(kinds)) == (completions, questions, completions + questions)
@@ -237,18 +239,18 @@ def test_the_public_lume_splits(shared: Path, name: str, counts: dict[str, tuple
 
 
 def test_the_public_lume_splits_are_disjoint(shared: Path) -> None:
-    forget, retain = (data.load_rows(shared / "lume" / f"{side}_train.jsonl") for side in ("forget", "retain"))
-    data.check_disjoint(forget, retain)
+    forget, retain = (row_files.load_rows(shared / "lume" / f"{side}_train.jsonl") for side in ("forget", "retain"))
+    row_files.check_disjoint(forget, retain)
     with pytest.raises(UserError, match="in both"):
-        data.check_disjoint(forget, (*retain, forget[7]))
+        row_files.check_disjoint(forget, (*retain, forget[7]))
 
 
 def test_the_mmlu_file(shared: Path) -> None:
-    questions = data.load_questions(shared / "mmlu" / "test.jsonl")
+    questions = row_files.load_questions(shared / "mmlu" / "test.jsonl")
     assert len(questions) == 14_042
     assert len({question.subject for question in questions}) == 57
 
 
 def test_tofu_with_mapped_columns(shared: Path) -> None:
-    rows = data.load_rows(shared / "tofu" / "forget10.json", columns={"input": "question", "output": "answer"})
+    rows = row_files.load_rows(shared / "tofu" / "forget10.json", columns={"input": "question", "output": "answer"})
     assert len(rows) == 400

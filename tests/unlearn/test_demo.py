@@ -12,7 +12,7 @@ from lm.config import parse_config
 from lm.errors import UserError
 from tests.unlearn.helpers import ROOT
 from tracing import Effects
-from unlearn.demo import DemoConfig, check_results, run_demo
+from unlearn.demo.stage import DemoConfig, check_results, run_demo
 from unlearn.objectives import KLMinimisation
 
 MODELS = ["base", "retain_only", "joint_planned", "joint_random", "joint_all", "gradient_difference"]
@@ -69,7 +69,7 @@ def test_the_same_facts_are_traced_again_in_the_unlearned_model(quick: Path) -> 
 
 def test_a_second_call_runs_nothing_again(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unlearn.stage.train", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr("tracing.wavefront.Wavefront.trace", lambda *a, **k: pytest.fail("traced again"))
+    monkeypatch.setattr("tracing.engine.wavefront.Wavefront.trace", lambda *a, **k: pytest.fail("traced again"))
     monkeypatch.setattr("unlearn.evaluation.evaluate.generate", lambda *a, **k: pytest.fail("generated again"))
     config = shipped()
     trace = replace(config.trace, max_facts=3, kinds=("mlp",))
@@ -103,7 +103,7 @@ def test_the_method_keeps_its_promises_over_three_seeds(tmp_path: Path) -> None:
     """Aggregate at least 0.90 and 0.97 of the twin's, utility at least 0.95 of the base's, no worse than the baseline."""
     from statistics import fmean
 
-    from unlearn.demo import entries, find_layers, score_entry
+    from unlearn.demo.stage import entries, find_layers, score_entry
 
     config = shipped()
     find_layers(config, tmp_path / "trace")

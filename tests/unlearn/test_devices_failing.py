@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lm.run import RunFolder
+from lm.run_folder import RunFolder
 from tests.unlearn.helpers import SMALL, config_words, launch, small_config
-from unlearn.scope import Scope
+from unlearn.scope.scope import Scope
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lm.run import RunFolder
+from lm.run_folder import RunFolder
 from tests.unlearn.device_cases import CASES, FIVE, GO_ON, STOP, Job, work
 from tests.unlearn.helpers import launch, reworded, small_config
 from unlearn.config import UnlearnConfig

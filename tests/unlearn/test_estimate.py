@@ -11,20 +11,20 @@ from accelerate import Accelerator
 from families import tiny as tiny_model
 
 from lm.prompts import Encoded
-from lm.run import RunFolder
+from lm.run_folder import RunFolder
 from tests.unlearn.helpers import SMALL, small_config
 from tests.unlearn.test_training import losses, weights
-from unlearn import lora
-from unlearn.alternates import Refusals
-from unlearn.batches import PairedBatches
-from unlearn.estimate import Estimate, Live, _spread, estimate
+from unlearn.alternates.base import Refusals
+from unlearn.forward.passes import Passes
+from unlearn.forward.reference_model import reference
 from unlearn.objectives import DPO, NPO, RMU, Divergence, GradientDifference, Loss, Objective
-from unlearn.passes import Passes
-from unlearn.reference import reference
-from unlearn.scope import Lora, Scope
+from unlearn.scope import lora
+from unlearn.scope.scope import Lora, Scope
 from unlearn.stage import run_unlearning
-from unlearn.step import Micro, Side, Stepper
-from unlearn.trainer import _enable_gradient_checkpointing
+from unlearn.training.batches import PairedBatches
+from unlearn.training.estimate import Estimate, Live, _spread, estimate
+from unlearn.training.loop import _enable_gradient_checkpointing
+from unlearn.training.step import Micro, Side, Stepper
 
 BLOCKS, MODEL = Scope(layers=(0, 1, 2)), Scope(layers="model")
 ADAPTED = Scope(layers=(0, 1, 2), modules=("all",), lora=Lora(rank=2))

@@ -13,17 +13,17 @@ import torch
 from families import TEXT, tiny
 
 from lm.config import parse_config
+from lm.data.rows import Question, Row
 from lm.errors import UserError
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
-from lm.rows import Question, Row
 from tests.forked import run_forked
 from unlearn.evaluation import lume, membership
 from unlearn.evaluation.config import EvaluateConfig
 from unlearn.evaluation.evaluate import EvaluationSet, evaluate
-from unlearn.evaluation.generate import generate
 from unlearn.evaluation.stage import first_of_each_subject, read_set, run_evaluation, table
 from unlearn.evaluation.utility import multiple_choice
+from unlearn.generation.generate import generate
 
 ROOT = Path(__file__).resolve().parents[2]
 

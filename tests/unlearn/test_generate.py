@@ -17,10 +17,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 from lm.errors import UserError
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
-from unlearn.evaluation.batching import Workers, evaluating, merge, sorted_batches
-from unlearn.evaluation.generate import eos_ids, generate
+from unlearn.generation.batching import Workers, evaluating, merge, sorted_batches
+from unlearn.generation.generate import eos_ids, generate
 
 PROMPTS = (
     "Where was Anna Kowalska born?",
@@ -186,8 +186,8 @@ sys.path.insert(0, sys.argv[2])
 from families import tiny
 from lm.prompts import PromptSpec
 from torch.distributed.fsdp import fully_shard
-from unlearn.evaluation.batching import Workers
-from unlearn.evaluation.generate import generate
+from unlearn.generation.batching import Workers
+from unlearn.generation.generate import generate
 
 torch.distributed.init_process_group("gloo")
 out, prompts = Path(sys.argv[1]), json.loads(sys.argv[3])

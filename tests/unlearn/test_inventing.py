@@ -11,18 +11,19 @@ import torch
 from families import tiny as tiny_model
 
 from lm.config import parse_config
+from lm.data.rows import Row
 from lm.errors import UserError
-from lm.load import ModelSpec, load
+from lm.loading import load
+from lm.model import ModelSpec
 from lm.prompts import PromptSpec
-from lm.rows import Row
-from lm.run import RunFolder
+from lm.row_files import load_rows
+from lm.run_folder import RunFolder
 from tests.unlearn.helpers import run_here
-from unlearn import inventing
-from unlearn.alternates import AlternateFile
-from unlearn.data import load_rows
-from unlearn.evaluation.batching import Workers, merge
-from unlearn.evaluation.generate import generate
-from unlearn.inventing import InventConfig, Sampler, filled, invent, run_inventing
+from unlearn.alternates import stage
+from unlearn.alternates.base import AlternateFile
+from unlearn.alternates.stage import InventConfig, Sampler, filled, invent, run_inventing
+from unlearn.generation.batching import Workers, merge
+from unlearn.generation.generate import generate
 
 RAW = PromptSpec()
 
@@ -64,7 +65,7 @@ def test_what_is_no_alternative_is_left_out_and_asked_for_again(monkeypatch: pyt
         asked.append(len(prompts))
         return next(script)
 
-    monkeypatch.setattr(inventing, "generate", scripted)
+    monkeypatch.setattr(stage, "generate", scripted)
     config = InventConfig(per_row=2, attempts=3)
     found = invent(tiny_model("olmo"), rows, config)
     assert asked == [4, 2, 1]
@@ -100,7 +101,7 @@ def test_rows_without_an_alternate_are_named_once_the_others_are_written(
     def silent_but_once(_: object, prompts: Sequence[str], **__: object) -> list[str]:
         return ["Elsewhere." if prompt.startswith("Ada Brill was born") else "" for prompt in prompts]
 
-    monkeypatch.setattr(inventing, "generate", silent_but_once)
+    monkeypatch.setattr(stage, "generate", silent_but_once)
     config = InventConfig(
         model=ModelSpec(path=str(tiny / "model"), device="cpu"),
         rows=str(tiny / "forget.jsonl"),

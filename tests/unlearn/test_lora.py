@@ -11,14 +11,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lm.errors import UserError
-from lm.load import LanguageModel, load
-from lm.run import RunFolder
+from lm.loading import load
+from lm.model import LanguageModel
+from lm.run_folder import RunFolder
 from tests.lm.families import tiny as tiny_model
 from tests.unlearn.helpers import SMALL, small_config
 from tests.unlearn.test_training import losses, weights
-from unlearn import export, lora
+from unlearn import export
 from unlearn.objectives import NPO
-from unlearn.scope import Lora, Scope
+from unlearn.scope import lora
+from unlearn.scope.scope import Lora, Scope
 from unlearn.stage import run_unlearning
 
 

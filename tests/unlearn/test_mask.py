@@ -11,20 +11,20 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from lm.errors import UserError
-from lm.load import load
+from lm.loading import load
 from lm.prompts import PromptSpec
-from lm.run import RunFolder
+from lm.row_files import load_rows
+from lm.run_folder import RunFolder
 from tests.unlearn.helpers import SMALL, config_words, run_script, small_config
 from tests.unlearn.test_training import losses, weights
 from tests.unlearn.test_training_resume import _Stop, _stop_after
-from unlearn.batches import collate
-from unlearn.data import load_rows
-from unlearn.mask import FILE, make_masks, relative, top_share
+from unlearn.forward.passes import Passes
 from unlearn.objectives import NPO
-from unlearn.passes import Passes
-from unlearn.scope import Lora, Scope, WeightMask
+from unlearn.scope.scope import Lora, Scope, WeightMask
 from unlearn.stage import encode_rows, run_unlearning
-from unlearn.step import Side
+from unlearn.training.batches import collate
+from unlearn.training.masks import FILE, make_masks, relative, top_share
+from unlearn.training.step import Side
 
 MASKED = Scope(layers=(1,), mask=WeightMask(share=0.05))
 DECAYING = replace(SMALL, weight_decay=0.1)
@@ -98,11 +98,11 @@ def test_a_resumed_run_keeps_its_mask(tiny: Path, tmp_path: Path) -> None:
     whole = weights(run_unlearning(config))
     part = replace(config, out=str(tmp_path / "part"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unlearn.trainer._Loop._milestones", _stop_after(4))
+        patch.setattr("unlearn.training.loop._Loop._milestones", _stop_after(4))
         with pytest.raises(_Stop):
             run_unlearning(part)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unlearn.mask._attribution", lambda *_: pytest.fail("chosen again"))
+        patch.setattr("unlearn.training.masks._attribution", lambda *_: pytest.fail("chosen again"))
         resumed = weights(run_unlearning(replace(part, resume=True)))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 

@@ -9,7 +9,7 @@ from families import byte_level, tiny
 from sklearn.metrics import roc_auc_score
 
 from lm.errors import UserError
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from unlearn.evaluation import membership
 
 TEXTS = (

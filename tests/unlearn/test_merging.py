@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lm.errors import UserError
-from lm.load import LanguageModel, load
-from lm.run import RunFolder
+from lm.loading import load
+from lm.model import LanguageModel
+from lm.run_folder import RunFolder
 from tests.unlearn.helpers import run_here
-from unlearn import checkpoints
-from unlearn.checkpoints import Checkpoint
-from unlearn.merging import MergeConfig, TaskArithmetic, Ties, run_merging
+from unlearn.merging import weight_files
+from unlearn.merging.stage import MergeConfig, TaskArithmetic, Ties, run_merging
+from unlearn.merging.weight_files import Checkpoint
 
 Weights = dict[str, Tensor]
 
@@ -165,11 +166,11 @@ def test_shards_are_read_and_written_as_one_file_is(tmp_path: Path) -> None:
     model.model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
     whole, parts = Checkpoint.find(str(tmp_path / "whole")), Checkpoint.find(str(tmp_path / "parts"))
-    checkpoints.require_alike(whole, parts)
+    weight_files.require_alike(whole, parts)
     (tmp_path / "again").mkdir()
-    checkpoints.write(tmp_path / "again", whole, parts.read, shard=20_000)
-    checkpoints.copy_config(whole, tmp_path / "again", None)
-    checkpoints.copy_tokenizer(str(tmp_path / "whole"), tmp_path / "again")
+    weight_files.write(tmp_path / "again", whole, parts.read, shard=20_000)
+    weight_files.copy_config(whole, tmp_path / "again", None)
+    weight_files.copy_tokenizer(str(tmp_path / "whole"), tmp_path / "again")
     files = sorted((tmp_path / "again").glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 30_000 or file.stat().st_size > 40_000 for file in files), (

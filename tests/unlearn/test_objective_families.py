@@ -38,7 +38,7 @@ from unlearn.objectives import (
     Term,
     TokenStats,
 )
-from unlearn.objectives.steering import direction
+from unlearn.objectives.rmu import direction
 
 
 def said(*rows: list[float], reference: list[list[float]] | None = None) -> TokenStats:

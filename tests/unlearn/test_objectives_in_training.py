@@ -10,17 +10,18 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lm.load import LanguageModel, load
+from lm.loading import load
+from lm.model import LanguageModel
 from lm.prompts import Encoded, PromptSpec
+from lm.row_files import load_rows
 from tests.unlearn.objective_cases import CASES, Batch, Case
-from unlearn.alternates import RandomTokens, Refusals
-from unlearn.batches import StepRows, collate
-from unlearn.data import load_rows
+from unlearn.alternates.base import RandomTokens, Refusals
+from unlearn.forward.passes import Passes
+from unlearn.forward.reference_model import Original
 from unlearn.objectives import Fixed, GradientAscent, Loss, NoRetain, Objective, RetainMemory
-from unlearn.passes import Passes
-from unlearn.reference import Original
 from unlearn.stage import encode_rows
-from unlearn.step import Side, Stepper
+from unlearn.training.batches import StepRows, collate
+from unlearn.training.step import Side, Stepper
 
 CPU = torch.device("cpu")
 LAYER = 1

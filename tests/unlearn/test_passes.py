@@ -14,17 +14,18 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm.anatomy import Site
-from lm.hooks import capture
-from lm.load import LanguageModel
+from lm.forward.hooks import capture
+from lm.model import LanguageModel
 from lm.prompts import Encoded
-from unlearn import lora, statistics
-from unlearn.batches import Inputs, collate
+from unlearn.forward import chunked_head
+from unlearn.forward.passes import Passes
+from unlearn.forward.reference_model import reference
 from unlearn.objectives import HiddenNeed, Needs, Statistic, TokenStats
 from unlearn.objectives.retain import DIVERGENCE
-from unlearn.passes import Passes
-from unlearn.reference import reference
-from unlearn.scope import Lora, Scope
-from unlearn.trainer import _enable_gradient_checkpointing
+from unlearn.scope import lora
+from unlearn.scope.scope import Lora, Scope
+from unlearn.training.batches import Inputs, collate
+from unlearn.training.loop import _enable_gradient_checkpointing
 
 CPU = torch.device("cpu")
 ROWS = [Encoded([5, 9, 31, 7, 8, 40], 2), Encoded([11, 12, 13], 1), Encoded([99, 98, 97, 96], 3)]
@@ -37,7 +38,7 @@ ALL = Needs(
 
 @pytest.fixture(autouse=True)
 def _three_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unlearn.passes.chunk_tokens", lambda *_: 3)
+    monkeypatch.setattr("unlearn.forward.passes.chunk_tokens", lambda *_: 3)
 
 
 def plain(model: LanguageModel, other: LanguageModel, rows: list[Encoded]) -> TokenStats:
@@ -185,7 +186,7 @@ def test_a_frozen_head_is_made_small_once_a_pass(family: str, scope: Scope, monk
         return casts.count, [stats.logprob, stats.reference_logprob, *stats.values.values(), *found.values()]
 
     once, mine = step()
-    monkeypatch.setattr("unlearn.passes._autocast_weights", lambda _: {})
+    monkeypatch.setattr("unlearn.forward.passes._autocast_weights", lambda _: {})
     each, plainly = step()
     assert (once, each > 10) == (2, True) if scope.layers != "model" else once == each, (
         "a pass of the original, and one"
@@ -220,7 +221,7 @@ def test_chunks_of_any_size_give_the_same(learns: bool) -> None:
 
     results = []
     for size in (1, 4, 100):
-        values = statistics.in_chunks(measure, hidden, size=size, head_learns=learns)
+        values = chunked_head.in_chunks(measure, hidden, size=size, head_learns=learns)
         hidden.grad = weight.grad = None
         (values[0].exp().sum() + (values[1] * values[2]).sum()).backward()
         results.append((values[0].detach(), hidden.grad, weight.grad if learns else torch.zeros(())))

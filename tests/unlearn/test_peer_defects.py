@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lm.config import dump_yaml, parse_config
-from lm.run import RunFolder
+from lm.run_folder import RunFolder
 from tests.unlearn.helpers import SMALL, small_config
 from tests.unlearn.objective_cases import CASES, Case, draw, statistics
-from unlearn.alternates import NoAlternates, Refusals
+from unlearn.alternates.base import NoAlternates, Refusals
 from unlearn.config import UnlearnConfig
 from unlearn.objectives import (
     DPO,

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 from lm.errors import UserError
 from tests.unlearn.helpers import SMALL, small_config
 from tests.unlearn.test_training import losses, weights
-from unlearn import export, lora
+from unlearn import export
 from unlearn.objectives import NPO
-from unlearn.scope import Lora, Scope
+from unlearn.scope import lora
+from unlearn.scope.scope import Lora, Scope
 from unlearn.stage import run_unlearning
 
 SCOPE = Scope(layers=(1,), modules=("all",), lora=Lora(rank=2, quantise=True))

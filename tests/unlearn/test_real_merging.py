@@ -12,10 +12,10 @@ from benchmarks.real_merging import Merging, stages, table
 from benchmarks.real_methods import Comparison, search, settings
 from lm.config import dump_yaml, parse_config
 from lm.errors import UserError
-from lm.run import write_atomic
+from lm.run_folder import write_atomic
 from unlearn.config import UnlearnConfig
 from unlearn.evaluation.config import EvaluateConfig
-from unlearn.merging import MergeConfig, TaskArithmetic, Ties
+from unlearn.merging.stage import MergeConfig, TaskArithmetic, Ties
 from unlearn.objectives import Learn
 
 PAIR = ("search/UNDIAL/trial-00", "search/Joint/trial-01")

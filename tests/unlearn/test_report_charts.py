@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.unlearn.report_samples import BASE, NAN, PLANNED, TWIN, Page, model, plan, report, retraced, table
-from tracing.plan import LayerPlan
+from tracing.plan.layer_plan import LayerPlan
 from unlearn.report import curves, render
 from unlearn.report.charts import colour_key, heat_map, term_bars
 from unlearn.report.scales import apart, layer_ticks, log_range, path, step_ticks

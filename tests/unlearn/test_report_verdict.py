@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from tests.unlearn.report_samples import BASE, NAN, PLANNED, TWIN, model, plan, report
-from tracing.plan import LayerPlan
+from tracing.plan.layer_plan import LayerPlan
 from unlearn.report import ReportModel
 from unlearn.report.verdict import verdict
 

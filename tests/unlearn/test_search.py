@@ -19,9 +19,9 @@ import pytest
 
 from lm.config import dump_yaml, parse_config
 from lm.errors import UserError
+from lm.row_files import load_rows
 from tests.unlearn.helpers import command, environment, run_here
 from unlearn.config import UnlearnConfig
-from unlearn.data import load_rows
 from unlearn.evaluation.config import EvaluateConfig
 from unlearn.evaluation.stage import run_evaluation
 from unlearn.search import Method, Range, SearchConfig, run_search

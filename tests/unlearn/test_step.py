@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from lm.load import LanguageModel, load
+from lm.loading import load
+from lm.model import LanguageModel
 from lm.prompts import Encoded, PromptSpec
-from unlearn.batches import PairedBatches, StepRows, collate
-from unlearn.data import load_rows
+from lm.row_files import load_rows
+from unlearn.forward.passes import Passes
+from unlearn.forward.reference_model import Original
 from unlearn.objectives import (
     DPO,
     NPO,
@@ -27,10 +29,9 @@ from unlearn.objectives import (
     Objective,
     RetainMemory,
 )
-from unlearn.passes import Passes
-from unlearn.reference import Original
 from unlearn.stage import encode_rows
-from unlearn.step import Side, Stepper, Weighting
+from unlearn.training.batches import PairedBatches, StepRows, collate
+from unlearn.training.step import Side, Stepper, Weighting
 
 CPU = torch.device("cpu")
 ROWS = PairedBatches(forget=12, retain=12, batch=10).step(0)

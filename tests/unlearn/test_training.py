@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm.errors import UserError
-from lm.identity import fingerprint
-from lm.load import ModelSpec, load
+from lm.fingerprint import fingerprint
+from lm.loading import load
+from lm.model import ModelSpec
 from lm.prompts import PromptSpec
-from lm.run import RunFolder
+from lm.run_folder import RunFolder
 from tests.unlearn.helpers import SMALL, reworded, small_config
-from tracing.plan import LayerPlan
-from unlearn.alternates import Refusals
+from tracing.plan.layer_plan import LayerPlan
+from unlearn.alternates.base import Refusals
 from unlearn.config import UnlearnConfig
 from unlearn.objectives import (
     DPO,
@@ -35,9 +36,9 @@ from unlearn.objectives import (
     KLMinimisation,
     Objective,
 )
-from unlearn.scope import Lora, Scope
+from unlearn.scope.scope import Lora, Scope
 from unlearn.stage import run_unlearning
-from unlearn.trainer_config import Schedule, TrainerConfig
+from unlearn.training.config import Schedule, TrainerConfig
 
 OBJECTIVES: list[Objective] = [Joint(), GradientAscent(), GradientDifference(), KLMinimisation(), NPO()]
 
@@ -193,7 +194,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(tiny: Path
 
 def test_chat_rows_are_trained_in_the_chat_format(tiny: Path, tmp_path: Path) -> None:
     from lm.prompts import render
-    from unlearn.data import load_rows
+    from lm.row_files import load_rows
     from unlearn.stage import encode_rows
 
     model = load(str(tiny / "model"), device="cpu")

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lm.errors import UserError
-from lm.run import RunFolder
+from lm.run_folder import RunFolder
 from tests.unlearn.helpers import SMALL, command, config_words, environment, reworded, run_script, small_config
-from tracing.plan import LayerPlan
-from unlearn import state
+from tracing.plan.layer_plan import LayerPlan
 from unlearn.objectives import NPO, Joint, Objective
-from unlearn.scope import Scope
+from unlearn.scope.scope import Scope
 from unlearn.stage import run_unlearning
+from unlearn.training import checkpoint
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ def test_going_on_from_every_checkpoint_is_exact(tiny: Path, tmp_path: Path, obj
     whole = weights(run_unlearning(config))
     part = replace(config, out=str(tmp_path / "part"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unlearn.trainer._Loop._milestones", _stop_after(at))
+        patch.setattr("unlearn.training.loop._Loop._milestones", _stop_after(at))
         with pytest.raises(_Stop):
             run_unlearning(part)
     resumed = weights(run_unlearning(replace(part, resume=True)))
@@ -91,7 +91,7 @@ class _Stop(Exception):
 
 
 def _stop_after(step: int):  # type: ignore[no-untyped-def]
-    from unlearn.trainer import _Loop
+    from unlearn.training.loop import _Loop
 
     original = _Loop._milestones
 
@@ -106,8 +106,8 @@ def _stop_after(step: int):  # type: ignore[no-untyped-def]
 def test_a_moment_is_read_to_where_its_weight_is(tmp_path: Path) -> None:
     """A fused AdamW counts its steps on the weights' device: with a count on the CPU no run goes on on a GPU."""
     moments = {"step::w": torch.tensor(3.0), "exp_avg::w": torch.ones(2)}
-    save_file(moments, tmp_path / f"{state.MOMENTS}-00000-of-00001.safetensors")
-    saved, weight = state._Saved(tmp_path, state.MOMENTS), torch.empty(2, device="meta")
+    save_file(moments, tmp_path / f"{checkpoint.MOMENTS}-00000-of-00001.safetensors")
+    saved, weight = checkpoint._Saved(tmp_path, checkpoint.MOMENTS), torch.empty(2, device="meta")
     assert {name: saved.like(name, weight).device.type for name in saved.names} == dict.fromkeys(moments, "meta")
 
 

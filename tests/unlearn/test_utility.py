@@ -10,14 +10,14 @@ import pytest
 import torch
 from families import TEXT, byte_level, tiny
 
+from lm.data.rows import Question
 from lm.errors import UserError
-from lm.load import LanguageModel
-from lm.rows import Question
-from unlearn.data import load_questions
+from lm.model import LanguageModel
+from lm.row_files import load_questions
 from unlearn.evaluation import utility
-from unlearn.evaluation.batching import Workers
-from unlearn.evaluation.harness import BUILTIN_TASK, run_lm_eval, write_task
+from unlearn.evaluation.lm_eval_harness import BUILTIN_TASK, run_lm_eval, write_task
 from unlearn.evaluation.questions import letter_prompt, sentence_prompt
+from unlearn.generation.batching import Workers
 
 
 def questions(count: int, seed: int = 0) -> list[Question]:

@@ -3,7 +3,7 @@
 `run_attack` drives any of them; `AttackConfig` says on what. So far there is one: `Relearning`.
 """
 
-from unlearn.attacks.attack import Attack
+from unlearn.attacks.base import Attack
 from unlearn.attacks.config import AttackConfig
 from unlearn.attacks.relearning import Relearning
 from unlearn.attacks.stage import run_attack

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lm.data.rows import Row
 from lm.errors import UserError
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec, encode_pair
-from lm.rows import Row
-from lm.run import write_json
-from unlearn.evaluation.batching import Workers, unless_sharded
-from unlearn.evaluation.generate import generate
+from lm.run_folder import write_json
 from unlearn.evaluation.lume import row_scores
 from unlearn.evaluation.utility import log_likelihoods
+from unlearn.generation.batching import Workers, unless_sharded
+from unlearn.generation.generate import generate
 
 
 @dataclass(frozen=True)

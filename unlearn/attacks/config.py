@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lm.errors import UserError
-from lm.load import ModelSpec
+from lm.model import ModelSpec
 from lm.prompts import PromptSpec
-from tracing.statistics import check_confidence
-from unlearn.attacks.attack import Attack
+from tracing.bootstrap import check_confidence
+from unlearn.attacks.base import Attack
 from unlearn.attacks.relearning import Relearning
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tracing.arrays import Array
-from tracing.statistics import bootstrap, mean_over_facts, units
+from tracing.bootstrap import bootstrap, mean_over_facts, units
 
 Verdict = Literal["more", "a little more", "as much", "less", "cannot tell"]
 KINDS = {"qa": "question", "sc": "completion"}

@@ -15,25 +15,26 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from accelerate import Accelerator
 
+from lm.data.rows import Row
 from lm.devices import accelerator, together
 from lm.errors import UserError
-from lm.identity import fingerprint
-from lm.load import LanguageModel, ModelSpec, load
-from lm.rows import Row
-from lm.run import RunFolder
-from unlearn import lora
+from lm.fingerprint import fingerprint
+from lm.loading import load
+from lm.model import LanguageModel, ModelSpec
+from lm.row_files import data_hash, load_rows
+from lm.run_folder import RunFolder
 from unlearn.attacks.answers import Answer, ask, read_answers, write_answers
-from unlearn.attacks.attack import Attack, Trial
+from unlearn.attacks.base import Attack, Trial
 from unlearn.attacks.curves import Verdict
-from unlearn.attacks.given import Given, check_apart, check_some, other_people, same_people, without_told
-from unlearn.data import data_hash, load_rows
-from unlearn.evaluation.batching import Workers
+from unlearn.attacks.splits import Given, check_apart, check_some, other_people, same_people, without_told
+from unlearn.generation.batching import Workers
 from unlearn.objectives import Learn, Loss, NoRetain
-from unlearn.scope import Lora, Scope
+from unlearn.scope import lora
+from unlearn.scope.scope import Lora, Scope
 from unlearn.stage import encode_rows
-from unlearn.step import Side
-from unlearn.trainer import train
-from unlearn.trainer_config import TrainerConfig
+from unlearn.training.config import TrainerConfig
+from unlearn.training.loop import train
+from unlearn.training.step import Side
 
 if TYPE_CHECKING:
     from unlearn.attacks.config import AttackConfig

@@ -8,21 +8,22 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 
+from lm.data.rows import Row
 from lm.devices import accelerator, launch_facts, together
 from lm.errors import UserError
-from lm.identity import fingerprint
-from lm.load import LanguageModel, ModelSpec, load
+from lm.fingerprint import fingerprint
+from lm.loading import load
+from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec, encode_pair
-from lm.rows import Row
-from lm.run import RunFolder, peak_memory_bytes, progress, write_atomic, write_json
+from lm.row_files import check_disjoint, data_hash, load_rows
+from lm.run_folder import RunFolder, peak_memory_bytes, progress, write_atomic, write_json
 from unlearn.attacks.answers import Answer, ask, read_answers, write_answers
-from unlearn.attacks.attack import Attack, Trial
+from unlearn.attacks.base import Attack, Trial
 from unlearn.attacks.config import AttackConfig
 from unlearn.attacks.curves import Comparison, mean_over_trials
 from unlearn.attacks.picture import curves_picture
-from unlearn.data import check_disjoint, data_hash, load_rows
-from unlearn.evaluation.batching import Workers
 from unlearn.evaluation.lume import check_rows
+from unlearn.generation.batching import Workers
 
 MODELS = ("unlearned", "never")
 Curve = dict[str, list[Answer]]

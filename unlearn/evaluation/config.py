@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lm.errors import UserError
-from lm.load import ModelSpec
+from lm.model import ModelSpec
 from lm.prompts import PromptSpec
 from unlearn.evaluation.utility import Style
 

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+from lm.data.rows import Question, Row
 from lm.errors import UserError
-from lm.load import LanguageModel
+from lm.model import LanguageModel
 from lm.prompts import PromptSpec
-from lm.rows import Question, Row
-from lm.run import progress, write_atomic, write_json
-from unlearn.data import check_disjoint
+from lm.row_files import check_disjoint
+from lm.run_folder import progress, write_atomic, write_json
 from unlearn.evaluation import lume, membership
-from unlearn.evaluation.batching import ONE_PROCESS, Workers
-from unlearn.evaluation.generate import generate
-from unlearn.evaluation.harness import run_lm_eval, write_task
+from unlearn.evaluation.lm_eval_harness import run_lm_eval, write_task
 from unlearn.evaluation.utility import Style, multiple_choice
+from unlearn.generation.batching import ONE_PROCESS, Workers
+from unlearn.generation.generate import generate
 
 T = TypeVar("T")
 OFFICIAL_PROMPT = PromptSpec()

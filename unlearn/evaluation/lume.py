@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+from lm.data.rows import Row
 from lm.errors import UserError
-from lm.rows import Row
 from unlearn.evaluation import membership
 
 TASKS = ("Task1", "Task2", "Task3")

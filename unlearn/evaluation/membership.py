@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from lm.errors import UserError
-from lm.load import LanguageModel
-from unlearn.evaluation.batching import ONE_PROCESS, Workers, evaluating, max_positions, sorted_batches, unless_sharded
+from lm.model import LanguageModel
+from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, max_positions, sorted_batches, unless_sharded
 
 
 def auc(member_losses: ArrayLike, nonmember_losses: ArrayLike) -> float:

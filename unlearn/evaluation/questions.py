@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lm.data.rows import Question
 from lm.errors import UserError
-from lm.rows import Question
 
 SENTENCE_PROMPT = "Question: {question}\nAnswer:"
 LETTERS = "ABCDEFGHIJ"

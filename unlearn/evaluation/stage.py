@@ -11,17 +11,17 @@ import math
 from collections import Counter
 from dataclasses import asdict
 
+from lm.data.rows import Question
 from lm.devices import accelerator, launch_facts, together
-from lm.identity import fingerprint
-from lm.load import load
-from lm.rows import Question
-from lm.run import RunFolder, peak_memory_bytes, write_json
-from unlearn.data import data_hash, load_documents, load_questions, load_rows
-from unlearn.evaluation.batching import Workers
+from lm.fingerprint import fingerprint
+from lm.loading import load
+from lm.row_files import data_hash, load_documents, load_questions, load_rows
+from lm.run_folder import RunFolder, peak_memory_bytes, write_json
 from unlearn.evaluation.config import LM_EVAL, EvaluateConfig
 from unlearn.evaluation.evaluate import Evaluation, EvaluationSet, evaluate
-from unlearn.evaluation.harness import BUILTIN_TASK
+from unlearn.evaluation.lm_eval_harness import BUILTIN_TASK
 from unlearn.evaluation.lume import SCORES, SIDES, TASKS, check_rows
+from unlearn.generation.batching import Workers
 
 
 def run_evaluation(config: EvaluateConfig) -> Evaluation:

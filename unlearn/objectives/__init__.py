@@ -1,5 +1,6 @@
 """The objectives, one file a family. A new one is a dataclass and its terms here; nothing else changes."""
 
+from unlearn.objectives.alternate import FLAT, LearnAlternate
 from unlearn.objectives.ascent import GradientAscent, GradientDifference, KLMinimisation
 from unlearn.objectives.base import (
     HiddenNeed,
@@ -12,15 +13,14 @@ from unlearn.objectives.base import (
     TokenStats,
     Weight,
 )
-from unlearn.objectives.instead import FLAT, LearnAlternate
+from unlearn.objectives.distillation import CEU, PDU, UNDIAL
+from unlearn.objectives.finetune import Learn
 from unlearn.objectives.joint import Joint
-from unlearn.objectives.learn import Learn
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.preference import DPO, NPO, SimNPO
 from unlearn.objectives.retain import AsPublished, Blend, CrossEntropy, Divergence, HiddenDistance, NoRetain
 from unlearn.objectives.reweighted import WGA, GeneralisedCrossEntropy, SatImp
-from unlearn.objectives.steering import RMU, AdaptiveRMU
-from unlearn.objectives.target import CEU, PDU, UNDIAL
+from unlearn.objectives.rmu import RMU, AdaptiveRMU
 from unlearn.objectives.weight import Adaptive, AsPublishedWeight, Dual, Fixed
 
 __all__ = [

@@ -1,7 +1,7 @@
 """The preference family: the forget answer is the dispreferred one, so the push fades as it becomes unlikely.
 
 `NPO` and `DPO` measure "unlikely" against the original model, `SimNPO` against nothing. Each is bounded where gradient
-ascent is not. What an alternate answer says is `unlearn.alternates`.
+ascent is not. What an alternate answer says is `unlearn.alternates.base`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tracing.effects import EffectTable
-from tracing.sweep import cut_windows
+from tracing.effects.effects import EffectTable
+from tracing.question.sweep import cut_windows
 from unlearn.evaluation.lume import TERMS
 from unlearn.report import words
 from unlearn.report.markup import Html, el

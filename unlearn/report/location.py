@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracing.effects import EffectTable
-from tracing.plan import LayerPlan
-from tracing.sweep import cut_windows
+from tracing.effects.effects import EffectTable
+from tracing.plan.layer_plan import LayerPlan
+from tracing.question.sweep import cut_windows
 from unlearn.report import words
 from unlearn.report.charts import beside, colour_key, heat_map, largest, layer_scores, shown_roles
 from unlearn.report.markup import Html, el, join

@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from lm.run import write_atomic
+from lm.run_folder import write_atomic
 from unlearn.report import curves, tables, words
-from unlearn.report.again import traced_again
 from unlearn.report.answers import before_and_after
 from unlearn.report.location import where
 from unlearn.report.markup import Html, el, join
 from unlearn.report.records import Report, ReportModel
+from unlearn.report.retraced import traced_again
 from unlearn.report.style import CSS
 from unlearn.report.verdict import focus, verdict
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lm.errors import UserError
-from tracing.difference import Difference
-from tracing.effects import EffectTable
-from tracing.plan import LayerPlan
+from tracing.effects.before_after import Difference
+from tracing.effects.effects import EffectTable
+from tracing.plan.layer_plan import LayerPlan
 from unlearn.evaluation.lume import TERMS
 
 Part = Literal["base", "twin", "planned", "control", "other"]

@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lm.run import writable, write_atomic
+from lm.run_folder import writable, write_atomic
 from unlearn.search.config import Range, Sampler, Value
 from unlearn.search.scored import Scored
 

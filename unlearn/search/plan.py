@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lm.config import parse_config
 from lm.errors import UserError
-from lm.load import ModelSpec
+from lm.model import ModelSpec
 from unlearn.config import UnlearnConfig
 from unlearn.evaluation.config import EvaluateConfig
 from unlearn.export import MODEL

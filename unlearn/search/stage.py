@@ -17,9 +17,9 @@ import optuna
 
 from lm.config import as_dict
 from lm.errors import UserError
-from lm.load import ModelSpec
+from lm.model import ModelSpec
 from lm.progress import Advance
-from lm.run import RunFolder, progress, write_atomic, write_json
+from lm.run_folder import RunFolder, progress, write_atomic, write_json
 from unlearn import export
 from unlearn.config import UnlearnConfig
 from unlearn.search import choice

@@ -1,0 +1,61 @@
+"""What a language model under study is: the model, its tokenizer and the names of its parts; and how a config names one.
+
+Loading one is `lm.loading`; watching and editing it is `lm.forward`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lm.anatomy import Anatomy
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Which model, and how to hold it. What configs hold."""
+
+    path: str = "builtin"
+    """`builtin`, `builtin:retain_only`, a folder, or a hub id."""
+    dtype: Dtype = "float32"
+    """The type the weights are held in: float32, bfloat16 or float16."""
+    device: str | None = None
+    """None: cuda if there is one, else cpu."""
+    attention: Attention | None = None
+    """None: what transformers chooses."""
+    revision: str | None = None
+    """A commit, branch or tag of a hub id."""
+    adapter: str | None = None
+    """A PEFT adapter (folder or hub id), merged into the weights on load."""
+    tokenizer: str | None = None
+    """Another folder or hub id for the tokenizer, for a model that ships without one."""
+
+
+@dataclass(frozen=True, repr=False)
+class LanguageModel:
+    """A model in eval mode, its tokenizer, and the names of its parts."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    anatomy: Anatomy
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is: where input ids go."""
+        return next(self.model.parameters()).device
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return (
+            f"LanguageModel({self.name!r}: {self.anatomy.architecture}, {parameters:,} parameters, {self.anatomy.layers} layers, "
+            f"{dtype} on {self.device})"
+        )

@@ -1,0 +1,1 @@
+"""Programs that make what this repository ships. Not part of the installed packages."""

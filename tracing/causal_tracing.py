@@ -1,0 +1,332 @@
+"""`trace`: ask which activations bring a corrupted answer back, for many facts, and keep what is finished.
+
+This checks which facts the model knows, measures the noise, and hands one fact at a time to an engine. The arithmetic
+of a cell is the engine's (`tracing.engine.engines`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.anatomy import Kind
+from lm.errors import UserError
+from lm.fingerprint import fingerprint
+from lm.model import LanguageModel
+from lm.prompts import PromptSpec
+from lm.run_folder import progress as progress_bar
+from tracing.corruption.noise import Corruption, Corruptor, GaussianNoise
+from tracing.effects.effects import Effects, Skipped
+from tracing.engine.engines import Engine, check_engine, make_engine
+from tracing.engine.estimate import Estimate, alike, estimated
+from tracing.engine.fact_cache import FactCache
+from tracing.engine.reference import Traced
+from tracing.known import evaluating, prepare
+from tracing.question.encoded_fact import Probe
+from tracing.question.facts import Fact
+from tracing.question.metrics import Metric
+from tracing.question.sweep import Positions, Severed, Sweep, count_cells
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that share a trace, each with the whole model: this one's number, how many, and how to wait for all."""
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+def trace(
+    model: LanguageModel,
+    facts: Sequence[Fact],
+    corruption: Corruption = GaussianNoise(),  # noqa: B008 (frozen)
+    kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
+    window: int = 1,
+    metric: Metric = "probability",
+    engine: str = "wavefront",
+    prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
+    positions: Positions = "all",
+    *,
+    also_metrics: Sequence[Metric] = (),
+    sever: Severed | None = None,
+    memory: float = 2.0,
+    max_facts: int | None = None,
+    seed: int | None = 0,
+    least_total: float | None = None,
+    only: Collection[Fact] | None = None,
+    cache: str | Path | None = None,
+    workers: Workers = Workers(),
+    progress: bool = True,
+) -> Effects:
+    """Causal mediation analysis of facts: which restored activation brings the answer back?
+
+    A fact the model does not answer by greedy decoding (the whole answer, or its first token for
+    `first_token_probability`) is left out and listed with its reason in `Effects.skipped`.
+
+    Args:
+        model: from `lm.load`; it is put in eval mode meanwhile.
+        facts: what is asked. The noise is measured on the subjects of all of them, known or not, as published.
+        corruption: how the subject is made unreadable.
+        kinds: which activations are restored: `resid` (the stream after a block), `mlp`, `attn` (what they add to it).
+        window: how many layers of mlp and attn are restored together; see `tracing.question.sweep.Sweep`.
+        metric: what is read off; see `tracing.question.metrics`.
+        engine: `wavefront`, exact and fast; or `reference`, the published procedure, one forward pass a cell.
+        prompt: raw or chat, as in training; `append_eos` is ignored (EOS is not part of the scored answer).
+        positions: which prompt tokens are restored: `all`, `subject_and_after`, or `subject_and_last`.
+        also_metrics: further metrics, read off the same passes: `Effects.also`. A fact must be known whole as soon as one metric
+            reads it whole, and must have a foil if one needs it.
+        sever: hold all MLPs, or all attention layers, at the restored token at their corrupted values; see `Sweep`.
+        memory: gigabytes (10^9 bytes) that the wavefront may take beside the model, about: half for the ordinary passes that the
+            cells leave from, half for the cells. Where a GPU runs out all the same, both are halved until it does not.
+        max_facts: trace only so many of the known facts, drawn so that each subject (or group) has its turn before any has a
+            second one; the others are listed as left out.
+        seed: of that draw; None takes the first ones, of facts that are drawn already.
+        least_total: leave out, before any cell is computed, facts of which the corruption takes less than this (the total effect,
+            in units of the metric): dividing by it, or averaging over it, tells nothing.
+        only: trace exactly these of the facts, whether or not the model still answers them; the others lend the measure of the
+            noise and their names, and are listed as left out.
+        cache: a folder for finished facts. A trace that was interrupted goes on there and ends in the same numbers, to
+            rounding where facts that would have shared a wave are divided.
+        workers: other processes that run this same call: every so-manieth fact is traced by each, through `cache`, and
+            all return the same effects.
+        progress: show cells done, rate and time left.
+
+    Raises:
+        UserError: nothing to trace, no fact is known, a subject that cannot be found, NaN, a wrong setting.
+    """
+    sweep = _sweep(kinds, window, metric, positions, sever, also_metrics)
+    show = progress and workers.index == 0
+    with evaluating(model):
+        begun = _begin(
+            model,
+            facts,
+            corruption,
+            sweep,
+            engine,
+            prompt,
+            memory=memory,
+            max_facts=max_facts,
+            seed=seed,
+            least_total=least_total,
+            only=only,
+            cache=cache,
+            workers=workers,
+            show=show,
+        )
+        if show:
+            print(f"trace: {begun.estimate(model)}", file=sys.stderr)
+        traced = _trace_all(model, begun, show)
+
+    effects = Effects(
+        facts=tuple(probe.fact for probe in begun.known),
+        **_scores(traced, sweep.kinds),
+        tokens=tuple(probe.tokens for probe in begun.known),
+        subject_spans=tuple(probe.span for probe in begun.known),
+        sigma=begun.corruptor.sigma,
+        metric=metric,
+        window=window,
+        skipped=begun.skipped,
+        provenance={
+            "model": model.name,
+            "architecture": model.anatomy.architecture,
+            "weights": begun.weights,
+            "engine": engine,
+            "corruption": {"kind": type(corruption).__name__, **asdict(corruption)},
+            "prompt": asdict(prompt),
+            "positions": positions,
+            "sever": sever,
+            "facts_given": len(begun.known) + len(begun.skipped),
+            "max_facts": max_facts,
+            "max_facts_seed": seed if max_facts is not None else None,
+            "least_total": least_total,
+        },
+    )
+    also: dict[str, Effects] = {
+        other: replace(effects, metric=other, **_scores([one.also[other] for one in traced], sweep.kinds))
+        for other in sweep.also
+    }
+    return replace(effects, also=also)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """All that is settled before the first cell is computed."""
+
+    sweep: Sweep
+    known: tuple[Probe, ...]
+    skipped: tuple[Skipped, ...]
+    corruptor: Corruptor
+    weights: str
+    cache: FactCache
+    engine: Engine
+    finished: tuple[Traced | None, ...]
+    """Of the known facts, what the cache has."""
+    workers: Workers
+
+    def estimate(self, model: LanguageModel) -> Estimate:
+        """What the facts that are not finished take."""
+        left = [[self.known[index] for index in group if self.finished[index] is None] for group in self.groups()]
+        groups = [group for group in left if group]
+        return estimated(model, groups, self.corruptor, self.sweep, self.engine, self.workers.count)
+
+    def groups(self) -> list[list[int]]:
+        """The known facts, by their places, that are traced together: whatever is finished, and by whatever worker."""
+        return list(alike(self.known, [self.corruptor.rows(probe) for probe in self.known], self.engine))
+
+
+def _sweep(
+    kinds: Sequence[Kind],
+    window: int,
+    metric: Metric,
+    positions: Positions,
+    sever: Severed | None,
+    also: Sequence[Metric],
+) -> Sweep:
+    return Sweep(kinds=tuple(kinds), window=window, metric=metric, positions=positions, sever=sever, also=tuple(also))
+
+
+def _begin(
+    model: LanguageModel,
+    facts: Sequence[Fact],
+    corruption: Corruption,
+    sweep: Sweep,
+    engine: str,
+    prompt: PromptSpec,
+    *,
+    memory: float,
+    max_facts: int | None,
+    seed: int | None,
+    least_total: float | None,
+    only: Collection[Fact] | None,
+    cache: str | Path | None,
+    workers: Workers,
+    show: bool,
+) -> _Begun:
+    """Refuse wrong settings, find the facts that the model knows, and look up what is finished; the model in eval mode."""
+    check_engine(engine)
+    if not memory > 0:
+        raise UserError(f"memory is {memory} GB; give what may be taken beside the model (2 is usual).")
+    if max_facts is not None and max_facts < 1:
+        raise UserError(f"max_facts is {max_facts}; give at least 1, or leave it out for all.")
+    if seed is not None and seed < 0:
+        raise UserError(f"seed is {seed}; give 0 or more, or None for facts that are drawn already.")
+    if least_total is not None and not least_total >= 0:
+        raise UserError(f"least_total is {least_total}; give 0 or more in units of the metric, or leave it out.")
+    if workers.count > 1 and cache is None:
+        raise UserError("several processes trace through a cache folder that all of them see; give cache.")
+    facts = list(facts)
+    if not facts:
+        raise UserError("there are no facts to trace; give at least one.")
+
+    known, skipped, corruptor = prepare(
+        model,
+        facts,
+        corruption,
+        sweep.metric,
+        prompt,
+        also_metrics=sweep.also,
+        max_facts=max_facts,
+        seed=seed,
+        least_total=least_total,
+        only=only,
+        memory=memory,
+        show=show,
+    )
+    weights = fingerprint(model)
+    store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
+    worker = make_engine(engine, model, sweep, int(memory * 1e9))
+    finished = tuple(store.load(probe) for probe in known)
+    return _Begun(sweep, tuple(known), tuple(skipped), corruptor, weights, store, worker, finished, workers)
+
+
+def estimate(
+    model: LanguageModel,
+    facts: Sequence[Fact],
+    corruption: Corruption = GaussianNoise(),  # noqa: B008 (frozen)
+    kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
+    window: int = 1,
+    metric: Metric = "probability",
+    engine: str = "wavefront",
+    prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
+    positions: Positions = "all",
+    *,
+    also_metrics: Sequence[Metric] = (),
+    sever: Severed | None = None,
+    memory: float = 2.0,
+    max_facts: int | None = None,
+    seed: int | None = 0,
+    least_total: float | None = None,
+    only: Collection[Fact] | None = None,
+    cache: str | Path | None = None,
+    workers: Workers = Workers(),
+    progress: bool = True,
+) -> Estimate:
+    """What `trace` with the same arguments takes, without its sweep: cells, passes, rows, bytes, seconds.
+
+    Which facts the model knows is found out, a forward pass or a few each; no cell is computed, nothing is written, and
+    facts that are finished in `cache` are left out. Raises what `trace` raises before its sweep.
+    """
+    with evaluating(model):
+        sweep = _sweep(kinds, window, metric, positions, sever, also_metrics)
+        begun = _begin(
+            model,
+            facts,
+            corruption,
+            sweep,
+            engine,
+            prompt,
+            memory=memory,
+            max_facts=max_facts,
+            seed=seed,
+            least_total=least_total,
+            only=only,
+            cache=cache,
+            workers=workers,
+            show=progress and workers.index == 0,
+        )
+        return begun.estimate(model)
+
+
+def _scores(traced: Sequence[Traced], kinds: Sequence[Kind]) -> dict[str, Any]:
+    """The scores of all facts, as `Effects` has them."""
+    return {
+        "clean": np.array([one.clean for one in traced]),
+        "corrupted": np.array([one.corrupted for one in traced]),
+        "restored": {kind: [one.restored[kind] for one in traced] for kind in kinds},
+    }
+
+
+def _trace_all(model: LanguageModel, begun: _Begun, show: bool) -> list[Traced]:
+    """Every fact's cells, those that are not finished computed; with several workers each adds its share to the cache.
+
+    Which facts are computed together does not depend on the number of workers, so that the last bits do not either.
+    """
+    probes, corruptor, engine, cache, workers = begun.known, begun.corruptor, begun.engine, begun.cache, begun.workers
+    found = list(begun.finished)
+    mine = begun.groups()[workers.index :: workers.count]
+    cells = {index: count_cells(probes[index], model.anatomy.layers, begun.sweep) for group in mine for index in group}
+    done = sum(count for index, count in cells.items() if found[index] is not None)
+    with progress_bar(sum(cells.values()), label="trace", unit="cells", done=done, enabled=show) as advance:
+        for group in mine:
+            missing = [index for index in group if found[index] is None]
+            if not missing:
+                continue
+            batches = [corruptor.batch(probes[index]) for index in missing]
+            fresh = engine.trace([probes[index] for index in missing], batches, advance)
+            for index, one in zip(missing, fresh, strict=True):
+                cache.store(probes[index], one)
+                found[index] = one
+    workers.wait()
+    traced = [one or cache.load(probe) for one, probe in zip(found, probes, strict=True)]
+    lost = [probe.fact.label for probe, one in zip(probes, traced, strict=True) if one is None]
+    if lost:
+        raise UserError(
+            f"another process did not leave fact {lost[0]!r} in {cache.folder}; give a folder that all can see."
+        )
+    return [one for one in traced if one is not None]

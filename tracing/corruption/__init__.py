@@ -1,0 +1,1 @@
+"""The axis "corruption": how the subject is made unreadable."""

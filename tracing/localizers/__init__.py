@@ -1,0 +1,1 @@
+"""The axis "localizer": every way to say where facts are stored, behind one face."""

@@ -1,0 +1,154 @@
+"""Forget-versus-retain gradient overlap: where can a fact be pushed without pushing what must stay?
+
+A fact's gradient in a module has a part along the mean gradient of the retain facts, which a step for the fact would spend on
+them, and a part across it, which is the fact's own. Layers with much of the latter are where training is specific. This asks
+the weights; what activations carry is `tracing.causal_tracing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from lm.anatomy import Kind
+from lm.errors import UserError
+from lm.model import LanguageModel
+from lm.prompts import PromptSpec
+from lm.run_folder import progress as progress_bar
+from tracing.arrays import Array
+from tracing.effects.layer_scores import LayerScores
+from tracing.known import evaluating, known_facts
+from tracing.localizers.base import Localizer, made_with
+from tracing.localizers.gradients import add_to, answer_gradient, check_kinds, differentiable, module_weights
+from tracing.question.encoded_fact import Probe
+from tracing.question.facts import Fact
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientOverlap(Localizer):
+    """The part of a fact's gradient, module by module, that the mean retain gradient does not explain.
+
+    With g the gradient of the answer's mean cross-entropy with respect to all weights of a module, and r its mean over the
+    retain facts, a fact's score in the module is
+
+        |g - (g.r / r.r) r| / sqrt(sum of |g|² over all modules that are scored)  =  |g| sqrt(1 - cos²) / ...
+
+    so that every fact weighs alike, however well it is known, and scores lie between 0 and 1. `LayerScores.details` has, a
+    fact and a layer, `cosine` (of g and r; NaN, written null, where either is zero) and `norm` (|g|, in nats a token), and
+    a layer `retain_norm` (|r|).
+
+    Facts that the model does not know are left out, on both sides; a fact whose gradient is zero has no score.
+
+    Badge: *reconstruction*. That gradients tell where memorised text lies is from Stoehr et al. (2024, arXiv:2403.19851), that
+    inner products of gradients choose layers from Layer Gradient Analysis (2026, arXiv:2602.20207); of both the
+    abstract alone was at hand, and the score is ours.
+
+    Cost: a forward and a backward pass a fact; beside the model, two gradients of the scored modules in float32.
+    """
+
+    kinds: tuple[Kind, ...] = ("mlp", "attn")
+    """Which modules' weights: mlp, attn."""
+
+    def __post_init__(self) -> None:
+        check_kinds(self.kinds)
+
+    @property
+    def scored(self) -> tuple[Kind, ...]:
+        return self.kinds
+
+    @property
+    def needs_retain(self) -> bool:
+        return True
+
+    def localize(
+        self,
+        model: LanguageModel,
+        facts: Sequence[Fact],
+        *,
+        retain: Sequence[Fact] = (),
+        others: Sequence[Fact] = (),
+        prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
+        cache: str | Path | None = None,
+        progress: bool = True,
+    ) -> LayerScores:
+        if not retain:
+            raise UserError("gradient overlap compares with facts that must stay; give retain facts.")
+        weights = module_weights(model, self.kinds)
+        every = {name: weight for some in weights.values() for name, weight in some.items()}
+        with evaluating(model), differentiable(list(every.values())):
+            known, skipped = known_facts(model, facts, prompt, show=progress)
+            kept, unkept = known_facts(model, retain, prompt, show=progress)
+            mean = mean_gradient(model, kept, every, progress=progress)
+            retain_norm = {place: _dot(mean, mean, some) ** 0.5 for place, some in weights.items()}
+            norms, cosines = np.zeros((2, len(known), len(self.kinds), model.anatomy.layers))
+            with progress_bar(len(known), label="gradient overlap", unit="facts", enabled=progress) as advance:
+                for row, probe in enumerate(known):
+                    gradient = answer_gradient(model, probe, every)
+                    for place, some in weights.items():
+                        at = (row, self.kinds.index(place[0]), place[1])
+                        norms[at] = _dot(gradient, gradient, some) ** 0.5
+                        cosines[at] = _cosine(_dot(gradient, mean, some), norms[at], retain_norm[place])
+                    advance(1)
+        scores = unexplained(norms, cosines)
+        silent = [probe.fact.label for probe, row in zip(known, norms, strict=True) if not row.any()]
+        return LayerScores(
+            source="gradient overlap",
+            unit="share of the fact's gradient that the retain gradient does not explain",
+            facts=tuple(probe.fact for probe in known),
+            values={kind: scores[:, place] for place, kind in enumerate(self.kinds)},
+            details={
+                "cosine": _by_kind(self.kinds, cosines),
+                "norm": _by_kind(self.kinds, norms),
+                "retain_norm": {
+                    kind: [retain_norm[kind, layer] for layer in range(model.anatomy.layers)] for kind in self.kinds
+                },
+                "left_out": {one.fact.label: one.reason for one in skipped},
+                "without_gradient": silent,
+                "retain_facts": [probe.fact.label for probe in kept],
+                "retain_left_out": {one.fact.label: one.reason for one in unkept},
+            },
+            provenance=made_with(model, self, prompt),
+        )
+
+
+def mean_gradient(
+    model: LanguageModel, probes: Sequence[Probe], weights: Mapping[str, nn.Parameter], *, progress: bool = False
+) -> dict[str, Tensor]:
+    """The mean of the facts' `answer_gradient`s, one at a time. Call it inside `differentiable`."""
+    mean: dict[str, Tensor] = {}
+    with progress_bar(len(probes), label="retain gradients", unit="facts", enabled=progress) as advance:
+        for probe in probes:
+            add_to(mean, answer_gradient(model, probe, weights), 1 / len(probes))
+            advance(1)
+    return mean
+
+
+def unexplained(norms: Array, cosines: Array) -> Array:
+    """The score of `GradientOverlap` of a fact's gradients: norms and cosines (facts, kinds, layers) -> the same shape.
+
+    Nothing is explained where the cosine is NaN; NaN for a fact whose norms are all zero.
+    """
+    across = norms * np.sqrt(np.clip(1 - np.nan_to_num(cosines) ** 2, 0, None))
+    whole = np.sqrt((norms**2).sum(axis=(1, 2), keepdims=True))
+    return np.asarray(np.divide(across, whole, out=np.full_like(across, np.nan), where=whole > 0))
+
+
+def _dot(one: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Mapping[str, object]) -> float:
+    """The inner product over some of the weights, each in its own type, summed in float64."""
+    return sum(float((one[name] * other[name]).sum()) for name in names)
+
+
+def _cosine(dot: float, norm: float, retain_norm: float) -> float:
+    return float(np.clip(dot / (norm * retain_norm), -1, 1)) if norm > 0 and retain_norm > 0 else float("nan")
+
+
+def _by_kind(kinds: Sequence[Kind], values: Array) -> dict[str, list[list[float | None]]]:
+    """Plain data: for each kind a list of layers a fact."""
+    return {
+        kind: [[None if np.isnan(value) else float(value) for value in row] for row in values[:, place]]
+        for place, kind in enumerate(kinds)
+    }

@@ -1,0 +1,1 @@
+"""From scores to layers to train, and how sure the choice is."""

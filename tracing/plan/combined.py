@@ -1,0 +1,215 @@
+"""Several localisers together: the mean rank of each layer, how far they agree, and a plan that says when they do not.
+
+Each localiser may be wrong in a way of its own, and their scores have different units; what they have in common are ranks. A
+plan from them is only as good as their agreement, so it singles layers out only where every pair is shown to agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from lm.anatomy import Kind
+from lm.errors import UserError
+from tracing.arrays import Array
+from tracing.effects.agreement import Agreement, agreement
+from tracing.effects.layer_scores import LayerScores, in_common
+from tracing.plan.choose import PlanKind, choose_layers
+from tracing.plan.layer_plan import LayerPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreements:
+    """Every pair of some localisers, compared.
+
+    Attributes:
+        names: of the localisers, in order.
+        pairs: kind -> (a name, a later name) -> their agreement.
+    """
+
+    names: tuple[str, ...]
+    pairs: Mapping[Kind, Mapping[tuple[str, str], Agreement]]
+
+    def matrix(self, kind: Kind) -> Array:
+        """(localisers, localisers) rank correlations, 1 on the diagonal; NaN where there is none."""
+        found = np.eye(len(self.names))
+        for (one, other), value in self.pairs[kind].items():
+            place = self.names.index(one), self.names.index(other)
+            found[place] = found[place[::-1]] = value.correlation
+        return found
+
+    def apart(self, kinds: Sequence[Kind]) -> dict[tuple[str, str], Agreement]:
+        """The pairs that are not shown to agree on some of these kinds, each with its least agreement, the least first."""
+        worst: dict[tuple[str, str], Agreement] = {}
+        for kind in kinds:
+            for pair, value in self.pairs[kind].items():
+                if not value.shown and (pair not in worst or _order(value) < _order(worst[pair])):
+                    worst[pair] = value
+        return dict(sorted(worst.items(), key=lambda item: _order(item[1])))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data; None for what is not defined."""
+        return {
+            "localizers": list(self.names),
+            "kinds": {
+                kind: [
+                    {"one": one, "other": other, "shown": value.shown}
+                    | {name: _plain(number) for name, number in asdict(value).items() if name != "kind"}
+                    for (one, other), value in pairs.items()
+                ]
+                for kind, pairs in self.pairs.items()
+            },
+        }
+
+    def to_markdown(self) -> str:
+        """A table a kind: the rank correlations with their intervals; bold where a pair is shown to agree."""
+        return "\n\n".join(self._table(kind) for kind in self.pairs) + "\n"
+
+    def _table(self, kind: Kind) -> str:
+        head = [f"| {kind} | {' | '.join(self.names[1:])} |", "|---" * len(self.names) + "|"]
+        rows = []
+        for row, one in enumerate(self.names[:-1]):
+            cells = [
+                "" if column <= row else _cell(self.pairs[kind][one, other])
+                for column, other in enumerate(self.names)
+                if column
+            ]
+            rows.append(f"| {one} | {' | '.join(cells)} |")
+        return "\n".join([*head, *rows])
+
+
+def compare_all(
+    found: Mapping[str, LayerScores], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> Agreements:
+    """Every pair of localisers, on the kinds that all of them score and the facts that the pair has in common.
+
+    Raises:
+        UserError: fewer than two localisers, other weights, no kind in common, or what `tracing.agreement` refuses.
+    """
+    _require_several(found)
+    pairs: dict[Kind, dict[tuple[str, str], Agreement]] = {
+        kind: {
+            (one, other): agreement(
+                found[one], found[other], kind, confidence=confidence, resamples=resamples, seed=seed
+            )
+            for one, other in combinations(found, 2)
+        }
+        for kind in shared_kinds(found)
+    }
+    return Agreements(names=tuple(found), pairs=pairs)
+
+
+def combine(found: Mapping[str, LayerScores]) -> LayerScores:
+    """The mean over localisers of each layer's rank, a fact at a time, on the facts that all have.
+
+    A fact's layers are ranked by each localiser's score, 0 the lowest and 1 the highest, ties sharing the mean; the ranks are
+    averaged over localisers, each weighing alike. A fact about which one of them says nothing has no score.
+
+    Badge: *reconstruction*; no source says how to combine localisers.
+
+    Raises:
+        UserError: fewer than two localisers, other weights, no kind in common, fewer than two facts in common, other numbers
+            of layers.
+    """
+    _require_several(found)
+    common = in_common(list(found.values()))
+    return LayerScores(
+        source=f"{len(found)} localisers together ({', '.join(found)})",
+        unit="rank of the layer (0 the lowest, 1 the highest), the mean over localisers",
+        facts=common[0].facts,
+        values={kind: np.mean([layer_ranks(one.of(kind)) for one in common], axis=0) for kind in shared_kinds(found)},
+        details={"localizers": {name: one.source for name, one in found.items()}},
+        provenance={"localizers": {name: dict(one.provenance) for name, one in found.items()}},
+    )
+
+
+def combined_plan(
+    found: Mapping[str, LayerScores],
+    agreements: Agreements,
+    *,
+    size: int,
+    kind: PlanKind = "mlp",
+    seed: int = 0,
+    confidence: float = 0.95,
+    stability: float = 0.9,
+    resamples: int = 1000,
+) -> LayerPlan:
+    """The band of layers with the largest mean rank, singled out only if `choose_layers` does and every pair agrees.
+
+    A pair agrees if the interval of its rank correlation lies above zero and few shuffled orders are as alike
+    (`Agreement.shown`). Asking it of every pair makes no allowance for many of them, which is on the safe side: one that
+    differs is enough to say so.
+
+    Args:
+        agreements: `compare_all` of the same localisers.
+
+    Raises:
+        UserError: what `combine` and `choose_layers` refuse.
+    """
+    plan = choose_layers(
+        combine(found),
+        size=size,
+        kind=kind,
+        seed=seed,
+        confidence=confidence,
+        stability=stability,
+        resamples=resamples,
+    )
+    kinds: tuple[Kind, ...] = ("mlp", "attn") if kind == "both" else (kind,)
+    apart = agreements.apart(kinds)
+    evidence = {**plan.evidence, "agreement": agreements.to_json(), "apart": [list(pair) for pair in apart]}
+    if not apart:
+        return replace(plan, evidence=evidence)
+    pairs = len(found) * (len(found) - 1) // 2
+    worst = "; ".join(f"{one} and {other} ({value})" for (one, other), value in list(apart.items())[:3])
+    several = len(plan.layers) > 1
+    name = f"layers {plan.layers[0]}-{plan.layers[-1]}" if several else f"layer {plan.layers[0]}"
+    own = "" if plan.singled_out else f" Nor are they apart by mean rank. {plan.verdict}"
+    verdict = (
+        f"The localisers do not agree, so no layers are singled out: {len(apart)} of {pairs} pairs are not shown to rank layers "
+        f"alike, least of all {worst}. By mean rank {name} {'come' if several else 'comes'} first.{own}"
+    )
+    return replace(plan, singled_out=False, verdict=verdict, evidence=evidence)
+
+
+def layer_ranks(scores: Array) -> Array:
+    """(facts, layers) scores -> ranks from 0 to 1 in each row, ties sharing the mean; NaN rows stay, a single layer is 0."""
+    ranks = (rankdata(scores, axis=1) - 1) / max(1, scores.shape[1] - 1)
+    return np.where(np.isnan(scores).any(axis=1, keepdims=True), np.nan, ranks)
+
+
+def shared_kinds(found: Mapping[str, LayerScores]) -> list[Kind]:
+    """The kinds that all localisers score, in the order of the first. Raises UserError if there is none."""
+    kinds = [kind for kind in next(iter(found.values())).kinds if all(kind in one.kinds for one in found.values())]
+    if not kinds:
+        said = "; ".join(f"{name}: {', '.join(one.kinds)}" for name, one in found.items())
+        raise UserError(f"the localisers score no kind in common ({said}); give them one, such as mlp.")
+    return kinds
+
+
+def _require_several(found: Mapping[str, LayerScores]) -> None:
+    if len(found) < 2:
+        raise UserError(f"{len(found)} localiser cannot be compared or combined; give at least two.")
+    weights = sorted({str(one.provenance["weights"]) for one in found.values() if "weights" in one.provenance})
+    if len(weights) > 1:
+        raise UserError(
+            f"the localisers asked models of other weights ({' and '.join(weights)}); run all of them on the same model."
+        )
+
+
+def _order(value: Agreement) -> float:
+    return -2.0 if np.isnan(value.correlation) else value.correlation
+
+
+def _cell(value: Agreement) -> str:
+    said = f"{value.correlation:.2f} ({value.low:.2f} to {value.high:.2f})"
+    return f"**{said}**" if value.shown else said
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and np.isnan(value) else value

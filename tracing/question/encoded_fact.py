@@ -1,0 +1,123 @@
+"""One fact as the model sees it: token ids, where the subject is, and whether the model gives the answer.
+
+The prompt's tokens come from `lm.prompts`, so that what is traced is what is trained. Nothing is corrupted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lm.errors import UserError
+from lm.model import LanguageModel
+from lm.prompts import PromptSpec, answer_tokens, encode_pair, subject_span
+from tracing.question.facts import Fact
+from tracing.question.metrics import Metric, distinguishing, first_difference, scored_tokens
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A tokenised fact.
+
+    Attributes:
+        prompt_ids: what the model is asked; equal to training's ids before the answer.
+        answer_ids: the tokens the metrics score (the whole answer without EOS, or its first token).
+        span: `[start, end)` of the subject in `prompt_ids`.
+        tokens: the text of each prompt token.
+        foil: (place, token) where the fact's foil first differs from the scored answer, if it has one.
+        counted: the places of the answer tokens that count; None for all.
+    """
+
+    fact: Fact
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    span: tuple[int, int]
+    tokens: tuple[str, ...]
+    foil: tuple[int, int] | None = None
+    counted: tuple[int, ...] | None = None
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The teacher-forced input: the prompt and all scored answer tokens but the last."""
+        return [*self.prompt_ids, *self.answer_ids[:-1]]
+
+
+def make_probe(model: LanguageModel, fact: Fact, prompt: PromptSpec, *metrics: Metric) -> Probe:
+    """Tokenise a fact for one metric, or several to be read off the same passes.
+
+    Raises UserError if the subject's tokens cannot be found in the rendered prompt.
+    """
+    encoded = encode_pair(model.tokenizer, fact.prompt, fact.answer, replace(prompt, append_eos=False))
+    ids = encoded.ids[: encoded.answer_start]
+    answer = scored_tokens(encoded.ids[encoded.answer_start :], metrics)
+    foil = None
+    if fact.foil:
+        other = encode_pair(model.tokenizer, fact.prompt, fact.foil, replace(prompt, append_eos=False))
+        foil = first_difference(answer, other.ids[other.answer_start :])
+    counted = None
+    if "distinguishing_log_probability" in metrics:
+        words = distinguishing(fact.prompt, fact.answer)
+        counted = tuple(answer_tokens(model.tokenizer, fact.prompt, fact.answer, prompt, words))
+    span = subject_span(model.tokenizer, fact.prompt, fact.subject, prompt, occurrence="first")
+    return Probe(
+        fact=fact,
+        prompt_ids=tuple(ids),
+        answer_ids=tuple(answer),
+        foil=foil,
+        counted=counted,
+        span=span,
+        tokens=tuple(str(model.tokenizer.decode([index])) for index in ids),
+    )
+
+
+def forward(model: LanguageModel, embeddings: Tensor, keep: int) -> Tensor:
+    """Logits (batch, keep, vocabulary) at the last `keep` positions of embedded prompts (batch, tokens, hidden)."""
+    logits: Tensor = model.model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=keep).logits
+    return logits[:, -keep:]
+
+
+def embed(model: LanguageModel, ids: list[int]) -> Tensor:
+    """The output of the embedding layer, (tokens, hidden)."""
+    layer = model.model.get_input_embeddings()
+    assert layer is not None
+    hidden: Tensor = layer(torch.tensor(ids, device=next(layer.parameters()).device))
+    return hidden
+
+
+@torch.inference_mode()
+def why_unknown(model: LanguageModel, probe: Probe) -> str | None:
+    """None if greedy decoding gives exactly the scored answer tokens; else a sentence with what the model said instead.
+
+    Raises:
+        UserError: the model's logits are not finite.
+    """
+    keep = len(probe.answer_ids)
+    logits = forward(model, embed(model, probe.input_ids)[None], keep)[0]
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(
+            f"{model.name} gives NaN or infinite logits for fact {probe.fact.label!r}; load it in float32 or bfloat16."
+        )
+    if logits.argmax(-1).tolist() == list(probe.answer_ids):
+        return None
+    said: list[int] = []
+    for _ in range(keep):
+        said.append(int(forward(model, embed(model, [*probe.prompt_ids, *said])[None], 1)[0, -1].argmax()))
+    asked = model.tokenizer.decode(list(probe.answer_ids))
+    return f"the model says {model.tokenizer.decode(said)!r} instead of {asked!r}"
+
+
+def why_too_long(model: LanguageModel, probe: Probe) -> str | None:
+    """None if the model has a position for every token of this fact, or how many it lacks."""
+    most = getattr(model.model.config, "max_position_embeddings", None)
+    tokens = len(probe.input_ids)
+    return None if most is None or tokens <= most else f"its {tokens} tokens are more than the model's {most} positions"
+
+
+def why_unscored(probe: Probe, metrics: Sequence[Metric]) -> str | None:
+    """None if the metrics can be read off this fact, or what it lacks."""
+    if "logit_difference" in metrics and probe.foil is None:
+        return "it has no foil, another answer that differs from its own"
+    return None

@@ -1,0 +1,1 @@
+"""The stages from a config to files: each has its `config` and its `stage`."""

@@ -1,0 +1,1 @@
+"""The stage `depth`: how deep unlearning went, layer by layer."""

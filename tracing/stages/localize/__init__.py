@@ -1,0 +1,1 @@
+"""The stage `localize`: several localizers on the same facts, compared."""

@@ -1,0 +1,154 @@
+"""The localising stage from facts to files: every localiser, how far they agree, a plan, a picture. Wiring only.
+
+Where facts are read from is the script's business (rows are read by `lm.row_files`, which stands above this package).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lm.devices import accelerator, launch_facts, together
+from lm.errors import NotWritten, UserError
+from lm.loading import load
+from lm.model import LanguageModel
+from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
+from tracing.effects.layer_scores import LayerScores
+from tracing.known import known_facts
+from tracing.plan.combined import Agreements, combined_plan, compare_all
+from tracing.plan.layer_plan import LayerPlan
+from tracing.plots.localizers import overview
+from tracing.question.facts import Fact, facts_hash
+from tracing.stages.localize.config import LocalizeConfig
+from tracing.stages.trace.stage import drawn
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LocalizeResult:
+    """What the stage made, as it is in the run folder."""
+
+    scores: dict[str, LayerScores]
+    agreements: Agreements
+    plan: LayerPlan
+    seconds: float
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """The localisers that gave no scores, which the others were compared without, and why."""
+
+
+def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequence[Fact] = ()) -> LocalizeResult:
+    """Localise as the config says, every localiser on the same facts.
+
+    Writes into `config.out`: `NAME.npz` a localiser (scores a fact, details), `agreement.json` and `agreement.md` (every pair,
+    with intervals), `localizers.png`, and `plan.json` (what training consumes); which facts were left out is in `manifest.json`.
+    Several processes share the localisers. One that refuses (these facts, this model) leaves `NAME.refused.json` with the reason;
+    the others are compared without it, and a resumed run asks it again.
+
+    Raises:
+        UserError: whatever the user can mend, fewer than two localisers that do not refuse among it; finished ones stay in the
+            run folder.
+    """
+    started = time.monotonic()
+    acc = accelerator(cpu=config.model.device == "cpu")
+    several = acc.num_processes > 1  # then each has its own device, and a name in the config would put all on one
+    model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
+    size = config.plan.layers(model.anatomy.layers)
+    if size > model.anatomy.layers:
+        raise UserError(f"plan.size is {size} but {model.name} has {model.anatomy.layers} layers; give fewer, or null.")
+    with together(acc):
+        if acc.is_main_process:
+            about = {
+                side: {"count": len(given), "sha256": facts_hash(given)}
+                for side, given in (("facts", facts), ("retain", retain))
+            }
+            more = {**about, "devices": launch_facts(acc)}
+            RunFolder.create(config.out, config, resume=config.resume, facts=more, same=tuple(about))
+    run = RunFolder(config.out, main=acc.is_main_process)
+    asked, left_out = known_of(model, facts, config)
+    kept, unkept = known_of(model, retain, config) if retain else ([], {})
+    for name in list(config.localizers)[acc.process_index :: acc.num_processes]:
+        path = run.path / f"{name}.npz"
+        if not path.exists():
+            told = refusal(run.path, name)
+            try:
+                found = config.localizers[name].localize(
+                    model,
+                    asked,
+                    retain=kept,
+                    others=facts,
+                    prompt=config.prompt,
+                    cache=run.path / "facts",
+                    progress=acc.is_main_process,
+                )
+            except NotWritten:
+                raise
+            except UserError as error:
+                write_json(told, {"localizer": name, "reason": str(error)})
+            else:
+                found.save(path)
+                told.unlink(missing_ok=True)
+    acc.wait_for_everyone()
+    refused = {
+        name: str(json.loads(refusal(run.path, name).read_text())["reason"])
+        for name in config.localizers
+        if refusal(run.path, name).exists() and not (run.path / f"{name}.npz").exists()
+    }
+    scores = {name: LayerScores.load(run.path / f"{name}.npz") for name in config.localizers if name not in refused}
+    if len(scores) < 2:
+        left = f"only {next(iter(scores))} is" if scores else "none is"
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise UserError(
+            f"of {len(config.localizers)} localisers {left} left, so nothing is compared or planned ({reasons})"
+        )
+    agreements = compare_all(scores, confidence=config.plan.confidence, seed=config.seed)
+    plan = combined_plan(
+        scores,
+        agreements,
+        size=size,
+        kind=config.plan.kind,
+        seed=config.seed,
+        confidence=config.plan.confidence,
+        stability=config.plan.stability,
+    )
+    if refused:
+        said = f"{plan.verdict} Without {' and '.join(refused)}, which gave no scores."
+        plan = replace(plan, verdict=said, evidence={**plan.evidence, "refused": refused})
+    result = LocalizeResult(
+        scores=scores, agreements=agreements, plan=plan, seconds=time.monotonic() - started, refused=refused
+    )
+    if acc.is_main_process:
+        write_result(result, run.path, confidence=config.plan.confidence, seed=config.seed)
+        before = run.manifest.get("seconds", 0.0)  # of earlier calls, if this one went on with their localisers
+        run.finish(
+            left_out={"facts": left_out, "retain": unkept},
+            refused=refused,
+            seconds=before + result.seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+    acc.wait_for_everyone()
+    return result
+
+
+def refusal(folder: Path, name: str) -> Path:
+    """Where it is written why a localiser gave no scores."""
+    return folder / f"{name}.refused.json"
+
+
+def known_of(model: LanguageModel, facts: Sequence[Fact], config: LocalizeConfig) -> tuple[list[Fact], dict[str, str]]:
+    """The facts that the model knows, up to `max_facts` of them, drawn with the seed; and why each other one is left out."""
+    known, skipped = known_facts(
+        model, drawn(facts, config.max_facts, config.seed), config.prompt, max_facts=config.max_facts
+    )
+    return [probe.fact for probe in known], {one.fact.label: one.reason for one in skipped}
+
+
+def write_result(result: LocalizeResult, folder: Path, *, confidence: float = 0.95, seed: int = 0) -> None:
+    """Everything but the scores and the run's own records."""
+    write_json(folder / "agreement.json", {**result.agreements.to_json(), "refused": dict(result.refused)})
+    without = "".join(f"\n{name} gave no scores: {reason}\n" for name, reason in result.refused.items())
+    write_atomic(folder / "agreement.md", result.agreements.to_markdown() + without)
+    picture = overview(result.scores, result.agreements, result.plan, confidence=confidence, seed=seed)
+    write_atomic(folder / "localizers.png", picture)
+    result.plan.save(folder / "plan.json")  # last: a plan means that the stage ended well

@@ -1,0 +1,1 @@
+"""The stage `trace`: facts to effects and a plan of layers."""

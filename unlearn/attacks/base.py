@@ -1,0 +1,66 @@
+"""The axis "attack": what somebody does to an unlearned model to bring the forgotten back.
+
+An attack has levels (steps of training, shots, bits): 0 is no attack at all. It makes trials from the rows, and for a trial
+and a model it gives what is answered at each level. Comparing with a model that never knew is `unlearn.attacks.curves`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from lm.data.rows import Row
+from lm.model import ModelSpec
+from unlearn.attacks.answers import Answer
+from unlearn.attacks.curves import Verdict
+
+if TYPE_CHECKING:
+    from unlearn.attacks.config import AttackConfig
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way of attacking.
+
+    Attributes:
+        name: what the attacker has, such as `other_people`: trials of one name are averaged over their seeds.
+        seed: of the draw, and of whatever the attack draws itself.
+        given: the rows that the attacker has.
+        asked: the forget rows that are asked for; none of them is given.
+        told: how many more would have been asked, but a given row tells their answer.
+    """
+
+    name: str
+    seed: int
+    given: tuple[Row, ...]
+    asked: tuple[Row, ...]
+    told: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """The axis "attack": what is done to bring the forgotten back."""
+
+    config_axis: ClassVar[bool] = True
+    unit: ClassVar[str]
+    """What a level counts."""
+    words: ClassVar[Mapping[Verdict, str]]
+    """What each verdict means of this attack, to stand after "The unlearned model"."""
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels at which the model is asked, rising; 0 is first."""
+        raise NotImplementedError
+
+    def trials(self, forget: Sequence[Row], retain: Sequence[Row], config: AttackConfig) -> list[Trial]:
+        """What is tried, each once for each of `config.seeds`. Raises UserError where the rows do not allow it."""
+        raise NotImplementedError
+
+    def run(self, trial: Trial, spec: ModelSpec, config: AttackConfig, folder: Path) -> dict[int, list[Answer]]:
+        """Attack a model and ask it at every level above 0.
+
+        `folder` is this trial's and model's own: what is in it already is not done again. All processes call it.
+        """
+        raise NotImplementedError

@@ -1,0 +1,223 @@
+"""The main job on the built-in model, as `make demo` runs it: trace, choose layers, unlearn, score, report.
+
+The joint method on the planned layers stands beside its controls (random layers, all layers, gradient difference), the
+untouched model and the retain-only twin. Every stage is the public one, from files to files; this only strings them
+together, so a stage that is finished is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lm.anatomy import Kind
+from lm.config import dump_yaml
+from lm.errors import UserError
+from lm.model import ModelSpec
+from lm.row_files import load_rows
+from lm.run_folder import write_atomic, write_json
+from tracing.effects.effects import Effects
+from tracing.plan.layer_plan import LayerPlan
+from tracing.question.fact_source import read_facts
+from tracing.stages.retrace.stage import RetraceConfig, run_retracing
+from tracing.stages.trace.config import TraceConfig
+from tracing.stages.trace.stage import run_tracing
+from unlearn.config import UnlearnConfig
+from unlearn.evaluation.config import EvaluateConfig
+from unlearn.evaluation.stage import run_evaluation
+from unlearn.objectives import GradientDifference, Joint, Objective
+from unlearn.scope.scope import Scope
+from unlearn.stage import run_unlearning
+from unlearn.training.config import TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The main job on the built-in model."""
+
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    """How the layers are found (`out` and `resume` are the demo's)."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How every unlearning run trains: equal steps, batches and rates for the method and its controls."""
+    joint: Joint = field(default_factory=Joint)
+    """The joint objective."""
+    twin: str = "builtin:retain_only"
+    """The model that never saw the forget rows; `trace.model` names the one that did."""
+    difference: GradientDifference = field(default_factory=GradientDifference)
+    """The gradient-difference baseline, in the planned layers: what differs from the method is the objective alone."""
+    batch_size: int = 64
+    """Prompts generated at once when scoring."""
+    out: str = "runs/demo"
+    """The folder for results.json, report.html and the stages' run folders."""
+
+    def __post_init__(self) -> None:
+        if type(self.difference) is not GradientDifference:
+            raise UserError(
+                f"difference is {type(self.difference).__name__}, and its row is called gradient difference: set its "
+                "fields only, or compare other objectives with scripts/unlearn.py"
+            )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the comparison: a model to load as it is, or an unlearning run to make first."""
+
+    key: str
+    label: str
+    note: str
+    path: str | None = None
+    scope: Scope | None = None
+    objective: Objective | None = None
+
+
+def entries(config: DemoConfig, plan: Path) -> list[Entry]:
+    """The untouched model, its twin, the method, and the controls."""
+    file = str(plan)
+    return [
+        Entry("base", "Before unlearning", "The model that memorised everything: the floor.", config.trace.model.path),
+        Entry(
+            "retain_only",
+            "Never saw it",
+            "The twin trained without the forget rows: the honest ceiling.",
+            config.twin,
+        ),
+        Entry("joint_planned", "Joint, planned layers", "The method.", None, Scope(plan=file), config.joint),
+        Entry(
+            "joint_random",
+            "Joint, random layers",
+            "Control: as many layers, drawn.",
+            None,
+            Scope(plan=file, use="random"),
+            config.joint,
+        ),
+        Entry("joint_all", "Joint, all layers", "Control: every MLP.", None, Scope(plan=file, use="all"), config.joint),
+        Entry(
+            "gradient_difference",
+            "Gradient difference",
+            "Baseline: the same layers and steps, no cap, no adaptive weight.",
+            None,
+            Scope(plan=file),
+            config.difference,
+        ),
+    ]
+
+
+def run_demo(config: DemoConfig) -> Path:
+    """Run every stage that is not finished; returns the report's path. `results.json` lies beside it."""
+    out = Path(config.out)
+    write_atomic(out / "demo.yaml", dump_yaml(config))
+    started = time.monotonic()
+    plan = find_layers(config, out / "trace")
+    models: dict[str, dict[str, Any]] = {}
+    for entry in entries(config, out / "trace" / "plan.json"):
+        print(f"== {entry.label}", flush=True)
+        models[entry.key] = score_entry(config, entry, out)
+        write_json(out / "results.json", {"models": models, "layers": list(plan.layers), "verdict": plan.verdict})
+    trace_again(config, plan, out)
+    print(f"all stages took {time.monotonic() - started:.0f} s")
+    print(table(models))
+    return _report(config, out, plan, models)
+
+
+def table(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results as a few lines of text."""
+    lines = [f"{'model':<22}{'aggregate':>10}{'MIA AUC':>9}{'MIA':>7}{'utility':>9}{'final':>8}{'seconds':>9}"]
+    for key, m in models.items():
+        lines.append(
+            f"{key:<22}{m['task_aggregate']:>10.3f}{m['mia_auc']:>9.3f}{m['mia_score']:>7.3f}"
+            f"{m['utility']:>9.3f}{m['final']:>8.3f}{m['seconds']:>9.1f}"
+        )
+    return "\n".join(lines)
+
+
+def find_layers(config: DemoConfig, folder: Path) -> LayerPlan:
+    """The plan, traced into `folder`; facts that are there already (of the same model and settings) are read back."""
+    print("== Where is it stored?", flush=True)
+    asked = replace(config.trace, out=str(folder), resume=folder.exists())
+    result = run_tracing(asked, read_facts(asked))
+    print(result.plan.verdict)
+    return result.plan
+
+
+def trace_again(config: DemoConfig, plan: LayerPlan, out: Path) -> None:
+    """Trace the same facts in the model that the method left, what the plan trains only."""
+    print("== What is left where it was stored?", flush=True)
+    kinds: tuple[Kind, ...] = (
+        ("resid",) if "all" in plan.modules else tuple(one for one in config.trace.kinds if one in plan.modules)
+    )
+    run = out / "retrace"
+    found = run_retracing(
+        RetraceConfig(
+            model=ModelSpec(path=str(out / "joint_planned" / "model"), device=config.trace.model.device),
+            before=str(out / "trace"),
+            kinds=kinds,
+            confidence=config.trace.plan.confidence,
+            out=str(run),
+            resume=run.exists(),
+        )
+    )
+    for kind in kinds:
+        print(found.sentence(kind))
+
+
+def score_entry(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
+    """Unlearn if the entry asks for it, and score: one model's record in results.json. Finished stages are read back."""
+    seconds = 0.0
+    path = entry.path
+    if path is None:
+        assert entry.scope is not None
+        assert entry.objective is not None
+        run = out / entry.key
+        unlearning = UnlearnConfig(
+            model=config.trace.model,
+            prompt=config.trace.prompt,
+            scope=entry.scope,
+            objective=entry.objective,
+            trainer=config.trainer,
+            out=str(run),
+        )
+        path = str(run_unlearning(replace(unlearning, resume=run.exists())))
+        seconds = float(json.loads((run / "manifest.json").read_text())["train_seconds"])
+    scores = out / "scores" / entry.key
+    asked = EvaluateConfig(
+        model=config.trace.model if entry.key == "base" else ModelSpec(path=path, device=config.trace.model.device),
+        batch_size=config.batch_size,
+        out=str(scores),
+    )
+    found = run_evaluation(replace(asked, resume=scores.exists())).to_json()
+    measured = found["seconds"]
+    assert isinstance(measured, float)
+    return {**found, "seconds": round(seconds + measured, 3)}
+
+
+def _report(config: DemoConfig, out: Path, plan: LayerPlan, models: Mapping[str, Mapping[str, Any]]) -> Path:
+    from unlearn.demo.report import demo_report
+    from unlearn.report import write_report
+
+    effects = [Effects.load(out / name / "effects.npz") for name in ("trace", "retrace")]
+    forgotten = frozenset(row.id for row in load_rows(UnlearnConfig().forget))
+    compared = entries(config, out / "trace" / "plan.json")
+    write_report(out / "report.html", demo_report(out, plan, effects[0], effects[1], forgotten, compared, models))
+    return out / "report.html"
+
+
+def check_results(folder: Path) -> None:
+    """Refuse a results.json that lacks a model or a number. What the numbers must be is the tests' business."""
+    found = json.loads((folder / "results.json").read_text())["models"]
+    wanted = ["base", "retain_only", "joint_planned", "joint_random", "joint_all", "gradient_difference"]
+    numbers = ["task_aggregate", "mia_auc", "mia_score", "utility", "final", "seconds"]
+    for key in wanted:
+        if (
+            key not in found
+            or len(found[key].get("terms", [])) != 12
+            or any(found[key].get(n) is None for n in numbers)
+        ):
+            raise UserError(
+                f"{folder}/results.json: {key} is missing or incomplete; run the demo again in a new folder"
+            )
+    if not (folder / "report.html").is_file():
+        raise UserError(f"{folder} has no report.html; run the demo again")

@@ -1,0 +1,1 @@
+"""What a term of the loss reads of the model: statistics of supervised tokens, hidden states, the reference model's."""

@@ -1,0 +1,1 @@
+"""What the model says to a prompt, batched, the same text as one prompt at a time."""

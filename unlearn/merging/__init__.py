@@ -1,0 +1,1 @@
+"""Unlearning by arithmetic on weights: task vectors and TIES."""

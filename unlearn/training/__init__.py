@@ -1,0 +1,1 @@
+"""The one training loop: batches, gradients, schedule, checkpoints, exact resume."""

@@ -1,0 +1,46 @@
+"""Which training runs cannot be, said in a sentence before anything is computed."""
+
+from __future__ import annotations
+
+from lm.errors import UserError
+from lm.model import LanguageModel
+from unlearn.forward.passes import first_block, reads
+from unlearn.objectives import Dual, Loss
+from unlearn.training.config import TrainerConfig
+from unlearn.training.step import Side
+
+
+def refuse_what_cannot_be(
+    model: LanguageModel, forget: Side, retain: Side, loss: Loss, config: TrainerConfig, *, validates: bool
+) -> None:
+    """Raise UserError for a loss, rows and settings that do not go together, or a loss that reads nothing of what may change."""
+    if loss.uses_retain and not retain.rows:
+        raise UserError(f"{type(loss.objective).__name__} needs retain rows and there are none: give a retain set")
+    if config.checkpoint != "last" and not validates:
+        raise UserError(
+            f"trainer.checkpoint is {config.checkpoint!r} but there is no validation split: give one, or use last"
+        )
+    if config.weighting == "micro_batch_mean" and isinstance(loss.weight, Dual):
+        raise UserError(
+            "the dual variable moves with the global batch's loss, which micro_batch_mean never knows: set trainer.weighting "
+            "to global_tokens"
+        )
+    if loss.forget_needs.alternate and not forget.alternates:
+        raise UserError(f"{type(loss.objective).__name__} needs alternate answers and there are none: set alternates")
+    sides = [loss.forget_needs, *([loss.retain_needs] if loss.uses_retain else [])]
+    for needs in sides:
+        if needs.hidden is not None:
+            model.anatomy.block_path(needs.hidden.layer)
+    for name, parameter in model.model.named_parameters():
+        if parameter.requires_grad and not any(reads(model.anatomy, needs, name) for needs in sides):
+            raise UserError(
+                f"{name} may change, but {type(loss.objective).__name__} reads the model only up to layer "
+                f"{max(needs.hidden.layer for needs in sides if needs.hidden is not None)}: leave later layers out of the scope"
+            )
+    start = first_block(model)
+    for axis, needs in (("objective", loss.forget_needs), ("retain_loss", loss.retain.needs())):
+        if needs.hidden is not None and not needs.vocabulary and needs.hidden.layer < start:
+            raise UserError(
+                f"{axis} reads the stream after layer {needs.hidden.layer}, and nothing up to there may change, so it could do "
+                f"nothing: give it layer {start} or a later one, or widen the scope"
+            )

@@ -1,0 +1,319 @@
+"""The unlearning loop: deterministic batches, one gradient a step, checkpoints, periodic scoring, exact resume.
+
+It runs on whatever `lm.devices` set up. It does not read data, choose layers or know any metric: rows arrive encoded,
+the scope is already applied, and `validate` is a function that returns named numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lm.devices import is_sharded, local_part, sum_over_processes
+from lm.errors import UserError
+from lm.model import LanguageModel
+from lm.run_folder import RunFolder, progress
+from unlearn.forward.passes import Passes
+from unlearn.forward.reference_model import reference
+from unlearn.objectives import Loss, RetainMemory
+from unlearn.scope.scope import WeightMask
+from unlearn.training import checkpoint
+from unlearn.training.allocator import return_freed_memory
+from unlearn.training.batches import Batches
+from unlearn.training.checks import refuse_what_cannot_be
+from unlearn.training.config import TrainerConfig
+from unlearn.training.estimate import estimate
+from unlearn.training.masks import Masks, make_masks
+from unlearn.training.reference_cache import asks_original, compute_beforehand, size_below, used_texts
+from unlearn.training.step import Side, Stepper, StepResult
+
+Validate = Callable[[], dict[str, float]]
+
+_RULES: dict[str, tuple[str, float]] = {
+    "lowest_joint_loss": ("joint_loss", -1.0),
+    "best_task_aggregate": ("task_aggregate", 1.0),
+}
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything here is in the checkpoint."""
+
+    step: int = 0
+    memory: RetainMemory = dataclasses.field(default_factory=RetainMemory)
+    best: dict[str, float] | None = None
+    seconds: float = 0.0
+    tokens: int = 0
+    scaler: dict[str, Any] | None = None
+
+
+def train(
+    acc: Accelerator,
+    model: LanguageModel,
+    forget: Side,
+    retain: Side,
+    loss: Loss,
+    config: TrainerConfig,
+    *,
+    run: RunFolder,
+    made_from: str,
+    mask: WeightMask | None = None,
+    validate: Validate | None = None,
+    resume: bool = False,
+    label: str = "unlearn",
+) -> tuple[nn.Module, Progress]:
+    """Train the parameters that require gradients; returns the (wrapped) model with the result in it, and the closing facts.
+
+    Args:
+        model: with the scope applied. Dropout stays off: one, two and N processes give the same numbers.
+        forget, retain: encoded rows; `retain` may be empty if the loss does not use it.
+        made_from: the fingerprint of the model as it is, which names what is computed beforehand.
+        mask: which single weights may change; None for all that require gradients.
+        validate: returns `task_aggregate` and/or `joint_loss`, on every process; called every `evaluate_every` steps.
+        resume: go on from the newest checkpoint in `run`, if there is one.
+        label: what the progress is called.
+
+    Raises:
+        UserError: the loss needs retain rows and there are none, or reads nothing of a trainable parameter; the loss became
+            NaN; the disk is full.
+    """
+    refuse_what_cannot_be(model, forget, retain, loss, config, validates=validate is not None)
+    if acc.device.type == "cpu":
+        return_freed_memory(sum(p.nbytes for p in model.model.parameters()))
+    batches = config.batches(len(forget.rows), len(retain.rows) if loss.uses_retain else 0)
+    steps = config.steps or batches.total(config.epochs)
+    if config.warmup >= steps:
+        raise UserError(
+            f"trainer.warmup is {config.warmup} of {steps} steps: the peak rate is never reached; give fewer"
+        )
+    model.model.train(False)
+    if config.gradient_checkpointing:
+        _enable_gradient_checkpointing(model.model)
+    optimiser: torch.optim.Optimizer = torch.optim.AdamW(
+        [p for p in model.model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay if mask is None else 0.0,  # masked weights decay in the loop
+        fused=True,  # one pass over each weight, and no temporaries of its size
+    )
+    wrapped, optimiser = acc.prepare(model.model, optimiser)
+    model = replace(model, model=acc.unwrap_model(wrapped))
+    live = any(asks_original(needs, config) for needs in (loss.forget_needs, loss.retain_needs))
+    passes = Passes(acc, wrapped, model, reference=reference(model.model) if live else None)
+    used = used_texts(forget, batches, steps, loss.forget_needs, forget=True)
+    kept = used_texts(retain, batches, steps, loss.retain_needs, forget=False)
+    if config.cache_below:
+        acc.print(size_below(model, [(forget, used), (retain, kept)], passes.start))
+    forget = compute_beforehand(
+        passes, forget, loss.forget_needs, config, run=run, name="forget", used=used, made_from=made_from
+    )
+    retain = compute_beforehand(
+        passes, retain, loss.retain_needs, config, run=run, name="retain", used=kept, made_from=made_from
+    )
+    masks = make_masks(passes, forget, retain, mask, run, micro_batch=config.micro_batch) if mask else None
+    loop = _Loop(acc, wrapped, optimiser, loss, config, batches, steps, run, validate)
+    loop.stepper = Stepper(
+        passes,
+        loss,
+        forget,
+        retain,
+        micro_batch=config.micro_batch,
+        micro_tokens=config.micro_tokens,
+        weighting=config.weighting,
+    )
+    loop.masks = masks
+    if config.estimate and not is_sharded(model.model):
+        expected = estimate(loop.stepper, batches, steps)
+        acc.print(expected.sentence())
+        run.note(estimated={"peak_bytes": expected.peak, "train_seconds": round(expected.seconds, 3)})
+    return wrapped, loop.run_all(resume=resume, label=label)
+
+
+class _Loop:
+    """The state of one call of `train`."""
+
+    stepper: Stepper
+    masks: Masks | None
+
+    def __init__(
+        self,
+        acc: Accelerator,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        loss: Loss,
+        config: TrainerConfig,
+        batches: Batches,
+        steps: int,
+        run: RunFolder,
+        validate: Validate | None,
+    ) -> None:
+        self.acc, self.model, self.optimiser, self.loss = acc, model, optimiser, loss
+        self.config, self.batches, self.steps, self.run, self.validate = config, batches, steps, run, validate
+        self.plain = acc.unwrap_model(model)
+        self.at = Progress()
+        self.saved_at: int | None = None
+
+    def run_all(self, *, resume: bool, label: str) -> Progress:
+        if resume:
+            self._load_newest()
+        self.run.forget_after(self.at.step)
+        self.acc.wait_for_everyone()
+        shown = self.acc.is_main_process
+        with progress(self.steps, label=label, unit="steps", done=self.at.step, enabled=shown) as advance:
+            while self.at.step < self.steps and not self._out_of_time():
+                started = time.perf_counter()
+                result, norm = self._step()
+                self.at.seconds += time.perf_counter() - started
+                self.at.tokens += result.tokens
+                self._log(result, norm)
+                sides = {"forget": result.forget_cross_entropy}
+                if self.loss.uses_retain:
+                    sides |= {"retain": result.retain_cross_entropy, "alpha": result.retain_weight}
+                advance(**sides, tok_s=self.at.tokens / self.at.seconds)
+                self._milestones()
+        if self.saved_at != self.at.step:  # not a look at the disk: every process must decide alike
+            self._save(self.run.checkpoint_name(self.at.step), with_moments=True)  # the export may meet a full disk
+        if self.config.checkpoint != "last" and self.at.best is not None:
+            checkpoint.restore(self.run.path / "best", self.plain, None)
+        return self.at
+
+    def _step(self) -> tuple[StepResult, float]:
+        self.at.memory.epoch = self.batches.epoch(self.at.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.rate(self.at.step, self.steps)
+        result = self.stepper.gradient(self.batches.step(self.at.step), self.at.memory)
+        if not math.isfinite(result.loss):
+            raise UserError(
+                f"the loss became {result.loss} at step {self.at.step + 1}: lower trainer.learning_rate, or set a forget_cap; "
+                "earlier checkpoints are kept"
+            )
+        if self.masks is not None:
+            self.masks.keep_gradient()
+        limit = self.config.clip if self.config.clip is not None else float("inf")
+        norm = self.acc.clip_grad_norm_(self.model.parameters(), limit)
+        if self.acc.scaler is None and not math.isfinite(_number(norm)):  # with a scaler such a step is left out
+            raise UserError(
+                f"the gradient's norm became {_number(norm)} at step {self.at.step + 1}: lower trainer.learning_rate, or set a "
+                "forget_cap, and begin in a new folder; earlier checkpoints are kept"
+            )
+        if self.masks is not None and math.isfinite(_number(norm)):
+            self.masks.decay(1.0 - float(self.optimiser.param_groups[0]["lr"]) * self.config.weight_decay)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.at.step += 1
+        return result, _number(norm)
+
+    def _milestones(self) -> None:
+        step, every = self.at.step, self.config.evaluate_every
+        if every is not None and self.validate is not None and (step % every == 0 or step == self.steps):
+            scores = self.validate()
+            self.run.log(step, {f"validation/{name}": value for name, value in scores.items()})
+            self.loss.weight.observe_validation(self.at.memory, scores)
+            self._keep_if_best(scores)
+        if step % self.config.save_every == 0 and step < self.steps:
+            self._save(self.run.checkpoint_name(step), with_moments=True)
+            self.run.prune_checkpoints(keep=2)
+
+    def _keep_if_best(self, scores: dict[str, float]) -> None:
+        if self.config.checkpoint == "last":
+            return
+        name, sign = _RULES[self.config.checkpoint]
+        if name not in scores:
+            raise UserError(
+                f"trainer.checkpoint is {self.config.checkpoint!r}, but validation gives only {', '.join(scores)}"
+            )
+        if self.at.best is None or sign * scores[name] > sign * self.at.best["value"]:
+            self.at.best = {"value": scores[name], "step": float(self.at.step)}
+            self._save("best", with_moments=False)
+
+    def _save(self, name: str, *, with_moments: bool) -> None:
+        refuse_broken_weights(self.plain)
+        if with_moments:
+            self.saved_at = self.at.step
+        if self.acc.scaler is not None:
+            self.at.scaler = self.acc.scaler.state_dict()
+        optimiser = self._inner_optimiser() if with_moments else None
+        checkpoint.save(self.acc, self.run, name, self.plain, optimiser, dataclasses.asdict(self.at))
+
+    def _load_newest(self) -> None:
+        saved = self.run.checkpoints()
+        if not saved:
+            return
+        folder: Path = saved[-1][1]
+        checkpoint.restore(folder, self.plain, self._inner_optimiser())
+        facts = checkpoint.read_facts(folder)
+        facts["memory"] = RetainMemory(**facts["memory"])
+        self.at = Progress(**facts)
+        self.saved_at = self.at.step
+        if self.acc.scaler is not None and self.at.scaler:
+            self.acc.scaler.load_state_dict(self.at.scaler)
+
+    def _inner_optimiser(self) -> torch.optim.Optimizer:
+        inner = getattr(self.optimiser, "optimizer", self.optimiser)
+        assert isinstance(inner, torch.optim.Optimizer)
+        return inner
+
+    def _out_of_time(self) -> bool:
+        limit = self.config.max_seconds
+        if limit is None:
+            return False
+        from accelerate.utils import broadcast_object_list
+
+        (stop,) = broadcast_object_list([self.at.seconds >= limit])
+        return bool(stop)
+
+    def _log(self, result: StepResult, norm: float) -> None:
+        measured = {
+            "loss": result.loss,
+            "forget_ce": result.forget_cross_entropy,
+            "retain_ce": result.retain_cross_entropy,
+            "alpha": result.retain_weight,
+            "forgotten_share": result.forgotten_share,
+            "grad_norm": norm,
+            "lr": float(self.optimiser.param_groups[0]["lr"]),
+        }
+        values = {name: value for name, value in measured.items() if not math.isnan(value)}  # not asked for, not known
+        self.run.log(self.at.step, values)
+        if self.acc.trackers:
+            self.acc.log(values, step=self.at.step)
+
+
+def refuse_broken_weights(model: nn.Module) -> None:
+    """Raise UserError, on every process, if a trained weight is no longer a finite number: it must not be saved."""
+    broken = [
+        name for name, p in model.named_parameters() if p.requires_grad and not bool(local_part(p).isfinite().all())
+    ]
+    if float(sum_over_processes(torch.tensor(float(len(broken)), device=next(model.parameters()).device))):
+        raise UserError(
+            f"the weights are no longer finite numbers ({broken[0] if broken else 'on another process'}): lower "
+            "trainer.learning_rate and begin in a new folder; earlier checkpoints are kept"
+        )
+
+
+def _number(norm: Any) -> float:
+    if norm is None:
+        return float("nan")
+    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return float(full)
+
+
+def _enable_gradient_checkpointing(model: nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise UserError("this model has no gradient checkpointing: set trainer.gradient_checkpointing: false")
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # transformers recomputes in training mode only, so dropout is switched off by its rates
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for rate in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)

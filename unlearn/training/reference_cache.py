@@ -1,0 +1,94 @@
+"""What stays the same during a run, computed once before it: the original's log-probabilities, the stream below the scope.
+
+Only rows that will be drawn are computed. What must be asked of the original model step by step is `unlearn.forward.reference_model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from lm.errors import UserError
+from lm.model import LanguageModel
+from lm.run_folder import RunFolder
+from unlearn.forward.passes import Passes
+from unlearn.forward.reference_model import untrained
+from unlearn.objectives import Needs
+from unlearn.scope.scope import readable_size
+from unlearn.training.batches import Batches
+from unlearn.training.config import TrainerConfig
+from unlearn.training.step import Side
+from unlearn.training.tensor_store import RowStore, stored
+
+
+def asks_original(needs: Needs, config: TrainerConfig) -> bool:
+    """Whether the original model must be asked at every step."""
+    known = config.reference == "cached"
+    return (replace(needs, reference_logprob=False) if known else needs).reference
+
+
+def compute_beforehand(
+    passes: Passes,
+    side: Side,
+    needs: Needs,
+    config: TrainerConfig,
+    *,
+    run: RunFolder,
+    name: str,
+    used: set[int],
+    made_from: str,
+) -> Side:
+    """The side, with what it will be asked for again and again. The model must be as it was loaded.
+
+    Args:
+        name: of the side, for files.
+        used: the texts that steps will draw.
+        made_from: the model's fingerprint.
+    """
+    acc, made_from = passes.acc, f"{made_from} {config.autocast}"
+
+    def store(what: str, compute: Callable[[list[int]], list[Tensor]]) -> RowStore:
+        texts, places = side.texts, sorted(used)
+        return stored(acc, run, f"{name}-{what}", texts, places, compute, made_from=made_from, size=config.micro_batch)
+
+    def streams(places: list[int]) -> list[Tensor]:
+        return passes.streams([side.texts[place] for place in places], passes.start - 1)
+
+    def logprobs(places: list[int]) -> list[Tensor]:
+        return passes.logprobs([side.texts[place] for place in places], below=side.streams(places))
+
+    with untrained(passes.model.model):
+        if config.cache_below:
+            side = replace(side, below=store(f"stream-{passes.start - 1}", streams))
+        if needs.reference_logprob and config.reference == "cached":
+            side = replace(side, original=store("original", logprobs))
+    return side
+
+
+def used_texts(side: Side, batches: Batches, steps: int, needs: Needs, *, forget: bool) -> set[int]:
+    """The places in `side.texts` of everything that the steps will draw."""
+    used: set[int] = set()
+    for step in range(steps):
+        rows = batches.step(step).forget if forget else batches.step(step).retain
+        used.update(rows)
+        if needs.alternate:
+            used.update(side.alternate(row, batches.epoch(step)) for row in rows)
+    return used
+
+
+def size_below(model: LanguageModel, sides: list[tuple[Side, set[int]]], first: int) -> str:
+    """What keeping the stream below the scope takes, in a sentence.
+
+    Raises:
+        UserError: the scope begins at the first block, or before.
+    """
+    if first == 0:
+        raise UserError(
+            "trainer.cache_below is true, but layer 0 or the embedding may change, so nothing below the scope stays the same: "
+            "set it to false, or leave layer 0 out of the scope"
+        )
+    tokens = sum(len(side.texts[place].ids) for side, used in sides for place in used)
+    width = next(model.model.parameters()).element_size() * model.anatomy.hidden
+    return f"the stream that layer {first} reads is kept: {tokens:,} tokens, {readable_size(tokens * width)} on disk"
