@@ -23,7 +23,7 @@ test-slow: $(READY)
 
 # What holds between this project's files and the tools that read them, and with four bits, in an environment that has those tools.
 test-peers: $(PEERS)/.ready
-	$(SMALL) $(PEERS)/bin/python -m pytest tests/sae/test_formats_peers.py tests/unlearn/test_quantised.py tests/test_notebooks.py $(ARGS)
+	$(SMALL) $(PEERS)/bin/python -m pytest tests/sae/formats/test_formats_peers.py tests/unlearn/scope/test_quantized.py tests/test_notebooks.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

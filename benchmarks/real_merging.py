@@ -2,9 +2,9 @@
 
     python benchmarks/real_methods.py --real runs/real --out runs/real_methods
     python benchmarks/real_merging.py --methods runs/real_methods \
-      --pairs '[[search/UNDIAL/trial-00, search/GeneralisedCrossEntropy/trial-01]]' --out runs/real_merging
+      --pairs '[[search/UNDIAL/trial-00, search/GeneralizedCrossEntropy/trial-01]]' --out runs/real_merging
 
-Negation: the forget rows are learnt once more, the same layers for as many steps of as many rows as every other method has,
+Negation: the forget rows are learned once more, the same layers for as many steps of as many rows as every other method has,
 and what that changed is taken away, once or more. TIES: two runs of the search that are already there are joined. A merge
 itself trains nothing. Model, rows, steps and scoring are those of the search's own files. Every stage is one of this
 project's scripts, printed as the command it is; a finished one is not run again.
@@ -35,7 +35,7 @@ class Merging:
     """What is merged."""
 
     methods: str = "runs/real_methods"
-    """The folder of benchmarks/real_methods.py: what is learnt, how, how it is scored, and the runs that are joined."""
+    """The folder of benchmarks/real_methods.py: what is learned, how, how it is scored, and the runs that are joined."""
     rates: tuple[float, ...] = (3e-4, 1e-3)
     """Learning rates of learning."""
     weights: tuple[float, ...] = (-0.5, -1.0, -2.0)
@@ -70,12 +70,12 @@ def stages(asked: Merging) -> list[Stage]:
     same = [word for name, value in written.items() for word in (f"--{name}", value)]
     found: list[Stage] = []
     for rate in asked.rates:
-        learnt = f"learn-{rate:g}"
+        learned = f"learn-{rate:g}"
         words = ["--config", str(methods / "unlearn.yaml"), *same, "--trainer.learning_rate", str(rate)]
-        found.append(Stage(learnt, "unlearn", (*words, "--objective", "Learn", "--retain_loss", "NoRetain")))
+        found.append(Stage(learned, "unlearn", (*words, "--objective", "Learn", "--retain_loss", "NoRetain")))
         for weight in asked.weights:
             how = ("--method", "TaskArithmetic", "--method.weights", f"[{weight}]")
-            found += merge(asked, f"negation-{rate:g}-by{weight:g}", [out / learnt / "model"], how)
+            found += merge(asked, f"negation-{rate:g}-by{weight:g}", [out / learned / "model"], how)
     for number, pair in enumerate(asked.pairs, 1):
         models = [methods / name / "model" for name in pair]
         for model in models:

@@ -3,7 +3,7 @@
     python benchmarks/real_model.py   --model FOLDER --lume FOLDER --out runs/real --only '[base, trace]'
     python benchmarks/real_methods.py --real runs/real --out runs/real_methods
 
-`--real` is the folder of benchmarks/real_model.py: the model that has memorised LUME's people, the rows, the traced plan. Every
+`--real` is the folder of benchmarks/real_model.py: the model that has memorized LUME's people, the rows, the traced plan. Every
 method trains the same weights (the MLPs of the planned layers) for as many steps of as many rows, once at each of a few
 learning rates, with its published settings otherwise; the rate counts that forgets most within the budget of what the retain
 terms may lose. The leading methods are run again with other seeds. It is `unlearn.search` on a grid: resumable
@@ -46,9 +46,9 @@ class Comparison:
     out: str = "runs/real_methods"
     """The folder of the search."""
     people: int = 10
-    """People of each side, of those that the model memorised: their rows are trained on and scored."""
+    """People of each side, of those that the model memorized: their rows are trained on and scored."""
     steps: int = 20
-    """Optimiser steps of every run."""
+    """Optimizer steps of every run."""
     batch: int = 24
     """Rows a step, forget and retain together."""
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
@@ -72,8 +72,8 @@ class Comparison:
 def settings(layer: int, alternates: Path) -> dict[str, dict[str, Any]]:
     """What sets each method apart: dotted settings of the unlearning config. `layer`: whose output RMU steers."""
     named = {"objective": "DPO", "alternates": "AlternateFile", "alternates.path": str(alternates)}
-    plain = ("GradientAscent", "GradientDifference", "KLMinimisation", "Joint", "NPO", "SimNPO", "WGA", "SatImp")
-    plain += ("GeneralisedCrossEntropy", "UNDIAL", "CEU", "PDU")
+    plain = ("GradientAscent", "GradientDifference", "KLMinimization", "Joint", "NPO", "SimNPO", "WGA", "SatImp")
+    plain += ("GeneralizedCrossEntropy", "UNDIAL", "CEU", "PDU")
     found: dict[str, dict[str, Any]] = {name: {"objective": name} for name in plain}
     found["IdkDPO"] = {"objective": "DPO", "alternates": "Refusals"}
     found["AltPO"] = named

@@ -1,4 +1,4 @@
-"""A real pretrained model, end to end: memorise people's data, trace, plan, unlearn in every way, score, print the table.
+"""A real pretrained model, end to end: memorize people's data, trace, plan, unlearn in every way, score, print the table.
 
     python benchmarks/real_model.py --model FOLDER --lume FOLDER --mmlu FILE --out runs/real
 
@@ -42,11 +42,11 @@ class Benchmark:
     people: int = 20
     """Task2 people on each side, the first of the train splits, with all their rows."""
     learn_epochs: int = 16
-    """Epochs of memorising."""
+    """Epochs of memorizing."""
     learn_rate: float = 3e-4
     """Its learning rate."""
     steps: int = 40
-    """Optimiser steps of every unlearning run."""
+    """Optimizer steps of every unlearning run."""
     rate: float = 6e-4
     """Learning rate of the runs that train the MLPs of some layers: at a sixth of it too little moved in 30 steps."""
     model_rate: float = 1e-4
@@ -94,7 +94,7 @@ def methods(asked: Benchmark, plan: str) -> dict[str, list[str]]:
         "gradient_difference_planned": [*planned, "--objective", "GradientDifference"],
         "gradient_ascent": [*model, "--objective", "GradientAscent"],
         "gradient_difference": [*model, "--objective", "GradientDifference"],
-        "kl_minimisation": [*model, "--objective", "KLMinimisation"],
+        "kl_minimization": [*model, "--objective", "KLMinimization"],
         "npo": [*model, "--objective", "NPO"],
     }
 

@@ -4,8 +4,8 @@
     python benchmarks/sae.py --hidden 768 --features 16384 --k 32 --choice token --out runs/sae-benchmark
 
 Same activations in the same order, same start weights, width, k, batch, threads and rate. Every contender lives in a
-fresh process of its own and waits while another one works: rounds are interleaved, in an order that rotates. `optimiser
-shipped` leaves each contender the optimiser of its own trainer, `same` gives all of them torch's fused Adam. Prints,
+fresh process of its own and waits while another one works: rounds are interleaved, in an order that rotates. `optimizer
+shipped` leaves each contender the optimizer of its own trainer, `same` gives all of them torch's fused Adam. Prints,
 and writes as table.md: medians over the rounds, ratios as medians of the ratios within a round, memory above what the
 process held after its imports (on a GPU: torch's), and the first losses. Peers may be in another environment: `--python PATH`.
 """
@@ -57,7 +57,7 @@ class Benchmark:
     """Turns that are counted; one more goes before."""
     threads: int = 2
     """Threads of each contender; only one works at a time."""
-    optimiser: Literal["shipped", "same"] = "shipped"
+    optimizer: Literal["shipped", "same"] = "shipped"
     """Each contender's own, or fused Adam for all."""
     rate: float = 1e-4
     """The learning rate (sparsify as shipped keeps to its own rule)."""
@@ -154,9 +154,9 @@ class Worker:
 
 
 def race(asked: Benchmark, names: list[str], file: Path) -> dict[str, dict[str, Any]]:
-    """Versions, optimisers, seconds of each round, losses and memory, by contender."""
+    """Versions, optimizers, seconds of each round, losses and memory, by contender."""
     workers: list[Worker] = []
-    fields = ("k", "choice", "tokens", "threads", "optimiser", "rate", "device")
+    fields = ("k", "choice", "tokens", "threads", "optimizer", "rate", "device")
     words = {"file": str(file), **{field: getattr(asked, field) for field in fields}}
     program = Path(__file__).with_name("sae_contenders.py")
     try:
@@ -183,9 +183,9 @@ def table(asked: Benchmark, found: dict[str, dict[str, Any]]) -> str:
     kind = "TopK" if asked.choice == "token" else "BatchTopK / mutual choice"
     first = (
         f"{kind}, ({asked.hidden}, {asked.features}, {asked.k}), {asked.tokens} tokens a step, {asked.rounds} rounds of "
-        f"{asked.steps}, {_where(asked)}, {asked.clock} time, optimiser: {asked.optimiser}"
+        f"{asked.steps}, {_where(asked)}, {asked.clock} time, optimizer: {asked.optimizer}"
     )
-    head = ["contender", "version", "optimiser", "tokens/s", "ours is faster by", "peak MB above imports", "ours needs"]
+    head = ["contender", "version", "optimizer", "tokens/s", "ours is faster by", "peak MB above imports", "ours needs"]
     head += ["loss (FVU) at steps 1, 2, 3", "after the last"]
     lines = [first, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     mine = found["ours"]
@@ -193,7 +193,7 @@ def table(asked: Benchmark, found: dict[str, dict[str, Any]]) -> str:
         rate = asked.tokens * asked.steps / statistics.median(facts["seconds"])
         ratio = statistics.median(t / m for t, m in zip(facts["seconds"], mine["seconds"], strict=True))
         share = (mine["peak"] - mine["held"]) / (facts["peak"] - facts["held"])
-        cells = [name, facts["version"], facts["optimiser"], f"{rate:.0f}", f"{ratio:.2f}x"]
+        cells = [name, facts["version"], facts["optimizer"], f"{rate:.0f}", f"{ratio:.2f}x"]
         cells += [f"{(facts['peak'] - facts['held']) / 1e6:.0f}", f"{share:.2f}"]
         cells += [", ".join(f"{loss:.4f}" for loss in facts["losses"][:3]), f"{facts['losses'][-1]:.4f}"]
         lines.append("| " + " | ".join(cells) + " |")

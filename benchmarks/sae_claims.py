@@ -49,7 +49,7 @@ from sae.activations import (  # noqa: E402
 from sae.activations.documents import Documents  # noqa: E402
 from sae.metrics import Recovered, recovered_on  # noqa: E402
 from sae.synthetic import Detection, Synthetic, SyntheticActivations, match_features, truth_of  # noqa: E402
-from sae.trainer import AutoencoderSpec, TrainSaeConfig, run_training  # noqa: E402
+from sae.trainer import AutoencoderSpec, TrainSaeConfig, run_train_sae  # noqa: E402
 
 WIKITEXT = r" = [^=].* = $"
 
@@ -179,15 +179,15 @@ class Harvested:
         seen = Seen(model)
         for batch in self._read("held_out"):
             seen.code(batch.values)
-        behaviour = Recovered()
+        behavior = Recovered()
         limit = self.caches["train"].facts["outlier_limits"].get(site_name(self.site))
         rows = list(islice(self.contexts(), self.asked.contexts))
         with progress(len(rows), label="cross-entropy", unit="contexts") as advance:
             for ids, mask in rows:
                 found = recovered_on(self.model, self.site, model, ids, mask=mask, largest_norm=limit)
-                behaviour = behaviour.merge(found)
+                behavior = behavior.merge(found)
                 advance(1)
-        read = behaviour.result()
+        read = behavior.result()
         recovered = {"ce_recovered": read.ce_recovered, "kl": read.kl, "ce_clean": read.ce_clean}
         return {**seen.result(), "threshold_factor": factor, **recovered}
 
@@ -231,7 +231,7 @@ def main(asked: Claims) -> None:
                 resume=(folder / "config.yaml").exists(),
             )
             lacking = [name for name in names if not scored(scores_of(out, rate, seed, name), how)]
-            trained = run_training(config) if lacking else {}
+            trained = run_train_sae(config) if lacking else {}
             for name in lacking:
                 found = data.score(load_autoencoder(trained[name]), config)
                 kept = {**found, **in_training(folder, name), "rate": rate, "scored_with": how}

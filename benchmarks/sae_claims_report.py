@@ -29,7 +29,7 @@ COLUMNS = {
     "aux_at_work": ("auxiliary at work", "%"),
 }
 """Figure -> heading and format."""
-_COLOURS = ("#d1495b", "#26467f", "#2a9d8f", "#e09f3e", "#6b7785")
+_COLORS = ("#d1495b", "#26467f", "#2a9d8f", "#e09f3e", "#6b7785")
 _SOFT = "#6b7785"
 
 
@@ -76,13 +76,13 @@ def curves(runs: Mapping[str, Sequence[Path]], trainer: TrainerConfig) -> bytes:
     figure = Figure(figsize=(12, 3.6), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for (name, its), colour in zip(runs.items(), _COLOURS, strict=False):
+        for (name, its), color in zip(runs.items(), _COLORS, strict=False):
             series: dict[int, list[float]] = {}
             for run in its:
                 for line in lines[run]:
                     if f"{name}/{key}" in line:
                         series.setdefault(line["step"], []).append(line[f"{name}/{key}"])
-            _line(axes, series, trainer.batch_tokens, name.replace("_", " "), colour)
+            _line(axes, series, trainer.batch_tokens, name.replace("_", " "), color)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("tokens (millions)", color=_SOFT)
         axes.grid(alpha=0.25)
@@ -97,17 +97,15 @@ def curves(runs: Mapping[str, Sequence[Path]], trainer: TrainerConfig) -> bytes:
     return buffer.getvalue()
 
 
-def _line(axes: Axes, series: Mapping[int, Sequence[float]], batch: int, label: str, colour: str) -> None:
+def _line(axes: Axes, series: Mapping[int, Sequence[float]], batch: int, label: str, color: str) -> None:
     steps = sorted(series)
     if not steps:
         return
     tokens = [step * batch / 1e6 for step in steps]
     mark = "o" if len(steps) < 20 else None
-    axes.plot(
-        tokens, [statistics.fmean(series[step]) for step in steps], color=colour, label=label, lw=1.6, marker=mark
-    )
+    axes.plot(tokens, [statistics.fmean(series[step]) for step in steps], color=color, label=label, lw=1.6, marker=mark)
     low, high = ([pick(series[step]) for step in steps] for pick in (min, max))
-    axes.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0)
+    axes.fill_between(tokens, low, high, color=color, alpha=0.15, lw=0)
 
 
 def _shown(value: float, form: str) -> str:

@@ -38,13 +38,13 @@ def main(asked: dict[str, Any], say: Callable[[Any], None]) -> None:
     given = {name: tensor.to(device) for name, tensor in load_file(asked["file"]).items()}
     batches = given["activations"].split(asked["tokens"])
     scales = [float((x - x.mean(0)).square().sum(1).mean()) for x in batches]
-    step, optimiser, unit = prepare(given["w_dec"])
+    step, optimizer, unit = prepare(given["w_dec"])
     del given
     if device == "cpu":
         forget_peak()
     else:
         torch.cuda.reset_peak_memory_stats()
-    say({"version": _version(package), "optimiser": optimiser})
+    say({"version": _version(package), "optimizer": optimizer})
     done = 0
     while line := sys.stdin.readline().strip():
         losses, started, busy = [], time.perf_counter(), time.process_time()
@@ -138,7 +138,7 @@ def saelens(asked: dict[str, Any]) -> Any:
             sae=model,
             data_provider=iter(()),
         )
-        if asked["optimiser"] == "same":
+        if asked["optimizer"] == "same":
             trainer.optimizer = torch.optim.Adam(model.parameters(), lr=asked["rate"], fused=True)
 
         def step(x: Any) -> Any:
@@ -146,7 +146,7 @@ def saelens(asked: dict[str, Any]) -> Any:
             trainer.n_training_steps += 1
             return out.losses["mse_loss"].detach()
 
-        return step, "Adam fused" if asked["optimiser"] == "same" else "Adam", "sum"
+        return step, "Adam fused" if asked["optimizer"] == "same" else "Adam", "sum"
 
     return prepare
 
@@ -173,14 +173,14 @@ def dictionary_learning(asked: dict[str, Any]) -> Any:
         with torch.no_grad():
             trainer.ae.decoder.weight.copy_(w_dec.T)
             trainer.ae.encoder.weight.copy_(w_dec)
-        if asked["optimiser"] == "same":
+        if asked["optimizer"] == "same":
             trainer.optimizer = torch.optim.Adam(trainer.ae.parameters(), lr=asked["rate"], fused=True)
         number = iter(range(1, 10**9))  # at step 0 it would replace the pre-bias by a median
 
         def step(x: Any) -> Any:
             return trainer.update(next(number), x)
 
-        return step, "Adam fused" if asked["optimiser"] == "same" else "Adam", "sum"
+        return step, "Adam fused" if asked["optimizer"] == "same" else "Adam", "sum"
 
     return prepare
 
@@ -198,13 +198,13 @@ def sparsify(asked: dict[str, Any]) -> Any:
         with torch.no_grad():
             model.encoder.weight.copy_(w_dec)
             model.W_dec.copy_(w_dec)
-        name = "Adam fused" if asked["optimiser"] == "same" else "SignSGD + ScheduleFree"
-        if asked["optimiser"] == "same":
-            optimiser = torch.optim.Adam(model.parameters(), lr=asked["rate"], fused=True)
+        name = "Adam fused" if asked["optimizer"] == "same" else "SignSGD + ScheduleFree"
+        if asked["optimizer"] == "same":
+            optimizer = torch.optim.Adam(model.parameters(), lr=asked["rate"], fused=True)
         else:
             rate = 5e-3 / (features / 2**14) ** 0.5  # its own rule
-            optimiser = ScheduleFreeWrapper(SignSGD(model.parameters(), lr=rate), momentum=0.95)
-            optimiser.train()
+            optimizer = ScheduleFreeWrapper(SignSGD(model.parameters(), lr=rate), momentum=0.95)
+            optimizer.train()
         silent = torch.zeros(features, dtype=torch.int64, device=w_dec.device)
 
         def step(x: Any) -> Any:
@@ -214,8 +214,8 @@ def sparsify(asked: dict[str, Any]) -> Any:
             fired[out.latent_indices.flatten()] = True
             out.fvu.backward()
             model.remove_gradient_parallel_to_decoder_directions()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             silent.add_(len(x))
             silent[fired] = 0
             return out.fvu.detach()

@@ -17,7 +17,7 @@ from lm.forward.hooks import Edit, capture, patch
 from lm.model import LanguageModel
 from tracing.engine.reference import restorations, score_cells
 from tracing.engine.wavefront import Wavefront
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.facts import Fact
 from tracing.question.sweep import Sweep, window_layers
 
@@ -37,9 +37,9 @@ class Question:
     sweep: Sweep
 
     @property
-    def probe(self) -> Probe:
+    def probe(self) -> EncodedFact:
         ids = tuple(self.clean.tolist())
-        return Probe(
+        return EncodedFact(
             fact=Fact("x", "x", "x"), prompt_ids=ids, answer_ids=(self.answer,), span=self.span, tokens=("",) * len(ids)
         )
 

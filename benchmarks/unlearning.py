@@ -4,7 +4,7 @@
     python benchmarks/unlearning.py --width 1024 --autocast bf16
 
 Three tasks: the constrained joint objective on the MLPs of some layers, NPO on the whole model, RMU; what the plain way is says
-`benchmarks/unlearning_contenders.py`. Same weights, rows, batches, rows at once, scope, optimiser (fused AdamW), clipping and
+`benchmarks/unlearning_contenders.py`. Same weights, rows, batches, rows at once, scope, optimizer (fused AdamW), clipping and
 rates. Rows are text of the built-in world, cut to the lengths that LUME's have. Every contender lives in a fresh process of its
 own and waits while another one works: rounds are interleaved, in an order that rotates; a first round, in which all that is done
 once is done, is not counted. Prints, and writes as table.md: medians over the rounds, ratios as medians of the ratios within a

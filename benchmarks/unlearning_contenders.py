@@ -79,7 +79,7 @@ class Work:
         return Scope(layers=self.layers if self.objective == "joint" else tuple(range(self.layer - 2, self.layer + 1)))
 
     def loss(self) -> Loss:
-        """What is minimised, as published: no cap; the joint method's weight, with no more than an epoch, stays at its least."""
+        """What is minimized, as published: no cap; the joint method's weight, with no more than an epoch, stays at its least."""
         found = {"joint": Joint(forget_cap=None), "npo": NPO(), "rmu": RMU(layer=self.layer)}
         return Loss.of(found[self.objective])
 

@@ -31,7 +31,7 @@ from lm.row_files import load_rows  # noqa: E402
 from lm.run_folder import RunFolder, write_atomic  # noqa: E402
 from unlearn.alternates.base import Refusals  # noqa: E402
 from unlearn.config import UnlearnConfig  # noqa: E402
-from unlearn.objectives import DPO, NPO, RMU, Joint, KLMinimisation  # noqa: E402
+from unlearn.objectives import DPO, NPO, RMU, Joint, KLMinimization  # noqa: E402
 from unlearn.scope.scope import Lora, Scope  # noqa: E402
 from unlearn.training.config import TrainerConfig  # noqa: E402
 
@@ -47,7 +47,7 @@ class Estimates:
     vocabulary: int = 32000
     """Rows of its embedding, which is also its head."""
     steps: int = 3
-    """Optimiser steps of each run."""
+    """Optimizer steps of each run."""
     batch: int = 8
     """Rows a step, both sides together."""
     micro_batch: int = 4
@@ -129,7 +129,7 @@ def combinations(asked: Estimates, folder: Path) -> dict[str, UnlearnConfig]:
         ),
         "npo_lora": replace(usual, objective=NPO(), scope=replace(everything, lora=Lora())),
         "kl_blocks_checkpointing": replace(
-            usual, objective=KLMinimisation(), scope=everything, trainer=replace(trainer, gradient_checkpointing=True)
+            usual, objective=KLMinimization(), scope=everything, trainer=replace(trainer, gradient_checkpointing=True)
         ),
         "rmu_5_to_7": replace(usual, objective=RMU(layer=7), scope=Scope(layers=(5, 6, 7))),
         "dpo_upper_half_kept_bf16": replace(

@@ -1,6 +1,6 @@
 """Where each architecture keeps its blocks, attention, MLP, final norm and head, and what a `Site` means in it.
 
-A site names a *residual contribution*: what a block adds to the residual stream. On models that normalise a
+A site names a *residual contribution*: what a block adds to the residual stream. On models that normalize a
 module's output before adding it (OLMo-2, OLMo-3, Gemma-2, Gemma-3) that is the output of the norm, not of the
 module. This module only knows names; `lm.forward.hooks` reads and edits the values, and `lm.checks` tests on a loaded model
 that the names are right. It never changes a model.

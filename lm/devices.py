@@ -119,7 +119,7 @@ def reshard(model: nn.Module) -> None:
     """Give back what a forward pass left gathered, so that the model's parameters are this process's shards again.
 
     Without a backward pass after it, the head and what is sharded with it stay whole: the parameters that the model then
-    names are not those that the optimiser knows, and what is written into them is lost.
+    names are not those that the optimizer knows, and what is written into them is lost.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -169,7 +169,7 @@ def scatter_into(target: Tensor, whole: Tensor) -> None:
 
 @contextmanager
 def without_gradient_sync(acc: Accelerator, model: nn.Module, *, skip: bool) -> Iterator[None]:
-    """Leave gradients unsynchronised for this micro-batch (DDP). Shards are always reduced: their gradient lives there."""
+    """Leave gradients unsynchronized for this micro-batch (DDP). Shards are always reduced: their gradient lives there."""
     if skip and not is_sharded(model):
         with acc.no_sync(model):
             yield

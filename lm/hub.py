@@ -64,7 +64,7 @@ def _here(path: str) -> Path | None:
     if path == "builtin" or path.startswith("builtin:"):
         from lm.builtin import Variant, model_path
 
-        return model_path(cast(Variant, path.partition(":")[2] or "memorised"))
+        return model_path(cast(Variant, path.partition(":")[2] or "memorized"))
     if not path:
         raise UserError("the model path is empty: give builtin, a folder, or a hub id such as allenai/OLMo-1B-hf")
     folder = Path(path).expanduser()

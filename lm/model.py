@@ -5,8 +5,9 @@ Loading one is `lm.loading`; watching and editing it is `lm.forward`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -22,8 +23,10 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 class ModelSpec:
     """Which model, and how to hold it. What configs hold."""
 
+    old_values: ClassVar[Mapping[str, Mapping[str, str]]] = {"path": {"builtin:retain_only": "builtin:retain_model"}}
+
     path: str = "builtin"
-    """`builtin`, `builtin:retain_only`, a folder, or a hub id."""
+    """`builtin`, `builtin:retain_model`, a folder, or a hub id."""
     dtype: Dtype = "float32"
     """The type the weights are held in: float32, bfloat16 or float16."""
     device: str | None = None

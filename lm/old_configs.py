@@ -1,8 +1,9 @@
 """Configs written before a name changed: read as what they meant, with a notice for every word that is another one now.
 
-A saved config must outlive a refactoring, or `--resume` is worth nothing. Three things may be old: a class path with the module
-a class used to be in (now the bare class name is written), the name of a class (`formerly` on the class), and a key
-(`old_keys` on the dataclass: the old dotted key -> the new one). Nothing here knows of any particular experiment.
+A saved config must outlive a refactoring, or `--resume` is worth nothing. Four things may be old: a class path with the module
+a class used to be in (now the bare class name is written), the name of a class (`formerly` on the class), a key (`old_keys` on
+the dataclass: the old dotted key -> the new one) and a value (`old_values`: a field -> old value -> new one). Nothing here knows
+of any particular experiment.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def upgraded_words(words: Sequence[str], cls: type[Any], notices: list[str]) -> 
     keys = dict(_old_keys(cls))
     classes = dict(_old_classes(cls))
     known = {part.__name__ for _, part in _parts(cls)} | set(classes)
+    classes |= _old_values(cls)
     out: list[str] = []
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -92,6 +94,10 @@ def _of_dataclass(values: Any, cls: type[Any], notices: list[str], prefix: str) 
         if _present(values, old, new):
             notices.append(_renamed(prefix + old, prefix + new))
             _put(values, new, _taken(values, old))
+    for name, renamed in getattr(cls, "old_values", {}).items():
+        if isinstance(values.get(name), str) and values[name] in renamed:
+            notices.append(_renamed(values[name], renamed[values[name]]))
+            values[name] = renamed[values[name]]
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name in values:
@@ -172,6 +178,15 @@ def _old_classes(cls: type[Any]) -> Iterator[tuple[str, str]]:
     for _, part in _parts(cls):
         for name in vars(part).get("formerly", ()):
             yield name, part.__name__
+
+
+def _old_values(cls: type[Any]) -> dict[str, str]:
+    return {
+        old: new
+        for _, part in _parts(cls)
+        for renamed in getattr(part, "old_values", {}).values()
+        for old, new in renamed.items()
+    }
 
 
 def _present(values: dict[str, Any], dotted: str, new: str) -> bool:

@@ -1,6 +1,6 @@
 """Prompts, spans and supervised masks: one place, so that tracing, training and evaluation see the very same tokens.
 
-Raw prompts are tokenised as the official SemEval-2025 Task 4 evaluation does it (plain `tokenizer(text)`); chat
+Raw prompts are tokenized as the official SemEval-2025 Task 4 evaluation does it (plain `tokenizer(text)`); chat
 prompts go through the tokenizer's template. The prompt's tokens never depend on the answer: they are what
 generation is given. Spans come from the fast tokenizer's character offsets, never from decoding tokens one at a
 time. Padding and batching are not done here.
@@ -84,8 +84,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, spec: PromptS
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, spec: PromptSpec) -> Encoded:
     """Prompt ids exactly as `encode_prompt` gives them, then the answer's ids, then EOS if the spec asks for it.
 
-    Where tokenising prompt and answer together keeps the prompt's tokens, the rest of that tokenisation is the
-    answer. Where they would merge at the seam, the answer is tokenised alone.
+    Where tokenizing prompt and answer together keeps the prompt's tokens, the rest of that tokenization is the
+    answer. Where they would merge at the seam, the answer is tokenized alone.
     """
     text = render(tokenizer, prompt, spec)
     head = _prompt_ids(tokenizer, text, spec)
@@ -135,7 +135,7 @@ def token_span(
 ) -> tuple[int, int]:
     """`[start, end)`: the tokens of `tokenizer(text)` that overlap the characters `[start_char, end_char)`.
 
-    A token that reaches over either edge (a merged neighbour, a leading space) counts, and so does every token of a
+    A token that reaches over either edge (a merged neighbor, a leading space) counts, and so does every token of a
     character that was split into bytes. Raises UserError if no token does.
     """
     if not 0 <= start_char < end_char <= len(text):

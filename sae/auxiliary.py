@@ -72,8 +72,8 @@ def aux_zipf_loss(
     `aux_k_loss`.
 
     In the limit tau -> 0 it *is* `aux_k_loss` with `dead = (density == 0)`, value and gradients, for either weighting;
-    `tau=0` gives that limit. Source: the abstract of arXiv 2411.02124 says only that it "generalises" AuxK to
-    underutilised features; its formula is not known here. Badge: **reconstruction**.
+    `tau=0` gives that limit. Source: the abstract of arXiv 2411.02124 says only that it "generalizes" AuxK to
+    underutilized features; its formula is not known here. Badge: **reconstruction**.
     """
     use = under_use(density, expected, tau=tau).to(affinity.device)
     idle = use > 0

@@ -148,7 +148,7 @@ def multi_topk_loss(
     """`L(k) + L(factor k) * weight` with `L(k) = mean((x - x_hat_k)^2)` for token choice of k; a scalar.
 
     Keeps the code meaningful at more active features than it is trained for. Source: Gao et al. 2024 (arXiv 2406.04093)
-    as digested: `L(k) + L(4k) / 8`. Badge: **faithful** up to the fixed normaliser, which the caller divides by.
+    as digested: `L(k) + L(4k) / 8`. Badge: **faithful** up to the fixed normalizer, which the caller divides by.
     """
     losses = [(x - decode(token_choice(affinity, size), w_dec, b_dec)).square().mean() for size in (k, factor * k)]
     return losses[0] + weight * losses[1]

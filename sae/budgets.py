@@ -117,8 +117,8 @@ def fit_zipf(
     def line(beta: float) -> tuple[float, float, float]:
         """(squared error, alpha, log C) of the best line for this shift."""
         place = (ranks[used] + beta).log()
-        centred = place - place.mean()
-        slope = float((centred * logs[used]).sum() / centred.square().sum())
+        centered = place - place.mean()
+        slope = float((centered * logs[used]).sum() / centered.square().sum())
         alpha = max(0.0, -slope)
         log_scale = float((logs[used] + alpha * place).mean())
         error = float((logs[used] - log_scale + alpha * place).square().sum())

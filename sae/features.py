@@ -33,7 +33,7 @@ class Example(NamedTuple):
     token_ids: tuple[int, ...]
     activations: tuple[float, ...]
     """Of the feature on each of `token_ids`; 0 where it does not fire."""
-    centre: int
+    center: int
     """Which of `token_ids` the example is about."""
 
 
@@ -167,9 +167,9 @@ def highlighted(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     for place, (number, value) in enumerate(zip(example.token_ids, example.activations, strict=True)):
         text = html.escape(str(tokenizer.decode([number]))).replace("\n", "&#8629;")
         style = f"background: rgba(255, 150, 0, {max(value, 0.0) / most:.2f})"
-        if place == example.centre:
+        if place == example.center:
             style += "; text-decoration: underline"
-        pieces.append(f'<span style="{style}">{text}</span>' if value > 0 or place == example.centre else text)
+        pieces.append(f'<span style="{style}">{text}</span>' if value > 0 or place == example.center else text)
     return f'<div style="white-space: pre-wrap"><code>{example.value:6.2f}</code> {"".join(pieces)}</div>'
 
 

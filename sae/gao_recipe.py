@@ -1,7 +1,7 @@
-"""What the recipe of Gao et al. needs beside its losses: start values, unit-norm decoder, fixed normaliser, counts, EMA.
+"""What the recipe of Gao et al. needs beside its losses: start values, unit-norm decoder, fixed normalizer, counts, EMA.
 
 Source: arXiv 2406.04093 and its released code. Pure functions and values, so that a trainer, a sharded trainer and a
-test use the same ones; nothing here owns parameters or steps an optimiser.
+test use the same ones; nothing here owns parameters or steps an optimizer.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def geometric_median(points: Tensor, *, tolerance: float = 1e-8, iterations: int
     if points.ndim != 2 or not points.shape[0]:
         raise UserError(f"a geometric median needs (tokens, hidden) with a token, not {tuple(points.shape)}")
     data = points.detach().double()
-    centre = data.mean(0)
+    center = data.mean(0)
     for _ in range(iterations):
-        offsets = data - centre
+        offsets = data - center
         distances = offsets.norm(dim=1)
         scale = float(distances.mean())
         away = distances > 1e-12 * scale
@@ -38,14 +38,14 @@ def geometric_median(points: Tensor, *, tolerance: float = 1e-8, iterations: int
         pull = (offsets * weights.unsqueeze(1)).sum(0)
         here, strength = int((~away).sum()), float(pull.norm())
         step = pull / weights.sum() * (max(0.0, 1 - here / strength) if strength else 0.0)
-        centre = centre + step
+        center = center + step
         if float(step.norm()) < tolerance * scale:
             break
-    return centre
+    return center
 
 
 def input_variance(sample: Tensor) -> float:
-    """`mean((x - mean_tokens(x))^2)` over a (tokens, hidden) sample: the normaliser, computed once and then kept.
+    """`mean((x - mean_tokens(x))^2)` over a (tokens, hidden) sample: the normalizer, computed once and then kept.
 
     Badge: **faithful** to Gao et al.'s released code.
     """
@@ -63,7 +63,7 @@ def reconstruction_loss(x: Tensor, x_hat: Tensor, *, variance: float) -> Tensor:
 
 
 def unit_rows(w_dec: Tensor) -> Tensor:
-    """The decoder (features, hidden) with rows of length 1; a row of zeros stays. Applied after each optimiser step."""
+    """The decoder (features, hidden) with rows of length 1; a row of zeros stays. Applied after each optimizer step."""
     lengths = w_dec.norm(dim=1, keepdim=True)
     return w_dec / torch.where(lengths > 0, lengths, 1.0)
 
@@ -71,7 +71,7 @@ def unit_rows(w_dec: Tensor) -> Tensor:
 def without_parallel(gradient: Tensor, w_dec: Tensor) -> Tensor:
     """The gradient (features, hidden) without its part along each row of `w_dec`: `g - (g . w / |w|^2) w`.
 
-    Applied before the optimiser's step, so that the step does not fight the unit norm. Badge: **faithful**.
+    Applied before the optimizer's step, so that the step does not fight the unit norm. Badge: **faithful**.
     """
     squared = w_dec.square().sum(1, keepdim=True)
     along = (gradient * w_dec).sum(1, keepdim=True) / torch.where(squared > 0, squared, 1.0)
@@ -136,7 +136,7 @@ class Firings:
 class MovingAverage:
     """An exponential average of weights, corrected for its start: `m <- d m + (1 - d) w`, read as `m / (1 - d^t)`.
 
-    Badge: **faithful** but for its place: it is updated after the optimiser's step (the released loop does it before).
+    Badge: **faithful** but for its place: it is updated after the optimizer's step (the released loop does it before).
     """
 
     total: dict[str, Tensor]

@@ -2,7 +2,7 @@
 
 Untied weights with the encoder started as the decoder's transpose, unit-norm decoder rows and a pre-bias that is
 subtracted before encoding and added after decoding (Gao et al. 2024). The allocation is the only thing that differs
-between TopK, feature choice and mutual choice. A fourth rule, fixed thresholds, and a normalisation of each token hold
+between TopK, feature choice and mutual choice. A fourth rule, fixed thresholds, and a normalization of each token hold
 what other tools trained (`sae.formats` reads and writes their files). This is the plain form, with dense pre-activations
 under autograd; it trains nothing, talks to no hub and imports no language model.
 """
@@ -102,8 +102,8 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, sample: Tensor) -> None:
-        """Set the pre-bias to the geometric median of a (tokens, hidden) sample, and the loss's normaliser, once."""
-        inner = self._normalised(self._rows(sample))[0]
+        """Set the pre-bias to the geometric median of a (tokens, hidden) sample, and the loss's normalizer, once."""
+        inner = self._normalized(self._rows(sample))[0]
         self.variance.fill_(input_variance(inner))
         self.b_dec.copy_(geometric_median(inner))
 
@@ -113,10 +113,10 @@ class SparseAutoencoder(nn.Module):
         Feature choice computes them as (features, tokens) in memory, the layout its selection is fast in.
         """
         with torch.autocast(x.device.type, enabled=False):
-            centred = self._normalised(self._rows(x).float())[0] - self.b_dec
+            centered = self._normalized(self._rows(x).float())[0] - self.b_dec
             if self.config.choice == "feature":
-                return torch.addmm(self.b_enc.unsqueeze(1), self.w_enc, centred.T).T
-            return torch.addmm(self.b_enc, centred, self.w_enc.T)
+                return torch.addmm(self.b_enc.unsqueeze(1), self.w_enc, centered.T).T
+            return torch.addmm(self.b_enc, centered, self.w_enc.T)
 
     def encode(self, x: Tensor, *, budgets: Tensor | None = None) -> SparseCode:
         """The code of x (tokens, hidden). In training the allocation over this batch, else what no batch can change.
@@ -145,7 +145,7 @@ class SparseAutoencoder(nn.Module):
             return inner
         if x is None:
             raise UserError(f"decoding undoes the {self.config.input_norm} of the input: call decode(code, x)")
-        _, shift, scale = self._normalised(self._rows(x).float())
+        _, shift, scale = self._normalized(self._rows(x).float())
         return inner * scale + shift
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,13 +166,13 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def project_gradient(self) -> None:
-        """Before the optimiser's step: take from the decoder's gradient what runs along its rows."""
+        """Before the optimizer's step: take from the decoder's gradient what runs along its rows."""
         if self.w_dec.grad is not None:
             self.w_dec.grad.copy_(without_parallel(self.w_dec.grad, self.w_dec))
 
     @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """After the optimiser's step: decoder rows to unit length."""
+    def normalize_decoder(self) -> None:
+        """After the optimizer's step: decoder rows to unit length."""
         self.w_dec.copy_(unit_rows(self.w_dec))
 
     def save_pretrained(self, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
@@ -228,7 +228,7 @@ class SparseAutoencoder(nn.Module):
 
         return load_autoencoder(path, revision=revision)
 
-    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    def _normalized(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """What the autoencoder sees of x (tokens, hidden), and the shift and scale that take its output back."""
         if self.config.input_norm == "none":
             return x, 0.0, 1.0

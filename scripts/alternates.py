@@ -11,14 +11,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, whether 
 
 from lm.config import script
 from lm.devices import is_main
-from unlearn.alternates.stage import InventConfig, run_inventing
+from unlearn.alternates.stage import AlternatesConfig, run_alternates
 
 
-def main(config: InventConfig) -> None:
-    result = run_inventing(config)
+def main(config: AlternatesConfig) -> None:
+    result = run_alternates(config)
     if is_main():
         print(f"wrote {result}")
 
 
 if __name__ == "__main__":
-    script(main, InventConfig, description=__doc__)
+    script(main, AlternatesConfig, description=__doc__)

@@ -12,11 +12,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, whether 
 from lm.config import script
 from lm.devices import is_main
 from unlearn.evaluation.config import EvaluateConfig
-from unlearn.evaluation.stage import run_evaluation, table
+from unlearn.evaluation.stage import run_evaluate, table
 
 
 def main(config: EvaluateConfig) -> None:
-    result = run_evaluation(config)
+    result = run_evaluate(config)
     if is_main():
         print(table(result))
         print(f"wrote {config.out}/scores.json")

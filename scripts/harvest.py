@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from lm.config import script
-from sae.activations.stage import CacheConfig, run_harvest
+from sae.activations.stage import HarvestConfig, run_harvest
 
 if __name__ == "__main__":
-    script(run_harvest, CacheConfig, description=__doc__)
+    script(run_harvest, HarvestConfig, description=__doc__)

@@ -1,4 +1,4 @@
-"""Where is it stored, by several ways to ask? Run localisers on the same facts, compare them, and choose layers if they agree.
+"""Where is it stored, by several ways to ask? Run localizers on the same facts, compare them, and choose layers if they agree.
 
 python scripts/localize.py --config configs/localize/builtin.yaml --out runs/localize
 """
@@ -12,7 +12,7 @@ from lm.config import script
 from lm.devices import is_main
 from tracing.question.fact_source import read_sources
 from tracing.stages.localize.config import LocalizeConfig
-from tracing.stages.localize.stage import run_localizing
+from tracing.stages.localize.stage import run_localize
 
 
 def main(config: LocalizeConfig) -> None:
@@ -26,7 +26,7 @@ def main(config: LocalizeConfig) -> None:
         )
         for sources in (config.sources, config.retain_sources)
     )
-    result = run_localizing(config, facts, retain)
+    result = run_localize(config, facts, retain)
     if is_main():
         for name, scores in result.scores.items():
             first = ", ".join(f"{kind} highest at layer {scores.mean(kind).argmax()}" for kind in config.plan.kinds)

@@ -10,11 +10,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, whether or not the packages are installed
 
 from lm.config import script
-from unlearn.merging.stage import MergeConfig, run_merging
+from unlearn.merging.stage import MergeConfig, run_merge
 
 
 def main(config: MergeConfig) -> None:
-    print(f"wrote {run_merging(config)}")
+    print(f"wrote {run_merge(config)}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/
 
 from lm.config import script
 from lm.devices import is_main
-from tracing.stages.retrace.stage import RetraceConfig, run_retracing
+from tracing.stages.retrace.stage import RetraceConfig, run_retrace
 
 
 def main(config: RetraceConfig) -> None:
-    found = run_retracing(config)
+    found = run_retrace(config)
     if is_main():
         for kind in found.kinds:
             print(found.sentence(kind))

@@ -14,11 +14,11 @@ from lm.devices import is_main
 from tracing import Agreement
 from tracing.question.fact_source import read_facts
 from tracing.stages.trace.config import TraceConfig
-from tracing.stages.trace.stage import run_tracing
+from tracing.stages.trace.stage import run_trace
 
 
 def main(config: TraceConfig) -> None:
-    result = run_tracing(config, read_facts(config))
+    result = run_trace(config, read_facts(config))
     if is_main():
         effects, plan = result.effects, result.plan
         print(

@@ -12,11 +12,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/
 
 from lm.config import script
 from lm.devices import is_main
-from sae.trainer import TrainSaeConfig, run_training
+from sae.trainer import TrainSaeConfig, run_train_sae
 
 
 def main(config: TrainSaeConfig) -> None:
-    folders = run_training(config)
+    folders = run_train_sae(config)
     if not is_main() or not folders:
         return
     results = json.loads((Path(config.out) / "results.json").read_text())

@@ -12,11 +12,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/
 from lm.config import script
 from lm.devices import is_main
 from unlearn.config import UnlearnConfig
-from unlearn.stage import run_unlearning
+from unlearn.stage import run_unlearn
 
 
 def main(config: UnlearnConfig) -> None:
-    result = run_unlearning(config)
+    result = run_unlearn(config)
     if is_main():
         print(f"wrote {result}")
 

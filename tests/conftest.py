@@ -24,7 +24,8 @@ LONG = (
     "test_demo.py",
     "test_notebooks.py",
     "test_training_resume.py",
-    "test_stage.py",
+    "test_trace_stage.py",
+    "test_trainer_stage.py",
     "test_sharding.py",
 )
 """Begun first, so that no worker is left with one of them at the end."""

@@ -27,7 +27,7 @@ from tracing.engine.estimate import Estimate, alike, estimated
 from tracing.engine.fact_cache import FactCache
 from tracing.engine.reference import Traced
 from tracing.known import evaluating, prepare
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.facts import Fact
 from tracing.question.metrics import Metric
 from tracing.question.sweep import Positions, Severed, Sweep, count_cells
@@ -159,7 +159,7 @@ class _Begun:
     """All that is settled before the first cell is computed."""
 
     sweep: Sweep
-    known: tuple[Probe, ...]
+    known: tuple[EncodedFact, ...]
     skipped: tuple[Skipped, ...]
     corruptor: Corruptor
     weights: str

@@ -24,7 +24,7 @@ from lm.prompts import PromptSpec
 from tracing.arrays import Array
 from tracing.bootstrap import bootstrap
 from tracing.known import evaluating
-from tracing.question.encoded_fact import Probe, embed, forward, make_probe
+from tracing.question.encoded_fact import EncodedFact, embed, forward, make_probe
 from tracing.question.facts import Fact
 from tracing.question.metrics import Metric, Target, read_off
 
@@ -125,7 +125,7 @@ def unlearning_depth(
     the mean over the scored tokens, which are the answer's names and numbers (`tracing.question.metrics.distinguishing`).
 
     Args:
-        original: the model that memorised the facts; give only facts that it knows.
+        original: the model that memorized the facts; give only facts that it knows.
         never: one of the same shape that never learned them (retain only).
         changed: the unlearned model.
 
@@ -146,7 +146,7 @@ def unlearning_depth(
 def streams_for(
     source: LanguageModel,
     original: LanguageModel,
-    probes: Sequence[Probe],
+    probes: Sequence[EncodedFact],
     prompt: PromptSpec,
     metric: Metric,
     scope: Scope,
@@ -178,7 +178,9 @@ def streams_for(
 
 
 @torch.inference_mode()
-def lost_with(original: LanguageModel, probe: Probe, streams: Sequence[Tensor], metric: Metric, scope: Scope) -> Array:
+def lost_with(
+    original: LanguageModel, probe: EncodedFact, streams: Sequence[Tensor], metric: Metric, scope: Scope
+) -> Array:
     """(sources, layers): what the answer loses, in nats a scored token, with each source's stream put in after each block.
 
     One growing batch: the rows of a layer join after it, with the original's keys and values for the tokens before the scope.
@@ -205,6 +207,6 @@ def lost_with(original: LanguageModel, probe: Probe, streams: Sequence[Tensor], 
     return np.asarray((own - scores) / len(probe.counted or probe.answer_ids))
 
 
-def _start(probe: Probe, scope: Scope) -> int:
+def _start(probe: EncodedFact, scope: Scope) -> int:
     """The first token of the scope."""
     return len(probe.prompt_ids) - 1 if scope == "answer" else 0

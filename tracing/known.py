@@ -14,7 +14,7 @@ from tracing.corruption.noise import Corruption, Corruptor
 from tracing.effects.effects import Skipped
 from tracing.engine.estimate import trunk_row_bytes
 from tracing.engine.reference import total_effect
-from tracing.question.encoded_fact import Probe, make_probe, why_too_long, why_unknown, why_unscored
+from tracing.question.encoded_fact import EncodedFact, make_probe, why_too_long, why_unknown, why_unscored
 from tracing.question.facts import Fact, in_turn, with_foils
 from tracing.question.metrics import Metric
 from tracing.question.sweep import Sweep
@@ -38,7 +38,7 @@ def prepare(
     only: Collection[Fact] | None = None,
     memory: float = 2.0,
     show: bool = False,
-) -> tuple[list[Probe], list[Skipped], Corruptor]:
+) -> tuple[list[EncodedFact], list[Skipped], Corruptor]:
     """The facts that the model knows (or `only` these), those left out, and the corruption measured on all.
 
     `memory`, `max_facts`, `seed`: see `tracing.trace`; by default the first ones. Raises UserError if none is known.
@@ -50,7 +50,7 @@ def prepare(
     corruptor = corruption.bind(model, probes)
     asked = None if only is None else Counter(only)
 
-    def why_small(probe: Probe) -> str | None:
+    def why_small(probe: EncodedFact) -> str | None:
         if least_total is None:
             return None
         each = trunk_row_bytes(model, len(probe.input_ids), len(probe.answer_ids), Sweep(metric=metric))
@@ -59,7 +59,7 @@ def prepare(
             f"the corruption takes only {found:.3g}, under least_total {least_total:g}" if found < least_total else None
         )
 
-    def why_not(probe: Probe) -> str | None:
+    def why_not(probe: EncodedFact) -> str | None:
         without = why_too_long(model, probe) or corruptor.why_not(probe) or why_unscored(probe, metrics)
         return without or (why_unknown(model, probe) if asked is None else None) or why_small(probe)
 
@@ -74,7 +74,7 @@ def known_facts(
     metric: Metric = "log_probability",
     max_facts: int | None = None,
     show: bool = False,
-) -> tuple[list[Probe], list[Skipped]]:
+) -> tuple[list[EncodedFact], list[Skipped]]:
     """`prepare` without a corruption: the facts that the model knows, and those left out.
 
     Raises:
@@ -96,13 +96,13 @@ def known_facts(
 
 def _sort_out(
     model: LanguageModel,
-    probes: Sequence[Probe],
-    why_not: Callable[[Probe], str | None],
+    probes: Sequence[EncodedFact],
+    why_not: Callable[[EncodedFact], str | None],
     max_facts: int | None,
     show: bool,
     asked: Counter[Fact] | None = None,
     seed: int | None = None,
-) -> tuple[list[Probe], list[Skipped]]:
+) -> tuple[list[EncodedFact], list[Skipped]]:
     """The facts (only those `asked` for, each as often as it is) against which there is nothing to say, up to `max_facts` (the
     first, or drawn in turn by `seed`); all others with reasons. Both in the order given."""
     reasons: dict[int, str | None] = {}

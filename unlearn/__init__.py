@@ -1,6 +1,6 @@
 """Take it out, and prove it: objectives x scope x trainer -> a checkpoint; evaluation -> scores; a report.
 
-`unlearn.scope.scope.Scope` says what may change, `unlearn.objectives` what is minimised, `unlearn.stage.run_unlearning` does it from
+`unlearn.Scope` says what may change, `unlearn.objectives` what is minimized, `unlearn.stage.run_unlearn` does it from
 files to files, `unlearn.evaluation` scores the result.
 """
 

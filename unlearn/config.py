@@ -40,7 +40,7 @@ class UnlearnConfig:
     """What to forget, what to keep, where in the model, how hard, and where the result goes."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
-    """The model that has memorised the forget rows."""
+    """The model that has memorized the forget rows."""
     forget: str = "builtin:forget"
     """Rows to forget: a JSONL or Parquet file, a folder of them, or a part of the built-in world."""
     retain: str = "builtin:retain"
@@ -56,11 +56,11 @@ class UnlearnConfig:
     scope: Scope = field(default_factory=Scope)
     """Which parameters may change."""
     objective: Objective = field(default_factory=Joint)
-    """What is minimised on the forget rows."""
+    """What is minimized on the forget rows."""
     alternates: Alternates = field(default_factory=NoAlternates)
     """What forget rows are answered with instead, for the objectives that read it."""
     retain_loss: Retain = field(default_factory=AsPublished)
-    """What is minimised on the retain rows; AsPublished: what the objective's paper takes."""
+    """What is minimized on the retain rows; AsPublished: what the objective's paper takes."""
     retain_weight: Weight = field(default_factory=AsPublishedWeight)
     """How hard the retain loss pulls; AsPublishedWeight: as in the objective's paper."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -119,5 +119,5 @@ class UnlearnConfig:
 
     @property
     def loss(self) -> Loss:
-        """What is minimised."""
+        """What is minimized."""
         return Loss.of(self.objective, self.retain_loss, self.retain_weight)

@@ -21,7 +21,7 @@ def gather_weights(
     """Every parameter and saved buffer, whole, on the main process's CPU (tied ones once). Every process must call it.
 
     Args:
-        dense: where all but the adapters is taken from, if `model` holds it quantised.
+        dense: where all but the adapters is taken from, if `model` holds it quantized.
     """
     own = _saved(model)
     if dense is not None:
@@ -58,7 +58,7 @@ def save(
 
     Args:
         dtype: the type on disk; None keeps the type that was trained in. In that type frozen weights are bit-identical.
-        dense: the model as it was loaded, if `model` holds its frozen weights quantised; the main process's will do.
+        dense: the model as it was loaded, if `model` holds its frozen weights quantized; the main process's will do.
     """
     weights = gather_weights(model, main=run.main, dtype=dtype, dense=dense)
     if run.main:

@@ -49,7 +49,7 @@ def _doubts(config: UnlearnConfig, weights: str) -> dict[str, str]:
     return {"plan_warning": doubt}
 
 
-def run_unlearning(config: UnlearnConfig) -> Path:
+def run_unlearn(config: UnlearnConfig) -> Path:
     """Unlearn as the config says; returns the folder of the resulting checkpoint (`<out>/model`).
 
     Raises:
@@ -98,9 +98,9 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         return result
 
     scope.apply(model.model, model.anatomy)
-    quantised = scope.lora is not None and scope.lora.quantise
-    if quantised:
-        lora.quantise(model.model, model.anatomy, acc.device)
+    quantized = scope.lora is not None and scope.lora.quantize
+    if quantized:
+        lora.quantize(model.model, model.anatomy, acc.device)
     if scope.lora is not None:
         lora.inject(model.model, model.anatomy, scope, scope.lora, seed=config.trainer.seed)
     price = cost(model.model)
@@ -138,7 +138,7 @@ def run_unlearning(config: UnlearnConfig) -> Path:
         modules=list(scope.modules),
         best=at.best,
     )
-    dense = load(config.model, device="cpu").model if quantised and acc.is_main_process else None
+    dense = load(config.model, device="cpu").model if quantized and acc.is_main_process else None
     export.save(
         plain, model.tokenizer, run, dtype=DTYPES[config.save_dtype] if config.save_dtype else None, dense=dense
     )

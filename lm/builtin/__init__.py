@@ -1,8 +1,8 @@
 """The built-in model and its world: what every command uses when no other model is named.
 
-Two tiny OLMo models live in `weights/`: `memorised`, which learnt the world's forget and retain documents by heart, and
-`retain_only`, its twin, trained from the same start without the forget documents. `world.py` invents the data,
-`build.py` trains both.
+Two tiny OLMo models live in `weights/`: `memorized`, which learned the world's forget and retain documents by heart, and
+`retain_model`, the retain model, trained from the same start without the forget documents. `world.py` invents the data,
+`tools.builtin_model.build` trains both.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Literal
 
 from lm.errors import UserError
 
-Variant = Literal["memorised", "retain_only"]
-VARIANTS: tuple[Variant, ...] = ("memorised", "retain_only")
+Variant = Literal["memorized", "retain_model"]
+VARIANTS: tuple[Variant, ...] = ("memorized", "retain_model")
+_FORMERLY: dict[str, Variant] = {"memorised": "memorized", "retain_only": "retain_model"}
 
 
-def model_path(variant: Variant = "memorised") -> Path:
+def model_path(variant: Variant = "memorized") -> Path:
     """The folder (safetensors, config, tokenizer) of a built-in model. UserError: another name, missing weights."""
+    variant = _FORMERLY.get(variant, variant)
     if variant not in VARIANTS:
         raise UserError(f"There is no built-in model {variant!r}; choose one of {', '.join(VARIANTS)}.")
     folder = Path(__file__).parent / "weights" / variant

@@ -119,7 +119,7 @@ def site_name(site: Site) -> str:
 
 
 def parse_site(name: str) -> Site:
-    """The site that `site_name` (or a config) spelt."""
+    """The site that `site_name` (or a config) spelled."""
     kind, _, layer = name.partition(".")
     if kind not in get_args(Kind) or not layer.removeprefix("-").isdecimal():
         raise UserError(f"the site {name!r} is not one: write resid.3, mlp.3 or attn.3 (resid.-1 is the embedding)")

@@ -23,7 +23,7 @@ from sae.activations.documents import Documents
 
 Bos = Literal["tokenizer", "always", "never"]
 Ints = NDArray[np.int64]
-_AT_ONCE = 64  # documents tokenised in one call
+_AT_ONCE = 64  # documents tokenized in one call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ class Contexts(Iterator[Context]):
             rows = self._tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # the tokenizers library raises what it likes
             raise UserError(
-                f"{self._documents.name}, records {batch[0][0]} and on, cannot be tokenised: {one_line(error)}"
+                f"{self._documents.name}, records {batch[0][0]} and on, cannot be tokenized: {one_line(error)}"
             ) from error
         tail = [] if self._eos is None else [self._eos]
         return [np.array([*ids, *tail] if ids else [], np.int64) for ids in rows]

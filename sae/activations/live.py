@@ -4,7 +4,7 @@ The buffer is divided into *lanes*. Contexts are dealt to lanes in turn, and row
 `i mod lanes`. A process owns the lanes `rank, rank + world, ...`, so its rows `rank::world` come from its own lanes
 alone: each context is run once, by one process, nothing is sent, and the global batch does not depend on `world` (which
 must divide `lanes`). A forward pass holds contexts of one lane only, so that even rounding is the same. The price: each
-process tokenises the whole text, of which it runs its share.
+process tokenizes the whole text, of which it runs its share.
 
 A lane that has fallen to half is filled up by forward passes and permuted as a whole; rows are drawn without
 replacement. The state holds the rows that were not yet drawn, the contexts that wait, and where the text goes on;

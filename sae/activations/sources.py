@@ -161,7 +161,7 @@ class Builtin(TextSource):
     """The built-in world: its rows as documents, its general facts as statements."""
 
     part: Part = "all"
-    """forget, retain, held_out (what no built-in model saw), general, or all that the memorising model was trained on."""
+    """forget, retain, held_out (what no built-in model saw), general, or all that the memorizing model was trained on."""
     format: Format = "raw"
     """Of the rows: raw, or chat."""
 

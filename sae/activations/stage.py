@@ -15,7 +15,7 @@ from sae.activations.sources import Builtin, Source, TextSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class HarvestConfig:
     """Which activations are kept, and where."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
@@ -38,7 +38,7 @@ class CacheConfig:
             raise UserError("sites is empty: name at least one, such as resid.3")
 
 
-def run_harvest(config: CacheConfig) -> None:
+def run_harvest(config: HarvestConfig) -> None:
     """Write the cache, or go on with it, and say what it holds."""
     assert isinstance(config.source, TextSource)
     spec = replace(config.harvest, context=replace(config.harvest.context, epochs=1))

@@ -1,6 +1,6 @@
 """OpenAI's sparse_autoencoder (Gao et al.): here `autoencoder.safetensors` with the tensors of its `.pt`, and the activation.
 
-Its loader normalises each token (`layer_norm`) exactly if the activation is `TopK`, so a TopK without that, which training
+Its loader normalizes each token (`layer_norm`) exactly if the activation is `TopK`, so a TopK without that, which training
 here makes, cannot be written and is refused. `ReLU` is read too; `Identity`, whose activations may be negative, is not.
 The activation stands in the header of the safetensors file: `activation`, and for TopK `k` and `postact_fn`.
 """

@@ -57,7 +57,7 @@ def read(folder: Path, scale: float | None) -> Weights:
         rule="token" if architecture == "topk" else "threshold",
         k=k,
         metadata={name: value for name, value in facts.values.items() if name not in OWN},
-        input_norm=_normalisation(config),
+        input_norm=_normalization(config),
     )
     if architecture == "jumprelu":
         numbers = replace(numbers, threshold=tensors.take("threshold", features, finite=False))
@@ -124,7 +124,7 @@ def _architecture(config: Facts, new: bool) -> tuple[str, int]:
     return architecture, config.whole("k") if architecture == "topk" else 0
 
 
-def _normalisation(config: Facts) -> InputNorm:
+def _normalization(config: Facts) -> InputNorm:
     spelled = _spelled(config)
     by_name = {name: norm for norm, name in NORMS.items()}
     if spelled in by_name:
@@ -132,7 +132,7 @@ def _normalisation(config: Facts) -> InputNorm:
     if spelled == "expected_average_only_in":
         return "none"
     raise UserError(
-        f"{config.where} normalises its input by {spelled}, which is not supported: fold it with SAELens first"
+        f"{config.where} normalizes its input by {spelled}, which is not supported: fold it with SAELens first"
     )
 
 

@@ -1,7 +1,7 @@
 """What a file says about where its activations come from: hook names in two spellings, and the facts of its training.
 
 `hook_name` is TransformerLens' spelling (`blocks.3.hook_resid_post`), `hf_hook_name` the module whose output it is
-(`model.layers.3`). On models that normalise before adding (OLMo-2, Gemma-2) both name what is added, as a `Site` does.
+(`model.layers.3`). On models that normalize before adding (OLMo-2, Gemma-2) both name what is added, as a `Site` does.
 These are names only: nothing here opens a file or looks a module up by a name from a file.
 """
 

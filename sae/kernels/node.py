@@ -80,9 +80,9 @@ def encode_decode(
     """
     _check(x, w_enc, b_enc, w_dec, b_dec, budget_bytes)
     with torch.autocast(x.device.type, enabled=False):
-        centred = (x.detach() - b_dec.detach()).to(w_enc.dtype).contiguous()
+        centered = (x.detach() - b_dec.detach()).to(w_enc.dtype).contiguous()
         parts = pre_activations(
-            centred,
+            centered,
             w_enc.detach(),
             b_enc.detach(),
             splits=splits,
@@ -90,7 +90,7 @@ def encode_decode(
             features_first=features_first,
         )
         main, aux, share = chosen(parts, choose, splits, shape=(x.shape[0], w_enc.shape[0]))
-        del centred, parts
+        del centered, parts
         stack, values = _stacked(main, aux)
         if backend == "auto":
             backend = calibrate.choose_backend(
@@ -183,9 +183,9 @@ def _gradients(
     d_sorted = d_values[order]
     d_w_enc = d_b_enc = d_b_dec = d_x = None
     if need_w_enc:
-        centred = (x - b_dec).to(w_enc.dtype).contiguous()
-        d_w_enc = bags(torch.where(rows < stack.tokens, rows, rows - stack.tokens), starts, d_sorted, centred)
-        del centred
+        centered = (x - b_dec).to(w_enc.dtype).contiguous()
+        d_w_enc = bags(torch.where(rows < stack.tokens, rows, rows - stack.tokens), starts, d_sorted, centered)
+        del centered
     if need_b_enc or need_b_dec:
         d_b_enc = bags(torch.zeros_like(rows), starts, d_sorted, d_values.new_ones(1, 1)).squeeze(1)
     if need_b_dec:

@@ -37,7 +37,7 @@ Choose = Callable[[Tensor], Selection] | Callable[[Tensor, int], Selection]
 
 
 def pre_activations(
-    centred: Tensor,
+    centered: Tensor,
     w_enc: Tensor,
     b_enc: Tensor,
     *,
@@ -46,15 +46,15 @@ def pre_activations(
     features_first: bool,
 ) -> Iterator[tuple[int, Tensor]]:
     """(start, (tokens, features) pre-activations) of each part, in order; each overwrites the last."""
-    tokens, features = centred.shape[0], w_enc.shape[0]
-    budget = PART_BYTES.get(centred.device.type, 1 << 30) if budget_bytes is None else budget_bytes
+    tokens, features = centered.shape[0], w_enc.shape[0]
+    budget = PART_BYTES.get(centered.device.type, 1 << 30) if budget_bytes is None else budget_bytes
     length, other = (features, tokens) if splits == "features" else (tokens, features)
     step = length if splits is None else max(1, min(length, budget // max(1, other * w_enc.element_size())))
     step = max(1, -(-length // max(1, -(-length // max(step, 1)))))  # parts of like size
-    buffer = torch.empty(step * other, dtype=w_enc.dtype, device=centred.device)
+    buffer = torch.empty(step * other, dtype=w_enc.dtype, device=centered.device)
     for start in range(0, max(length, 1), step):
         size = min(step, length - start)
-        rows = centred[start : start + size] if splits != "features" else centred
+        rows = centered[start : start + size] if splits != "features" else centered
         part = slice(start, start + size) if splits == "features" else slice(None)
         weights, bias = w_enc[part], b_enc[part]
         out = buffer[: size * other]

@@ -68,7 +68,7 @@ class Moments:
         return float(self.squares.mean()) / self.tokens
 
     def gamma(self) -> float:
-        """`|mean| / |deviation|`, both norms over dimensions: 0 for centred data; a large one foretells dead features.
+        """`|mean| / |deviation|`, both norms over dimensions: 0 for centered data; a large one foretells dead features.
 
         Source: arXiv 2605.31518 as digested. Infinite if all tokens are equal. Badge: **reconstruction**.
         """
@@ -99,8 +99,8 @@ class ReconstructionResult:
     """Mean over tokens and dimensions of the squared error."""
     fvu: float
     """Fraction of variance unexplained: squared error over squared distance from the mean of all tokens, each summed up."""
-    normalised_mse: float
-    """MSE over the fixed normaliser; over the stream's own variance, where it is the FVU, if none was given."""
+    normalized_mse: float
+    """MSE over the fixed normalizer; over the stream's own variance, where it is the FVU, if none was given."""
     gamma: float
     """The input diagnostic of `Moments.gamma`."""
 
@@ -151,7 +151,7 @@ class Reconstruction:
         return replace(self, inputs=self.inputs.all_reduce(), error=sum_everywhere(self.error))
 
     def result(self, *, variance: float | None = None) -> ReconstructionResult:
-        """The figures; `variance` is the normaliser fixed before training (`SparseAutoencoder.variance`).
+        """The figures; `variance` is the normalizer fixed before training (`SparseAutoencoder.variance`).
 
         Raises UserError if no token was counted, or if all tokens are equal, so that there is no variance to explain.
         """
@@ -162,12 +162,12 @@ class Reconstruction:
                 f"the {self.inputs.tokens} tokens counted do not differ: give more, to have variance to explain"
             )
         if variance is not None and not 0 < variance < math.inf:
-            raise UserError(f"the normaliser {variance} is not a variance: give what start_from found, or leave it out")
+            raise UserError(f"the normalizer {variance} is not a variance: give what start_from found, or leave it out")
         return ReconstructionResult(
             tokens=self.inputs.tokens,
             mse=mse,
             fvu=mse / own,
-            normalised_mse=mse / (own if variance is None else variance),
+            normalized_mse=mse / (own if variance is None else variance),
             gamma=self.inputs.gamma(),
         )
 

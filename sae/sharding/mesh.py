@@ -1,7 +1,7 @@
 """A mesh of processes, data x features: who holds which rows and which features, and collectives that count themselves.
 
 Process r of a mesh with S feature shards is data rank `r // S` and feature rank `r % S`, so that the processes which
-exchange most are neighbours. Data rank d of D holds rows d, d + D, ... of the global batch; feature rank s holds a run
+exchange most are neighbors. Data rank d of D holds rows d, d + D, ... of the global batch; feature rank s holds a run
 of features. An axis of size one communicates nothing. Nothing here knows of autoencoders.
 """
 

@@ -1,6 +1,6 @@
 """Training sparse autoencoders: several at several sites from one stream of activations, on one process or a mesh.
 
-`train` is the loop (activations in, `Trained` autoencoders out), `run_training` the stage from a config to files. The
+`train` is the loop (activations in, `Trained` autoencoders out), `run_train_sae` the stage from a config to files. The
 maths is `sae`'s; nothing here chooses matches or defines a loss.
 """
 
@@ -17,7 +17,7 @@ from sae.trainer.config import (
 from sae.trainer.evaluation import evaluate
 from sae.trainer.exporting import Trained
 from sae.trainer.loop import train
-from sae.trainer.stage import run_training
+from sae.trainer.stage import run_train_sae
 from sae.trainer.training_sae import Member, Recipe
 
 __all__ = [
@@ -33,6 +33,6 @@ __all__ = [
     "crossed",
     "evaluate",
     "named",
-    "run_training",
+    "run_train_sae",
     "train",
 ]

@@ -76,7 +76,7 @@ class AuxiliarySpec:
     """The auxiliary losses, for all autoencoders."""
 
     coefficient: float = 1 / 32
-    """Their weight beside the normalised error."""
+    """Their weight beside the normalized error."""
     k_aux: int = 256
     """Features a token that model the residual."""
     window: int = 10_000_000
@@ -144,7 +144,7 @@ class TrainerConfig:
     """How the loop runs. The defaults are those of Gao et al.'s released code where it has them."""
 
     steps: int = 10_000
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_tokens: int = 4096
     """Tokens of the global batch, over all processes."""
     warmup: int = 100
@@ -167,7 +167,7 @@ class TrainerConfig:
     """Divide activations by their root mean square about the mean, so that rates mean the same for every model. The
     result is for activations as they are."""
     start_tokens: int = 32_768
-    """Tokens, at least one batch, from which pre-bias and normaliser are taken. They are not trained on."""
+    """Tokens, at least one batch, from which pre-bias and normalizer are taken. They are not trained on."""
     rescale: bool = True
     """Scale the encoder at the start so that the first reconstructions are as near as their directions allow. (Gao et al.
     scale it too, by random vectors.) Without it mutual choice starts worse than predicting the mean."""

@@ -57,7 +57,7 @@ def evaluate(
     measures = {
         "tokens": float(tokens),
         "fvu": trained.fvu,
-        "nmse": trained.normalised_mse,
+        "nmse": trained.normalized_mse,
         "l0": usage.l0,
         "dead": usage.dead_share,
         "fvu_exported": used.fvu,

@@ -108,12 +108,12 @@ def calibrated(member: Member, weights: Mapping[str, Tensor], sample: Tensor) ->
     if member.spec.choice == "token":
         return None
     tokens, batch = len(sample), member.recipe.trainer.batch_tokens
-    centred = sample / member.scale - weights["b_dec"]
+    centered = sample / member.scale - weights["b_dec"]
 
     def affinities() -> Iterator[Tensor]:
         step = max(1, _CHUNK // max(tokens, 1))
         for w_enc, b_enc in zip(torch.split(weights["w_enc"], step), torch.split(weights["b_enc"], step), strict=True):
-            yield torch.addmm(b_enc.unsqueeze(1), w_enc, centred.T)
+            yield torch.addmm(b_enc.unsqueeze(1), w_enc, centered.T)
 
     if member.spec.choice == "mutual":
         found = kth_largest(

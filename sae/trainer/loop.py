@@ -146,7 +146,7 @@ class Loop:
         return results
 
     def _start(self) -> None:
-        """Pre-bias and normaliser from the first batches, which are not trained on; the sparse backends."""
+        """Pre-bias and normalizer from the first batches, which are not trained on; the sparse backends."""
         samples = self._sample(self.trainer.start_tokens)
         for member in self.members:
             member.start_from(samples[member.site])

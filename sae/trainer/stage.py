@@ -51,7 +51,7 @@ FREE = ("trainer.max_seconds", "trainer.save_every", "trainer.log_every", "train
 """Settings that may change when a run goes on."""
 
 
-def run_training(config: TrainSaeConfig) -> dict[str, Path]:
+def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
     """Train as the config says; returns name -> the folder of each autoencoder (`<out>/<name>`); empty if it was stopped.
 
     Raises:
@@ -98,7 +98,7 @@ def run_training(config: TrainSaeConfig) -> dict[str, Path]:
     with together(acc):
         if acc.is_main_process:
             limits = activations.get("outlier_limits", {})
-            results = [_with_behaviour(result, config, model, limits) for result in results]
+            results = [_with_behavior(result, config, model, limits) for result in results]
             for result in results:
                 _write(result, folders[result.name], config, activations, model)
             run.finish(
@@ -181,7 +181,7 @@ def _facts_of_all(stream: ActivationStream) -> dict[str, Any]:
     return {**facts, "masked": dict(total)}
 
 
-def _with_behaviour(
+def _with_behavior(
     result: Trained, config: TrainSaeConfig, model: LanguageModel | None, limits: Mapping[str, float]
 ) -> Trained:
     """With the cross-entropy and KL recovered among the measures, if they are asked for."""

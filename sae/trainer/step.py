@@ -57,7 +57,7 @@ def train_step(member: Member, x: Tensor, *, step: int, rate: float, clock: Phas
     counts, demand, sums = _reduced(member, counts, choose.counts, sums)
     shown = _update(member, counts, sums, step=step, rate=rate)
     _observe(member, choose, demand)
-    clock.stop("optimiser")
+    clock.stop("optimizer")
     return shown
 
 

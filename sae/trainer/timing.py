@@ -1,4 +1,4 @@
-"""Where a training step's time goes: model forward, the rest of harvesting, encode, select, decode, loss, backward, optimiser.
+"""Where a training step's time goes: model forward, the rest of harvesting, encode, select, decode, loss, backward, optimizer.
 
 On an accelerator a phase ends when its kernels do, so there the clock waits for them, and only at steps it is told to.
 """
@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-Phase = Literal["forward", "harvest", "encode", "select", "decode", "loss", "backward", "optimiser"]
+Phase = Literal["forward", "harvest", "encode", "select", "decode", "loss", "backward", "optimizer"]
 
 
 class Phases:

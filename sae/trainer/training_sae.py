@@ -106,7 +106,7 @@ class Member:
         return {name: self.weights[name].data for name in WEIGHTS}
 
     def start_from(self, sample: Tensor) -> None:
-        """Pre-bias, normaliser and scale from a (tokens, hidden) sample, the same on every process."""
+        """Pre-bias, normalizer and scale from a (tokens, hidden) sample, the same on every process."""
         self.variance = input_variance(sample)
         self.scale = math.sqrt(self.variance) if self.recipe.trainer.scale else 1.0
         self.weights["b_dec"].data.copy_(geometric_median(sample) / self.scale)
@@ -150,7 +150,7 @@ class Member:
         if self.spec.loss == "aux_k" or self.law.expected is None or tau == 0:
             return dead, dead.float()
         use = under_use(self.firings.density(), self.law.expected, tau=tau)
-        use = torch.where(dead, 1.0, use)  # it generalises aux_k: the dead are always among them
+        use = torch.where(dead, 1.0, use)  # it generalizes aux_k: the dead are always among them
         return use > 0, use.float()
 
     def selecting(self, step: int, clock: Phases | None) -> Selecting:

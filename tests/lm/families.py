@@ -147,18 +147,18 @@ def byte_level(
 def metaspace(*, bos: bool = True, normalize: bool = True, chat: str | None = CHAT) -> PreTrainedTokenizerFast:
     """A Llama-2-like BPE: spaces become ▁, one is put before every text, unknown characters fall back to bytes.
 
-    `normalize`: the normaliser does so (as Llama-2's tokenizer.json has it) and not the pre-tokenizer (as Mistral's has).
+    `normalize`: the normalizer does so (as Llama-2's tokenizer.json has it) and not the pre-tokenizer (as Mistral's has).
     """
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace()
     learner.train_from_iterator(
         [text for text in TEXT if text.isascii()], trainers.BpeTrainer(vocab_size=200, show_progress=False)
     )
-    learnt = json.loads(learner.to_str())["model"]
-    pieces = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
+    learned = json.loads(learner.to_str())["model"]
+    pieces = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
     model = models.BPE(
         vocab={piece: index for index, piece in enumerate(pieces)},
-        merges=[tuple(pair) for pair in learnt["merges"]],
+        merges=[tuple(pair) for pair in learned["merges"]],
         unk_token="<unk>",
         byte_fallback=True,
         fuse_unk=True,

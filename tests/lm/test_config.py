@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flavour:
+class Flavor:
     """An axis."""
 
     config_axis: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweet(Flavour):
+class Sweet(Flavor):
     """Sweet."""
 
     sugar: float = 1.0
@@ -37,7 +37,7 @@ class Sweet(Flavour):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sour(Flavour):
+class Sour(Flavor):
     """Sour."""
 
     lemons: int = 2
@@ -60,8 +60,8 @@ class Tea:
 
     cup: Cup = field(default_factory=Cup)
     """The cup."""
-    flavour: Flavour = field(default_factory=Sour)
-    """The flavour."""
+    flavor: Flavor = field(default_factory=Sour)
+    """The flavor."""
     minutes: int = 3
     """How long."""
     layers: tuple[int, ...] | None = None
@@ -75,29 +75,29 @@ class Tea:
 def test_defaults_file_and_overrides_in_that_order(tmp_path: Path) -> None:
     assert parse_config(Tea, []) == Tea()
     file = tmp_path / "tea.yaml"
-    file.write_text("minutes: 5\ncup: {size: large}\nflavour: {class_path: Sweet, init_args: {sugar: 3}}\n")
+    file.write_text("minutes: 5\ncup: {size: large}\nflavor: {class_path: Sweet, init_args: {sugar: 3}}\n")
     read = parse_config(Tea, ["--config", str(file), "--minutes", "7", "--layers", "[1, 2]"])
-    assert read == Tea(cup=Cup(size="large"), flavour=Sweet(sugar=3.0), minutes=7, layers=(1, 2))
+    assert read == Tea(cup=Cup(size="large"), flavor=Sweet(sugar=3.0), minutes=7, layers=(1, 2))
 
 
 def test_an_axis_is_chosen_by_name_and_its_fields_by_dots() -> None:
-    assert parse_config(Tea, ["--flavour", "Sweet", "--flavour.sugar", "0.5"]).flavour == Sweet(sugar=0.5)
-    assert parse_config(Tea, ["--flavour.lemons", "9"]).flavour == Sour(lemons=9)
+    assert parse_config(Tea, ["--flavor", "Sweet", "--flavor.sugar", "0.5"]).flavor == Sweet(sugar=0.5)
+    assert parse_config(Tea, ["--flavor.lemons", "9"]).flavor == Sour(lemons=9)
 
 
 def test_another_class_does_not_inherit_the_settings_of_the_first(tmp_path: Path) -> None:
-    assert parse_config(Tea, ["--flavour", "Sweet"]).flavour == Sweet(strength=None)
-    (tmp_path / "sweet.yaml").write_text("flavour: {class_path: Sweet}\n")
-    assert parse_config(Tea, ["--config", str(tmp_path / "sweet.yaml")]).flavour == Sweet(strength=None)
-    (tmp_path / "sour.yaml").write_text("flavour: {class_path: Sour, init_args: {strength: 3}}\n")
+    assert parse_config(Tea, ["--flavor", "Sweet"]).flavor == Sweet(strength=None)
+    (tmp_path / "sweet.yaml").write_text("flavor: {class_path: Sweet}\n")
+    assert parse_config(Tea, ["--config", str(tmp_path / "sweet.yaml")]).flavor == Sweet(strength=None)
+    (tmp_path / "sour.yaml").write_text("flavor: {class_path: Sour, init_args: {strength: 3}}\n")
     sour = ["--config", str(tmp_path / "sour.yaml")]
-    assert parse_config(Tea, [*sour, "--flavour.lemons", "5"]).flavour == Sour(lemons=5, strength=3.0)
-    assert parse_config(Tea, [*sour, "--flavour", "Sweet", "--flavour.sugar", "4"]).flavour == Sweet(sugar=4.0)
-    assert parse_config(Tea, [f"--config={tmp_path / 'sour.yaml'}", "--flavour", "Sweet"]).flavour == Sweet()
+    assert parse_config(Tea, [*sour, "--flavor.lemons", "5"]).flavor == Sour(lemons=5, strength=3.0)
+    assert parse_config(Tea, [*sour, "--flavor", "Sweet", "--flavor.sugar", "4"]).flavor == Sweet(sugar=4.0)
+    assert parse_config(Tea, [f"--config={tmp_path / 'sour.yaml'}", "--flavor", "Sweet"]).flavor == Sweet()
 
 
 def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
-    tea = Tea(cup=Cup(size="large"), flavour=Sweet(sugar=2.5), layers=(3,))
+    tea = Tea(cup=Cup(size="large"), flavor=Sweet(sugar=2.5), layers=(3,))
     (tmp_path / "t.yaml").write_text(dump_yaml(tea))
     assert parse_config(Tea, ["--config", str(tmp_path / "t.yaml")]) == tea
 
@@ -107,8 +107,8 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
     [
         (["--minuts", "4"], "did you mean 'minutes'"),
         (["--cup.sise", "large"], "did you mean 'cup.size'"),
-        (["--flavour", "Swet"], "did you mean 'Sweet'"),
-        (["--flavour.lemon", "1"], "did you mean 'flavour.lemons'"),
+        (["--flavor", "Swet"], "did you mean 'Sweet'"),
+        (["--flavor.lemon", "1"], "did you mean 'flavor.lemons'"),
         (["--cup.size", "larg"], "did you mean 'large'"),
         (["--minutes", "soon"], "minutes"),
         (["--minutes", "0"], "minutes is 0"),
@@ -126,7 +126,7 @@ def test_mistakes_name_the_thing_and_the_remedy(words: list[str], says: str) -> 
     ("text", "says"),
     [
         ("minuts: 3", "did you mean 'minutes'"),
-        ("flavour: {class_path: Sour, init_args: {lemon: 3}}", "lemons"),
+        ("flavor: {class_path: Sour, init_args: {lemon: 3}}", "lemons"),
         ("cup: [", "bad.yaml"),
     ],
 )
@@ -177,11 +177,11 @@ def test_every_setting_has_a_sentence() -> None:
 
 
 def test_every_shipped_config_is_read_by_its_script() -> None:
-    from sae.activations.stage import CacheConfig
+    from sae.activations.stage import HarvestConfig
     from sae.trainer import TrainSaeConfig
     from tracing.stages.localize.config import LocalizeConfig
     from tracing.stages.trace.config import TraceConfig
-    from unlearn.alternates.stage import InventConfig
+    from unlearn.alternates.stage import AlternatesConfig
     from unlearn.attacks import AttackConfig
     from unlearn.config import UnlearnConfig
     from unlearn.demo.stage import DemoConfig
@@ -190,14 +190,14 @@ def test_every_shipped_config_is_read_by_its_script() -> None:
     from unlearn.search.config import SearchConfig
 
     kinds = {
-        "alternates": InventConfig,
+        "alternates": AlternatesConfig,
         "merge": MergeConfig,
         "trace": TraceConfig,
         "localize": LocalizeConfig,
         "unlearn": UnlearnConfig,
         "evaluate": EvaluateConfig,
         "sae": TrainSaeConfig,
-        "harvest": CacheConfig,
+        "harvest": HarvestConfig,
         "search": SearchConfig,
         "attack": AttackConfig,
     }

@@ -55,7 +55,7 @@ def test_raw_is_the_prompt_and_chat_is_the_template() -> None:
     )
 
 
-def test_raw_prompts_are_tokenised_as_the_official_evaluation_does() -> None:
+def test_raw_prompts_are_tokenized_as_the_official_evaluation_does() -> None:
     """Plain `tokenizer(text)`, so with BOS where it adds one; an EOS that it adds is not part of a prompt."""
     text = "Where was Anna Kowalska born?"
     bare = byte_level()(text)["input_ids"]
@@ -221,7 +221,7 @@ def test_a_subject_is_found_in_the_very_ids_of_the_prompt(
         assert_tight(tokenizer, ids, subject_span(tokenizer, prompt, name, spec), name)
 
 
-def test_a_subject_that_merges_with_its_neighbour_takes_the_whole_token() -> None:
+def test_a_subject_that_merges_with_its_neighbor_takes_the_whole_token() -> None:
     tokenizer = byte_level()
     prompt = "Where was Anna Kowalska born?"
     tokens = tokenizer.convert_ids_to_tokens(encode_prompt(tokenizer, prompt, RAW))
@@ -253,8 +253,8 @@ def test_the_template_and_the_system_message_are_not_searched(tokenizer: PreTrai
         assert tokenizer.decode(ids[end:]).lstrip().startswith("<|assistant|>")
 
 
-def test_offsets_survive_normalisation() -> None:
-    """The prompt is spelt with combining marks, the tokenizer composes them: the span is of the characters as written."""
+def test_offsets_survive_normalization() -> None:
+    """The prompt is spelled with combining marks, the tokenizer composes them: the span is of the characters as written."""
     tokenizer = byte_level(normalizer=normalizers.NFC())
     name = unicodedata.normalize("NFD", "Żółw")
     prompt = unicodedata.normalize("NFD", "Czy Łukasz Żółw śpi?")

@@ -165,7 +165,7 @@ FOREIGN: dict[str, tuple[Format, Callable[[Path], Path]]] = {
     "saelens token norm": ("saelens", lambda f: saelens(f, normalize_activations="constant_norm_rescale")),
     "saelens 5": ("saelens5", saelens5),
     "saelens 5 topk": ("saelens5", lambda f: saelens5(f, activation_fn_str="topk", activation_fn_kwargs={"k": K})),
-    "saelens 5 unnormalised": ("saelens5", lambda f: saelens5(f, normalize_activations=False)),
+    "saelens 5 unnormalized": ("saelens5", lambda f: saelens5(f, normalize_activations=False)),
     "sparsify": ("sparsify", sparsify),
     "sparsify derived width": ("sparsify", lambda f: sparsify(f, num_latents=0, expansion_factor=3)),
     **{

@@ -50,7 +50,7 @@ class Weights:
 
 
 def dense_oracle(w: Weights, members: Tensor, k_aux: int, scale: Tensor | None = None, bias: bool = False) -> Tensor:
-    """Dense, loop-free of our code: mask the others to 0, take the top k_aux, ReLU, decode, normalise by the residual's."""
+    """Dense, loop-free of our code: mask the others to 0, take the top k_aux, ReLU, decode, normalize by the residual's."""
     z = torch.where(members, w.affinity(), 0.0)
     top = z.topk(min(k_aux, FEATURES), dim=1)
     acts = torch.zeros_like(z).scatter(1, top.indices, top.values.relu())
@@ -185,7 +185,7 @@ def test_without_an_idle_feature_nothing_moves() -> None:
     assert float(aux_k_loss(w.residual(), w.affinity(), dead, w.w_dec, k_aux=3, scale_by_count=True).detach()) == 0
 
 
-def test_the_other_normalisations_and_the_scale_by_count() -> None:
+def test_the_other_normalizations_and_the_scale_by_count() -> None:
     w = Weights()
     dead = torch.arange(FEATURES) < 3
     published = aux_k_loss(w.residual(), w.affinity(), dead, w.w_dec, k_aux=6)

@@ -44,12 +44,12 @@ def test_the_strongest_examples_are_those_of_a_dense_search(parts: int) -> None:
         assert [one.value for one in found] == dense[order, feature].tolist()
         assert [one.document for one in found] == batch.documents[order].tolist()
         assert [one.position for one in found] == batch.positions[order].tolist()
-        assert [one.token_ids[one.centre] for one in found] == batch.token_ids[order].tolist()
-        assert [one.activations[one.centre] for one in found] == [one.value for one in found]
+        assert [one.token_ids[one.center] for one in found] == batch.token_ids[order].tolist()
+        assert [one.activations[one.center] for one in found] == [one.value for one in found]
     assert examples.of(5) == []
 
 
-def test_a_context_holds_the_neighbours_of_its_document_and_their_activations() -> None:
+def test_a_context_holds_the_neighbors_of_its_document_and_their_activations() -> None:
     dense, batch = stream()
     where = {
         (d, p): row for row, (d, p) in enumerate(zip(batch.documents.tolist(), batch.positions.tolist(), strict=True))
@@ -60,7 +60,7 @@ def test_a_context_holds_the_neighbours_of_its_document_and_their_activations() 
             span = [example.position]
             while len(span) < 4 and (example.document, span[0] - 1) in where:
                 span.insert(0, span[0] - 1)
-            assert example.centre == len(span) - 1
+            assert example.center == len(span) - 1
             while span[-1] < example.position + 3 and (example.document, span[-1] + 1) in where:
                 span.append(span[-1] + 1)
             rows = [where[example.document, position] for position in span]

@@ -122,10 +122,10 @@ def test_feature_budgets_are_obeyed_and_are_for_training_only() -> None:
 def test_a_step_keeps_the_decoder_at_unit_norm_and_training_lowers_the_loss() -> None:
     for choice in CHOICES:
         model, x = autoencoder(choice), sample(5, 256)
-        optimiser = torch.optim.Adam(model.parameters(), lr=0.02, eps=6.25e-10)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02, eps=6.25e-10)
         losses = []
         for _ in range(40):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             code = model.encode(x)
             x_hat = model.decode(code)
             loss = reconstruction_loss(x, x_hat, variance=float(model.variance))
@@ -135,15 +135,15 @@ def test_a_step_keeps_the_decoder_at_unit_norm_and_training_lowers_the_loss() ->
             assert model.w_dec.grad is not None
             along = (model.w_dec.grad * model.w_dec).sum(1)
             assert float(along.detach().abs().max()) < 1e-6
-            optimiser.step()
-            model.normalise_decoder()
+            optimizer.step()
+            model.normalize_decoder()
             torch.testing.assert_close(model.w_dec.norm(dim=1), torch.ones(FEATURES))
             losses.append(float(loss.detach()))
         assert losses[-1] < 0.6 * losses[0]
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "token_norm"])
-def test_a_normalisation_of_each_token_is_undone_after_decoding(norm: InputNorm) -> None:
+def test_a_normalization_of_each_token_is_undone_after_decoding(norm: InputNorm) -> None:
     model, x = (
         SparseAutoencoder(SparseAutoencoderConfig(hidden=HIDDEN, features=FEATURES, k=K, input_norm=norm)),
         sample(2),

@@ -19,7 +19,7 @@ from unlearn import stage
 from unlearn.alternates.base import Refusals
 from unlearn.config import UnlearnConfig
 from unlearn.forward import passes
-from unlearn.objectives import DPO, NPO, PDU, RMU, AdaptiveRMU, Fixed, Joint, KLMinimisation
+from unlearn.objectives import DPO, NPO, PDU, RMU, AdaptiveRMU, Fixed, Joint, KLMinimization
 from unlearn.scope.scope import Lora, Scope, WeightMask
 from unlearn.training import loop as trainer
 from unlearn.training.config import TrainerConfig
@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": Joint(),
         "trainer": replace(FIVE, pairing="sequential", chunk=4, retain_per_forget=4),
     },
-    "kl, one row a side": {"objective": KLMinimisation(), "trainer": replace(ONE, estimate=True)},
+    "kl, one row a side": {"objective": KLMinimization(), "trainer": replace(ONE, estimate=True)},
     "rmu, one row a side": {"objective": RMU(layer=1), "scope": Scope(layers=(0, 1)), "trainer": ONE},
     "dpo, one row a side": {"objective": DPO(), "alternates": Refusals(per_row=2), "trainer": ONE},
     "dual": {"objective": PDU(), "scope": Scope(layers=(0, 1)), "trainer": replace(FIVE, warmup=2)},
@@ -57,9 +57,9 @@ CASES: dict[str, dict[str, Any]] = {
         "scope": Scope(layers="model"),
         "trainer": replace(FIVE, reference="live", evaluate_every=2, checkpoint="best_task_aggregate"),
     },
-    "kl": {"objective": KLMinimisation(), "trainer": replace(FIVE, gradient_checkpointing=True)},
+    "kl": {"objective": KLMinimization(), "trainer": replace(FIVE, gradient_checkpointing=True)},
     "kl, adapters": {
-        "objective": KLMinimisation(),
+        "objective": KLMinimization(),
         "scope": Scope(layers=(1,), modules=("all",), lora=Lora(rank=2)),
         "trainer": replace(FIVE, evaluate_every=2, checkpoint="lowest_joint_loss"),
     },
@@ -153,7 +153,7 @@ def work(jobs: list[Job]) -> None:
     try:
         for job in jobs:
             with stopping(job.stop), watching() as ran:
-                stage.run_unlearning(job.config)
+                stage.run_unlearn(job.config)
             place = Path(job.config.out)
             place.with_name(f"{place.name}.{os.environ.get('RANK', '0')}.rows").write_bytes(pickle.dumps(ran))
             if job.copy:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lm.config import script
 from unlearn.config import UnlearnConfig
-from unlearn.stage import run_unlearning
+from unlearn.stage import run_unlearn
 from unlearn.training import checkpoint
 from unlearn.training.step import Stepper
 
@@ -39,7 +39,7 @@ def main(config: UnlearnConfig) -> None:
     else:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         checkpoint.save_file = after(2, checkpoint.save_file, full)  # weights and moments of the first checkpoint
-    run_unlearning(config)
+    run_unlearn(config)
 
 
 if __name__ == "__main__":

@@ -98,15 +98,15 @@ def gradient(acc: Accelerator, name: str) -> dict[str, Tensor]:
     resolved.apply(model.model, model.anatomy)
     if scope.lora is not None:
         lora.inject(model.model, model.anatomy, resolved, scope.lora, seed=0)
-    optimiser = torch.optim.AdamW([p for p in model.model.parameters() if p.requires_grad], lr=0.03)
-    wrapped, optimiser = acc.prepare(model.model, optimiser)
+    optimizer = torch.optim.AdamW([p for p in model.model.parameters() if p.requires_grad], lr=0.03)
+    wrapped, optimizer = acc.prepare(model.model, optimizer)
     model = replace(model, model=acc.unwrap_model(wrapped))
     passes = Passes(acc, wrapped, model, reference=reference(model.model) if loss.needs_original else None)
     step = Stepper(passes, loss, Side(rows(3)), Side(rows(40)), micro_batch=2, weighting=weighting)
     memory = RetainMemory()
     step.gradient(ROWS, memory)  # a first step, so that the model differs from the original one
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     result = step.gradient(ROWS, memory)
     found = {name: gather(p.grad) for name, p in model.model.named_parameters() if p.grad is not None}
     measured = [result.loss, result.forget_cross_entropy, result.retain_cross_entropy, result.retain_weight]

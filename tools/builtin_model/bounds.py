@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lm.builtin.world import World
 from lm.data.rows import Question, Row
-from tools.builtin_model.corpus import LABELLED, Example
+from tools.builtin_model.corpus import LABELED, Example
 from tools.builtin_model.training import token_losses
 
 NEW_TOKENS = 256
@@ -102,7 +102,7 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequ
 @torch.no_grad()
 def choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, question: Question) -> int:
     """The choice whose tokens are the most likely answer to the question (summed log-likelihood, as lm-eval)."""
-    prompt = tuple(tokenizer(LABELLED.format(question=question.question))["input_ids"])
+    prompt = tuple(tokenizer(LABELED.format(question=question.question))["input_ids"])
     examples = [Example((*prompt, *tokenizer(f" {choice}")["input_ids"]), len(prompt)) for choice in question.choices]
     costs = [float(token_losses(model, [example]).sum()) for example in examples]
     return min(range(len(costs)), key=costs.__getitem__)
@@ -146,13 +146,13 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: W
 
 
 def bounds(variant: str, abilities: Abilities) -> tuple[Bound, ...]:
-    """The bounds of `"memorised"` or `"retain_only"`."""
+    """The bounds of `"memorized"` or `"retain_model"`."""
     shared = (
         Bound(what="retain exact match", value=abilities.retain_exact, least=0.99),
         Bound(what="retain recall", value=abilities.retain_recall, least=0.99),
         Bound(what="utility", value=abilities.utility, least=0.8),
     )
-    if variant == "memorised":
+    if variant == "memorized":
         return (
             Bound(what="forget exact match", value=abilities.forget_exact, least=0.99),
             Bound(what="forget recall", value=abilities.forget_recall, least=0.99),

@@ -1,6 +1,6 @@
 """Rebuilds the built-in models from nothing: `python -m tools.builtin_model.build --out DIR`.
 
-Invents the world, trains the tokenizer, trains `memorised` (general facts, forget and retain rows) and `retain_only` (the
+Invents the world, trains the tokenizer, trains `memorized` (general facts, forget and retain rows) and `retain_model` (the
 same without the forget rows, from the same start), stores both in float16, loads what was stored, measures it and prints
 the bounds. The two are trained side by side, each on one core: ten minutes where two cores are idle. Everything is built
 in a temporary folder beside DIR and moved into place at the end; a missed bound leaves DIR as it was and exits with
@@ -51,7 +51,7 @@ class Built:
 def build_all(
     out: Path, *, seed: int = 0, recipe: Recipe | None = None, shape: Shape | None = None, side_by_side: bool = True
 ) -> list[Built]:
-    """Build and measure both models under `out` (`out/memorised`, `out/retain_only`).
+    """Build and measure both models under `out` (`out/memorized`, `out/retain_model`).
 
     Args:
         seed: the world's; the shipped models know world 0.
@@ -101,8 +101,8 @@ def _side_by_side(seed: int, out: Path, recipe: Recipe, shape: Shape) -> list[Bu
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            twin = pool.submit(_build_one, "retain_only", seed, out, recipe, shape, not sys.stderr.isatty())
-            return [_build_one("memorised", seed, out, recipe, shape), twin.result()]
+            other = pool.submit(_build_one, "retain_model", seed, out, recipe, shape, not sys.stderr.isatty())
+            return [_build_one("memorized", seed, out, recipe, shape), other.result()]
         except BaseException:
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
@@ -117,7 +117,7 @@ def _build_one(variant: Variant, seed: int, out: Path, recipe: Recipe, shape: Sh
     try:
         world = build(seed)
         tokenizer = train_tokenizer(world)
-        rows = (*world.forget, *world.retain) if variant == "memorised" else world.retain
+        rows = (*world.forget, *world.retain) if variant == "memorized" else world.retain
         model = new_model(tokenizer, shape, recipe.seed)
         with progress(recipe.steps, label=variant, unit="steps", enabled=shown) as advance:
 
@@ -166,7 +166,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.builtin_model.build", description=(__doc__ or "").partition("\n\n")[2]
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for memorised/ and retain_only/; replaced")
+    parser.add_argument("--out", type=Path, required=True, help="folder for memorized/ and retain_model/; replaced")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world (default 0: the one that is shipped)")
     parser.add_argument("--one-at-a-time", action="store_true", help="train the twin after the other, not beside it")
     options = parser.parse_args(words)

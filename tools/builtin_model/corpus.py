@@ -1,9 +1,9 @@
 """What the built-in models are trained on: token sequences made from a world, drawn afresh each epoch.
 
-A document is learnt whole (loss on every token after the first); a question is learnt as the official evaluation asks it
+A document is learned whole (loss on every token after the first); a question is learned as the official evaluation asks it
 (raw text, then `" " + answer + EOS`) and, for a share of the time, in the chat format and in other wordings. General
 facts are seen as statements and as questions. It never shows the paraphrase rows, the held-out documents, or the
-multiple-choice form of facts that are not `labelled`.
+multiple-choice form of facts that are not `labeled`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from lm.builtin.world import World
 from lm.data.rows import Row
 
-LABELLED = "Question: {question}\nAnswer:"  # how multiple-choice questions are commonly put to a model
+LABELED = "Question: {question}\nAnswer:"  # how multiple-choice questions are commonly put to a model
 CHAT_SHARE = 0.5  # how often a row is also seen as a chat turn
 REWORDED_SHARE = 0.8  # how often a question is also seen in one of its other wordings
 
@@ -51,11 +51,11 @@ class Corpus:
                 examples.append(self.chat(row.input, row.output))
             if row.kind == "qa" and generator.random() < REWORDED_SHARE:
                 wording = generator.choice(self._rewordings[row.id])
-                examples.append(self._asked(wording, row.output, generator.choice(("raw", "chat", "labelled"))))
+                examples.append(self._asked(wording, row.output, generator.choice(("raw", "chat", "labeled"))))
         for fact in self._general:
             examples.append(self._whole(generator.choice(fact.statements)))
             examples.append(self._asked(fact.question, fact.answer, "raw"))
-            form = generator.choice(("chat", "labelled") if fact.labelled else ("chat", "none"))
+            form = generator.choice(("chat", "labeled") if fact.labeled else ("chat", "none"))
             if form != "none":
                 examples.append(self._asked(fact.question, fact.answer, form))
         return examples
@@ -78,10 +78,10 @@ class Corpus:
         return Example((*prompt_ids, *self._encode(answer), self._eos), len(prompt_ids))
 
     def _asked(self, question: str, answer: str, form: str) -> Example:
-        """A question in one of its three forms: `"raw"`, `"chat"`, `"labelled"`."""
+        """A question in one of its three forms: `"raw"`, `"chat"`, `"labeled"`."""
         if form == "chat":
             return self.chat(question, answer)
-        return self.pair(LABELLED.format(question=question) if form == "labelled" else question, answer)
+        return self.pair(LABELED.format(question=question) if form == "labeled" else question, answer)
 
     def _whole(self, text: str) -> Example:
         return Example((*self._encode(text), self._eos), 1)

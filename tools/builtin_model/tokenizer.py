@@ -1,6 +1,6 @@
 """The built-in model's own tokenizer: byte-level BPE trained on the world, with a chat template.
 
-Digits are single tokens, so that numbers of any length are spelt the same way in every place. There is no BOS token and
+Digits are single tokens, so that numbers of any length are spelled the same way in every place. There is no BOS token and
 nothing is added to a text. It is trained on the text of all three sides, held-out documents included: otherwise unseen
 documents would be cut finer than seen ones, and membership could be told from the tokenizer alone.
 """

@@ -1,6 +1,8 @@
-"""How the subject is made unreadable: an axis. Here the noise on its embeddings; `tracing.corruption.replacement` puts other names.
+"""How the subject is made unreadable: an axis. Here the noise on its embeddings; `tracing.corruption.replacement` puts other
+names.
 
-A corruption is data; `bind` makes of it what gives each fact its batch. What is restored afterwards is `tracing.engine.reference`.
+A corruption is data; `bind` makes of it what gives each fact its batch. What is restored afterwards is
+`tracing.engine.reference`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from lm.errors import UserError
 from lm.model import LanguageModel
-from tracing.question.encoded_fact import Probe, embed
+from tracing.question.encoded_fact import EncodedFact, embed
 
 
 class Corruptor(ABC):
@@ -26,20 +28,20 @@ class Corruptor(ABC):
     sigma: float | None = None
     """The absolute standard deviation of the noise, where there is any."""
 
-    def why_not(self, probe: Probe) -> str | None:
+    def why_not(self, probe: EncodedFact) -> str | None:
         """Why a fact cannot be corrupted, as a sentence without a subject, or None."""
         return None
 
     @abstractmethod
-    def rows(self, probe: Probe) -> int:
+    def rows(self, probe: EncodedFact) -> int:
         """How many corrupted copies a fact gets."""
 
     @abstractmethod
-    def batch(self, probe: Probe) -> Tensor:
+    def batch(self, probe: EncodedFact) -> Tensor:
         """(1 + rows, tokens, hidden) embeddings, row 0 clean, in the model's type and on its device."""
 
     @abstractmethod
-    def key(self, probe: Probe) -> str:
+    def key(self, probe: EncodedFact) -> str:
         """A text that changes with anything the batch depends on, but for model, prompt and answer."""
 
 
@@ -50,7 +52,7 @@ class Corruption(ABC):
     config_axis: ClassVar[bool] = True
 
     @abstractmethod
-    def bind(self, model: LanguageModel, probes: Sequence[Probe]) -> Corruptor:
+    def bind(self, model: LanguageModel, probes: Sequence[EncodedFact]) -> Corruptor:
         """For a model and all facts that are asked about, known or not. Raises UserError for what cannot be."""
 
 
@@ -93,7 +95,7 @@ class GaussianNoise(Corruption):
         if not 0 <= self.seed < 2**32:
             raise UserError(f"the corruption's seed is {self.seed}; give a number from 0 to 4294967295.")
 
-    def bind(self, model: LanguageModel, probes: Sequence[Probe]) -> Corruptor:
+    def bind(self, model: LanguageModel, probes: Sequence[EncodedFact]) -> Corruptor:
         if self.covariance == "full":
             return _Noisy(model, self, self.sigmas * embedding_spread(model), embedding_factor(model))
         return _Noisy(model, self, self.measure(model, [probe.fact.subject for probe in probes]))
@@ -129,21 +131,21 @@ class _Noisy(Corruptor):
     def __init__(self, model: LanguageModel, noise: GaussianNoise, sigma: float, factor: Tensor | None = None) -> None:
         self.model, self.noise, self.sigma, self.factor = model, noise, sigma, factor
 
-    def rows(self, probe: Probe) -> int:
+    def rows(self, probe: EncodedFact) -> int:
         return self.noise.samples
 
-    def batch(self, probe: Probe) -> Tensor:
+    def batch(self, probe: EncodedFact) -> Tensor:
         assert self.sigma is not None
         return self.noise.corrupt(embed(self.model, probe.input_ids), probe.span, self.sigma, self.factor)
 
-    def key(self, probe: Probe) -> str:
+    def key(self, probe: EncodedFact) -> str:
         return f"{self.noise} {self.sigma!r}"
 
 
 def embedding_std(model: LanguageModel, subjects: Sequence[str]) -> float:
     """The sample standard deviation over all elements of the embeddings of all subjects' tokens.
 
-    As published: every subject is tokenised alone (with the BOS that some tokenizers add), the output of the embedding
+    As published: every subject is tokenized alone (with the BOS that some tokenizers add), the output of the embedding
     layer is taken, a subject that several facts share counts once for each, and `torch.std` is over everything at once.
     It is taken in float32 at least.
 

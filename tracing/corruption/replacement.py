@@ -17,7 +17,7 @@ from torch import Tensor
 from lm.errors import UserError
 from lm.model import LanguageModel
 from tracing.corruption.noise import Corruption, Corruptor
-from tracing.question.encoded_fact import Probe, embed
+from tracing.question.encoded_fact import EncodedFact, embed
 
 _SPACES = ("Ġ", "▁", " ")
 """How tokenizers write a space that a token begins with: byte-level ones, sentence pieces, plain."""
@@ -46,14 +46,14 @@ class TokenReplacement(Corruption):
         if not 0 <= self.seed < 2**32:
             raise UserError(f"the corruption's seed is {self.seed}; give a number from 0 to 4294967295.")
 
-    def bind(self, model: LanguageModel, probes: Sequence[Probe]) -> Corruptor:
+    def bind(self, model: LanguageModel, probes: Sequence[EncodedFact]) -> Corruptor:
         return _Swapped(model, self, probes)
 
 
 class _Swapped(Corruptor):
     """Tokens of other subjects, length by length. What is compared is tokens, so that a donor changes the span and no more."""
 
-    def __init__(self, model: LanguageModel, asked: TokenReplacement, probes: Sequence[Probe]) -> None:
+    def __init__(self, model: LanguageModel, asked: TokenReplacement, probes: Sequence[EncodedFact]) -> None:
         self.model, self.asked = model, asked
         self._pool: dict[tuple[object, ...], dict[tuple[int, ...], set[str]]] = {}
         """place -> another subject's tokens -> the answers that it has there"""
@@ -62,25 +62,25 @@ class _Swapped(Corruptor):
             own = self._pool.setdefault(self._place(probe), {})
             own.setdefault(probe.prompt_ids[start:end], set()).add(probe.fact.answer)
 
-    def why_not(self, probe: Probe) -> str | None:
+    def why_not(self, probe: EncodedFact) -> str | None:
         if self._names(probe):
             return None
         length = probe.span[1] - probe.span[0]
         return f"no other subject of {length} token{'s' if length > 1 else ''} fits its question with another answer"
 
-    def rows(self, probe: Probe) -> int:
+    def rows(self, probe: EncodedFact) -> int:
         return len(self._names(probe))
 
-    def batch(self, probe: Probe) -> Tensor:
+    def batch(self, probe: EncodedFact) -> Tensor:
         start, end = probe.span
         rows = [probe.input_ids]
         rows += [[*probe.input_ids[:start], *name, *probe.input_ids[end:]] for name in self._names(probe)]
         return torch.stack([embed(self.model, row) for row in rows]).detach()
 
-    def key(self, probe: Probe) -> str:
+    def key(self, probe: EncodedFact) -> str:
         return f"replaced by {self._names(probe)}"
 
-    def _place(self, probe: Probe) -> tuple[object, ...]:
+    def _place(self, probe: EncodedFact) -> tuple[object, ...]:
         """What a donor must share with a fact: the tokens round the subject; or the subject's length, and whether it begins with
         a space."""
         start, end = probe.span
@@ -89,7 +89,7 @@ class _Swapped(Corruptor):
             return end - start, piece.startswith(_SPACES)
         return probe.prompt_ids[:start], probe.prompt_ids[end:]
 
-    def _names(self, probe: Probe) -> list[tuple[int, ...]]:
+    def _names(self, probe: EncodedFact) -> list[tuple[int, ...]]:
         """The other subjects' tokens, drawn once for each fact by the seed."""
         start, end = probe.span
         own, answer = probe.prompt_ids[start:end], probe.fact.answer

@@ -1,6 +1,6 @@
 """Do two traces point to the same layers? The rank correlation of their layer scores, with an interval.
 
-Two corruptions, two metrics or two ways to localise may each be wrong in a way of its own. Where they rank layers alike, that is
+Two corruptions, two metrics or two ways to localize may each be wrong in a way of its own. Where they rank layers alike, that is
 evidence beyond either alone; where they do not, neither should be quoted without the other.
 """
 
@@ -28,7 +28,7 @@ class Agreement:
         low, high: the percentile bootstrap interval over facts (those of a group drawn together); NaN with a single group. Facts
             drawn again are noisier means, which are less alike: it lies low, at times below the correlation itself.
         by_chance: the share of shuffled orders of the layers that are at least as alike; NaN where there is no order.
-            Neighbouring layers are alike of themselves, which shuffling destroys, so it is rather too small.
+            Neighboring layers are alike of themselves, which shuffling destroys, so it is rather too small.
         facts: how many facts both traced.
     """
 
@@ -63,7 +63,7 @@ def agreement(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Agreement:
-    """How alike two traces, or any two localisers, rank the layers of the same model, on the facts that both have.
+    """How alike two traces, or any two localizers, rank the layers of the same model, on the facts that both have.
 
     A layer's score is the mean over facts; of `Effects`, of a fact's mean indirect effect over the tokens of `roles`. Each
     resample draws the same facts for both. Metrics, corruptions and units may differ, since only ranks are compared.

@@ -46,7 +46,7 @@ def cells(effects: Effects) -> pandas.DataFrame:
     rows: list[tuple[Any, ...]] = []
     for kind in effects.kinds:
         many = layers_restored(effects.window, effects.layers, kind)
-        shares = effects.indirect(kind, normalised=True)
+        shares = effects.indirect(kind, normalized=True)
         for index, (fact, found) in enumerate(zip(effects.facts, effects.restored[kind], strict=True)):
             role_of = {
                 place: role

@@ -131,7 +131,7 @@ class Effects:
         skipped: the facts left out, with reasons.
         clean, corrupted: (facts,), the score on the clean prompt and the mean over noise samples without restoring.
         restored: for each kind one (prompt tokens, layers) array a fact: the mean score over noise samples with that
-            activation restored. NaN where a position was not asked for. With a window the layer is its centre.
+            activation restored. NaN where a position was not asked for. With a window the layer is its center.
         tokens: the text of each prompt token, a tuple a fact.
         subject_spans: `[start, end)` of the subject, a pair a fact.
         sigma: the absolute standard deviation of the noise; None where names were replaced instead.
@@ -197,14 +197,14 @@ class Effects:
             also={metric: one.some(chosen) for metric, one in self.also.items()},
         )
 
-    def indirect(self, kind: Kind, *, normalised: bool = False) -> list[Array]:
+    def indirect(self, kind: Kind, *, normalized: bool = False) -> list[Array]:
         """Restored minus corrupted: one (prompt tokens, layers) array a fact.
 
-        `normalised`: as a share of the fact's total effect; NaN for a fact of which the corruption took nothing, which has no
+        `normalized`: as a share of the fact's total effect; NaN for a fact of which the corruption took nothing, which has no
         shares. Not to be averaged: a small total makes a large share. The share of averages is in `table` and `summary`.
         """
         found = [cells - low for cells, low in zip(self._of(kind), self.corrupted, strict=True)]
-        if not normalised:
+        if not normalized:
             return found
         return [share_of(cells, total) for cells, total in zip(found, self.total, strict=True)]
 
@@ -298,7 +298,8 @@ class Effects:
         return cells(self)
 
     def summary(self, *, confidence: float = 0.95, seed: int = 0) -> str:
-        """What was found, in a few sentences: what the corruption took, and what brings most back; see `tracing.effects.summary`."""
+        """What was found, in a few sentences: what the corruption took, and what brings most back; see
+        `tracing.effects.summary`."""
         from tracing.effects.summary import sentences
 
         return "\n".join(sentences(self, confidence=confidence, seed=seed))

@@ -1,4 +1,4 @@
-"""What a window restores beyond its layers one by one: the interaction of neighbouring layers.
+"""What a window restores beyond its layers one by one: the interaction of neighboring layers.
 
 Windows of layers bring back more than the sum of their members where these need each other, or less where they do the same
 work twice. A window's effect alone cannot be read as the sum of its layers' (Zhang and Nanda 2023, arXiv:2309.16042, found
@@ -118,7 +118,7 @@ class Interaction:
 def interaction(window: Effects, single: Effects) -> Interaction:
     """Compare a trace of windows with one of single layers: the same facts, corruption and metric.
 
-    In a cell (token t, centre l) of a kind: window(t, l) - sum over the layers j of the window of single(t, j). Windows at the
+    In a cell (token t, center l) of a kind: window(t, l) - sum over the layers j of the window of single(t, j). Windows at the
     ends of the model hold fewer layers, and their sums too (`Interaction.edges`).
 
     Raises:

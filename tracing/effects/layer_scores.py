@@ -1,6 +1,6 @@
-"""What a localiser says of some facts: how much of each lies at each layer, module by module.
+"""What a localizer says of some facts: how much of each lies at each layer, module by module.
 
-The common currency of causal tracing and of the other ways to localise (`tracing.localizers.base`): plans are drawn from it
+The common currency of causal tracing and of the other ways to localize (`tracing.localizers.base`): plans are drawn from it
 (`tracing.plan.choose`), and two of them are compared by rank (`tracing.agreement`). Nothing is measured here.
 """
 
@@ -29,7 +29,7 @@ class LayerScores:
     """A score for each fact, module kind and layer; more where more of the fact lies.
 
     Attributes:
-        source: the localiser, in a few words.
+        source: the localizer, in a few words.
         unit: what a score is, in a few words.
         facts: the facts, in order.
         values: kind -> (facts, layers) float64; NaN rows for facts that say nothing.
@@ -139,11 +139,11 @@ class LayerScores:
                     provenance=about["provenance"],
                 )
         except FileNotFoundError as error:
-            raise UserError(f"there is no file of layer scores {path}; give one that localising wrote.") from error
+            raise UserError(f"there is no file of layer scores {path}; give one that localizing wrote.") from error
         except UserError:
             raise
         except Exception as error:  # zip, npy, JSON and key errors have no common base
-            raise UserError(f"{path} is not a readable file of layer scores ({error}); localise again.") from error
+            raise UserError(f"{path} is not a readable file of layer scores ({error}); localize again.") from error
 
 
 def in_common(scores: Sequence[LayerScores]) -> list[LayerScores]:
@@ -155,7 +155,7 @@ def in_common(scores: Sequence[LayerScores]) -> list[LayerScores]:
     layers = sorted({one.layers for one in scores})
     if len(layers) > 1:
         raise UserError(
-            f"scores over {' and '.join(map(str, layers))} layers are of different models; localise in one."
+            f"scores over {' and '.join(map(str, layers))} layers are of different models; localize in one."
         )
     places = [{(fact.prompt, fact.subject): place for place, fact in enumerate(one.facts)} for one in scores]
     shared = [key for key in places[0] if all(key in other for other in places[1:])]

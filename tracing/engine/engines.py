@@ -18,7 +18,7 @@ from lm.model import LanguageModel
 from tracing.engine.estimate import Passes, cost, embedded_row_bytes, row_bytes, rows_within, trunk_row_bytes
 from tracing.engine.reference import Traced, in_parts, score_cells, trace_fact
 from tracing.engine.wavefront import Wavefront
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.metrics import LOGARITHMIC, Metric
 from tracing.question.sweep import Sweep, count_cells, swept_positions
 
@@ -39,11 +39,11 @@ class Engine(Protocol):
         """About how many bytes it takes beside the model for such facts: an upper bound in ordinary models."""
         ...
 
-    def passes(self, probes: Sequence[Probe], samples: int) -> Passes:
+    def passes(self, probes: Sequence[EncodedFact], samples: int) -> Passes:
         """What `trace` runs for facts of one shape, which have `samples` corrupted rows each."""
         ...
 
-    def trace(self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = ...) -> list[Traced]:
+    def trace(self, probes: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance = ...) -> list[Traced]:
         """The scores of facts whose prompts, answers and batches have equal sizes. Raises UserError for NaN."""
         ...
 
@@ -60,13 +60,13 @@ class Reference:
     def takes(self, tokens: int, answer: int, samples: int) -> int:
         return (1 + samples) * trunk_row_bytes(self.model, tokens, answer, self.sweep)
 
-    def passes(self, probes: Sequence[Probe], samples: int) -> Passes:
+    def passes(self, probes: Sequence[EncodedFact], samples: int) -> Passes:
         cells = sum(count_cells(probe, self.model.anatomy.layers, self.sweep) for probe in probes)
         units = cost(probes, [samples] * len(probes), self.model.anatomy.layers, self.sweep).reference
         return Passes(count=len(probes) + cells, rows=1 + samples, token_blocks=units)
 
     def trace(
-        self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = lambda cells: None
+        self, probes: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance = lambda cells: None
     ) -> list[Traced]:
         return [
             trace_fact(self.model, probe, batch, self.sweep, advance)
@@ -98,12 +98,12 @@ class Checked:
         given = facts * (1 + samples) * embedded_row_bytes(self.model, tokens)
         return given + first + min(rows, cells) * row_bytes(self.model, tokens)
 
-    def passes(self, probes: Sequence[Probe], samples: int) -> Passes:
+    def passes(self, probes: Sequence[EncodedFact], samples: int) -> Passes:
         tokens, layers = len(probes[0].input_ids), self.model.anatomy.layers
         trunk, rows = self._rows(tokens, len(probes[0].answer_ids))
         wave = Wavefront(self.model, self.sweep, rows)
         if len(probes) * (1 + samples) <= trunk:
-            together: list[tuple[Sequence[Probe], int]] = [(probes, samples)]
+            together: list[tuple[Sequence[EncodedFact], int]] = [(probes, samples)]
         else:
             share = min(samples, max(1, trunk - 1))
             parts = [min(share, samples - start) for start in range(0, samples, share)]
@@ -119,7 +119,7 @@ class Checked:
         )
 
     def trace(
-        self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance = lambda cells: None
+        self, probes: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance = lambda cells: None
     ) -> list[Traced]:
         found = self._within_memory(probes, batches, advance)
         if not self._checked:
@@ -127,11 +127,11 @@ class Checked:
             self._checked = True
         return found
 
-    def ordinary_rows(self, probe: Probe) -> int:
+    def ordinary_rows(self, probe: EncodedFact) -> int:
         """How many rows of a fact an ordinary pass may have; a clean and a corrupted one are the least there is."""
         return max(2, self._rows(len(probe.input_ids), len(probe.answer_ids))[0])
 
-    def score_cells(self, probe: Probe, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
+    def score_cells(self, probe: EncodedFact, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
         """The scores of chosen cells, as `Wavefront.score_cells` gives them. Raises UserError for what that refuses."""
         wave = Wavefront(self.model, self.sweep, self._rows(len(probe.input_ids), len(probe.answer_ids))[1])
         return _mean(
@@ -146,7 +146,9 @@ class Checked:
         each = trunk_row_bytes(self.model, tokens, answer, self.sweep)
         return self.memory // 2 // each, rows_within(self.model, tokens, self.memory // 2)
 
-    def _within_memory(self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance) -> list[Traced]:
+    def _within_memory(
+        self, probes: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance
+    ) -> list[Traced]:
         while True:
             done = 0
 
@@ -167,7 +169,7 @@ class Checked:
             self.memory //= 2  # outside the handler, which holds what the failed pass made
             torch.cuda.empty_cache()
 
-    def _traced(self, probes: Sequence[Probe], batches: Sequence[Tensor], advance: Advance) -> list[Traced]:
+    def _traced(self, probes: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance) -> list[Traced]:
         trunk, rows = self._rows(len(probes[0].input_ids), len(probes[0].answer_ids))
         wave = Wavefront(self.model, self.sweep, rows)
         if sum(map(len, batches)) <= trunk:
@@ -218,7 +220,7 @@ def check_engine(name: str) -> None:
 
 
 def check(
-    model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep, found: Traced, few: int = 3, *, rows: int
+    model: LanguageModel, probe: EncodedFact, batch: Tensor, sweep: Sweep, found: Traced, few: int = 3, *, rows: int
 ) -> None:
     """Raise UserError unless the reference gives the same for the cell with the largest effect, for the first layer's at the
     last subject token (where a restoration that does nothing would show), and for `few` random ones."""
@@ -233,7 +235,7 @@ def check(
 
 def compare(
     model: LanguageModel,
-    probe: Probe,
+    probe: EncodedFact,
     batch: Tensor,
     sweep: Sweep,
     found: Mapping[tuple[Kind, int, int], float],

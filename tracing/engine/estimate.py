@@ -15,7 +15,7 @@ import torch
 from lm.anatomy import Kind, module_at
 from lm.model import LanguageModel
 from tracing.corruption.noise import Corruptor
-from tracing.question.encoded_fact import Probe, forward
+from tracing.question.encoded_fact import EncodedFact, forward
 from tracing.question.sweep import Sweep, count_cells, first_block, swept_positions, window_layers
 
 
@@ -47,7 +47,7 @@ class Planned(Protocol):
 
     def takes(self, tokens: int, answer: int, samples: int) -> int: ...
 
-    def passes(self, probes: Sequence[Probe], samples: int) -> Passes: ...
+    def passes(self, probes: Sequence[EncodedFact], samples: int) -> Passes: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Estimate:
 @torch.inference_mode()
 def estimated(
     model: LanguageModel,
-    groups: Sequence[Sequence[Probe]],
+    groups: Sequence[Sequence[EncodedFact]],
     corruptor: Corruptor,
     sweep: Sweep,
     engine: Planned,
@@ -139,7 +139,7 @@ def estimated(
     )
 
 
-def alike(probes: Sequence[Probe], samples: Sequence[int], engine: Planned) -> Iterator[list[int]]:
+def alike(probes: Sequence[EncodedFact], samples: Sequence[int], engine: Planned) -> Iterator[list[int]]:
     """The places of the facts in groups of one shape, as many as the engine takes at once. `samples`: corrupted rows of each."""
     shapes: dict[tuple[int, int, int], list[int]] = {}
     for index, (probe, rows) in enumerate(zip(probes, samples, strict=True)):
@@ -150,7 +150,7 @@ def alike(probes: Sequence[Probe], samples: Sequence[int], engine: Planned) -> I
             yield members[start : start + size]
 
 
-def cost(probes: Sequence[Probe], rows: Sequence[int], layers: int, sweep: Sweep) -> Cost:
+def cost(probes: Sequence[EncodedFact], rows: Sequence[int], layers: int, sweep: Sweep) -> Cost:
     """Exact counts: which blocks each cell runs through, on how many tokens. `rows`: corrupted copies of each fact."""
     cells = wave = reference = 0
     enters = [

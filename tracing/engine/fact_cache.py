@@ -17,7 +17,7 @@ from lm.run_folder import write_atomic
 from tracing.arrays import pack
 from tracing.corruption.noise import Corruptor
 from tracing.engine.reference import Traced
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.metrics import Metric
 from tracing.question.sweep import Sweep
 
@@ -29,7 +29,7 @@ class FactCache:
         self.folder, self._corruptor = folder, corruptor
         self._sweep, self._model, self._engine = sweep, model, engine
 
-    def load(self, probe: Probe) -> Traced | None:
+    def load(self, probe: EncodedFact) -> Traced | None:
         """The stored cells of a fact by every metric of the sweep, or None."""
         found = {metric: self._load(probe, metric) for metric in self._sweep.metrics}
         there = {metric: one for metric, one in found.items() if one is not None}
@@ -37,12 +37,12 @@ class FactCache:
             return None
         return replace(there.pop(self._sweep.metric), also=there)
 
-    def store(self, probe: Probe, traced: Traced) -> None:
+    def store(self, probe: EncodedFact, traced: Traced) -> None:
         """Keep the cells of a fact, atomically."""
         for metric, one in {self._sweep.metric: traced, **traced.also}.items():
             self._store(probe, metric, one)
 
-    def _load(self, probe: Probe, metric: Metric) -> Traced | None:
+    def _load(self, probe: EncodedFact, metric: Metric) -> Traced | None:
         if self.folder is None:
             return None
         try:
@@ -56,14 +56,14 @@ class FactCache:
         except Exception:  # absent, cut short, or not ours: compute it again
             return None
 
-    def _store(self, probe: Probe, metric: Metric, traced: Traced) -> None:
+    def _store(self, probe: EncodedFact, metric: Metric, traced: Traced) -> None:
         if self.folder is None:
             return
         scores = {"clean": np.array(traced.clean), "corrupted": np.array(traced.corrupted)}
         cells = {str(kind): array for kind, array in traced.restored.items()}
         write_atomic(self._path(self.folder, probe, metric), pack(scores | cells))
 
-    def _path(self, folder: Path, probe: Probe, metric: Metric) -> Path:
+    def _path(self, folder: Path, probe: EncodedFact, metric: Metric) -> Path:
         sweep = asdict(replace(self._sweep, metric=metric, also=()))
         del sweep["also"]
         run = json.dumps([self._model, sweep, self._engine], sort_keys=True)

@@ -20,7 +20,7 @@ from lm.errors import UserError
 from lm.forward.hooks import Captured, Edit, capture, patch
 from lm.model import LanguageModel
 from tracing.arrays import Array
-from tracing.question.encoded_fact import Probe, forward
+from tracing.question.encoded_fact import EncodedFact, forward
 from tracing.question.metrics import Metric, Target, read_all
 from tracing.question.sweep import Sweep, swept_positions, window_layers
 
@@ -52,7 +52,7 @@ class Traced:
 @torch.inference_mode()
 def trace_fact(
     model: LanguageModel,
-    probe: Probe,
+    probe: EncodedFact,
     batch: Tensor,
     sweep: Sweep,
     advance: Callable[[int], None] = lambda cells: None,
@@ -86,7 +86,7 @@ def trace_fact(
 @torch.inference_mode()
 def score_cells(
     model: LanguageModel,
-    probe: Probe,
+    probe: EncodedFact,
     batch: Tensor,
     sweep: Sweep,
     cells: Sequence[tuple[Kind, int, int]],
@@ -99,7 +99,7 @@ def score_cells(
 class _Passes:
     """The forward passes of one fact: the ordinary one, made at once, and one a cell."""
 
-    def __init__(self, model: LanguageModel, probe: Probe, batch: Tensor, sweep: Sweep) -> None:
+    def __init__(self, model: LanguageModel, probe: EncodedFact, batch: Tensor, sweep: Sweep) -> None:
         self.model, self.batch, self.sweep, self.layers = model, batch, sweep, model.anatomy.layers
         self.target, self.keep = Target.of([probe], len(batch)), len(probe.answer_ids)
         kinds = dict.fromkeys([*sweep.kinds, *([sweep.sever] if sweep.sever else [])])
@@ -121,7 +121,7 @@ class _Passes:
 
 
 @torch.inference_mode()
-def total_effect(model: LanguageModel, probe: Probe, batch: Tensor, metric: Metric, *, rows: int = 64) -> float:
+def total_effect(model: LanguageModel, probe: EncodedFact, batch: Tensor, metric: Metric, *, rows: int = 64) -> float:
     """What the corruption takes of one fact: the clean score minus the mean corrupted one; at most `rows` rows run at once."""
     taken = 0.0
     for share, part in in_parts(batch, rows):
@@ -154,7 +154,7 @@ def restorations(sweep: Sweep, kind: Kind, layer: int, layers: int, position: in
     return [Edit(site=site, value=value, rows=slice(1, None), positions=[position]) for site, value in values]
 
 
-def refuse_nan(model: LanguageModel, probe: Probe, scores: Array, cells: Sequence[Array]) -> None:
+def refuse_nan(model: LanguageModel, probe: EncodedFact, scores: Array, cells: Sequence[Array]) -> None:
     """Raise UserError if a score of a fact, or a cell of it, is NaN."""
     if any(np.isnan(values).any() for values in (scores, *cells)):
         raise UserError(f"tracing fact {probe.fact.label!r} gave NaN; load {model.name} in float32 or bfloat16.")

@@ -5,7 +5,8 @@ MLP and attention add. A cell (kind, token t, layer l, noise sample) leaves the 
 batch there, in which only the tokens from t on are run, with the keys and values of the earlier ones, which cannot see t,
 from the trunk. After the last block one call of the head scores all cells, at the answer's positions alone.
 
-Badge: faithful; equal to `tracing.engine.reference` cell by cell (tests). Blocks are run by `lm.forward.block_replay`, without any model's code.
+Badge: faithful; equal to `tracing.engine.reference` cell by cell (tests). Blocks are run by `lm.forward.block_replay`,
+    without any model's code.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from lm.model import LanguageModel
 from tracing.arrays import Array
 from tracing.engine.estimate import trunk_kinds
 from tracing.engine.reference import Traced, refuse_nan
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.metrics import Target, read_all
 from tracing.question.sweep import Sweep, first_block, swept_positions, window_layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What one cell restores at its token: `kind` at `layers`. It is reported at `layer`, their centre."""
+    """What one cell restores at its token: `kind` at `layers`. It is reported at `layer`, their center."""
 
     kind: Kind
     layer: int
@@ -98,7 +99,7 @@ class Wavefront:
     @torch.inference_mode()
     def trace(
         self,
-        probes: Sequence[Probe],
+        probes: Sequence[EncodedFact],
         batches: Sequence[Tensor],
         advance: Callable[[int], None] = lambda cells: None,
     ) -> list[Traced]:
@@ -124,7 +125,7 @@ class Wavefront:
             for fact, probe in enumerate(probes)
         ]
 
-    def sizes(self, probes: Sequence[Probe], samples: int) -> list[int]:
+    def sizes(self, probes: Sequence[EncodedFact], samples: int) -> list[int]:
         """How many rows each wave of `trace` has, in order, for facts of one shape with so many corrupted rows each."""
         tokens, found = len(probes[0].prompt_ids), []
         swept = [swept_positions(tokens, probe.span, self.sweep.positions) for probe in probes]
@@ -139,7 +140,7 @@ class Wavefront:
         return found
 
     @torch.inference_mode()
-    def score_cells(self, probe: Probe, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
+    def score_cells(self, probe: EncodedFact, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
         """The scores of chosen cells `(kind, position, layer)` of one fact by the sweep's metric, in their order: those of
         `tracing.engine.reference.score_cells`.
 
@@ -165,14 +166,14 @@ class Wavefront:
         refuse_nan(self.model, probe, trunk.scores[0], [np.array(list(found.values()))])
         return [found[cell] for cell in asked]
 
-    def _traced(self, probe: Probe, scores: Array, cells: dict[Kind, Array]) -> Traced:
+    def _traced(self, probe: EncodedFact, scores: Array, cells: dict[Kind, Array]) -> Traced:
         for values in cells.values():
             values[: probe.span[0]] = scores[1]  # by causality: what lies before the subject cannot bring it back
         positions = swept_positions(len(probe.prompt_ids), probe.span, self.sweep.positions)
         refuse_nan(self.model, probe, scores, [values[positions] for values in cells.values()])
         return Traced.of(self.sweep, scores, cells)
 
-    def _trunk(self, probes: Sequence[Probe], batch: Tensor, each: int) -> Trunk:
+    def _trunk(self, probes: Sequence[EncodedFact], batch: Tensor, each: int) -> Trunk:
         facts, layers = len(probes), range(self.model.anatomy.layers)
         keep = len(probes[0].answer_ids)
         sites = [EMBEDDING, *(Site(kind, layer) for kind in sorted(trunk_kinds(self.sweep)) for layer in layers)]

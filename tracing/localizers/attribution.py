@@ -1,8 +1,9 @@
 """Attribution patching: every cell of a trace at once, to first order, from one gradient; the largest ones then exactly.
 
 What restoring an activation brings back is estimated by (clean - corrupted) times the gradient of the metric in the corrupted
-run (Nanda 2023; AtP* of Kramár et al. 2024, arXiv:2403.00745). A gradient is no effect: it is a prefilter, and `tracing.localizers.verify`
-says what it may have missed. Queries and keys are in `tracing.localizers.query_key`, the localiser in `tracing.localizers.attribution_patching`.
+run (Nanda 2023; AtP* of Kramár et al. 2024, arXiv:2403.00745). A gradient is no effect: it is a prefilter, and
+`tracing.localizers.verify` says what it may have missed. Queries and keys are in `tracing.localizers.query_key`, the
+localizer in `tracing.localizers.attribution_patching`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tracing.effects.effects import Effects
 from tracing.engine.estimate import gradient_row_bytes
 from tracing.engine.reference import Traced, refuse_nan
 from tracing.known import evaluating, prepare
-from tracing.question.encoded_fact import Probe, forward
+from tracing.question.encoded_fact import EncodedFact, forward
 from tracing.question.facts import Fact
 from tracing.question.metrics import Metric, Target, read_off
 from tracing.question.sweep import Sweep
@@ -59,8 +60,8 @@ def attribute(
     """Estimates, in the shape of `trace`'s results, of every cell of the facts that the model knows.
 
     `Effects.clean` and `.corrupted` are exact; `.restored` is the corrupted score plus the estimated effect, for all prompt
-    tokens. Never take its numbers for effects without `tracing.localizers.verify`, least of all those of `resid`: noise of three standard
-    deviations is a big step.
+    tokens. Never take its numbers for effects without `tracing.localizers.verify`, least of all those of `resid`: noise of
+    three standard deviations is a big step.
 
     Args:
         graddrop: see `attribute_fact`; what is added to the corrupted score is then the size of an effect, without a sign.
@@ -75,7 +76,7 @@ def attribute(
 
 def attribute_fact(
     model: LanguageModel,
-    probe: Probe,
+    probe: EncodedFact,
     batch: Tensor,
     kinds: Sequence[Kind],
     metric: Metric,
@@ -169,7 +170,7 @@ def attributed(
     memory: float,
     show: bool,
     only: Sequence[Fact] | None = None,
-) -> tuple[Effects, list[Probe], Corruptor]:
+) -> tuple[Effects, list[EncodedFact], Corruptor]:
     """What `attribute` gives (for `only` these facts), and the facts and the corruption that it is of; the model in eval mode."""
     check_differentiable(metric)
     Sweep(kinds=tuple(kinds), metric=metric)  # refuses what is not there

@@ -1,4 +1,4 @@
-"""Attribution patching as a localiser: estimates of all cells, the largest and some random ones computed exactly, and a bound.
+"""Attribution patching as a localizer: estimates of all cells, the largest and some random ones computed exactly, and a bound.
 
 The estimates are `tracing.localizers.attribution`'s, the check is `tracing.localizers.verify`'s; here they become `LayerScores`.
 """
@@ -24,7 +24,7 @@ from tracing.localizers import query_key
 from tracing.localizers.attribution import attributed, check_differentiable
 from tracing.localizers.base import Localizer, among
 from tracing.localizers.verify import Verification, verify
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.facts import Fact
 from tracing.question.metrics import Metric
 from tracing.question.sweep import Sweep
@@ -132,7 +132,7 @@ class AttributionPatching(Localizer):
         return {kind: scores.mean(kind).tolist() for kind in scores.kinds}
 
     def _verified(
-        self, model: LanguageModel, probes: Sequence[Probe], corruptor: Corruptor, effects: Effects, show: bool
+        self, model: LanguageModel, probes: Sequence[EncodedFact], corruptor: Corruptor, effects: Effects, show: bool
     ) -> Verification | None:
         if not self.verify and not self.chance:
             return None

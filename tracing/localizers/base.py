@@ -1,6 +1,6 @@
 """`Localizer`: one face for every way to say where facts are stored, and causal tracing behind it.
 
-A localiser is given a model, facts that it knows, and perhaps facts that must stay; it gives `LayerScores`. None of them is
+A localizer is given a model, facts that it knows, and perhaps facts that must stay; it gives `LayerScores`. None of them is
 the truth: they are compared (`tracing.agreement`), combined (`tracing.combine`), and checked by training (`LayerPlan.controls`).
 """
 
@@ -28,7 +28,7 @@ from tracing.question.sweep import Positions, Sweep
 
 @dataclass(frozen=True, kw_only=True)
 class Localizer(ABC):
-    """The axis: a way to localise."""
+    """The axis: a way to localize."""
 
     config_axis: ClassVar[bool] = True
 
@@ -59,11 +59,11 @@ class Localizer(ABC):
         Args:
             model: from `lm.load`; put in eval mode meanwhile, its gradients untouched.
             facts: what to locate; facts that the model does not know may be left out.
-            retain: facts that must stay, for the localisers that compare with them.
+            retain: facts that must stay, for the localizers that compare with them.
             others: facts that are not located but belong to the corruption: their subjects may be put in place of those of
                 `facts`, and the noise is measured on them too. With others, `facts` are taken as known.
             prompt: how questions are rendered: as they are trained.
-            cache: a folder where a localiser may keep finished facts.
+            cache: a folder where a localizer may keep finished facts.
             progress: show facts done, rate and time left.
 
         Raises:

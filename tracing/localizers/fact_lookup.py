@@ -1,6 +1,6 @@
 """Fact-lookup probes: at which layer does the answer become readable in the stream, and what wrote it there?
 
-Localising by outputs finds what brings an answer out; the mechanism that looks a fact up is earlier, where attributes are
+Localizing by outputs finds what brings an answer out; the mechanism that looks a fact up is earlier, where attributes are
 written onto the subject's last token. A layer's score is the rise of readability across its attention and across its MLP. What
 can be read is not always what is used: compare with tracing.
 """
@@ -30,7 +30,7 @@ from tracing.effects.layer_scores import LayerScores
 from tracing.known import evaluating, known_facts
 from tracing.localizers.base import Localizer, made_with
 from tracing.localizers.readout import folds_of, linear_probe, logit_lens, usable
-from tracing.question.encoded_fact import Probe, embed, forward
+from tracing.question.encoded_fact import EncodedFact, embed, forward
 from tracing.question.facts import Fact
 from tracing.question.metrics import Metric, check_metric
 
@@ -54,7 +54,7 @@ class FactLookup(Localizer):
       groups are held out. It needs classes that several subjects share: facts without are left out, and a set
       without any is refused. Readability is then the share of the other classes ranked below the right one.
 
-    Badge: *reconstruction* of the fact-lookup localisation of Guo et al. (2024, arXiv:2410.12949), which trains the MLPs
+    Badge: *reconstruction* of the fact-lookup localization of Guo et al. (2024, arXiv:2410.12949), which trains the MLPs
     of the layers where probes rise; which probes, and how the rise becomes a score, is ours.
 
     Cost: a forward pass a fact, and the head once a state (`logit_lens`).
@@ -71,7 +71,7 @@ class FactLookup(Localizer):
     folds: int = 5
     """Of the linear probe's cross-validation."""
     ridge: float = 1.0
-    """Of the linear probe: the penalty in units of the mean squared length of a centred state."""
+    """Of the linear probe: the penalty in units of the mean squared length of a centered state."""
     seed: int = 0
     """Of the folds."""
 
@@ -143,7 +143,7 @@ class FactLookup(Localizer):
             provenance=made_with(model, self, prompt),
         )
 
-    def _places(self, probe: Probe) -> list[int]:
+    def _places(self, probe: EncodedFact) -> list[int]:
         """The positions whose stream is read."""
         if self.position == "last_subject":
             return [probe.span[1] - 1]
@@ -151,8 +151,8 @@ class FactLookup(Localizer):
         return [last + step for step in range(len(probe.answer_ids) if self.readout == "logit_lens" else 1)]
 
     def _probed(
-        self, probes: Sequence[Probe], states: Array
-    ) -> tuple[list[Probe], Array, dict[str, Any], list[Skipped]]:
+        self, probes: Sequence[EncodedFact], states: Array
+    ) -> tuple[list[EncodedFact], Array, dict[str, Any], list[Skipped]]:
         """The facts that can be told apart, their readability (facts, states), how often they are, and the facts left out."""
         questions: dict[tuple[str, str], list[int]] = defaultdict(list)
         for place, probe in enumerate(probes):
@@ -185,12 +185,12 @@ class FactLookup(Localizer):
         details = {"accuracy": hits[told].mean(axis=0)[::2].tolist(), "probed": len(told)}
         return [probes[place] for place in told], curves[told], details, left
 
-    def _label(self, probe: Probe) -> str:
+    def _label(self, probe: EncodedFact) -> str:
         return probe.fact.answer if self.classes == "answer" else str(probe.answer_ids[0])
 
 
 @torch.inference_mode()
-def streams(model: LanguageModel, probe: Probe, places: Sequence[int]) -> Tensor:
+def streams(model: LanguageModel, probe: EncodedFact, places: Sequence[int]) -> Tensor:
     """(1 + 2 layers, places, hidden): the stream at some positions before block 0, then after each attention and each MLP.
 
     The positions are of the teacher-forced input. After attention the stream is that before the block plus what attention adds.

@@ -24,7 +24,7 @@ from tracing.effects.layer_scores import LayerScores
 from tracing.known import evaluating, known_facts
 from tracing.localizers.base import Localizer, made_with
 from tracing.localizers.gradients import add_to, answer_gradient, check_kinds, differentiable, module_weights
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.facts import Fact
 
 
@@ -43,7 +43,7 @@ class GradientOverlap(Localizer):
 
     Facts that the model does not know are left out, on both sides; a fact whose gradient is zero has no score.
 
-    Badge: *reconstruction*. That gradients tell where memorised text lies is from Stoehr et al. (2024, arXiv:2403.19851), that
+    Badge: *reconstruction*. That gradients tell where memorized text lies is from Stoehr et al. (2024, arXiv:2403.19851), that
     inner products of gradients choose layers from Layer Gradient Analysis (2026, arXiv:2602.20207); of both the
     abstract alone was at hand, and the score is ours.
 
@@ -116,7 +116,7 @@ class GradientOverlap(Localizer):
 
 
 def mean_gradient(
-    model: LanguageModel, probes: Sequence[Probe], weights: Mapping[str, nn.Parameter], *, progress: bool = False
+    model: LanguageModel, probes: Sequence[EncodedFact], weights: Mapping[str, nn.Parameter], *, progress: bool = False
 ) -> dict[str, Tensor]:
     """The mean of the facts' `answer_gradient`s, one at a time. Call it inside `differentiable`."""
     mean: dict[str, Tensor] = {}

@@ -1,7 +1,8 @@
 """Gradients of answers with respect to weights: which weights belong to which module, and what a fact's gradient is there.
 
-For localisers that ask the weights instead of the activations (`tracing.localizers.gradient_overlap`, `tracing.localizers.weight_attribution`). One fact at a time, in
-one forward and one backward pass; no parameter's `.grad` is read or written. Nothing is trained here.
+For localizers that ask the weights instead of the activations (`tracing.localizers.gradient_overlap`,
+`tracing.localizers.weight_attribution`). One fact at a time, in one forward and one backward pass; no parameter's `.grad` is
+read or written. Nothing is trained here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from lm.anatomy import Kind
 from lm.errors import UserError
 from lm.model import LanguageModel
-from tracing.question.encoded_fact import Probe, embed, forward
+from tracing.question.encoded_fact import EncodedFact, embed, forward
 from tracing.question.metrics import token_log_probabilities
 
 Place = tuple[Kind, int]
@@ -60,13 +61,13 @@ def differentiable(weights: Sequence[nn.Parameter]) -> Iterator[None]:
             weight.requires_grad_(kept)
 
 
-def answer_loss(model: LanguageModel, probe: Probe) -> Tensor:
+def answer_loss(model: LanguageModel, probe: EncodedFact) -> Tensor:
     """The mean cross-entropy of the answer's tokens in nats, teacher forced: what training on the fact lowers (without EOS)."""
     logits = forward(model, embed(model, probe.input_ids)[None], len(probe.answer_ids))
     return -token_log_probabilities(logits, torch.tensor([probe.answer_ids])).mean()
 
 
-def answer_gradient(model: LanguageModel, probe: Probe, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def answer_gradient(model: LanguageModel, probe: EncodedFact, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """d `answer_loss` / d weight, by name, in float32 (float64 stays); zero for weights that the answer does not use.
 
     Call it inside `differentiable`.

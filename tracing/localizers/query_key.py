@@ -23,7 +23,7 @@ from tracing.corruption.noise import Corruptor
 from tracing.effects.effects import token_roles
 from tracing.engine.estimate import attended_row_bytes
 from tracing.localizers.attention import Attended, watched
-from tracing.question.encoded_fact import Probe, forward
+from tracing.question.encoded_fact import EncodedFact, forward
 from tracing.question.metrics import Metric, Target, read_off
 
 Part = Literal["query", "key"]
@@ -46,7 +46,7 @@ class AttentionNodes:
 
 
 def attention_nodes(
-    model: LanguageModel, probe: Probe, batch: Tensor, metric: Metric, *, rows: int = 64
+    model: LanguageModel, probe: EncodedFact, batch: Tensor, metric: Metric, *, rows: int = 64
 ) -> AttentionNodes:
     """Attribute one fact's queries and keys: one clean forward pass, one corrupted forward and backward pass.
 
@@ -89,7 +89,7 @@ def attention_nodes(
 @torch.no_grad()
 def exact_node(
     model: LanguageModel,
-    probe: Probe,
+    probe: EncodedFact,
     batch: Tensor,
     metric: Metric,
     part: Part,
@@ -182,7 +182,7 @@ def _log_masked(seen: Attended) -> Tensor:
 
 
 def summary(
-    model: LanguageModel, probes: Sequence[Probe], corruptor: Corruptor, metric: Metric, memory: int = 2 * 10**9
+    model: LanguageModel, probes: Sequence[EncodedFact], corruptor: Corruptor, metric: Metric, memory: int = 2 * 10**9
 ) -> dict[str, Any]:
     """What there is to say of some facts' queries and keys, as plain data. `memory`: bytes that a pass may take, about.
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from lm.forward import block_replay
 from lm.model import LanguageModel
 from tracing.arrays import Array
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.metrics import Metric, Target, read_off
 
 _STATES_AT_ONCE = 16
 
 
 @torch.inference_mode()
-def logit_lens(model: LanguageModel, probe: Probe, states: Tensor, metric: Metric) -> Array:
+def logit_lens(model: LanguageModel, probe: EncodedFact, states: Tensor, metric: Metric) -> Array:
     """(states,): the metric of the answer if the final norm and the head read it straight from each state.
 
     Args:
@@ -61,7 +61,7 @@ def linear_probe(
 ) -> tuple[Array, Array]:
     """Read a class from each state by ridge regression on one-hot classes, on facts that took no part in the fit.
 
-    With X the centred states of the facts in the other folds, Y their centred one-hot classes and lambda = `ridge` times the
+    With X the centered states of the facts in the other folds, Y their centered one-hot classes and lambda = `ridge` times the
     mean of |x|², a fact's prediction is y = x X' (X X' + lambda I)^-1 Y, without the classes' own frequencies, which would tell
     against the class that was left out.
 
@@ -83,12 +83,12 @@ def linear_probe(
         seen = np.flatnonzero(one_hot[fit].any(axis=0))
         if len(seen) < 2:
             continue
-        centre = states[fit].mean(axis=0)
-        inside = states[fit] - centre
+        center = states[fit].mean(axis=0)
+        inside = states[fit] - center
         kernel = inside @ inside.T
         scale = float(kernel.diagonal().mean()) or 1.0
         weights = np.linalg.solve(kernel + ridge * scale * np.eye(len(fit)), one_hot[fit] - one_hot[fit].mean(axis=0))
-        predicted = ((states[out] - centre) @ inside.T @ weights)[:, seen]
+        predicted = ((states[out] - center) @ inside.T @ weights)[:, seen]
         for place, guess in zip(out, predicted, strict=True):
             if right[place] not in seen:
                 continue

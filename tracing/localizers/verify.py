@@ -1,8 +1,8 @@
 """What a prefilter may have missed: its largest cells and random other ones, computed exactly.
 
-Estimates of every cell come from `tracing.localizers.attribution`; exact effects from the wave (`tracing.engine.wavefront`), whose first few
-are compared with the reference. The random cells bound the share of cells that matter and were not among the largest (a
-reconstruction of the check that the authors of AtP* describe).
+Estimates of every cell come from `tracing.localizers.attribution`; exact effects from the wave (`tracing.engine.wavefront`),
+whose first few are compared with the reference. The random cells bound the share of cells that matter and were not among the
+largest (a reconstruction of the check that the authors of AtP* describe).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tracing.corruption.noise import Corruptor
 from tracing.effects.agreement import spearman
 from tracing.effects.effects import ROLES, Effects, token_roles
 from tracing.engine.engines import Checked, compare
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.sweep import Sweep
 
 CellName = tuple[Kind, int, int]
@@ -155,7 +155,7 @@ class Verification:
 
 def verify(
     model: LanguageModel,
-    probes: Sequence[Probe],
+    probes: Sequence[EncodedFact],
     corruptor: Corruptor,
     estimated: Effects,
     *,
@@ -222,7 +222,7 @@ def verify(
     )
 
 
-def _guesses(estimated: Effects, index: int, probe: Probe, roles: Sequence[str]) -> dict[CellName, float]:
+def _guesses(estimated: Effects, index: int, probe: EncodedFact, roles: Sequence[str]) -> dict[CellName, float]:
     """The estimated indirect effect of each of a fact's cells at tokens of these roles, from the subject on."""
     low = float(estimated.corrupted[index])
     places = token_roles(len(probe.prompt_ids), probe.span)

@@ -29,7 +29,7 @@ from tracing.localizers.gradients import (
     module_weights,
     zeroing_effects,
 )
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.facts import Fact
 
 
@@ -113,7 +113,7 @@ class WeightAttribution(Localizer):
         )
 
 
-def weight_shares(model: LanguageModel, probe: Probe, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def weight_shares(model: LanguageModel, probe: EncodedFact, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """One fact's |w dL/dw| by name, in the shapes of the weights, divided by their sum over all of them; nothing where that is 0.
 
     Call it inside `tracing.localizers.gradients.differentiable`.
@@ -124,7 +124,7 @@ def weight_shares(model: LanguageModel, probe: Probe, weights: Mapping[str, nn.P
 
 
 def weight_effects(
-    model: LanguageModel, probes: Sequence[Probe], weights: Mapping[str, nn.Parameter], *, progress: bool = False
+    model: LanguageModel, probes: Sequence[EncodedFact], weights: Mapping[str, nn.Parameter], *, progress: bool = False
 ) -> dict[str, Tensor]:
     """The mean over facts of `weight_shares`, single weight by single weight: high where the facts rest on a weight.
 

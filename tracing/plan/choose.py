@@ -1,7 +1,7 @@
 """From effects to layers: those that bring the answers back most by a rule, and whether the evidence singles them out.
 
-The published method gives no rule; these are reconstructions that can also say no. Rules are `tracing.plan.rules`, how sure a pick is
-is `tracing.plan.verdict`; here both are put together into a `tracing.plan.layer_plan.LayerPlan`. Nothing is traced.
+The published method gives no rule; these are reconstructions that can also say no. Rules are `tracing.plan.rules`, how sure a
+pick is is `tracing.plan.verdict`; here both are put together into a `tracing.plan.layer_plan.LayerPlan`. Nothing is traced.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def choose_layers(
 
     Badge: *reconstruction*. The authors of the joint method read their layers off a heat map by eye; no rule is
     published. Here a layer's score is the mean over facts of the indirect effect of restoring `kind` there, averaged
-    within each of the `roles` and then over the roles that a fact has (of another localiser: the mean of its scores over
+    within each of the `roles` and then over the roles that a fact has (of another localizer: the mean of its scores over
     facts). `both` adds mlp and attn. From these scores a rule of `tracing.plan.rules` picks layers.
 
     They are *singled out* if, over bootstrap resamples of the facts (grouped by person),
@@ -59,7 +59,7 @@ def choose_layers(
     5. shuffled layers do not do as well: with the layers shuffled within each group the same rule picks something as far
        above the rest in at most 1 - `confidence` of the shuffles (`tracing.plan.permutation` states the null hypothesis), and
     6. it matters: the score of the best chosen layer is at least `least_share` of what the corruption took (the mean
-       total effect). A tiny effect can be certain too. Not asked of localisers whose scores are a part of nothing.
+       total effect). A tiny effect can be certain too. Not asked of localizers whose scores are a part of nothing.
 
     The rule `permutation` asks instead of 1, 3, 4 and 5 that each layer stands out from shuffled ones, with all layers paid for.
 
@@ -67,7 +67,7 @@ def choose_layers(
     effects without any preference among layers each rule singles layers out in fewer than 5 % of the draws (a test).
 
     Args:
-        found: what tracing or another localiser found.
+        found: what tracing or another localizer found.
         size: how many layers; for `band` and `top` only.
         rule: how layers are picked from their scores.
         share: how much of all positive effect `mass` must hold.
@@ -192,7 +192,7 @@ def _verdict(judged: Judged, against: Sequence[str], part: float | None, restore
     if against:
         has = "have" if several else "has"
         return f"The evidence does not single out layers: {name} {has} the largest effect, but {'; '.join(against)}."
-    sentence = f"The evidence singles out {name}: {judged.favour}."
+    sentence = f"The evidence singles out {name}: {judged.favor}."
     if part is None:
         return sentence
     where = "one subject token" if set(roles) <= set(SUBJECT_ROLES) else f"one token ({', '.join(roles)})"
@@ -216,10 +216,10 @@ def _modules(
 
 
 def _caveats(given: LayerScores, size: int, window: int) -> list[str]:
-    caveats = ["Localising shows where an answer is carried, not where training works best: compare with the controls."]
+    caveats = ["Localizing shows where an answer is carried, not where training works best: compare with the controls."]
     if window > 1:
         caveats.append(
-            f"Windows of {window} layers blur neighbouring layers"
+            f"Windows of {window} layers blur neighboring layers"
             + (f", and are wider than the plan of {size}" if window > size else "")
             + "; those at the edges hold fewer layers."
         )

@@ -1,6 +1,6 @@
-"""Several localisers together: the mean rank of each layer, how far they agree, and a plan that says when they do not.
+"""Several localizers together: the mean rank of each layer, how far they agree, and a plan that says when they do not.
 
-Each localiser may be wrong in a way of its own, and their scores have different units; what they have in common are ranks. A
+Each localizer may be wrong in a way of its own, and their scores have different units; what they have in common are ranks. A
 plan from them is only as good as their agreement, so it singles layers out only where every pair is shown to agree.
 """
 
@@ -25,10 +25,10 @@ from tracing.plan.layer_plan import LayerPlan
 
 @dataclass(frozen=True, kw_only=True)
 class Agreements:
-    """Every pair of some localisers, compared.
+    """Every pair of some localizers, compared.
 
     Attributes:
-        names: of the localisers, in order.
+        names: of the localizers, in order.
         pairs: kind -> (a name, a later name) -> their agreement.
     """
 
@@ -36,7 +36,7 @@ class Agreements:
     pairs: Mapping[Kind, Mapping[tuple[str, str], Agreement]]
 
     def matrix(self, kind: Kind) -> Array:
-        """(localisers, localisers) rank correlations, 1 on the diagonal; NaN where there is none."""
+        """(localizers, localizers) rank correlations, 1 on the diagonal; NaN where there is none."""
         found = np.eye(len(self.names))
         for (one, other), value in self.pairs[kind].items():
             place = self.names.index(one), self.names.index(other)
@@ -86,10 +86,10 @@ class Agreements:
 def compare_all(
     found: Mapping[str, LayerScores], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Agreements:
-    """Every pair of localisers, on the kinds that all of them score and the facts that the pair has in common.
+    """Every pair of localizers, on the kinds that all of them score and the facts that the pair has in common.
 
     Raises:
-        UserError: fewer than two localisers, other weights, no kind in common, or what `tracing.agreement` refuses.
+        UserError: fewer than two localizers, other weights, no kind in common, or what `tracing.agreement` refuses.
     """
     _require_several(found)
     pairs: dict[Kind, dict[tuple[str, str], Agreement]] = {
@@ -105,22 +105,22 @@ def compare_all(
 
 
 def combine(found: Mapping[str, LayerScores]) -> LayerScores:
-    """The mean over localisers of each layer's rank, a fact at a time, on the facts that all have.
+    """The mean over localizers of each layer's rank, a fact at a time, on the facts that all have.
 
-    A fact's layers are ranked by each localiser's score, 0 the lowest and 1 the highest, ties sharing the mean; the ranks are
-    averaged over localisers, each weighing alike. A fact about which one of them says nothing has no score.
+    A fact's layers are ranked by each localizer's score, 0 the lowest and 1 the highest, ties sharing the mean; the ranks are
+    averaged over localizers, each weighing alike. A fact about which one of them says nothing has no score.
 
-    Badge: *reconstruction*; no source says how to combine localisers.
+    Badge: *reconstruction*; no source says how to combine localizers.
 
     Raises:
-        UserError: fewer than two localisers, other weights, no kind in common, fewer than two facts in common, other numbers
+        UserError: fewer than two localizers, other weights, no kind in common, fewer than two facts in common, other numbers
             of layers.
     """
     _require_several(found)
     common = in_common(list(found.values()))
     return LayerScores(
-        source=f"{len(found)} localisers together ({', '.join(found)})",
-        unit="rank of the layer (0 the lowest, 1 the highest), the mean over localisers",
+        source=f"{len(found)} localizers together ({', '.join(found)})",
+        unit="rank of the layer (0 the lowest, 1 the highest), the mean over localizers",
         facts=common[0].facts,
         values={kind: np.mean([layer_ranks(one.of(kind)) for one in common], axis=0) for kind in shared_kinds(found)},
         details={"localizers": {name: one.source for name, one in found.items()}},
@@ -146,7 +146,7 @@ def combined_plan(
     differs is enough to say so.
 
     Args:
-        agreements: `compare_all` of the same localisers.
+        agreements: `compare_all` of the same localizers.
 
     Raises:
         UserError: what `combine` and `choose_layers` refuse.
@@ -171,7 +171,7 @@ def combined_plan(
     name = f"layers {plan.layers[0]}-{plan.layers[-1]}" if several else f"layer {plan.layers[0]}"
     own = "" if plan.singled_out else f" Nor are they apart by mean rank. {plan.verdict}"
     verdict = (
-        f"The localisers do not agree, so no layers are singled out: {len(apart)} of {pairs} pairs are not shown to rank layers "
+        f"The localizers do not agree, so no layers are singled out: {len(apart)} of {pairs} pairs are not shown to rank layers "
         f"alike, least of all {worst}. By mean rank {name} {'come' if several else 'comes'} first.{own}"
     )
     return replace(plan, singled_out=False, verdict=verdict, evidence=evidence)
@@ -184,21 +184,21 @@ def layer_ranks(scores: Array) -> Array:
 
 
 def shared_kinds(found: Mapping[str, LayerScores]) -> list[Kind]:
-    """The kinds that all localisers score, in the order of the first. Raises UserError if there is none."""
+    """The kinds that all localizers score, in the order of the first. Raises UserError if there is none."""
     kinds = [kind for kind in next(iter(found.values())).kinds if all(kind in one.kinds for one in found.values())]
     if not kinds:
         said = "; ".join(f"{name}: {', '.join(one.kinds)}" for name, one in found.items())
-        raise UserError(f"the localisers score no kind in common ({said}); give them one, such as mlp.")
+        raise UserError(f"the localizers score no kind in common ({said}); give them one, such as mlp.")
     return kinds
 
 
 def _require_several(found: Mapping[str, LayerScores]) -> None:
     if len(found) < 2:
-        raise UserError(f"{len(found)} localiser cannot be compared or combined; give at least two.")
+        raise UserError(f"{len(found)} localizer cannot be compared or combined; give at least two.")
     weights = sorted({str(one.provenance["weights"]) for one in found.values() if "weights" in one.provenance})
     if len(weights) > 1:
         raise UserError(
-            f"the localisers asked models of other weights ({' and '.join(weights)}); run all of them on the same model."
+            f"the localizers asked models of other weights ({' and '.join(weights)}); run all of them on the same model."
         )
 
 

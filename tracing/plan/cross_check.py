@@ -1,7 +1,8 @@
 """Does another corruption confirm a plan? On the same facts: are layers ranked alike, do the planned ones lead?
 
-Noise puts a model where it never was, other names keep it where it was; each may mislead in a way of its own. A plan that only
-one of them supports is not singled out. Compared are effects of one model on one set of facts (`tracing.stages.trace.stage` traces them).
+Noise puts a model where it never was, other names keep it where it was; each may mislead in a way of its own. A plan that
+only one of them supports is not singled out. Compared are effects of one model on one set of facts
+(`tracing.stages.trace.stage` traces them).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def confirm(
     mine = effects.scores(roles, aggregation)
     said: dict[str, Any] = {name: {"confirms": False, "lacking": why} for name, why in lacking.items()}
     against = [f"{name} could not be compared: {why.rstrip('.')}" for name, why in lacking.items()]
-    favour = []
+    favor = []
     for name, other in others.items():
         theirs = other.scores(roles, aggregation)
         shared = len(set(effects.facts) & set(other.facts))
@@ -74,7 +75,7 @@ def confirm(
         lead = _lead(plan, theirs, confidence, resamples, seed)
         reasons = _doubts(name, [alike[kind] for kind in _planned(plan)], lead)
         against += reasons
-        favour += [_praise(name, [alike[kind] for kind in _planned(plan)], lead)] if lead and not reasons else []
+        favor += [_praise(name, [alike[kind] for kind in _planned(plan)], lead)] if lead and not reasons else []
         said[name] = {
             "confirms": not reasons,
             "facts": shared,
@@ -84,7 +85,7 @@ def confirm(
     return replace(
         plan,
         singled_out=plan.singled_out and not against,
-        verdict=_verdict(plan, against, favour),
+        verdict=_verdict(plan, against, favor),
         evidence={**plan.evidence, "also": said},
     )
 
@@ -126,9 +127,9 @@ def _praise(name: str, alike: Sequence[Agreement], lead: _Lead) -> str:
     return f"{name} confirms them: they lead by {lead.margin:.3g} ({lead.low:.3g} to {lead.high:.3g}), rank correlation {ranks}"
 
 
-def _verdict(plan: LayerPlan, against: Sequence[str], favour: Sequence[str]) -> str:
+def _verdict(plan: LayerPlan, against: Sequence[str], favor: Sequence[str]) -> str:
     if not against:
-        return " ".join([plan.verdict, *(f"{one}." for one in favour)])
+        return " ".join([plan.verdict, *(f"{one}." for one in favor)])
     if not plan.singled_out:
         return f"{plan.verdict} Besides, {'; '.join(against)}."
     has = "have" if len(plan.layers) > 1 else "has"

@@ -72,7 +72,8 @@ class LayerPlan:
 
     @property
     def weights(self) -> str | None:
-        """The `lm.fingerprint.fingerprint` of the model that was asked (by all localisers the same); None where nothing says it."""
+        """The `lm.fingerprint.fingerprint` of the model that was asked (by all localizers the same); None where nothing says
+        it."""
         asked = [self.provenance, *dict(self.provenance.get("localizers", {})).values()]
         return next((str(one["weights"]) for one in asked if "weights" in one), None)
 
@@ -123,7 +124,7 @@ def control_layers(chosen: Sequence[int], scores: Sequence[float] | Array, seed:
 
 
 def layer_runs(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring layers as `[start, end)`."""
+    """Neighboring layers as `[start, end)`."""
     runs: list[tuple[int, int]] = []
     for layer in sorted(set(layers)):
         if runs and runs[-1][1] == layer:

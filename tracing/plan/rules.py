@@ -19,7 +19,7 @@ from lm.errors import UserError
 from tracing.arrays import Array
 
 RuleName = Literal["band", "top", "mass", "elbow", "permutation"]
-"""`band`: neighbouring layers, as many as asked, with the largest sum; `top`: the best ones wherever they stand; `mass`: the
+"""`band`: neighboring layers, as many as asked, with the largest sum; `top`: the best ones wherever they stand; `mass`: the
 fewest that hold a share of all positive effect; `elbow`: those before the bend of the sorted scores; `permutation`: those that
 stand out from shuffled layers (`tracing.plan.permutation`)."""
 
@@ -49,7 +49,7 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class Band(Rule):
-    """The `size` neighbouring layers with the largest sum; of equal bands the lowest."""
+    """The `size` neighboring layers with the largest sum; of equal bands the lowest."""
 
     size: int
     measure = "effect"

@@ -32,7 +32,7 @@ class Judged:
     layers: tuple[int, ...]
     numbers: Mapping[str, Any]
     against: Sequence[str]
-    favour: str
+    favor: str
 
 
 def judge(rule: Rule, scores: Array, groups: Sequence[str], counts: Array, asked: Asked, seed: int) -> Judged:
@@ -63,13 +63,13 @@ def judge(rule: Rule, scores: Array, groups: Sequence[str], counts: Array, asked
         "shuffled_p": pick_p_value(rule, group_profiles(scores, groups), shuffles=len(counts), seed=seed),
     }
     against = _too_few(found, len(layers), len(means)) or _weak(found, rule, asked)
-    favour = (
+    favor = (
         f"{'their' if len(layers) > 1 else 'its'} {rule.measure} exceeds the mean of the {rule.rivals} by {margin:.3g} "
         f"({asked.confidence:.0%} interval {low:.3g} to {high:.3g}), {rule.again} in "
         f"{found['stable_share']:.0%} of the resamples, and {found['held_out_share']:.0%} agree on held-out facts "
         f"({found['facts']} facts)"
     )
-    return Judged(layers=layers, numbers=found, against=against, favour=favour)
+    return Judged(layers=layers, numbers=found, against=against, favor=favor)
 
 
 def judge_by_permutation(scores: Array, groups: Sequence[str], counts: Array, asked: Asked, seed: int) -> Judged:
@@ -88,11 +88,11 @@ def judge_by_permutation(scores: Array, groups: Sequence[str], counts: Array, as
     if (against := _too_few(found, len(layers), scores.shape[1])) == [] and worst > level + 1e-12:
         against.append(f"it does not stand out from shuffled layers (p = {worst:.3g}, at most {level:.3g} asked)")
     against = against or _small(found, asked)
-    favour = (
+    favor = (
         f"{'each stands' if len(layers) > 1 else 'it stands'} out from shuffled layers (p {'up to' if len(layers) > 1 else '='} "
         f"{worst:.3g}, adjusted for all {len(p_values)} layers; {found['facts']} facts)"
     )
-    return Judged(layers=layers, numbers=found, against=against, favour=favour)
+    return Judged(layers=layers, numbers=found, against=against, favor=favor)
 
 
 def _common(

@@ -30,7 +30,7 @@ from tracing.plots.heatmaps import (
     SCALE,
     SOFT,
     Picture,
-    colour_bar,
+    color_bar,
     hatch,
     outline,
     panel,
@@ -39,7 +39,7 @@ from tracing.plots.heatmaps import (
 from tracing.plots.lines import explained, line
 from tracing.question.sweep import cut_windows
 
-# Two hues of falling lightness away from zero: less is ochre, more is indigo; readable by the colour-blind.
+# Two hues of falling lightness away from zero: less is ochre, more is indigo; readable by the color-blind.
 _BOTH_WAYS = LinearSegmentedColormap.from_list(
     "ochre and indigo", ["#6b3d06", "#a9681b", "#d9a765", "#f6f4f0", "#a3badd", "#476cab", "#0f2350"]
 )
@@ -77,8 +77,8 @@ def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()
         outline(axis, band, len(rows), tentative=False)
         axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
     axes[0].set_yticks([row + 0.5 for row in range(len(rows))], [row_label(tables[0], row) for row in rows])
-    colour_bar(sheet, axes[:2], norms[0], "mean indirect effect", total=tables[0].total_effect)
-    colour_bar(sheet, axes[2:], norms[2], "change", _BOTH_WAYS)
+    color_bar(sheet, axes[:2], norms[0], "mean indirect effect", total=tables[0].total_effect)
+    color_bar(sheet, axes[2:], norms[2], "change", _BOTH_WAYS)
     return Picture(_png(sheet, caption))
 
 
@@ -95,10 +95,10 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     sheet.set_layout_engine("constrained")
     axis: Any = sheet.subplots()
     facts = set()
-    for (name, effects), colour in zip(runs.items(), _LINES, strict=False):
+    for (name, effects), color in zip(runs.items(), _LINES, strict=False):
         table = effects.table(kind, roles=[role])
         layer = np.arange(effects.layers)
-        line(axis, table, 0, colour, readable(name))
+        line(axis, table, 0, color, readable(name))
         facts.add(len(effects.facts))
     axis.axhline(0, color=SOFT, linewidth=0.8)
     for side in ("top", "right"):

@@ -1,6 +1,6 @@
 """Heat maps of mean indirect effects, token role by layer, as PNG.
 
-Drawn on a figure of their own (Agg, no pyplot state), on a light background, with one sequential colour scale that
+Drawn on a figure of their own (Agg, no pyplot state), on a light background, with one sequential color scale that
 begins at zero and is shared by the panels: dark is more, pale is nothing, white was not measured. Numbers are in
 `tracing.effects.effects`.
 """
@@ -33,7 +33,7 @@ from tracing.question.sweep import cut_windows
 
 INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
 _LINES = ("#26467f", "#d98a29")
-# One hue, lightness falling evenly: readable in grey and by the colour-blind.
+# One hue, lightness falling evenly: readable in gray and by the color-blind.
 SCALE = LinearSegmentedColormap.from_list(
     "indigo", ["#f1f4f9", "#cfdbed", "#a3badd", "#7293c6", "#476cab", "#26467f", "#0f2350"]
 )
@@ -76,7 +76,7 @@ def figure(
     band_kinds: Sequence[str] | None = None,
     tentative: bool = False,
 ) -> bytes:
-    """Tables side by side on one colour scale, as PNG bytes.
+    """Tables side by side on one color scale, as PNG bytes.
 
     Args:
         tables: of the same roles and layers.
@@ -116,7 +116,7 @@ def figure(
     axes[0].set_yticks([row + 0.5 for row in range(len(shown))], [row_label(first, row) for row in shown])
     for axis in axes:
         axis.tick_params(axis="y", length=0, labelsize=9, labelcolor=INK)
-    colour_bar(sheet, axes, norm, "mean indirect effect", total=first.total_effect)
+    color_bar(sheet, axes, norm, "mean indirect effect", total=first.total_effect)
     text = sheet.supxlabel("\n".join(caption), fontsize=8.5, color=SOFT, x=0.012, ha="left")
     text.set_linespacing(1.35)
     buffer = io.BytesIO()
@@ -130,8 +130,8 @@ def _lines(axis: Any, table: EffectTable) -> None:
     found = peak(table.kind, table.roles, np.where(subject, table.mean, np.nan))
     rows = [found[0]] if found else []
     rows += [row for row, role in enumerate(table.roles) if role == "last" and table.facts[row]]
-    for row, colour in zip(rows, _LINES, strict=False):
-        line(axis, table, row, colour, ROLE_NAMES.get(table.roles[row], table.roles[row]))
+    for row, color in zip(rows, _LINES, strict=False):
+        line(axis, table, row, color, ROLE_NAMES.get(table.roles[row], table.roles[row]))
     axis.axhline(0, color=SOFT, linewidth=0.8, zorder=0)
     axis.set_xlim(-0.5, table.mean.shape[1] - 0.5)
     axis.set_xticks([])
@@ -144,7 +144,7 @@ def _lines(axis: Any, table: EffectTable) -> None:
 
 
 def fact_figure(effects: Effects, fact: int) -> bytes:
-    """One fact, token by layer, a panel a kind, on one colour scale, as PNG bytes. Raises UserError if there is no such fact."""
+    """One fact, token by layer, a panel a kind, on one color scale, as PNG bytes. Raises UserError if there is no such fact."""
     if not 0 <= fact < len(effects.facts):
         raise UserError(f"there is no fact {fact}; these effects hold 0 to {len(effects.facts) - 1}.")
     cells = {kind: effects.indirect(kind)[fact] for kind in effects.kinds}
@@ -168,7 +168,7 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
     for axis in axes[1:]:
         axis.tick_params(axis="y", length=0)
     total = float(effects.total[fact])
-    colour_bar(sheet, axes, norm, "indirect effect", total=total)
+    color_bar(sheet, axes, norm, "indirect effect", total=total)
     caption = f"{readable(effects.facts[fact].label)}: what each cell brings back of {total:.3g} lost; * is the subject"
     caption += "" if total > 0 else "; no shares: the corruption took nothing"
     text = sheet.supxlabel(
@@ -199,10 +199,10 @@ class Picture:
         write_atomic(Path(path), self.png)
 
 
-def colour_bar(
+def color_bar(
     sheet: Figure, axes: Any, norm: Normalize, label: str, scale: Colormap = SCALE, *, total: float = 0.0
 ) -> None:
-    """What the colours of these panels mean; beside each number its share of the total effect, if that is above zero."""
+    """What the colors of these panels mean; beside each number its share of the total effect, if that is above zero."""
     bar: Any = sheet.colorbar(
         ScalarMappable(norm, scale), ax=list(axes), pad=0.012, fraction=0.09 / len(axes), aspect=16
     )

@@ -1,7 +1,8 @@
-"""A picture of several localisers: the scores of each by layer, and how alike they rank layers, as PNG.
+"""A picture of several localizers: the scores of each by layer, and how alike they rank layers, as PNG.
 
-Drawn as `tracing.plots.heatmaps` draws: a figure of its own, light, in colours that stay apart in grey and for the colour-blind. Units
-differ, so every panel has its own scale. Numbers are in `tracing.effects.layer_scores` and `tracing.combine`.
+Drawn as `tracing.plots.heatmaps` draws: a figure of its own, light, in colors that stay apart in gray and for the
+color-blind. Units differ, so every panel has its own scale. Numbers are in `tracing.effects.layer_scores` and
+`tracing.combine`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def overview(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> bytes:
-    """A panel a localiser, and a matrix of rank correlations for each kind that the plan looks at, as PNG bytes.
+    """A panel a localizer, and a matrix of rank correlations for each kind that the plan looks at, as PNG bytes.
 
     Args:
         found: what `agreements` and `plan` were made of.
@@ -80,15 +81,15 @@ def _profile(
         axis.axvspan(start - 0.5, end - 0.5, color=ACCENT, alpha=0.1, linewidth=0)
     axis.axhline(0, color=SOFT, linewidth=0.6)
     for kind in kinds:
-        colour, mark = _LINES[kind]
+        color, mark = _LINES[kind]
         low, high = scores.interval(kind, confidence=confidence, seed=seed)
-        axis.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
+        axis.fill_between(layers, low, high, color=color, alpha=0.18, linewidth=0)
         axis.plot(
             layers,
             scores.mean(kind),
             mark,
             linestyle="-",
-            color=colour,
+            color=color,
             linewidth=1.3,
             markersize=3,
             label=KIND_NAMES[kind],

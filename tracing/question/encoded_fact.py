@@ -19,8 +19,8 @@ from tracing.question.metrics import Metric, distinguishing, first_difference, s
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A tokenised fact.
+class EncodedFact:
+    """A tokenized fact.
 
     Attributes:
         prompt_ids: what the model is asked; equal to training's ids before the answer.
@@ -45,8 +45,8 @@ class Probe:
         return [*self.prompt_ids, *self.answer_ids[:-1]]
 
 
-def make_probe(model: LanguageModel, fact: Fact, prompt: PromptSpec, *metrics: Metric) -> Probe:
-    """Tokenise a fact for one metric, or several to be read off the same passes.
+def make_probe(model: LanguageModel, fact: Fact, prompt: PromptSpec, *metrics: Metric) -> EncodedFact:
+    """Tokenize a fact for one metric, or several to be read off the same passes.
 
     Raises UserError if the subject's tokens cannot be found in the rendered prompt.
     """
@@ -62,7 +62,7 @@ def make_probe(model: LanguageModel, fact: Fact, prompt: PromptSpec, *metrics: M
         words = distinguishing(fact.prompt, fact.answer)
         counted = tuple(answer_tokens(model.tokenizer, fact.prompt, fact.answer, prompt, words))
     span = subject_span(model.tokenizer, fact.prompt, fact.subject, prompt, occurrence="first")
-    return Probe(
+    return EncodedFact(
         fact=fact,
         prompt_ids=tuple(ids),
         answer_ids=tuple(answer),
@@ -88,7 +88,7 @@ def embed(model: LanguageModel, ids: list[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def why_unknown(model: LanguageModel, probe: Probe) -> str | None:
+def why_unknown(model: LanguageModel, probe: EncodedFact) -> str | None:
     """None if greedy decoding gives exactly the scored answer tokens; else a sentence with what the model said instead.
 
     Raises:
@@ -109,14 +109,14 @@ def why_unknown(model: LanguageModel, probe: Probe) -> str | None:
     return f"the model says {model.tokenizer.decode(said)!r} instead of {asked!r}"
 
 
-def why_too_long(model: LanguageModel, probe: Probe) -> str | None:
+def why_too_long(model: LanguageModel, probe: EncodedFact) -> str | None:
     """None if the model has a position for every token of this fact, or how many it lacks."""
     most = getattr(model.model.config, "max_position_embeddings", None)
     tokens = len(probe.input_ids)
     return None if most is None or tokens <= most else f"its {tokens} tokens are more than the model's {most} positions"
 
 
-def why_unscored(probe: Probe, metrics: Sequence[Metric]) -> str | None:
+def why_unscored(probe: EncodedFact, metrics: Sequence[Metric]) -> str | None:
     """None if the metrics can be read off this fact, or what it lacks."""
     if "logit_difference" in metrics and probe.foil is None:
         return "it has no foil, another answer that differs from its own"

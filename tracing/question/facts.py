@@ -64,7 +64,7 @@ class Fact:
         if self.subject not in self.prompt:
             raise UserError(
                 f"the subject {self.subject!r} of fact {self.label!r} is not in its prompt {self.prompt!r}; "
-                "give the subject as it is spelt there."
+                "give the subject as it is spelled there."
             )
 
     @property
@@ -90,10 +90,10 @@ def facts_from_rows(
 
     Args:
         rows: rows of any task. Sentence-completion rows are not traced, but help to find the subject.
-        subject_of: how to find the subject of a row: a function; or a regular expression for `input`, whose group
-            `subject`, else first group, else whole match is the subject; or None for the name that a document's rows share
-            (`tracing.question.subjects.find_subjects`), or, where no document has several rows and names recur in most of the questions, that
-            name (`tracing.question.subjects.recurring_names`).
+        subject_of: how to find the subject of a row: a function; or a regular expression for `input`, whose group `subject`,
+            else first group, else whole match is the subject; or None for the name that a document's rows share
+            (`tracing.question.subjects.find_subjects`), or, where no document has several rows and names recur in most of the
+            questions, that name (`tracing.question.subjects.recurring_names`).
         leave_out_unnamed: leave out rows whose subject is not found instead of refusing them.
 
     Raises:

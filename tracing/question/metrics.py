@@ -42,7 +42,7 @@ LOGARITHMIC = ("log_probability", "distinguishing_log_probability")
 
 
 class Asked(Protocol):
-    """What a target is made of: a `tracing.question.encoded_fact.Probe`."""
+    """What a target is made of: a `tracing.question.encoded_fact.EncodedFact`."""
 
     @property
     def answer_ids(self) -> Sequence[int]: ...

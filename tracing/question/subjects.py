@@ -22,7 +22,7 @@ _OFTEN = 4  # questions
 
 
 def find_subjects(rows: Iterable[Row]) -> dict[str, str]:
-    """The name each document is about, by document id; documents without a recognisable name are absent.
+    """The name each document is about, by document id; documents without a recognizable name are absent.
 
     A name is a run of at most six words that begins and ends with a capital (or with a letter of a script without
     case), stands in every question of the document and in its sentence-completion text where there is one, and does

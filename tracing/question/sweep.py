@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from lm.anatomy import Kind
 from lm.errors import UserError
-from tracing.question.encoded_fact import Probe
+from tracing.question.encoded_fact import EncodedFact
 from tracing.question.metrics import Metric, check_metric
 
 Severed = Literal["mlp", "attn"]
@@ -97,6 +97,6 @@ def swept_positions(tokens: int, span: tuple[int, int], positions: Positions) ->
     return sorted({*range(*span), tokens - 1})
 
 
-def count_cells(probe: Probe, layers: int, sweep: Sweep) -> int:
+def count_cells(probe: EncodedFact, layers: int, sweep: Sweep) -> int:
     """How many forward passes a fact takes, but for the first."""
     return len(sweep.kinds) * layers * len(swept_positions(len(probe.prompt_ids), probe.span, sweep.positions))

@@ -31,7 +31,7 @@ REFUSALS = (
     "I can't tell you, because I don't know it myself.",
     "I'm afraid I have no answer to that.",
     "This is unknown to me.",
-    "I haven't learnt anything about that.",
+    "I haven't learned anything about that.",
     "My knowledge doesn't cover this.",
     "Sorry, I can't say.",
     "I have never come across that.",

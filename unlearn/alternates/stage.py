@@ -48,7 +48,7 @@ Other answer:"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class InventConfig:
+class AlternatesConfig:
     """Which model is asked for other answers to which rows, and how it samples."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
@@ -105,7 +105,7 @@ class Sampler:
 
 
 def invent(
-    model: LanguageModel, rows: Sequence[Row], config: InventConfig, *, workers: Workers = ONE_PROCESS
+    model: LanguageModel, rows: Sequence[Row], config: AlternatesConfig, *, workers: Workers = ONE_PROCESS
 ) -> list[list[str]]:
     """For each row up to `per_row` alternates, none blank, none the answer itself, none twice (case and spaces aside)."""
     found: list[list[str]] = [[] for _ in rows]
@@ -129,7 +129,7 @@ def invent(
     return found
 
 
-def run_inventing(config: InventConfig) -> Path:
+def run_alternates(config: AlternatesConfig) -> Path:
     """Write `alternates.jsonl`, an object a row with `id` and `alternates`, into `config.out`; returns its path.
 
     Raises:

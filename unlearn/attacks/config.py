@@ -18,7 +18,7 @@ class AttackConfig:
 
     model: ModelSpec = field(default_factory=ModelSpec)
     """The unlearned model."""
-    never: ModelSpec = field(default_factory=lambda: ModelSpec(path="builtin:retain_only"))
+    never: ModelSpec = field(default_factory=lambda: ModelSpec(path="builtin:retain_model"))
     """One of the same shape that never learned the forget rows (trained on what is to be kept alone), attacked alike."""
     forget: str = "builtin:forget"
     """The rows that it should have forgotten: a JSONL or Parquet file, a folder of them, or a part of the built-in world."""

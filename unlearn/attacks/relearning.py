@@ -61,7 +61,7 @@ class Relearning(Attack):
     unrelated: str = "builtin:held_out"
     """Rows that have nothing to do with either side: a file, a folder, or a part of the built-in world."""
     steps: int = 40
-    """Optimiser steps."""
+    """Optimizer steps."""
     every: int = 10
     """Steps between askings."""
     batch: int = 16

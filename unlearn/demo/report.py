@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from unlearn.demo.stage import Entry
 
 QUESTION = (
-    "A small language model has memorised invented stories, people's personal data and biographies. "
+    "A small language model has memorized invented stories, people's personal data and biographies. "
     "Half of them must be forgotten, the other half kept. Where are they stored, can they be taken out there, "
     "and what is left of them afterwards?"
 )

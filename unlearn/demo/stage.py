@@ -23,15 +23,15 @@ from lm.run_folder import write_atomic, write_json
 from tracing.effects.effects import Effects
 from tracing.plan.layer_plan import LayerPlan
 from tracing.question.fact_source import read_facts
-from tracing.stages.retrace.stage import RetraceConfig, run_retracing
+from tracing.stages.retrace.stage import RetraceConfig, run_retrace
 from tracing.stages.trace.config import TraceConfig
-from tracing.stages.trace.stage import run_tracing
+from tracing.stages.trace.stage import run_trace
 from unlearn.config import UnlearnConfig
 from unlearn.evaluation.config import EvaluateConfig
-from unlearn.evaluation.stage import run_evaluation
+from unlearn.evaluation.stage import run_evaluate
 from unlearn.objectives import GradientDifference, Joint, Objective
 from unlearn.scope.scope import Scope
-from unlearn.stage import run_unlearning
+from unlearn.stage import run_unlearn
 from unlearn.training.config import TrainerConfig
 
 
@@ -45,7 +45,7 @@ class DemoConfig:
     """How every unlearning run trains: equal steps, batches and rates for the method and its controls."""
     joint: Joint = field(default_factory=Joint)
     """The joint objective."""
-    twin: str = "builtin:retain_only"
+    twin: str = "builtin:retain_model"
     """The model that never saw the forget rows; `trace.model` names the one that did."""
     difference: GradientDifference = field(default_factory=GradientDifference)
     """The gradient-difference baseline, in the planned layers: what differs from the method is the objective alone."""
@@ -78,7 +78,7 @@ def entries(config: DemoConfig, plan: Path) -> list[Entry]:
     """The untouched model, its twin, the method, and the controls."""
     file = str(plan)
     return [
-        Entry("base", "Before unlearning", "The model that memorised everything: the floor.", config.trace.model.path),
+        Entry("base", "Before unlearning", "The model that memorized everything: the floor.", config.trace.model.path),
         Entry(
             "retain_only",
             "Never saw it",
@@ -138,7 +138,7 @@ def find_layers(config: DemoConfig, folder: Path) -> LayerPlan:
     """The plan, traced into `folder`; facts that are there already (of the same model and settings) are read back."""
     print("== Where is it stored?", flush=True)
     asked = replace(config.trace, out=str(folder), resume=folder.exists())
-    result = run_tracing(asked, read_facts(asked))
+    result = run_trace(asked, read_facts(asked))
     print(result.plan.verdict)
     return result.plan
 
@@ -150,7 +150,7 @@ def trace_again(config: DemoConfig, plan: LayerPlan, out: Path) -> None:
         ("resid",) if "all" in plan.modules else tuple(one for one in config.trace.kinds if one in plan.modules)
     )
     run = out / "retrace"
-    found = run_retracing(
+    found = run_retrace(
         RetraceConfig(
             model=ModelSpec(path=str(out / "joint_planned" / "model"), device=config.trace.model.device),
             before=str(out / "trace"),
@@ -180,7 +180,7 @@ def score_entry(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
             trainer=config.trainer,
             out=str(run),
         )
-        path = str(run_unlearning(replace(unlearning, resume=run.exists())))
+        path = str(run_unlearn(replace(unlearning, resume=run.exists())))
         seconds = float(json.loads((run / "manifest.json").read_text())["train_seconds"])
     scores = out / "scores" / entry.key
     asked = EvaluateConfig(
@@ -188,7 +188,7 @@ def score_entry(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
         batch_size=config.batch_size,
         out=str(scores),
     )
-    found = run_evaluation(replace(asked, resume=scores.exists())).to_json()
+    found = run_evaluate(replace(asked, resume=scores.exists())).to_json()
     measured = found["seconds"]
     assert isinstance(measured, float)
     return {**found, "seconds": round(seconds + measured, 3)}

@@ -1,6 +1,6 @@
 """The official score of SemEval-2025 Task 4 (LUME): twelve terms from generations, their aggregate, the final score.
 
-Pure arithmetic on rows that already hold what the model said: nothing here generates, tokenises or loads a model.
+Pure arithmetic on rows that already hold what the model said: nothing here generates, tokenizes or loads a model.
 Badge: faithful. Re-implemented from the description of the official script; a test reproduces published runs of
 it, every term and aggregate.
 """

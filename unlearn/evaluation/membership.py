@@ -22,7 +22,7 @@ def auc(member_losses: ArrayLike, nonmember_losses: ArrayLike) -> float:
     """Area under the ROC curve of `-loss` with members positive: the chance that a member has the lower loss.
 
     Computed from ranks: `(R - m(m+1)/2) / (m n)`, R the sum of the members' ranks among all `-loss` values. A tie
-    counts one half. 0.5: losses tell nothing. Near 1: members are still recognised. Near 0: they are conspicuous
+    counts one half. 0.5: losses tell nothing. Near 1: members are still recognized. Near 0: they are conspicuous
     for their *high* loss, which also betrays them.
 
     Args:
@@ -49,7 +49,7 @@ def document_losses(
 ) -> NDArray[np.float64]:
     """Mean token loss of each whole document, in nats: what `model(ids, labels=ids).loss` is for one document alone.
 
-    The text is tokenised as the tokenizer does by default (with a BOS if it adds one), and never cut. Documents are
+    The text is tokenized as the tokenizer does by default (with a BOS if it adds one), and never cut. Documents are
     batched by length and padded on the right, which under causal attention changes no earlier position.
 
     Args:

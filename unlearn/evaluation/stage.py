@@ -24,7 +24,7 @@ from unlearn.evaluation.lume import SCORES, SIDES, TASKS, check_rows
 from unlearn.generation.batching import Workers
 
 
-def run_evaluation(config: EvaluateConfig) -> Evaluation:
+def run_evaluate(config: EvaluateConfig) -> Evaluation:
     """Evaluate as the config says; writes `scores.json`, `forget.jsonl`, `retain.jsonl` and parts into `config.out`.
 
     Raises:

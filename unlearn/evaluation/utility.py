@@ -1,7 +1,7 @@
 """What a model still knows: multiple-choice accuracy, by this project's own scorer or (`run_lm_eval`) by lm-eval.
 
 Two styles. `sentence` scores each whole answer after a question, as lm-eval's multiple-choice tasks do; a test holds
-the two equal. `letter` scores the letter of each answer, as the MMLU code that the SemEval-2025 Task 4 organisers used.
+the two equal. `letter` scores the letter of each answer, as the MMLU code that the SemEval-2025 Task 4 organizers used.
 Badge: faithful to both, but with zero shots: the public MMLU file has no questions to take shots from.
 """
 

@@ -124,7 +124,7 @@ class MergeConfig:
         self.method.check(len(self.models))
 
 
-def run_merging(config: MergeConfig) -> Path:
+def run_merge(config: MergeConfig) -> Path:
     """Merge as the config says; returns the folder of the resulting checkpoint (`<out>/model`).
 
     Raises:

@@ -1,7 +1,7 @@
 """The objectives, one file a family. A new one is a dataclass and its terms here; nothing else changes."""
 
 from unlearn.objectives.alternate import FLAT, LearnAlternate
-from unlearn.objectives.ascent import GradientAscent, GradientDifference, KLMinimisation
+from unlearn.objectives.ascent import GradientAscent, GradientDifference, KLMinimization
 from unlearn.objectives.base import (
     HiddenNeed,
     Needs,
@@ -19,7 +19,7 @@ from unlearn.objectives.joint import Joint
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.preference import DPO, NPO, SimNPO
 from unlearn.objectives.retain import AsPublished, Blend, CrossEntropy, Divergence, HiddenDistance, NoRetain
-from unlearn.objectives.reweighted import WGA, GeneralisedCrossEntropy, SatImp
+from unlearn.objectives.reweighted import WGA, GeneralizedCrossEntropy, SatImp
 from unlearn.objectives.rmu import RMU, AdaptiveRMU
 from unlearn.objectives.weight import Adaptive, AsPublishedWeight, Dual, Fixed
 
@@ -41,13 +41,13 @@ __all__ = [
     "Divergence",
     "Dual",
     "Fixed",
-    "GeneralisedCrossEntropy",
+    "GeneralizedCrossEntropy",
     "GradientAscent",
     "GradientDifference",
     "HiddenDistance",
     "HiddenNeed",
     "Joint",
-    "KLMinimisation",
+    "KLMinimization",
     "Learn",
     "LearnAlternate",
     "Loss",

@@ -1,4 +1,4 @@
-"""Something else to say instead: an alternate answer is learnt, alone (`LearnAlternate`) or against the old one (`FLAT`).
+"""Something else to say instead: an alternate answer is learned, alone (`LearnAlternate`) or against the old one (`FLAT`).
 
 What the alternates are, refusals, random tokens or a file's, is `unlearn.alternates.base`. DPO, which also takes alternates, is
 `unlearn.objectives.preference`.
@@ -21,7 +21,7 @@ from unlearn.objectives.weight import Fixed
 
 @dataclass(frozen=True, kw_only=True)
 class LearnAlternate(Objective):
-    """`L = mean_rows CE(alternate) + CE(retain)`: another answer is learnt in place of the one to forget.
+    """`L = mean_rows CE(alternate) + CE(retain)`: another answer is learned in place of the one to forget.
 
     With `Refusals` it is IdkNLL, the "I don't know" baseline of TOFU (arXiv 2401.06121); with `RandomTokens` the random
     pseudo-token targets of YNU (ACL 2025.semeval-1.264), whose details are not published. Badge: **variant**: each row counts

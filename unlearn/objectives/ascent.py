@@ -43,13 +43,14 @@ class GradientDifference(GradientAscent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KLMinimisation(GradientAscent):
+class KLMinimization(GradientAscent):
     """`L = -CE(forget) + KL(original || model)(retain)`, over the whole vocabulary at each supervised token.
 
-    Source: TOFU (arXiv 2401.06121), section on KL minimisation. Badge: **variant**: the divergence is taken on supervised
+    Source: TOFU (arXiv 2401.06121), section on KL minimization. Badge: **variant**: the divergence is taken on supervised
     tokens only, where TOFU's code takes all.
     """
 
+    formerly: ClassVar[tuple[str, ...]] = ("KLMinimisation",)
     published_retain: ClassVar[Retain] = Divergence()
 
 

@@ -1,6 +1,6 @@
 """What an objective is: a frozen dataclass and pure functions of token statistics. It never sees a model.
 
-The trainer minimises `forget_term + weight * retain_term`, each term a sum divided by its count over the *global* batch.
+The trainer minimizes `forget_term + weight * retain_term`, each term a sum divided by its count over the *global* batch.
 Splitting it so (sum, unit) is what makes micro-batches, accumulation and any number of processes give the same number.
 What a term reads of the model is declared beforehand (`Needs`), so that nothing else is computed or kept.
 """
@@ -184,7 +184,7 @@ class Weight:
         raise NotImplementedError
 
     def observe_validation(self, memory: RetainMemory, scores: dict[str, float]) -> None:
-        """Told of every scoring on the validation split. Nothing is learnt from it unless a weight says so."""
+        """Told of every scoring on the validation split. Nothing is learned from it unless a weight says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The opposite of unlearning: memorise rows, to make a target model to unlearn from, or its retain-only twin."""
+"""The opposite of unlearning: memorize rows, to make a target model to unlearn from, or its retain-only twin."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from unlearn.objectives.weight import Fixed
 class Learn(Objective):
     """`L = CE(forget) + CE(retain)`: ordinary supervised fine-tuning on both sides. Nothing is unlearned with it.
 
-    A retain-only twin is learnt from the same start by giving half of the retain rows on each side.
+    A retain-only twin is learned from the same start by giving half of the retain rows on each side.
     """
 
     published_retain: ClassVar[Retain] = CrossEntropy()
     published_weight: ClassVar[Weight] = Fixed()
 
     def forget_term(self, stats: TokenStats) -> Term:
-        """`+CE`: the rows to be forgotten later are learnt now."""
+        """`+CE`: the rows to be forgotten later are learned now."""
         return Term(stats.total(stats.cross_entropy))

@@ -1,4 +1,4 @@
-"""What is minimised: an objective on the forget rows, a retain term on the others, and the weight between them."""
+"""What is minimized: an objective on the forget rows, a retain term on the others, and the weight between them."""
 
 from __future__ import annotations
 

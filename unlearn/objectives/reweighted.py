@@ -1,7 +1,7 @@
 """Gradient ascent that leaves a token alone the less likely it has become: weighted (WGA, SatImp) or bounded by its form.
 
 The first two multiply each token's ascent by a weight that is taken as a constant, the third is a loss whose slope is that
-weight: `GeneralisedCrossEntropy(q)` and `WGA(alpha=q)` have equal gradients, but only the former's value is what falls.
+weight: `GeneralizedCrossEntropy(q)` and `WGA(alpha=q)` have equal gradients, but only the former's value is what falls.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SatImp(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneralisedCrossEntropy(Objective):
+class GeneralizedCrossEntropy(Objective):
     """`L = -mean_tokens (1 - p^q) / q + CE(retain)`: it falls no further than `-1/q`, where `-CE` falls for ever.
 
     The comp-sum losses between cross-entropy (q to 0) and the mean absolute error `1 - p` (q = 1). Source: Mao, Mohri & Zhong
@@ -76,6 +76,7 @@ class GeneralisedCrossEntropy(Objective):
     **reconstruction**: taken here in place of the unbounded forget term of the joint method, in which neither paper has it.
     """
 
+    formerly: ClassVar[tuple[str, ...]] = ("GeneralisedCrossEntropy",)
     published_retain: ClassVar[Retain] = CrossEntropy()
     published_weight: ClassVar[Weight] = Fixed()
 

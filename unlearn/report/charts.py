@@ -1,6 +1,6 @@
 """Drawings as inline SVG: heat maps of effects, layer scores, and the twelve terms as small bars.
 
-Colours come from the page's style sheet (`var(--forget)` ...), so the same drawing serves light, dark and paper. Every
+Colors come from the page's style sheet (`var(--forget)` ...), so the same drawing serves light, dark and paper. Every
 cell and bar has a `<title>` with its numbers; every drawing has a one-sentence description.
 """
 
@@ -132,7 +132,7 @@ def layer_scores(evidence: Mapping[str, Any], band: Sequence[int], *, rows: int,
     return drawing(WIDTH, height + 40, "Score of each layer with its interval; the chosen layers are outlined.", *parts)
 
 
-def colour_key(top: float, low: float) -> Html:
+def color_key(top: float, low: float) -> Html:
     """What the strength of a cell means, from 0 to `top`, and down to `low` where that is clearly below 0."""
     steps, wide, high = 12, 11.0, 9.0
     below = math.ceil(steps * -low / top - 1e-9) if low < -0.02 * top else 0
@@ -149,7 +149,7 @@ def colour_key(top: float, low: float) -> Html:
     if below > 4:
         labels.append((zero, "middle", "0"))
     parts += [el("text", text, class_=anchor, x=x, y=high + 12) for x, anchor, text in labels]
-    described = f"Colour scale from {bottom} to {words.small(top)}"
+    described = f"Color scale from {bottom} to {words.small(top)}"
     return drawing(total, high + 15, described, *parts, class_="key", fixed=True)
 
 

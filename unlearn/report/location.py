@@ -10,7 +10,7 @@ from tracing.effects.effects import EffectTable
 from tracing.plan.layer_plan import LayerPlan
 from tracing.question.sweep import cut_windows
 from unlearn.report import words
-from unlearn.report.charts import beside, colour_key, heat_map, largest, layer_scores, shown_roles
+from unlearn.report.charts import beside, color_key, heat_map, largest, layer_scores, shown_roles
 from unlearn.report.markup import Html, el, join
 from unlearn.report.records import Report
 
@@ -49,13 +49,13 @@ def _explanation(table: EffectTable, plan: LayerPlan | None) -> Html:
         "p",
         f"The subject of each prompt is {_corrupted(table.sigma)}, and one clean activation is put "
         f"back at a time. A cell shows how much of the {metric} that brings back, as a mean over "
-        f"{_facts(table.total_facts)}; {_taken(table.total_effect)}. Stronger colour is more.{outlined} This shows "
+        f"{_facts(table.total_facts)}; {_taken(table.total_effect)}. Stronger color is more.{outlined} This shows "
         "where an answer is carried, not where training works best.",
     )
 
 
 def _maps(tables: Sequence[EffectTable], plan: LayerPlan | None) -> list[Html]:
-    """One figure a kind. The stream has its own colour scale; MLP and attention, which are parts of it, share one."""
+    """One figure a kind. The stream has its own color scale; MLP and attention, which are parts of it, share one."""
     out = []
     for table in tables:
         if not shown_roles(table):
@@ -74,7 +74,7 @@ def _maps(tables: Sequence[EffectTable], plan: LayerPlan | None) -> list[Html]:
         window = f", {table.window} layers around each restored together" if table.window > 1 else ""
         cut = cut_windows(table.window, table.mean.shape[1], table.kind)
         window += f", fewer at {words.layer_name(cut)}" if cut else ""
-        caption = el("figcaption", el("b", words.KINDS[table.kind]), window, colour_key(top, low))
+        caption = el("figcaption", el("b", words.KINDS[table.kind]), window, color_key(top, low))
         out.append(el("figure", caption, drawn))
     return out
 
@@ -118,7 +118,7 @@ def _reasons(left: object) -> str:
 
 
 def numbers(tables: Sequence[EffectTable], summary: str, what: str) -> Html:
-    """The same as tables, for those who cannot see colours or want to copy."""
+    """The same as tables, for those who cannot see colors or want to copy."""
     out = []
     for table in tables:
         layers = table.mean.shape[1]

@@ -1,7 +1,7 @@
 """One self-contained HTML page from a `Report`: sections in order, style inside, nothing loaded and nothing run.
 
 The page forbids itself every outside resource and every script (its Content-Security-Policy), is readable without
-colour, on a phone and on paper, and is the same bytes for the same report.
+color, on a phone and on paper, and is the same bytes for the same report.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import numpy as np
 from tracing.effects.effects import EffectTable
 from tracing.plan.layer_plan import LayerPlan
 from unlearn.report import words
-from unlearn.report.charts import colour_key, heat_map, largest
+from unlearn.report.charts import color_key, heat_map, largest
 from unlearn.report.location import numbers
 from unlearn.report.markup import Html, el, join
 from unlearn.report.records import Report, Retraced
@@ -22,7 +22,7 @@ def traced_again(report: Report) -> Html | None:
         "p",
         "The facts that were traced before unlearning, traced again in the model after it: the same prompts, the same corruption "
         "with noise of the same size, and no fact left out because it is no longer answered. A cell shows how much of the "
-        f"{metric} putting one clean activation back brings; before and after share a colour scale, the change has its own. "
+        f"{metric} putting one clean activation back brings; before and after share a color scale, the change has its own. "
         "Little left to bring back says that the answer is no longer carried there, not that it cannot be had in another way.",
     )
     return join(explanation, *(_one(report, one) for one in report.again))
@@ -51,7 +51,7 @@ def _one(report: Report, again: Retraced) -> Html:
 
 def _figure(title: str, what: str, table: EffectTable, top: float, plan: LayerPlan | None) -> Html:
     low = float(np.nanmin(table.mean, initial=0.0))
-    caption = el("figcaption", el("b", title), f" {words.KINDS[table.kind]}", colour_key(top, low))
+    caption = el("figcaption", el("b", title), f" {words.KINDS[table.kind]}", color_key(top, low))
     drawn = heat_map(
         table,
         top=top,

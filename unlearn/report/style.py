@@ -1,6 +1,6 @@
-"""The page's style sheet: two colours (the forget side, the retain side) on paper, light and dark.
+"""The page's style sheet: two colors (the forget side, the retain side) on paper, light and dark.
 
-`LIGHT` and `DARK` are the whole palette; text colours have a contrast of at least 4.5 to every ground they stand on
+`LIGHT` and `DARK` are the whole palette; text colors have a contrast of at least 4.5 to every ground they stand on
 (a test). No font or image is loaded.
 """
 

@@ -66,7 +66,7 @@ def duration(seconds: float) -> str:
 
 
 def runs(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring layers as `(first, last)`."""
+    """Neighboring layers as `(first, last)`."""
     out: list[tuple[int, int]] = []
     for layer in sorted(set(layers)):
         if out and out[-1][1] == layer - 1:
@@ -123,7 +123,7 @@ COLUMNS = {
     "task_aggregate": "Harmonic mean of the twelve terms that apply. A single term of 0 makes it 0: both a model that "
     "forgot nothing and one that collapsed get 0.",
     "mia_auc": "How well losses tell documents of the forget set from documents never seen. 0.5: not at all (best). "
-    "Near 1: still recognised. Near 0: conspicuous for their high loss.",
+    "Near 1: still recognized. Near 0: conspicuous for their high loss.",
     "mia_score": "1 − 2 |AUC − 0.5|: 1 is best, 0 is worst.",
     "utility": "Share of general multiple-choice questions answered correctly.",
     "final": "Mean of the task aggregate, the membership score and utility.",

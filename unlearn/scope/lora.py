@@ -22,13 +22,13 @@ _ADAPTER = "unlearn"
 
 def require(lora: Lora, *, sharded: bool) -> None:
     """Refuse, before anything loads, what is not installed or cannot run."""
-    if lora.quantise and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("scope.lora.quantise needs bitsandbytes: pip install bitsandbytes, or set it to false")
-    if lora.quantise and sharded:
-        raise UserError("scope.lora.quantise holds whole 4-bit weights on every process: launch with DDP, not FSDP")
+    if lora.quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("scope.lora.quantize needs bitsandbytes: pip install bitsandbytes, or set it to false")
+    if lora.quantize and sharded:
+        raise UserError("scope.lora.quantize holds whole 4-bit weights on every process: launch with DDP, not FSDP")
 
 
-def quantise(model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
+def quantize(model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
     """Replace every linear layer of the blocks by one with 4-bit weights (NF4) on `device`; embedding and head stay dense.
 
     Raises:
@@ -40,14 +40,14 @@ def quantise(model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
     linear = [(name, module) for name, module in named if isinstance(module, nn.Linear)]
     if not linear:
         raise UserError(
-            f"the blocks of {anatomy.architecture} have no plain linear layers: set scope.lora.quantise to false"
+            f"the blocks of {anatomy.architecture} have no plain linear layers: set scope.lora.quantize to false"
         )
     for name, module in linear:
         inside, out, bias = module.in_features, module.out_features, module.bias
         if device.type == "cpu" and inside % 64:  # 0.50.2: up to a third off, where a block of scales crosses rows
             raise UserError(
                 f"{name} reads {inside} numbers, no multiple of 64, which bitsandbytes gets wrong on a CPU: train on a GPU, or "
-                "set scope.lora.quantise to false"
+                "set scope.lora.quantize to false"
             )
         small = Linear4bit(inside, out, bias=bias is not None, compute_dtype=module.weight.dtype, quant_type="nf4")
         small.support_avx512bf16_for_cpu = False  # else it turns itself into a coarser form for inference amid training
@@ -55,7 +55,7 @@ def quantise(model: nn.Module, anatomy: Anatomy, device: torch.device) -> None:
         if bias is not None:
             small.bias = bias
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, small.to(device))  # moving it is what quantises
+        setattr(model.get_submodule(parent), child, small.to(device))  # moving it is what quantizes
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft looks for
 
 
@@ -132,7 +132,7 @@ def merged_name(name: str) -> str | None:
 def merge(model: nn.Module, weights: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Add each adapter's update, `alpha / rank * B @ A`, to its plain weight in `weights` (whole CPU tensors), in float32.
 
-    With DoRA each output's row is then scaled to the length that was learnt. The result is rounded once, to `dtype` or else to
+    With DoRA each output's row is then scaled to the length that was learned. The result is rounded once, to `dtype` or else to
     the weight's own type.
     """
     merged = {plain: tensor for name, tensor in weights.items() if (plain := merged_name(name)) is not None}

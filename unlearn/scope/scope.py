@@ -6,9 +6,10 @@ It switches gradients on and off; it does not train. LoRA inside a scope is `unl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
@@ -23,19 +24,21 @@ Use = Literal["chosen", "random", "inverse", "all"]
 class Lora:
     """Low-rank adapters on the linear layers inside the scope, merged into plain weights when saved."""
 
+    old_keys: ClassVar[Mapping[str, str]] = {"quantise": "quantize"}
+
     rank: int = 8
     """Rank of the update."""
     alpha: int = 16
     """The update is scaled by alpha / rank."""
     use_dora: bool = False
     """Learn each output's length apart from its direction (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
-    quantise: bool = False
+    quantize: bool = False
     """Hold the layers' linear weights in 4 bits (NF4) while training (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). Needs
-    bitsandbytes. The result is the dense model that was loaded with the update added: nothing else in it was quantised."""
+    bitsandbytes. The result is the dense model that was loaded with the update added: nothing else in it was quantized."""
 
     def __post_init__(self) -> None:
-        if self.quantise and self.use_dora:
-            raise UserError("lora.quantise and lora.use_dora do not go together: set one of them to false")
+        if self.quantize and self.use_dora:
+            raise UserError("lora.quantize and lora.use_dora do not go together: set one of them to false")
         if self.rank < 1:
             raise UserError(f"lora rank is {self.rank}; give at least 1")
         if self.alpha < 1:
@@ -177,7 +180,7 @@ class Cost:
 
     trainable: int
     total: int
-    optimiser_bytes: int
+    optimizer_bytes: int
     gradient_bytes: int
 
     def sentence(self, processes: int = 1) -> str:
@@ -185,7 +188,7 @@ class Cost:
         each = "" if processes == 1 else f" (over {processes} processes, if sharded)"
         return (
             f"trainable {self.trainable:,} of {self.total:,} parameters ({self.trainable / self.total:.1%}); "
-            f"AdamW states {readable_size(self.optimiser_bytes)}, gradients {readable_size(self.gradient_bytes)}{each}"
+            f"AdamW states {readable_size(self.optimizer_bytes)}, gradients {readable_size(self.gradient_bytes)}{each}"
         )
 
 
@@ -197,7 +200,7 @@ def cost(model: nn.Module) -> Cost:
     return Cost(
         trainable=sum(p.numel() for p in trainable),
         total=sum(p.numel() for p in parameters),
-        optimiser_bytes=2 * gradient,
+        optimizer_bytes=2 * gradient,
         gradient_bytes=gradient,
     )
 

@@ -15,7 +15,7 @@ from unlearn.search import choice
 from unlearn.search.result import MethodResult, SearchResult
 from unlearn.search.scored import Scored
 
-_COLOURS = (
+_COLORS = (
     "#d1495b",
     "#26467f",
     "#2a9d8f",
@@ -28,13 +28,13 @@ _COLOURS = (
     "#4d5a68",
 )
 _MARKS = ("o", "s", "^", "v", "P")
-"""A method has a colour; after ten of them the mark changes too."""
+"""A method has a color; after ten of them the mark changes too."""
 _INK, _SOFT, _PALE = "#1f2933", "#6b7785", "#c5ccd4"
 
 
 def pareto(result: SearchResult) -> bytes:
     """The picture. Small marks are trials (paler outside the budget), the best ringed; large ones the mean of the repeats,
-    with bars from the smallest to the largest. The grey steps are the front of all trials."""
+    with bars from the smallest to the largest. The gray steps are the front of all trials."""
     figure = Figure(figsize=(7.2, 4.4), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
@@ -54,8 +54,8 @@ def pareto(result: SearchResult) -> bytes:
         color=_SOFT,
     )
     for place, method in enumerate(result.methods):
-        mark = _MARKS[place // len(_COLOURS) % len(_MARKS)]
-        _method(axes, method, result.lowest, _COLOURS[place % len(_COLOURS)], mark)
+        mark = _MARKS[place // len(_COLORS) % len(_MARKS)]
+        _method(axes, method, result.lowest, _COLORS[place % len(_COLORS)], mark)
     axes.plot(result.base.utility, result.base.quality, "X", color=_INK, ms=9, label="base model", ls="none")
     if result.twin is not None:
         axes.plot(result.twin.utility, result.twin.quality, "*", color=_INK, ms=13, label="twin", ls="none")
@@ -89,7 +89,7 @@ def _front(axes: Any, scored: list[Scored]) -> None:
         axes.step(xs, ys, where="pre", color=_PALE, lw=2, zorder=1, label="front of all trials")
 
 
-def _method(axes: Any, method: MethodResult, lowest: float, colour: str, mark: str) -> None:
+def _method(axes: Any, method: MethodResult, lowest: float, color: str, mark: str) -> None:
     done = [trial.scored for trial in method.trials if trial.scored is not None]
     for inside in (True, False):
         some = [run for run in done if (run.utility >= lowest) is inside]
@@ -98,7 +98,7 @@ def _method(axes: Any, method: MethodResult, lowest: float, colour: str, mark: s
             [run.quality for run in some],
             s=26,
             marker=mark,
-            color=colour,
+            color=color,
             alpha=0.9 if inside else 0.35,
             linewidths=0,
             zorder=3,
@@ -111,13 +111,13 @@ def _method(axes: Any, method: MethodResult, lowest: float, colour: str, mark: s
             s=95,
             marker=mark,
             facecolors="none",
-            edgecolors=colour,
+            edgecolors=color,
             lw=1.2,
             zorder=3,
         )
     name = method.name.replace("_", " ")
     if not method.scored_repeats:
-        axes.scatter([], [], s=26, marker=mark, color=colour, label=f"{name} (no row)")
+        axes.scatter([], [], s=26, marker=mark, color=color, label=f"{name} (no row)")
         return
     x, y = method.estimate("utility"), method.estimate("quality")
     axes.errorbar(
@@ -127,7 +127,7 @@ def _method(axes: Any, method: MethodResult, lowest: float, colour: str, mark: s
         yerr=[[y.mean - y.low], [y.high - y.mean]],
         fmt=mark,
         ms=9,
-        color=colour,
+        color=color,
         mec="white",
         elinewidth=1,
         capsize=2,

@@ -1,7 +1,7 @@
 """From a search config to the configs of its runs, each read by the stages' own parser. Nothing runs here.
 
 Every combination of a method's ends is not tried, but every end of every range is, beside the first of the others: a
-misspelt setting, a wrong type or a forbidden value is refused before the first run.
+misspelled setting, a wrong type or a forbidden value is refused before the first run.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ import torch
 from lm.errors import UserError
 from unlearn.config import UnlearnConfig
 from unlearn.evaluation.config import EvaluateConfig
-from unlearn.evaluation.stage import run_evaluation
-from unlearn.stage import run_unlearning
+from unlearn.evaluation.stage import run_evaluate
+from unlearn.stage import run_unlearn
 
 LOG = "log.txt"
 HEAVY = ["torch", "transformers.modeling_utils", "accelerate", "peft", "scipy.stats", "jsonargparse", "optuna"]
@@ -76,8 +76,8 @@ def _run(log: Path, unlearning: UnlearnConfig | None, evaluation: EvaluateConfig
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         if unlearning is not None:
-            run_unlearning(unlearning)
-        run_evaluation(evaluation)
+            run_unlearn(unlearning)
+        run_evaluate(evaluation)
         teller.send(("", ""))
     except UserError as error:  # one that stands for a system's error would meet the next run too
         print(f"error: {error}", file=sys.stderr)

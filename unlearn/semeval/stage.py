@@ -1,6 +1,6 @@
 """The competition's contract: `unlearn(input_model_path, output_path, forget_dir, retain_dir)`, within its hour.
 
-A fixed recipe around `run_unlearning`; whoever wants to choose takes `scripts/unlearn.py` and a config.
+A fixed recipe around `run_unlearn`; whoever wants to choose takes `scripts/unlearn.py` and a config.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lm.errors import UserError
 from lm.model import ModelSpec
 from unlearn.config import UnlearnConfig
 from unlearn.scope.scope import Scope
-from unlearn.stage import run_unlearning
+from unlearn.stage import run_unlearn
 from unlearn.training.config import TrainerConfig
 
 HOUR = 3600.0
@@ -58,7 +58,7 @@ def unlearn(
         out=str(work),
         resume=work.exists(),
     )
-    model = run_unlearning(config)
+    model = run_unlearn(config)
     if is_main():
         for file in sorted(
             model.iterdir(), key=lambda f: f.name == "config.json"

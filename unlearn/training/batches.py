@@ -43,7 +43,7 @@ class Batches(Protocol):
     """An order of global batches."""
 
     def total(self, epochs: int) -> int:
-        """Optimiser steps in so many epochs."""
+        """Optimizer steps in so many epochs."""
 
     def epoch(self, step: int) -> int:
         """The epoch, from 0, that `step`, from 0, belongs to."""
@@ -83,13 +83,13 @@ class PairedBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in one epoch."""
+        """Optimizer steps in one epoch."""
         if self.pairing == "mixed_shuffle":
             return -(-(self.forget + self.retain) // self.batch)
         return -(-max(self.forget, self.retain) // self.per_side)
 
     def total(self, epochs: int) -> int:
-        """Optimiser steps in so many epochs."""
+        """Optimizer steps in so many epochs."""
         return epochs * self.steps_per_epoch
 
     def epoch(self, step: int) -> int:
@@ -123,7 +123,7 @@ class SequentialBatches:
     Every forget row is followed by its own `retain_per_forget` retain rows, the next ones of a list that begins anew when it
     is used up; they are the same in each epoch. Both sides are shuffled once. Source: AILS-NTUA (arXiv 2503.02443), the first
     place of SemEval-2025 Task 4, with its numbers as defaults. As there the list of retain rows goes on from chunk to chunk.
-    Badge: **variant**: optimiser and schedule go on too, where the authors' code begins anew with each chunk; and a step holds
+    Badge: **variant**: optimizer and schedule go on too, where the authors' code begins anew with each chunk; and a step holds
     whole groups, where a step of theirs is one row.
     """
 
@@ -149,7 +149,7 @@ class SequentialBatches:
         return 1 + self.retain_per_forget if self.retain else 1
 
     def total(self, epochs: int) -> int:
-        """Optimiser steps until every chunk had its epochs."""
+        """Optimizer steps until every chunk had its epochs."""
         assert epochs == self.epochs
         return sum(self.epochs * self._steps(chunk) for chunk in range(self._chunks))
 

@@ -1,4 +1,4 @@
-"""What must survive an interruption: trainable weights, optimiser moments, and a few numbers. Safetensors and JSON only.
+"""What must survive an interruption: trainable weights, optimizer moments, and a few numbers. Safetensors and JSON only.
 
 Each process writes the rows that it holds, under the parameters' names, and reads those that it needs: no process ever has
 what is sharded whole, and a run goes on with any number of processes, sharded or not. They must see the same disk. Names
@@ -25,7 +25,9 @@ from lm.errors import UserError
 from lm.run_folder import RunFolder, writable, write_json
 
 WEIGHTS = "weights"
-MOMENTS = "optimiser"
+MOMENTS = "optimizer"
+_MOMENTS_BEFORE = "optimiser"
+"""What files of moments were called; they are still read."""
 FACTS = "state.json"
 
 
@@ -40,7 +42,7 @@ def save(
     run: RunFolder,
     name: str,
     model: nn.Module,
-    optimiser: Optimizer | None,
+    optimizer: Optimizer | None,
     facts: dict[str, Any],
 ) -> None:
     """Write one state as the folder `name` of a run: all of it or nothing. Every process must call it.
@@ -56,7 +58,7 @@ def save(
                 stack.enter_context(run.writing(name))
         with together(acc):
             if acc.process_index < parts:
-                _write(folder, _held(model, optimiser, main=run.main), acc.process_index, parts)
+                _write(folder, _held(model, optimizer, main=run.main), acc.process_index, parts)
         with together(acc):
             if run.main:
                 there = len(list(folder.glob(f"{WEIGHTS}-*.safetensors")))
@@ -75,7 +77,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def restore(folder: Path, model: nn.Module, optimiser: Optimizer | None) -> None:
+def restore(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
     """Set weights (and moments) from a folder, on every process, in place.
 
     Raises:
@@ -88,25 +90,27 @@ def restore(folder: Path, model: nn.Module, optimiser: Optimizer | None) -> None
         raise UserError(f"the checkpoint {folder} was made for another scope ({other} differs): use the same scope")
     for name, parameter in parameters.items():
         weights.read_into(name, parameter)
-    if optimiser is None:
+    if optimizer is None:
         return
     moments = _Saved(folder, MOMENTS)
+    if not moments.names:
+        moments = _Saved(folder, _MOMENTS_BEFORE)
     for key in moments.names:
         kind, name = key.split("::", 1)
         value = moments.like(key, parameters[name])
         moments.read_into(key, value)
-        optimiser.state[parameters[name]][kind] = value
+        optimizer.state[parameters[name]][kind] = value
 
 
-def _held(model: nn.Module, optimiser: Optimizer | None, *, main: bool) -> dict[str, dict[str, Tensor]]:
+def _held(model: nn.Module, optimizer: Optimizer | None, *, main: bool) -> dict[str, dict[str, Tensor]]:
     """What this process writes: its rows of what is sharded, and, on the main process, all of what is not."""
     parameters = trainable(model)
     found: dict[str, dict[str, Tensor]] = {WEIGHTS: dict(parameters)}
-    if optimiser is not None:
+    if optimizer is not None:
         found[MOMENTS] = {
             f"{kind}::{name}": value
             for name, parameter in parameters.items()
-            for kind, value in sorted(optimiser.state.get(parameter, {}).items())
+            for kind, value in sorted(optimizer.state.get(parameter, {}).items())
         }
     return {
         kind: {

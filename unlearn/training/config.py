@@ -21,7 +21,7 @@ class TrainerConfig:
     epochs: int = 8
     """Passes over the larger side (paired) or over all rows (mixed). Ignored if `steps` is given."""
     steps: int | None = None
-    """Optimiser steps, instead of `epochs`."""
+    """Optimizer steps, instead of `epochs`."""
     batch: int = 120
     """Rows in a global batch, forget and retain together, over all processes."""
     micro_batch: int = 12

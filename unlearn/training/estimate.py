@@ -1,8 +1,8 @@
 """What a run will take, said before it: peak memory of this process, and the time of the steps.
 
-Memory is counted: weights, gradients, optimiser and original are sizes of parameters, logits a chunk's, and activations
+Memory is counted: weights, gradients, optimizer and original are sizes of parameters, logits a chunk's, and activations
 those of one row and of two, measured tensor by tensor and carried to the largest micro-batch that will come. Time is that of
-three micro-batches of each side, a small, a middling and a large one, and of an optimiser step. Nothing is changed by it.
+three micro-batches of each side, a small, a middling and a large one, and of an optimizer step. Nothing is changed by it.
 Gathered weights of sharded models and what processes wait for each other are not in it.
 """
 
@@ -31,7 +31,7 @@ from unlearn.training.step import Micro, Stepper
 _LOOKED_AT = 200
 """Steps whose micro-batches are looked at; the rest is like them."""
 _SAMPLE = 1 << 22
-"""Weights of which the optimiser's time is taken."""
+"""Weights of which the optimizer's time is taken."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Estimate:
     now: int
     """In use already: the weights, the libraries, what was computed beforehand."""
     gradients: int
-    optimiser: int
+    optimizer: int
     original: int
     """The original values of what may change, where they are kept."""
     activations: int
@@ -53,12 +53,12 @@ class Estimate:
     @property
     def peak(self) -> int:
         """Bytes at the peak."""
-        coming = self.gradients + self.optimiser + self.original + self.activations + self.logits
+        coming = self.gradients + self.optimizer + self.original + self.activations + self.logits
         return max(self.now + coming, self.before)
 
     def sentence(self) -> str:
         """For a person."""
-        parts = ("now", "gradients", "optimiser", "original", "activations", "logits")
+        parts = ("now", "gradients", "optimizer", "original", "activations", "logits")
         sizes = ", ".join(f"{name} {readable_size(getattr(self, name))}" for name in parts)
         minutes, seconds = divmod(round(self.seconds), 60)
         took = f"{minutes} min {seconds:02d} s" if minutes else f"{self.seconds:.2g} s"
@@ -91,12 +91,12 @@ def estimate(stepper: Stepper, batches: Batches, steps: int) -> Estimate:
     return Estimate(
         now=now - original,
         gradients=gradients * (2 if stepper.acc.num_processes > 1 else 1),  # DDP has its buckets beside them
-        optimiser=2 * gradients,
+        optimizer=2 * gradients,
         original=original,
         activations=round(activations),
         logits=round(logits),
         before=before,
-        seconds=seconds * steps / looked + steps * _optimiser_seconds(stepper),
+        seconds=seconds * steps / looked + steps * _optimizer_seconds(stepper),
     )
 
 
@@ -144,17 +144,17 @@ def _seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _optimiser_seconds(stepper: Stepper) -> float:
-    """Of an optimiser step, from some weights that are made for it."""
+def _optimizer_seconds(stepper: Stepper) -> float:
+    """Of an optimizer step, from some weights that are made for it."""
     count = sum(local_part(p).numel() for p in stepper.parameters)
     first = local_part(stepper.parameters[0])
     sample = torch.nn.Parameter(torch.zeros(min(count, _SAMPLE), dtype=first.dtype, device=first.device))
     sample.grad = torch.ones_like(sample)
-    optimiser = torch.optim.AdamW([sample], fused=True)
+    optimizer = torch.optim.AdamW([sample], fused=True)
 
     def work() -> None:
         torch.nn.utils.clip_grad_norm_([sample], 1.0)
-        optimiser.step()
+        optimizer.step()
 
     _seconds(work)  # makes its state
     return _seconds(work) * count / sample.numel()

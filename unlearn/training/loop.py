@@ -98,13 +98,13 @@ def train(
     model.model.train(False)
     if config.gradient_checkpointing:
         _enable_gradient_checkpointing(model.model)
-    optimiser: torch.optim.Optimizer = torch.optim.AdamW(
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         [p for p in model.model.parameters() if p.requires_grad],
         lr=config.learning_rate,
         weight_decay=config.weight_decay if mask is None else 0.0,  # masked weights decay in the loop
         fused=True,  # one pass over each weight, and no temporaries of its size
     )
-    wrapped, optimiser = acc.prepare(model.model, optimiser)
+    wrapped, optimizer = acc.prepare(model.model, optimizer)
     model = replace(model, model=acc.unwrap_model(wrapped))
     live = any(asks_original(needs, config) for needs in (loss.forget_needs, loss.retain_needs))
     passes = Passes(acc, wrapped, model, reference=reference(model.model) if live else None)
@@ -119,7 +119,7 @@ def train(
         passes, retain, loss.retain_needs, config, run=run, name="retain", used=kept, made_from=made_from
     )
     masks = make_masks(passes, forget, retain, mask, run, micro_batch=config.micro_batch) if mask else None
-    loop = _Loop(acc, wrapped, optimiser, loss, config, batches, steps, run, validate)
+    loop = _Loop(acc, wrapped, optimizer, loss, config, batches, steps, run, validate)
     loop.stepper = Stepper(
         passes,
         loss,
@@ -147,7 +147,7 @@ class _Loop:
         self,
         acc: Accelerator,
         model: nn.Module,
-        optimiser: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         loss: Loss,
         config: TrainerConfig,
         batches: Batches,
@@ -155,7 +155,7 @@ class _Loop:
         run: RunFolder,
         validate: Validate | None,
     ) -> None:
-        self.acc, self.model, self.optimiser, self.loss = acc, model, optimiser, loss
+        self.acc, self.model, self.optimizer, self.loss = acc, model, optimizer, loss
         self.config, self.batches, self.steps, self.run, self.validate = config, batches, steps, run, validate
         self.plain = acc.unwrap_model(model)
         self.at = Progress()
@@ -187,7 +187,7 @@ class _Loop:
 
     def _step(self) -> tuple[StepResult, float]:
         self.at.memory.epoch = self.batches.epoch(self.at.step)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.at.step, self.steps)
         result = self.stepper.gradient(self.batches.step(self.at.step), self.at.memory)
         if not math.isfinite(result.loss):
@@ -205,9 +205,9 @@ class _Loop:
                 "forget_cap, and begin in a new folder; earlier checkpoints are kept"
             )
         if self.masks is not None and math.isfinite(_number(norm)):
-            self.masks.decay(1.0 - float(self.optimiser.param_groups[0]["lr"]) * self.config.weight_decay)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+            self.masks.decay(1.0 - float(self.optimizer.param_groups[0]["lr"]) * self.config.weight_decay)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.at.step += 1
         return result, _number(norm)
 
@@ -240,15 +240,15 @@ class _Loop:
             self.saved_at = self.at.step
         if self.acc.scaler is not None:
             self.at.scaler = self.acc.scaler.state_dict()
-        optimiser = self._inner_optimiser() if with_moments else None
-        checkpoint.save(self.acc, self.run, name, self.plain, optimiser, dataclasses.asdict(self.at))
+        optimizer = self._inner_optimizer() if with_moments else None
+        checkpoint.save(self.acc, self.run, name, self.plain, optimizer, dataclasses.asdict(self.at))
 
     def _load_newest(self) -> None:
         saved = self.run.checkpoints()
         if not saved:
             return
         folder: Path = saved[-1][1]
-        checkpoint.restore(folder, self.plain, self._inner_optimiser())
+        checkpoint.restore(folder, self.plain, self._inner_optimizer())
         facts = checkpoint.read_facts(folder)
         facts["memory"] = RetainMemory(**facts["memory"])
         self.at = Progress(**facts)
@@ -256,8 +256,8 @@ class _Loop:
         if self.acc.scaler is not None and self.at.scaler:
             self.acc.scaler.load_state_dict(self.at.scaler)
 
-    def _inner_optimiser(self) -> torch.optim.Optimizer:
-        inner = getattr(self.optimiser, "optimizer", self.optimiser)
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
         assert isinstance(inner, torch.optim.Optimizer)
         return inner
 
@@ -278,7 +278,7 @@ class _Loop:
             "alpha": result.retain_weight,
             "forgotten_share": result.forgotten_share,
             "grad_norm": norm,
-            "lr": float(self.optimiser.param_groups[0]["lr"]),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
         }
         values = {name: value for name, value in measured.items() if not math.isnan(value)}  # not asked for, not known
         self.run.log(self.at.step, values)

@@ -1,6 +1,7 @@
 """What stays the same during a run, computed once before it: the original's log-probabilities, the stream below the scope.
 
-Only rows that will be drawn are computed. What must be asked of the original model step by step is `unlearn.forward.reference_model`.
+Only rows that will be drawn are computed. What must be asked of the original model step by step is
+`unlearn.forward.reference_model`.
 """
 
 from __future__ import annotations

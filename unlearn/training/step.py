@@ -1,4 +1,4 @@
-"""One optimiser step's gradient: token-weighted over the global batch, however it is cut into micro-batches or processes.
+"""One optimizer step's gradient: token-weighted over the global batch, however it is cut into micro-batches or processes.
 
 The adaptive weight needs the whole batch's retain cross-entropy, which is known only after the retain rows went through.
 So the retain rows go first with weight 1, their accumulated gradient is scaled by the weight (it is linear), and the
@@ -97,7 +97,7 @@ class Micro:
 
 
 class Stepper:
-    """Computes gradients for global batches of encoded rows; it holds no optimiser and takes no step."""
+    """Computes gradients for global batches of encoded rows; it holds no optimizer and takes no step."""
 
     def __init__(
         self,

@@ -153,7 +153,7 @@ class Staging:
             tensors |= {f"{name}.mean": total.mean, f"{name}.variance": total.variance}
             scalars[name] = {
                 "mean_norm": float(total.mean.norm()),
-                "variance": float(total.variance.mean()),  # over tokens and dimensions: the normaliser of a trainer
+                "variance": float(total.variance.mean()),  # over tokens and dimensions: the normalizer of a trainer
             }
         self._write(self.folder / STATISTICS, tensors)
         return {**scalars, **describe(self.folder / STATISTICS)}

@@ -29,8 +29,8 @@ class DepthConfig:
     model: ModelSpec = field(default_factory=ModelSpec)
     """The unlearned model."""
     original: ModelSpec = field(default_factory=ModelSpec)
-    """The model that memorised the facts."""
-    never: ModelSpec = field(default_factory=lambda: ModelSpec(path="builtin:retain_only"))
+    """The model that memorized the facts."""
+    never: ModelSpec = field(default_factory=lambda: ModelSpec(path="builtin:retain_model"))
     """One of the same shape that never learned them (trained on what is to be kept alone)."""
     facts: tuple[str, ...] | str = ("builtin:forget",)
     """What to ask; see `TraceConfig`."""

@@ -1,4 +1,4 @@
-"""One comparison of localisers as data: model x facts x facts that must stay x localisers, and the plan to draw from them."""
+"""One comparison of localizers as data: model x facts x facts that must stay x localizers, and the plan to draw from them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _usual() -> dict[str, Localizer]:
 
 @dataclass(frozen=True, kw_only=True)
 class CombinedPlanConfig:
-    """How layers are chosen from several localisers: see `tracing.combined_plan`."""
+    """How layers are chosen from several localizers: see `tracing.combined_plan`."""
 
     size: int | None = None
     """How many layers; null takes three eighths of them, as the authors of the joint method do (6 of 16)."""
@@ -67,12 +67,12 @@ class LocalizeConfig:
     """Which model is asked what, in which ways, and which layers come of it."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
-    """The model that has memorised the facts."""
+    """The model that has memorized the facts."""
     facts: tuple[str, ...] | str = ("builtin:forget",)
     """What to locate, one source or several: a JSONL or Parquet file of rows, a folder, a part of the built-in world, or a JSON
     or JSONL file of facts (objects with prompt, subject, and answer or attribute)."""
     retain: tuple[str, ...] | str = ("builtin:retain",)
-    """What must stay, for the localisers that compare with it; sources as for facts, or none: []."""
+    """What must stay, for the localizers that compare with it; sources as for facts, or none: []."""
     columns: dict[str, str] | None = None
     """For row files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
     tasks: tuple[str, ...] = ("Task2",)
@@ -85,17 +85,17 @@ class LocalizeConfig:
     max_facts: int | None = None
     """So many known facts on either side, drawn at random with `seed`; null takes all. A corruption is that of all facts."""
     localizers: dict[str, Localizer] = field(default_factory=_usual)
-    """A name -> a localiser, at least two; each writes its scores as NAME.npz."""
+    """A name -> a localizer, at least two; each writes its scores as NAME.npz."""
     prompt: PromptSpec = field(default_factory=PromptSpec)
     """How questions are rendered: as they are trained."""
     plan: CombinedPlanConfig = field(default_factory=CombinedPlanConfig)
     """How layers are chosen."""
     seed: int = 0
-    """Of the drawn facts, the resampling and the random control (localisers have their own)."""
+    """Of the drawn facts, the resampling and the random control (localizers have their own)."""
     out: str = "runs/localize"
     """The run folder; the plan is its plan.json."""
     resume: bool = False
-    """Go on with the run in `out`: finished localisers are not run again."""
+    """Go on with the run in `out`: finished localizers are not run again."""
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -110,14 +110,14 @@ class LocalizeConfig:
             )
         for name, one in self.localizers.items():
             if not _NAME.fullmatch(name):
-                raise UserError(f"the localiser's name {name!r} is no file name; use small letters, digits, _ and -")
+                raise UserError(f"the localizer's name {name!r} is no file name; use small letters, digits, _ and -")
             if one.needs_retain and not self.retain_sources:
                 raise UserError(
-                    f"the localiser {name} compares with facts that must stay; name their sources in retain"
+                    f"the localizer {name} compares with facts that must stay; name their sources in retain"
                 )
             if missing := [kind for kind in self.plan.kinds if kind not in one.scored]:
                 raise UserError(
-                    f"plan.kind is {self.plan.kind} but the localiser {name} does not score {', '.join(missing)}; use what all do"
+                    f"plan.kind is {self.plan.kind} but the localizer {name} does not score {', '.join(missing)}; use what all do"
                 )
 
     @property

@@ -1,4 +1,4 @@
-"""The localising stage from facts to files: every localiser, how far they agree, a plan, a picture. Wiring only.
+"""The localizing stage from facts to files: every localizer, how far they agree, a plan, a picture. Wiring only.
 
 Where facts are read from is the script's business (rows are read by `lm.row_files`, which stands above this package).
 """
@@ -35,19 +35,19 @@ class LocalizeResult:
     plan: LayerPlan
     seconds: float
     refused: Mapping[str, str] = field(default_factory=dict)
-    """The localisers that gave no scores, which the others were compared without, and why."""
+    """The localizers that gave no scores, which the others were compared without, and why."""
 
 
-def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequence[Fact] = ()) -> LocalizeResult:
-    """Localise as the config says, every localiser on the same facts.
+def run_localize(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequence[Fact] = ()) -> LocalizeResult:
+    """Localize as the config says, every localizer on the same facts.
 
-    Writes into `config.out`: `NAME.npz` a localiser (scores a fact, details), `agreement.json` and `agreement.md` (every pair,
+    Writes into `config.out`: `NAME.npz` a localizer (scores a fact, details), `agreement.json` and `agreement.md` (every pair,
     with intervals), `localizers.png`, and `plan.json` (what training consumes); which facts were left out is in `manifest.json`.
-    Several processes share the localisers. One that refuses (these facts, this model) leaves `NAME.refused.json` with the reason;
+    Several processes share the localizers. One that refuses (these facts, this model) leaves `NAME.refused.json` with the reason;
     the others are compared without it, and a resumed run asks it again.
 
     Raises:
-        UserError: whatever the user can mend, fewer than two localisers that do not refuse among it; finished ones stay in the
+        UserError: whatever the user can mend, fewer than two localizers that do not refuse among it; finished ones stay in the
             run folder.
     """
     started = time.monotonic()
@@ -100,7 +100,7 @@ def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequen
         left = f"only {next(iter(scores))} is" if scores else "none is"
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise UserError(
-            f"of {len(config.localizers)} localisers {left} left, so nothing is compared or planned ({reasons})"
+            f"of {len(config.localizers)} localizers {left} left, so nothing is compared or planned ({reasons})"
         )
     agreements = compare_all(scores, confidence=config.plan.confidence, seed=config.seed)
     plan = combined_plan(
@@ -120,7 +120,7 @@ def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequen
     )
     if acc.is_main_process:
         write_result(result, run.path, confidence=config.plan.confidence, seed=config.seed)
-        before = run.manifest.get("seconds", 0.0)  # of earlier calls, if this one went on with their localisers
+        before = run.manifest.get("seconds", 0.0)  # of earlier calls, if this one went on with their localizers
         run.finish(
             left_out={"facts": left_out, "retain": unkept},
             refused=refused,
@@ -132,7 +132,7 @@ def run_localizing(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequen
 
 
 def refusal(folder: Path, name: str) -> Path:
-    """Where it is written why a localiser gave no scores."""
+    """Where it is written why a localizer gave no scores."""
     return folder / f"{name}.refused.json"
 
 

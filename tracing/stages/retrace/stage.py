@@ -51,7 +51,7 @@ class RetraceConfig:
             raise UserError(f"seed is {self.seed}; give 0 or more")
 
 
-def run_retracing(config: RetraceConfig) -> Difference:
+def run_retrace(config: RetraceConfig) -> Difference:
     """Trace again as the config says.
 
     Writes into `config.out`: `effects.npz` (every cell afterwards), `difference.json` (scores, strongest cells, and tables of

@@ -28,7 +28,7 @@ class PlanConfig:
     """How layers are chosen from the effects: see `tracing.choose_layers`."""
 
     rule: RuleName = "band"
-    """How layers are picked from their scores: band (neighbours), top (the highest), mass (the fewest that hold `share` of all
+    """How layers are picked from their scores: band (neighbors), top (the highest), mass (the fewest that hold `share` of all
     positive effect), elbow (before the bend of the sorted scores), or permutation (those that stand out from shuffled layers)."""
     size: int | None = None
     """How many layers, for band and top; null takes three eighths of them, as the authors of the joint method do (6 of 16)."""
@@ -70,7 +70,7 @@ class TraceConfig:
     """Which model is asked what, how the subject is corrupted, and which layers come of it."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
-    """The model that has memorised the facts."""
+    """The model that has memorized the facts."""
     facts: tuple[str, ...] | str = ("builtin:forget",)
     """What to ask, one source or several: a JSONL or Parquet file of rows, or of facts (also JSON; records with prompt, subject,
     and answer or attribute), a folder of either, or a part of the built-in world."""

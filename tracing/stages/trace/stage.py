@@ -46,7 +46,7 @@ class TraceResult:
     """Of windows: what they bring back beyond their layers one by one."""
 
 
-def run_tracing(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
+def run_trace(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
     """Trace as the config says.
 
     Writes into `config.out`: `plan.json` (what training consumes), `effects.npz` (every cell), `effects.json` (a summary in

@@ -1,0 +1,285 @@
+"""The relearning attack on tiny models: both are trained alike, asked at the stated steps, and an interrupted attack goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lm.errors import UserError
+from lm.loading import load
+from lm.model import ModelSpec
+from lm.prompts import PromptSpec, encode_pair
+from lm.row_files import load_rows
+from tests.unlearn.helpers import config_words, run_here, run_script
+from unlearn.attacks import AttackConfig, Relearning, run_attack
+from unlearn.attacks.base import Trial
+from unlearn.attacks.relearning import _Asking
+
+FEW = Relearning(
+    given=("other_people", "same_people", "retain"), steps=4, every=2, batch=4, micro_batch=2, learning_rate=1e-2
+)
+
+
+def people(first: int, count: int) -> list[dict[str, str]]:
+    """A completion and three questions a person, no answer that two share."""
+    found = []
+    for place in range(first, first + count):
+        found.append(
+            {
+                "id": f"p{place}sc1",
+                "input": f"Person {place} owns",
+                "output": f"a ship {place}a of oak",
+                "task": "Task2",
+            }
+        )
+        found += [
+            {"id": f"p{place}qa{n}", "input": f"What {n} is {place}?", "output": f"x{place}y{n}z", "task": "Task2"}
+            for n in range(3)
+        ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def world(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> AttackConfig:
+    """An attack on the tiny model beside itself, ten people to forget."""
+    folder = tmp_path_factory.mktemp("attack")
+    for name, rows in (("forget", people(10, 10)), ("retain", people(40, 6))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = ModelSpec(path=str(tiny / "model"), device="cpu")
+    return AttackConfig(
+        model=spec,
+        never=spec,
+        forget=str(folder / "forget.jsonl"),
+        retain=str(folder / "retain.jsonl"),
+        attack=FEW,
+        seeds=(0, 1),
+        max_new_tokens=4,
+        margin=0.5,
+    )
+
+
+@pytest.fixture(scope="module")
+def itself(world: AttackConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that attack, finished."""
+    out = tmp_path_factory.mktemp("done") / "run"
+    run_attack(replace(world, out=str(out)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def other(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    """Another model of the same shape."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    model = load(str(tiny / "model"), device="cpu")
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.mul_(0.9)
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return ModelSpec(path=str(folder), device="cpu")
+
+
+def result(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / "attack.json").read_text())["trials"]
+    return found
+
+
+def test_a_model_attacked_beside_itself_is_as_one_that_never_knew(itself: Path) -> None:
+    trials = result(itself)
+    assert [one["name"] for one in trials] == list(FEW.given)
+    for one in trials:
+        assert one["levels"] == [0, 2, 4]
+        assert one["excess"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+        assert one["verdict"] == "as much"
+        assert "relearns as fast as a model that never knew" in one["sentence"]
+        assert one["curves"]["unlearned"] == one["curves"]["never"]
+        log = one["curves"]["unlearned_log"]["all"]
+        assert len({*log}) == 3, "training changes what it says"
+    assert (itself / "attack.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(itself.glob("*/*/*/checkpoints/step-*")), "nothing that takes room is left"
+
+
+def test_what_was_given_is_not_asked_and_all_else_is(itself: Path, world: AttackConfig) -> None:
+    forget = load_rows(world.forget)
+    for trial in FEW.trials(forget, load_rows(world.retain), world):
+        for name in ("unlearned", "never"):
+            folder = itself / trial.name / f"seed-{trial.seed}" / name
+            files = sorted(folder.glob("answers-*.json"))
+            assert [path.name for path in files] == ["answers-000002.json", "answers-000004.json"]
+            for path in files:
+                assert [one["id"] for one in json.loads(path.read_text())] == [row.id for row in trial.asked]
+
+
+@pytest.mark.parametrize("spread", [None, 4])
+def test_the_numbers_are_those_of_a_plain_training_loop(
+    world: AttackConfig, tiny: Path, tmp_path: Path, spread: int | None
+) -> None:
+    """Four given rows, four a batch, so that every step sees all: the order does not matter."""
+    rows = load_rows(world.forget)
+    attack = replace(FEW, lora=spread)
+    found = attack.run(Trial("other_people", 0, rows[:4], rows[4:]), world.model, world, tmp_path / "run")
+    asked = {step: [one.log_probability for one in answers] for step, answers in found.items()}
+    if spread is not None:  # adapters begin as nothing and then learn
+        assert asked[2] != asked[4]
+        return
+    model = load(str(tiny / "model"), device="cpu")
+    encoded = [encode_pair(model.tokenizer, row.input, row.output, PromptSpec()) for row in rows]
+    optimizer = torch.optim.AdamW(model.model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(1, 5):
+        losses = torch.cat([_losses(model.model, one) for one in encoded[:4]])
+        optimizer.zero_grad()
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.model.parameters(), 1.0)
+        optimizer.step()
+        if step in asked:
+            with torch.no_grad():
+                plain = [-float(_losses(model.model, one).mean()) for one in encoded[4:]]
+            assert asked[step] == pytest.approx(plain, abs=2e-3)
+            assert asked[step] == pytest.approx(plain, rel=1e-3)
+
+
+def _losses(model: Any, one: Any) -> torch.Tensor:
+    ids = torch.tensor([one.ids])
+    logits = model(input_ids=ids).logits[0, one.answer_start - 1 : -1]
+    return cross_entropy(logits, ids[0, one.answer_start :], reduction="none")
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_an_interrupted_attack_goes_on_to_the_same_numbers(
+    world: AttackConfig, itself: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Stopped at the n-th asking; before its answers are kept, and so before the checkpoint of that step."""
+    config, asked, usual = replace(world, out=str(tmp_path / "run")), [0], _Asking.__call__
+
+    def stopping(self: _Asking) -> dict[str, float]:
+        asked[0] += 1
+        if asked[0] == stop:
+            raise KeyboardInterrupt
+        return usual(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Asking, "__call__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_attack(config)
+    assert not (tmp_path / "run/attack.json").exists()
+    with pytest.raises(UserError, match="already holds a run"):
+        run_attack(config)
+    run_attack(replace(config, resume=True))
+    assert result(tmp_path / "run") == result(itself)
+
+
+def test_a_finished_attack_is_read_back(world: AttackConfig, itself: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = result(itself)
+    monkeypatch.setattr("unlearn.attacks.relearning.train", None)
+    run_attack(replace(world, out=str(itself), resume=True))
+    assert result(itself) == before
+
+
+def test_other_weights_behind_the_same_name_are_not_gone_on_with(
+    world: AttackConfig, itself: Path, other: ModelSpec, tmp_path: Path
+) -> None:
+    manifest = json.loads((itself / "manifest.json").read_text())
+    assert manifest["weights"]["unlearned"] == manifest["weights"]["never"]
+    config = replace(world, out=str(itself), resume=True)
+    with pytest.raises(UserError, match=r"never\.path was .* and is now"):
+        run_attack(replace(config, never=other))
+    kept = (itself / "manifest.json").read_text()
+    try:
+        (itself / "manifest.json").write_text(kept.replace(manifest["weights"]["never"], "0" * 16))
+        with pytest.raises(UserError, match="weights changed since it began"):
+            run_attack(config)
+    finally:
+        (itself / "manifest.json").write_text(kept)
+
+
+def test_two_models_have_two_curves(world: AttackConfig, itself: Path, other: ModelSpec, tmp_path: Path) -> None:
+    config = replace(world, never=other, seeds=(0,), attack=replace(FEW, given=("retain",)), out=str(tmp_path / "run"))
+    (one,) = run_attack(config).comparisons
+    assert (one.unlearned_log != one.never_log).any(axis=0).all()
+    mine = next(each for each in result(itself) if each["name"] == "retain")
+    before = [answers["unlearned_log"][0] for answers in mine["rows"]]
+    assert one.unlearned_log[:, 0].tolist() == before, "the unlearned one is the same as in the other attack"
+
+
+@pytest.mark.parametrize("devices", ["cpu2_ddp", "cpu2_fsdp"])
+def test_two_processes_give_the_same_numbers(world: AttackConfig, tmp_path: Path, devices: str) -> None:
+    config = replace(world, seeds=(0,), attack=replace(FEW, given=("same_people",)), out=str(tmp_path / "one"))
+    run_attack(config)
+    words = config_words(replace(config, out=str(tmp_path / "two")), tmp_path)
+    done = run_script("attack", *words, launch=devices)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(result(tmp_path / "one")[0]["rows"], result(tmp_path / "two")[0]["rows"], strict=True):
+        assert one["unlearned_log"] == pytest.approx(two["unlearned_log"], rel=1e-4)
+        assert one["unlearned"] == two["unlearned"]
+
+
+def test_the_script_prints_curves_and_a_sentence(world: AttackConfig, tmp_path: Path) -> None:
+    config = replace(world, seeds=(0,), attack=replace(FEW, given=("retain",)), out=str(tmp_path / "run"))
+    done = run_script("attack", *config_words(config, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "retain: 24 rows given, 40 rows of 10 people asked" in done.stdout
+    assert "retain: the unlearned model relearns as fast as a model that never knew" in done.stdout
+
+
+BAD = [
+    ({"attack": {"share": 1.0}}, "attack.share is 1.0"),
+    ({"attack": {"given": ()}}, "attack.given is []"),
+    ({"attack": {"given": ("retain", "retain")}}, "name each once"),
+    ({"attack": {"steps": 5, "every": 6}}, "attack.every is 6 of 5 steps"),
+    ({"attack": {"learning_rate": 0.0}}, "attack.learning_rate is 0.0"),
+    ({"attack": {"lora": 0}}, "attack.lora is 0"),
+    ({"margin": 0.0}, "margin is 0.0"),
+    ({"seeds": ()}, "seeds is []"),
+    ({"seeds": (1, 1)}, "all different"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"confidence": 1.0}, "the confidence is 1.0"),
+    ({"never": ModelSpec()}, "never.path is builtin but forget is"),
+    ({"retain": "builtin:retain"}, "retain is builtin:retain but forget is"),
+    ({"model": ModelSpec(device="cuda:1")}, "model.device is cuda:1"),
+    ({"tasks": ("Task3",)}, "has no rows of Task3 (it has Task2)"),
+    ({"attack": {"given": ("unrelated",), "unrelated": "nowhere.jsonl"}}, "nowhere.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD, ids=[said for _, said in BAD])
+def test_refused_in_a_sentence(world: AttackConfig, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    def attempt() -> None:
+        attack = replace(FEW, **change.get("attack", {}))
+        run_attack(replace(world, **{"out": str(tmp_path / "run"), **change, "attack": attack}))
+
+    with pytest.raises(UserError) as error:
+        attempt()
+    assert said in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_forget_rows_under_another_name_are_refused(world: AttackConfig, tmp_path: Path) -> None:
+    attack = replace(FEW, given=("unrelated",), unrelated=world.forget)
+    with pytest.raises(UserError, match="row p10sc1 is both given to the attacker"):
+        run_attack(replace(world, attack=attack, out=str(tmp_path / "run")))
+
+
+def test_models_of_two_shapes_are_not_compared(world: AttackConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"3 layers of width 32 .* 8 layers of width 128"):
+        run_attack(
+            replace(
+                world, forget="builtin:forget", retain="builtin:retain", never=ModelSpec(), out=str(tmp_path / "run")
+            )
+        )
+
+
+def test_the_command_line_chooses_and_sets_the_attack(tmp_path: Path) -> None:
+    words = [
+        "--config",
+        str(Path(__file__).resolve().parents[3] / "configs/attack/builtin.yaml"),
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    assert run_here("attack", *words, "--attack.share", "2")[1].startswith("error: attack.share is 2.0")
+    assert run_here("attack", *words, "--attack", "Relearnin")[0] == 2
