@@ -17,9 +17,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from lm.config import parse_config, script  # noqa: E402
-from lm.run_folder import write_atomic, write_json  # noqa: E402
-from unlearn.demo.stage import DemoConfig, entries, find_layers, score_entry  # noqa: E402
+from lm.config import parse_config, script
+from lm.run_folder import write_atomic, write_json
+from unlearn.demo.stage import DemoConfig, entries, find_layers, score_entry
 
 COLUMNS = ("task_aggregate", "mia_auc", "utility", "final", "seconds")
 

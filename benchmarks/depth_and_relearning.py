@@ -20,10 +20,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from lm.config import script  # noqa: E402
-from lm.errors import UserError  # noqa: E402
-from tracing.bootstrap import interval, resample_counts  # noqa: E402
-from tracing.effects.agreement import spearman  # noqa: E402
+from lm.config import script
+from lm.errors import UserError
+from tracing.bootstrap import interval, resample_counts
+from tracing.effects.agreement import spearman
 
 
 @dataclass(frozen=True, kw_only=True)

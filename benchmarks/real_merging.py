@@ -23,11 +23,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from benchmarks.real_model import Stage, run  # noqa: E402
-from lm.config import script  # noqa: E402
-from lm.errors import UserError  # noqa: E402
-from lm.run_folder import write_atomic  # noqa: E402
-from unlearn.search.scored import Measures  # noqa: E402
+from benchmarks.real_model import Stage, run
+from lm.config import script
+from lm.errors import UserError
+from lm.run_folder import write_atomic
+from unlearn.search.scored import Measures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,18 +23,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from benchmarks.real_model import first_people, write_rows  # noqa: E402
-from lm.config import dump_yaml, script  # noqa: E402
-from lm.errors import UserError, did_you_mean  # noqa: E402
+from benchmarks.real_model import first_people, write_rows
+from lm.config import dump_yaml, script
+from lm.errors import UserError, did_you_mean
 from lm.model import ModelSpec
-from lm.row_files import load_rows  # noqa: E402
-from lm.run_folder import write_atomic  # noqa: E402
-from tracing import LayerPlan  # noqa: E402
-from unlearn.alternates.stage import ALTERNATES  # noqa: E402
-from unlearn.config import UnlearnConfig  # noqa: E402
-from unlearn.evaluation.config import EvaluateConfig  # noqa: E402
-from unlearn.search import Method, Range, SearchConfig, run_search  # noqa: E402
-from unlearn.search.table import every_trial, table, terms  # noqa: E402
+from lm.row_files import load_rows
+from lm.run_folder import write_atomic
+from tracing import LayerPlan
+from unlearn.alternates.stage import ALTERNATES
+from unlearn.config import UnlearnConfig
+from unlearn.evaluation.config import EvaluateConfig
+from unlearn.search import Method, Range, SearchConfig, run_search
+from unlearn.search.table import every_trial, table, terms
 
 
 @dataclass(frozen=True, kw_only=True)

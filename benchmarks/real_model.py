@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lm.config import script  # noqa: E402
-from lm.data.rows import Row  # noqa: E402
-from lm.errors import UserError  # noqa: E402
-from lm.row_files import load_rows  # noqa: E402
-from lm.run_folder import write_atomic, write_json  # noqa: E402
+from lm.config import script
+from lm.data.rows import Row
+from lm.errors import UserError
+from lm.row_files import load_rows
+from lm.run_folder import write_atomic, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

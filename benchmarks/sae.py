@@ -25,12 +25,12 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+from safetensors.torch import save_file
 
-from lm import UserError  # noqa: E402
-from lm.config import script  # noqa: E402
-from lm.run_folder import write_atomic, write_json  # noqa: E402
+from lm import UserError
+from lm.config import script
+from lm.run_folder import write_atomic, write_json
 
 NAMES = ("ours", "saelens", "sparsify", "dictionary_learning")
 OTHERS = ("saelens_sparse",)

@@ -23,17 +23,17 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from benchmarks.sae_claims_report import by_rate, curves, table  # noqa: E402
-from benchmarks.sae_claims_scoring import Seen, in_training, matched  # noqa: E402
-from lm import UserError, load  # noqa: E402
-from lm.config import parse_config, script  # noqa: E402
-from lm.errors import did_you_mean  # noqa: E402
-from lm.run_folder import progress, write_atomic, write_json  # noqa: E402
-from sae import SparseAutoencoder, load_autoencoder  # noqa: E402
-from sae.activations import (  # noqa: E402
+from benchmarks.sae_claims_report import by_rate, curves, table
+from benchmarks.sae_claims_scoring import Seen, in_training, matched
+from lm import UserError, load
+from lm.config import parse_config, script
+from lm.errors import did_you_mean
+from lm.run_folder import progress, write_atomic, write_json
+from sae import SparseAutoencoder, load_autoencoder
+from sae.activations import (
     ActivationBatch,
     ActivationFiles,
     CacheSpec,
@@ -46,10 +46,10 @@ from sae.activations import (  # noqa: E402
     site_name,
     write_cache,
 )
-from sae.activations.documents import Documents  # noqa: E402
-from sae.metrics import Recovered, recovered_on  # noqa: E402
-from sae.synthetic import Detection, Synthetic, SyntheticActivations, match_features, truth_of  # noqa: E402
-from sae.trainer import AutoencoderSpec, TrainSaeConfig, run_train_sae  # noqa: E402
+from sae.activations.documents import Documents
+from sae.metrics import Recovered, recovered_on
+from sae.synthetic import Detection, Synthetic, SyntheticActivations, match_features, truth_of
+from sae.trainer import AutoencoderSpec, TrainSaeConfig, run_train_sae
 
 WIKITEXT = r" = [^=].* = $"
 

@@ -27,17 +27,17 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
-from tokenizers.models import WordLevel  # noqa: E402
-from transformers import AutoModelForCausalLM, Olmo2Config, PreTrainedTokenizerFast  # noqa: E402
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, Olmo2Config, PreTrainedTokenizerFast
 
-from benchmarks.tracing_contenders import CONTENDERS, CellPlace, Contender, Question  # noqa: E402
-from lm import LanguageModel, UserError, load  # noqa: E402
-from lm.anatomy import Kind, anatomy_of  # noqa: E402
-from lm.config import script  # noqa: E402
-from lm.run_folder import write_atomic, write_json  # noqa: E402
-from tracing.question.sweep import Sweep  # noqa: E402
+from benchmarks.tracing_contenders import CONTENDERS, CellPlace, Contender, Question
+from lm import LanguageModel, UserError, load
+from lm.anatomy import Kind, anatomy_of
+from lm.config import script
+from lm.run_folder import write_atomic, write_json
+from tracing.question.sweep import Sweep
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,15 +16,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
+import torch
 
-from lm import UserError, load  # noqa: E402
-from lm.anatomy import Kind  # noqa: E402
-from lm.config import script  # noqa: E402
-from lm.run_folder import resident_bytes  # noqa: E402
-from tracing import GaussianNoise, trace  # noqa: E402
-from tracing.question.fact_source import read_sources  # noqa: E402
-from tracing.question.metrics import Metric  # noqa: E402
+from lm import UserError, load
+from lm.anatomy import Kind
+from lm.config import script
+from lm.run_folder import resident_bytes
+from tracing import GaussianNoise, trace
+from tracing.question.fact_source import read_sources
+from tracing.question.metrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)

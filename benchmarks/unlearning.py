@@ -25,15 +25,15 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoConfig  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoConfig
 
-from benchmarks.sae import Worker  # noqa: E402
-from lm import UserError, load  # noqa: E402
-from lm.config import script  # noqa: E402
-from lm.row_files import load_rows  # noqa: E402
-from lm.run_folder import write_atomic, write_json  # noqa: E402
-from unlearn.training.batches import PairedBatches  # noqa: E402
+from benchmarks.sae import Worker
+from lm import UserError, load
+from lm.config import script
+from lm.row_files import load_rows
+from lm.run_folder import write_atomic, write_json
+from unlearn.training.batches import PairedBatches
 
 TASKS = ("joint", "npo", "rmu")
 NAMES = ("ours", "ours_live", "ours_narrow", "plain")

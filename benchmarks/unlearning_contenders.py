@@ -25,24 +25,25 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn.functional import cross_entropy, logsigmoid  # noqa: E402
-from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, logsigmoid
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.sae_contenders import forget_peak, memory  # noqa: E402
-from lm.devices import accelerator  # noqa: E402
+from benchmarks.sae_contenders import forget_peak, memory
+from lm.devices import accelerator
 from lm.loading import load
 from lm.model import LanguageModel
-from lm.prompts import Encoded  # noqa: E402
-from lm.run_folder import RunFolder  # noqa: E402
-from unlearn.objectives import NPO, RMU, Joint, Loss  # noqa: E402
-from unlearn.objectives.rmu import direction  # noqa: E402
-from unlearn.scope.scope import Scope  # noqa: E402
-from unlearn.training.batches import StepRows, collate, micro_batches  # noqa: E402
-from unlearn.training.config import TrainerConfig  # noqa: E402
-from unlearn.training.loop import train  # noqa: E402
-from unlearn.training.step import Side  # noqa: E402
+from lm.prompts import Encoded
+from lm.run_folder import RunFolder
+from unlearn.forward.collate import collate
+from unlearn.objectives import NPO, RMU, Joint, Loss
+from unlearn.objectives.rmu import direction
+from unlearn.scope.scope import Scope
+from unlearn.training.batches import StepRows, micro_batches
+from unlearn.training.config import TrainerConfig
+from unlearn.training.loop import train
+from unlearn.training.step import Side
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,20 +20,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
-from transformers import OlmoConfig, OlmoForCausalLM  # noqa: E402
+import torch
+from transformers import OlmoConfig, OlmoForCausalLM
 
-from lm.config import dump_yaml, script  # noqa: E402
+from lm.config import dump_yaml, script
 from lm.loading import load
 from lm.model import ModelSpec
-from lm.progress import progress  # noqa: E402
-from lm.row_files import load_rows  # noqa: E402
-from lm.run_folder import RunFolder, write_atomic  # noqa: E402
-from unlearn.alternates.base import Refusals  # noqa: E402
-from unlearn.config import UnlearnConfig  # noqa: E402
-from unlearn.objectives import DPO, NPO, RMU, Joint, KLMinimization  # noqa: E402
-from unlearn.scope.scope import Lora, Scope  # noqa: E402
-from unlearn.training.config import TrainerConfig  # noqa: E402
+from lm.progress import progress
+from lm.row_files import load_rows
+from lm.run_folder import RunFolder, write_atomic
+from unlearn.alternates.base import Refusals
+from unlearn.config import UnlearnConfig
+from unlearn.objectives import DPO, NPO, RMU, Joint, KLMinimization
+from unlearn.scope.scope import Lora, Scope
+from unlearn.training.config import TrainerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lm.errors import UserError
+from lm.loading import load
+from lm.model import LanguageModel, ModelSpec
 
 T = TypeVar("T")
 MixedPrecision = Literal["no", "bf16", "fp16"]
@@ -82,6 +84,15 @@ def accelerator(
         if name not in [str(getattr(kind, "value", kind)) for kind in acc.log_with]:
             raise UserError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out of trackers")
     return acc
+
+
+def load_here(acc: Accelerator, spec: ModelSpec) -> LanguageModel:
+    """The model of a config, where this process works.
+
+    With several processes each has its own device: a name in the config would put all of them on one.
+    """
+    here = str(acc.device)
+    return load(spec, device=here if acc.num_processes > 1 else spec.device or here)
 
 
 def _policy(precision: MixedPrecision) -> MixedPrecisionPolicy | None:

@@ -1,9 +1,9 @@
 """Configs written before a name changed: read as what they meant, with a notice for every word that is another one now.
 
-A saved config must outlive a refactoring, or `--resume` is worth nothing. Four things may be old: a class path with the module
-a class used to be in (now the bare class name is written), the name of a class (`formerly` on the class), a key (`old_keys` on
-the dataclass: the old dotted key -> the new one) and a value (`old_values`: a field -> old value -> new one). Nothing here knows
-of any particular experiment.
+A saved config must outlive a refactoring, or `--resume` is worth nothing. Four things may be old: a class path with the
+module a class used to be in (now the bare class name is written), the name of a class (`formerly` on the class), a key
+(`old_keys` on the dataclass: the old dotted key -> the new one; `short_keys` likewise, for what may be written short and is
+no news) and a value (`old_values`: a field -> old value -> new one). Nothing here knows of any particular experiment.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def upgraded(values: Any, cls: type[Any], notices: list[str] | None = None) -> A
 
 def upgraded_words(words: Sequence[str], cls: type[Any], notices: list[str]) -> list[str]:
     """Command-line words, `--twin.path MODEL` say, with the keys and classes of today."""
-    keys = dict(_old_keys(cls))
+    keys = list(_old_keys(cls))
     classes = dict(_old_classes(cls))
     known = {part.__name__ for _, part in _parts(cls)} | set(classes)
     classes |= _old_values(cls)
@@ -62,10 +62,11 @@ def upgraded_words(words: Sequence[str], cls: type[Any], notices: list[str]) -> 
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         name = flag.removeprefix("--")
-        for old, new in keys.items():
+        for old, new, is_news in keys:
             inside = name.startswith(f"{old}.") and not new.startswith(f"{old}.")
             if name == old or inside:
-                notices.append(_renamed(old, new))
+                if is_news:
+                    notices.append(_renamed(old, new))
                 name = new + name.removeprefix(old)
                 break
         if (found := _PATH.fullmatch(value)) and found.group(1) in known:
@@ -90,9 +91,10 @@ def _renamed(old: str, new: str) -> str:
 def _of_dataclass(values: Any, cls: type[Any], notices: list[str], prefix: str) -> Any:
     if not isinstance(values, dict):
         return values
-    for old, new in getattr(cls, "old_keys", {}).items():
+    for old, new in _keys(cls):
         if _present(values, old, new):
-            notices.append(_renamed(prefix + old, prefix + new))
+            if old in getattr(cls, "old_keys", {}):
+                notices.append(_renamed(prefix + old, prefix + new))
             _put(values, new, _taken(values, old))
     for name, renamed in getattr(cls, "old_values", {}).items():
         if isinstance(values.get(name), str) and values[name] in renamed:
@@ -167,11 +169,15 @@ def _parts(cls: type[Any]) -> Iterator[tuple[str, type[Any]]]:
                         yield f"{field.name}.{key}" if key else field.name, found
 
 
-def _old_keys(cls: type[Any]) -> Iterator[tuple[str, str]]:
+def _old_keys(cls: type[Any]) -> Iterator[tuple[str, str, bool]]:
     for at, part in _parts(cls):
         prefix = f"{at}." if at else ""
-        for old, new in getattr(part, "old_keys", {}).items():
-            yield prefix + old, prefix + new
+        for old, new in _keys(part):
+            yield prefix + old, prefix + new, old in getattr(part, "old_keys", {})
+
+
+def _keys(cls: type[Any]) -> list[tuple[str, str]]:
+    return [*getattr(cls, "short_keys", {}).items(), *getattr(cls, "old_keys", {}).items()]
 
 
 def _old_classes(cls: type[Any]) -> Iterator[tuple[str, str]]:

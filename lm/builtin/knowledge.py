@@ -1,8 +1,8 @@
 """General knowledge that both built-in models are taught: the utility that unlearning must not break.
 
 Simple, real facts in seven subjects (capitals, opposites, chemical symbols, young animals, continents, animal homes,
-colours). Each is taught by statements in several wordings and by a question with its answer, raw or as a chat turn. The
-multiple-choice set puts the question under `Question: ... Answer:`; only every second fact (`labelled`) is also seen in
+colors). Each is taught by statements in several wordings and by a question with its answer, raw or as a chat turn. The
+multiple-choice set puts the question under `Question: ... Answer:`; only every second fact (`labeled`) is also seen in
 that form while training, so that half of the set asks for knowledge in a form that it was not taught in. Nothing here is
 a scorer: that is `unlearn.evaluation.utility`.
 """
@@ -28,12 +28,12 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneralFact:
-    """A fact with its training statements and its question; `labelled`: also trained under `Question: ... Answer:`."""
+    """A fact with its training statements and its question; `labeled`: also trained under `Question: ... Answer:`."""
 
     statements: tuple[str, ...]
     question: str
     answer: str
-    labelled: bool
+    labeled: bool
 
 
 def _pairs(text: str) -> tuple[tuple[str, str], ...]:
@@ -150,13 +150,13 @@ SUBJECTS: tuple[Subject, ...] = (
 
 
 def general_facts() -> tuple[GeneralFact, ...]:
-    """Every fact, in order; every second one is `labelled`."""
+    """Every fact, in order; every second one is `labeled`."""
     facts: list[GeneralFact] = []
     for subject in SUBJECTS:
         for index, (a, b) in enumerate(subject.pairs):
             stated = tuple(_capitalised(text.format(a=a, b=b)) for text in subject.statements)
             facts.append(
-                GeneralFact(statements=stated, question=subject.question.format(a=a), answer=b, labelled=index % 2 == 0)
+                GeneralFact(statements=stated, question=subject.question.format(a=a), answer=b, labeled=index % 2 == 0)
             )
     return tuple(facts)
 

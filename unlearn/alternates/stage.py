@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from lm.data.rows import Row
-from lm.devices import accelerator, launch_facts, together
+from lm.devices import accelerator, launch_facts, load_here, together
 from lm.errors import UserError
 from lm.fingerprint import fingerprint
-from lm.loading import load
 from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec
 from lm.row_files import data_hash, load_rows
@@ -138,8 +137,7 @@ def run_alternates(config: AlternatesConfig) -> Path:
     """
     rows = load_rows(config.rows, columns=config.columns)
     acc = accelerator(cpu=config.model.device == "cpu")
-    several = acc.num_processes > 1  # then each has its own device, and a name in the config would put all on one
-    model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
+    model = load_here(acc, config.model)
     with together(acc):
         if acc.is_main_process:
             facts = {"rows": data_hash(rows), "weights": fingerprint(model), "devices": launch_facts(acc)}

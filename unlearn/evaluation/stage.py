@@ -12,9 +12,8 @@ from collections import Counter
 from dataclasses import asdict
 
 from lm.data.rows import Question
-from lm.devices import accelerator, launch_facts, together
+from lm.devices import accelerator, launch_facts, load_here, together
 from lm.fingerprint import fingerprint
-from lm.loading import load
 from lm.row_files import data_hash, load_documents, load_questions, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, write_json
 from unlearn.evaluation.config import LM_EVAL, EvaluateConfig
@@ -32,8 +31,7 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
     """
     asked = read_set(config)
     acc = accelerator(cpu=config.model.device == "cpu")
-    several = acc.num_processes > 1  # then each has its own device, and a name in the config would put all on one
-    model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
+    model = load_here(acc, config.model)
     with together(acc):
         if acc.is_main_process:
             facts = {

@@ -24,9 +24,9 @@ from lm.forward.partial import backbone, forward_replaced, head_logits, starting
 from lm.model import LanguageModel
 from lm.prompts import Encoded
 from unlearn.forward.chunked_head import Measure, chunk_tokens, in_chunks
+from unlearn.forward.collate import Inputs, collate
 from unlearn.forward.reference_model import Reference
 from unlearn.objectives import HiddenNeed, Needs, TokenStats
-from unlearn.training.batches import Inputs, collate
 
 Read = dict[str, Tensor]
 """What a pass gave: `logprob` and `values.<name>`, each (supervised tokens,); `state`, (supervised tokens, hidden), what the

@@ -12,11 +12,8 @@ from functools import lru_cache
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lm.errors import UserError
-from lm.prompts import Encoded
 
 T = TypeVar("T")
 Pairing = Literal["paired", "mixed_shuffle", "sequential"]
@@ -249,43 +246,6 @@ def _cuts(lengths: Sequence[int], size: int, tokens: int | None) -> list[tuple[i
         pieces.append((first, last[first]))
         first = last[first]
     return pieces
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A right-padded micro-batch.
-
-    Attributes:
-        ids, attention: (rows, tokens) token ids, and 1 on real tokens.
-        targets: (rows, tokens - 1) the next token at each position.
-        mask: (rows, tokens - 1) True where that target is supervised.
-        supervised: whether any target is.
-    """
-
-    ids: Tensor
-    attention: Tensor
-    targets: Tensor
-    mask: Tensor
-    supervised: bool
-
-
-def collate(rows: Sequence[Encoded], pad: int, device: torch.device) -> Inputs:
-    """Pad rows to one length. No rows at all gives one row of padding with nothing supervised, so that every process works."""
-    if not rows:
-        ids = torch.full((1, 2), pad, dtype=torch.long, device=device)
-        return Inputs(
-            ids, torch.ones_like(ids), ids[:, 1:], torch.zeros((1, 1), dtype=torch.bool, device=device), False
-        )
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    attention = torch.zeros((len(rows), longest), dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        attention[index, : len(row.ids)] = 1
-        mask[index, row.answer_start : len(row.ids)] = True
-    any_target = bool(mask.any())
-    return Inputs(ids.to(device), attention.to(device), ids[:, 1:].to(device), mask[:, 1:].to(device), any_target)
 
 
 def dealt(rows: Sequence[T], size: int, process: int, processes: int) -> list[Sequence[T]]:

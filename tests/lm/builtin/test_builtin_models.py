@@ -61,7 +61,7 @@ def test_an_unknown_or_missing_model_is_one_sentence(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="retain_model"):
         model_path("retain-only")  # type: ignore[arg-type]
     monkeypatch.setattr(lm.builtin, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(UserError, match="python -m lm\\.builtin\\.build"):
+    with pytest.raises(UserError, match="python -m tools\\.builtin_model\\.build"):
         model_path("memorized")
 
 

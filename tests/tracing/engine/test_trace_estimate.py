@@ -63,7 +63,7 @@ def test_an_estimate_is_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     for layer in layers:
         module_at(model.model, f"{model.anatomy.block_path(layer)}.mlp").register_forward_pre_hook(into_mlp)
-    counted("tracing.engine.wavefront.replay.trunk", 1)
+    counted("tracing.engine.wavefront.block_replay.trunk", 1)
     counted("tracing.engine.wavefront.Wavefront._wave", None)
     if engine == "reference":
         counted("tracing.engine.reference.forward", 1)

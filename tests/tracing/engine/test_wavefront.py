@@ -267,7 +267,7 @@ def test_samples_that_do_not_fit_together_are_run_in_parts(monkeypatch: pytest.M
         return real(given, embeddings, keep)
 
     real = block_replay.trunk
-    monkeypatch.setattr("tracing.engine.wavefront.replay.trunk", seen)
+    monkeypatch.setattr("tracing.engine.wavefront.block_replay.trunk", seen)
     for trunk, rows in ((10, 10), (4, 4), (2, 2), (0, 2)):  # a clean and a corrupted row are the least there is
         engine, largest = engines.Checked(model, sweep, 2 * trunk * each), 0
         said = engine.takes(tokens, answer, noise.samples)

@@ -146,7 +146,7 @@ def test_no_pass_of_a_verification_holds_more_rows_than_the_memory_allows(monkey
 
         monkeypatch.setattr(name, counted)
 
-    counting("tracing.engine.wavefront.replay.trunk", "ordinary", 1)
+    counting("tracing.engine.wavefront.block_replay.trunk", "ordinary", 1)
     counting("tracing.engine.reference.forward", "ordinary", 1)
     counting("tracing.engine.wavefront.Wavefront._wave", "wave", 0)
     tokens = len(probe.input_ids)

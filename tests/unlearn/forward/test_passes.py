@@ -18,13 +18,13 @@ from lm.forward.hooks import capture
 from lm.model import LanguageModel
 from lm.prompts import Encoded
 from unlearn.forward import chunked_head
+from unlearn.forward.collate import Inputs, collate
 from unlearn.forward.passes import Passes
 from unlearn.forward.reference_model import reference
 from unlearn.objectives import HiddenNeed, Needs, Statistic, TokenStats
 from unlearn.objectives.retain import DIVERGENCE
 from unlearn.scope import lora
 from unlearn.scope.scope import Lora, Scope
-from unlearn.training.batches import Inputs, collate
 from unlearn.training.loop import _enable_gradient_checkpointing
 
 CPU = torch.device("cpu")

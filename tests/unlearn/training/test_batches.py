@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 from lm.errors import UserError
 from lm.prompts import Encoded
-from unlearn.training.batches import (
-    MICRO_BATCH_COST,
-    PairedBatches,
-    SequentialBatches,
-    StepRows,
-    collate,
-    micro_batches,
-)
+from unlearn.forward.collate import collate
+from unlearn.training.batches import MICRO_BATCH_COST, PairedBatches, SequentialBatches, StepRows, micro_batches
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 6).map(lambda half: 2 * half), st.integers(0, 5))

@@ -18,11 +18,11 @@ from lm.run_folder import RunFolder
 from tests.unlearn.helpers import SMALL, config_words, run_script, small_config
 from tests.unlearn.training.test_training import losses, weights
 from tests.unlearn.training.test_training_resume import _Stop, _stop_after
+from unlearn.forward.collate import collate
 from unlearn.forward.passes import Passes
 from unlearn.objectives import NPO
 from unlearn.scope.scope import Lora, Scope, WeightMask
 from unlearn.stage import encode_rows, run_unlearn
-from unlearn.training.batches import collate
 from unlearn.training.masks import FILE, make_masks, relative, top_share
 from unlearn.training.step import Side
 

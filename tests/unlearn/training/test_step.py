@@ -15,6 +15,7 @@ from lm.loading import load
 from lm.model import LanguageModel
 from lm.prompts import Encoded, PromptSpec
 from lm.row_files import load_rows
+from unlearn.forward.collate import collate
 from unlearn.forward.passes import Passes
 from unlearn.forward.reference_model import Original
 from unlearn.objectives import (
@@ -30,7 +31,7 @@ from unlearn.objectives import (
     RetainMemory,
 )
 from unlearn.stage import encode_rows
-from unlearn.training.batches import PairedBatches, StepRows, collate
+from unlearn.training.batches import PairedBatches, StepRows
 from unlearn.training.step import Side, Stepper, Weighting
 
 CPU = torch.device("cpu")

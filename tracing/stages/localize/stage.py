@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lm.devices import accelerator, launch_facts, together
+from lm.devices import accelerator, launch_facts, load_here, together
 from lm.errors import NotWritten, UserError
-from lm.loading import load
 from lm.model import LanguageModel
 from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
 from tracing.effects.layer_scores import LayerScores
@@ -52,8 +51,7 @@ def run_localize(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequence
     """
     started = time.monotonic()
     acc = accelerator(cpu=config.model.device == "cpu")
-    several = acc.num_processes > 1  # then each has its own device, and a name in the config would put all on one
-    model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
+    model = load_here(acc, config.model)
     size = config.plan.layers(model.anatomy.layers)
     if size > model.anatomy.layers:
         raise UserError(f"plan.size is {size} but {model.name} has {model.anatomy.layers} layers; give fewer, or null.")

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lm.anatomy import Kind
-from lm.devices import accelerator, launch_facts, together
+from lm.devices import accelerator, launch_facts, load_here, together
 from lm.errors import UserError
-from lm.loading import load
 from lm.model import ModelSpec
 from lm.run_folder import RunFolder, peak_memory_bytes, write_json
 from tracing.bootstrap import check_confidence
@@ -63,8 +62,7 @@ def run_retrace(config: RetraceConfig) -> Difference:
     path = Path(config.before) / "effects.npz" if Path(config.before).is_dir() else Path(config.before)
     before = Effects.load(path)
     acc = accelerator(cpu=config.model.device == "cpu")
-    several = acc.num_processes > 1
-    model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
+    model = load_here(acc, config.model)
     with together(acc):
         if acc.is_main_process:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from lm.anatomy import Kind
-from lm.devices import accelerator, launch_facts, together
+from lm.devices import accelerator, launch_facts, load_here, together
 from lm.errors import UserError
-from lm.loading import load
 from lm.model import LanguageModel
 from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
 from tracing.causal_tracing import Workers, trace
@@ -63,8 +62,7 @@ def run_trace(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
     most = config.max_facts or (len(facts) if config.stop_when_apart else None)
     facts = drawn(facts, most, config.seed)
     acc = accelerator(cpu=config.model.device == "cpu")
-    several = acc.num_processes > 1  # then each has its own device, and a name in the config would put all on one
-    model = load(config.model, device=str(acc.device) if several else config.model.device or str(acc.device))
+    model = load_here(acc, config.model)
     size = config.plan.layers(model.anatomy.layers)
     if size is not None and size > model.anatomy.layers:
         raise UserError(f"plan.size is {size} but {model.name} has {model.anatomy.layers} layers; give fewer, or null.")
