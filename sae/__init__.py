@@ -38,7 +38,6 @@ from sae.budgets import (
     uniform_budgets,
     zipf_budgets,
 )
-from sae.formats import load_autoencoder, save_autoencoder
 from sae.gao_recipe import (
     Firings,
     MovingAverage,
@@ -48,7 +47,8 @@ from sae.gao_recipe import (
     unit_rows,
     without_parallel,
 )
-from sae.model import Choice, InputNorm, Rule, SparseAutoencoder, SparseAutoencoderConfig
+from sae.model import SparseAutoencoder, fold_scale, load_autoencoder, save_autoencoder
+from sae.model_config import Choice, InputNorm, Rule, SparseAutoencoderConfig
 from sae.sparse_code import FeatureView, SparseCode, decode
 from sae.thresholds import RunningThreshold, calibrate_features, calibrate_mutual, smallest_chosen
 
@@ -78,6 +78,7 @@ __all__ = [
     "expected_densities",
     "feature_choice",
     "fit_zipf",
+    "fold_scale",
     "gated",
     "gated_loss",
     "geometric_median",

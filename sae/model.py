@@ -1,4 +1,4 @@
-"""The autoencoder: its parameters, how it starts, encoding to a `SparseCode`, decoding, and its file.
+"""The autoencoder: its parameters, how it starts, encoding to a `SparseCode`, decoding; and loading and saving it.
 
 Untied weights with the encoder started as the decoder's transpose, unit-norm decoder rows and a pre-bias that is
 subtracted before encoding and added after decoding (Gao et al. 2024). The allocation is the only thing that differs
@@ -9,70 +9,20 @@ under autograd; it trains nothing, talks to no hub and imports no language model
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lm.errors import UserError
-from lm.run_folder import write_atomic, write_json
 from sae.allocate import by_threshold, feature_choice, mutual_choice, token_choice
 from sae.budgets import uniform_budgets
+from sae.formats import Format, Weights, read_weights, write_weights
 from sae.gao_recipe import geometric_median, input_variance, unit_rows, without_parallel
+from sae.model_config import SparseAutoencoderConfig
 from sae.sparse_code import SparseCode, decode
-
-Choice = Literal["token", "feature", "mutual"]
-Rule = Choice | Literal["threshold"]
-InputNorm = Literal["none", "layer_norm", "token_norm"]
-WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
-NORMS = {"none": "none", "layer_norm": "layer_norm", "token_norm": "constant_norm_rescale"}
-"""How SAELens spells `input_norm`."""
-OWN = ("training_architecture", "autoencoder", "input_variance", "sae_lens_version")
-"""The metadata that a file of ours states itself. The version is that of SAELens' layout; without it, it reads an older."""
-_LAYOUT = "6.0.0"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseAutoencoderConfig:
-    """What an autoencoder is, apart from its numbers."""
-
-    hidden: int
-    """Width of the activations."""
-    features: int
-    """Width of the dictionary."""
-    k: int
-    """Mean number of active features a token; 0 where only thresholds say what is active."""
-    choice: Rule = "token"
-    """Which allocation: token choice (TopK), feature choice or mutual choice (BatchTopK). `threshold` is none of them but
-    fixed thresholds in training too: ReLU (thresholds 0) and JumpReLU autoencoders of other tools."""
-    seed: int = 0
-    """Of the decoder's random directions."""
-    input_norm: InputNorm = "none"
-    """What is done to each token before the pre-bias and undone after decoding: `layer_norm` takes its mean off and divides
-    by its deviation over the width, `token_norm` gives it the length `sqrt(hidden)`."""
-
-    def __post_init__(self) -> None:
-        for name in ("hidden", "features", "k", "seed"):
-            if type(value := getattr(self, name)) is not int:
-                raise UserError(f"{name} = {value!r} of an autoencoder is not a whole number: give one")
-        least = 0 if self.choice == "threshold" else 1
-        if self.hidden < 1 or self.features < 1 or not least <= self.k <= self.features:
-            raise UserError(
-                f"an autoencoder of {self.features} features, {self.k} active, on width {self.hidden} cannot be: "
-                f"give positive sizes and k no larger than the number of features"
-            )
-        rules = (*get_args(Choice), "threshold")
-        if self.choice not in rules:
-            raise UserError(f"the allocation {self.choice!r} is unknown: use one of {', '.join(rules)}")
-        if self.input_norm not in get_args(InputNorm):
-            raise UserError(
-                f"the input_norm {self.input_norm!r} is unknown: use one of {', '.join(get_args(InputNorm))}"
-            )
 
 
 class SparseAutoencoder(nn.Module):
@@ -175,6 +125,38 @@ class SparseAutoencoder(nn.Module):
         """After the optimizer's step: decoder rows to unit length."""
         self.w_dec.copy_(unit_rows(self.w_dec))
 
+    def weights(self) -> Weights:
+        """The numbers as the writers of files take them; not copied. UserError if thresholds are needed and not set."""
+        needs = self.config.choice != "token"
+        if needs:
+            self._needs_threshold("be saved")
+        return Weights(
+            w_enc=self.w_enc.detach(),
+            b_enc=self.b_enc.detach(),
+            w_dec=self.w_dec.detach(),
+            b_dec=self.b_dec.detach(),
+            rule=self.config.choice,
+            k=self.config.k,
+            threshold=self.threshold.detach() if needs else None,
+            input_norm=self.config.input_norm,
+            seed=self.config.seed,
+            variance=float(self.variance),
+            metadata=self.metadata,
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def from_weights(cls, weights: Weights) -> SparseAutoencoder:
+        """The module with the numbers that a file held, copied, in evaluation mode."""
+        model = cls(weights.config)
+        for name in ("w_enc", "b_enc", "w_dec", "b_dec"):
+            getattr(model, name).copy_(getattr(weights, name))
+        if weights.threshold is not None:
+            model.set_threshold(weights.threshold)
+        model.variance.fill_(weights.variance)
+        model.metadata = dict(weights.metadata)
+        return model.eval()
+
     def save_pretrained(self, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
         """Write `sae_weights.safetensors` and `cfg.json`, each whole or not at all, in the layout SAELens uses.
 
@@ -182,51 +164,12 @@ class SparseAutoencoder(nn.Module):
         where the rule is thresholds and all are 0. Float32; thresholds are rounded to it. Own facts, `self.metadata` and
         `metadata` (what JSON can hold) stand under `metadata`.
         """
-        taken = set(OWN) & set(metadata or {})
-        if taken:
-            raise UserError(f"the metadata names {', '.join(sorted(taken))} are the file's own: use other names")
-        tensors = {"W_enc": self.w_enc.T, "b_enc": self.b_enc, "W_dec": self.w_dec, "b_dec": self.b_dec}
-        architecture = "topk"
-        if self.config.choice != "token":
-            self._needs_threshold("be saved")
-            relu = self.config.choice == "threshold" and not bool(self.threshold.any())
-            architecture = "standard" if relu else "jumprelu"
-            if not relu:
-                tensors["threshold"] = self.threshold
-        variance = float(self.variance)
-        config = {
-            "architecture": architecture,
-            "d_in": self.config.hidden,
-            "d_sae": self.config.features,
-            "dtype": "float32",
-            "device": "cpu",
-            "apply_b_dec_to_input": True,
-            "normalize_activations": NORMS[self.config.input_norm],
-            "reshape_activations": "none",
-            **({"k": self.config.k, "rescale_acts_by_decoder_norm": False} if self.config.choice == "token" else {}),
-            "metadata": {
-                **self.metadata,
-                **(metadata or {}),
-                "sae_lens_version": _LAYOUT,
-                "training_architecture": f"{self.config.choice}_choice",
-                "autoencoder": asdict(self.config),
-                "input_variance": None if math.isnan(variance) else variance,
-            },
-        }
-        try:
-            json.dumps(config, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the metadata cannot be written as JSON ({error}): give plain finite values") from None
-        plain = {name: tensor.detach().float().contiguous().cpu() for name, tensor in tensors.items()}
-        write_atomic(Path(folder) / WEIGHTS, save(plain))
-        write_json(Path(folder) / CONFIG, config)
+        write_weights(self.weights(), folder, metadata=metadata)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, revision: str | None = None) -> SparseAutoencoder:
         """`sae.load_autoencoder` by the name that users of transformers look for: a folder or a hub id, in any known format."""
-        from sae.formats import load_autoencoder  # which builds this class
-
-        return load_autoencoder(path, revision=revision)
+        return cls.from_weights(read_weights(path, revision=revision))
 
     def _normalized(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """What the autoencoder sees of x (tokens, hidden), and the shift and scale that take its output back."""
@@ -253,3 +196,49 @@ class SparseAutoencoder(nn.Module):
                 f"a {self.config.choice}-choice autoencoder without thresholds cannot {what}: call set_threshold with "
                 f"a RunningThreshold's value, or with calibrate_mutual or calibrate_features of a sample"
             )
+
+
+def load_autoencoder(
+    path: str | Path,
+    format: Format | Literal["auto"] = "auto",
+    *,
+    scale: float | None = None,
+    revision: str | None = None,
+) -> SparseAutoencoder:
+    """The autoencoder in a folder or on the hub, in evaluation mode, float32, on the CPU; its provenance is `.metadata`.
+
+    Args:
+        path: a folder; or a hub id with the folder inside it, `owner/name/folder` (a revision: `revision`).
+        format: whose files they are; `auto` tells by their names.
+        scale: the constant by which activations were multiplied in training, for files that leave it to their owner; it
+            is folded in, thresholds included.
+
+    Raises:
+        UserError: what is missing, damaged, a pickle, or beyond what the module can hold.
+    """
+    return SparseAutoencoder.from_weights(read_weights(path, format, scale=scale, revision=revision))
+
+
+def save_autoencoder(
+    model: SparseAutoencoder,
+    path: str | Path,
+    *,
+    format: Format = "saelens",
+    metadata: dict[str, Any] | None = None,
+    densities: Tensor | None = None,
+) -> None:
+    """Write the files of one autoencoder into a folder, float32, each whole or not at all.
+
+    `metadata` (what JSON can hold; `Provenance` makes it) is added to `model.metadata`. `densities` (features,), shares of
+    tokens on which each feature fires, are written as `sparsity.safetensors`, log10, as SAELens does. Refused before a file
+    is touched: what the format cannot hold, and thresholds that are not set.
+    """
+    write_weights(model.weights(), path, format=format, metadata=metadata, densities=densities)
+
+
+def fold_scale(model: SparseAutoencoder, scale: float) -> SparseAutoencoder:
+    """The autoencoder of plain activations x that `model` is of `scale * x`: a new one, in evaluation mode, same decoder.
+
+    `fold_scale(model, s)(x) = model(s x) / s`: biases and thresholds (which must be set) are divided by the scale.
+    """
+    return SparseAutoencoder.from_weights(model.weights().with_scale(scale))

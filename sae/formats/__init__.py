@@ -8,8 +8,9 @@
 | `openai` | `autoencoder.safetensors` | TopK with layer norm, ReLU |
 | `llamascopium` | `config.json`, `sae_weights.safetensors` | ReLU, TopK, BatchTopK, JumpReLU |
 
-Every reader gives a `SparseAutoencoder` whose forward pass is the one that the tool defines; the tests work that out from
-the file with plain tensors. What the module cannot hold is refused with a sentence, never read as something else, and so
+Files are read into `Weights`, a plain record, and written from one (`sae.model` makes a `SparseAutoencoder` of it, and knows no
+file). Its forward pass is the one that the tool defines; the tests work that out from the file with plain tensors. What the
+module cannot hold is refused with a sentence, never read as something else, and so
 are tensors that a reader does not know.
 
 **No pickles.** dictionary_learning and OpenAI publish `.pt` files, which are pickles. `torch.load(weights_only=True)`
@@ -33,19 +34,18 @@ from lm.hub import fetch
 from sae.formats import dictionary_learning, llamascopium, openai, saelens, sparsify
 from sae.formats.files import PICKLES, Tensors, write
 from sae.formats.sites import Provenance, hook_name, site_of
-from sae.formats.weights import fold_scale
-from sae.model import CONFIG, WEIGHTS, SparseAutoencoder
+from sae.formats.weights import Weights
 
 __all__ = [
     "SPARSITY",
     "Format",
     "Provenance",
-    "fold_scale",
+    "Weights",
     "hook_name",
-    "load_autoencoder",
     "read_densities",
-    "save_autoencoder",
+    "read_weights",
     "site_of",
+    "write_weights",
 ]
 
 Format = Literal["saelens", "saelens5", "sparsify", "dictionary_learning", "openai", "llamascopium"]
@@ -67,7 +67,7 @@ _WRITERS = {
     "llamascopium": llamascopium.write,
 }
 _FILES: dict[Format, tuple[str, ...]] = {
-    "saelens": (CONFIG, WEIGHTS),
+    "saelens": (saelens.CONFIG, saelens.WEIGHTS),
     "sparsify": (sparsify.CONFIG, sparsify.WEIGHTS),
     "dictionary_learning": (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
     "openai": (openai.WEIGHTS,),
@@ -77,14 +77,14 @@ _HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 _CONVERT = {dictionary_learning.PICKLE: dictionary_learning.CONVERT, openai.PICKLE: openai.CONVERT}
 
 
-def load_autoencoder(
+def read_weights(
     path: str | Path,
     format: Format | Literal["auto"] = "auto",
     *,
     scale: float | None = None,
     revision: str | None = None,
-) -> SparseAutoencoder:
-    """The autoencoder in a folder or on the hub, in evaluation mode, float32, on the CPU; its provenance is `.metadata`.
+) -> Weights:
+    """The numbers of the autoencoder in a folder or on the hub, float32, on the CPU, with what the file says of them.
 
     Args:
         path: a folder; or a hub id with the folder inside it, `owner/name/folder` (a revision: `revision`).
@@ -93,7 +93,7 @@ def load_autoencoder(
             is folded in, thresholds included.
 
     Raises:
-        UserError: what is missing, damaged, a pickle, or beyond what the module can hold.
+        UserError: what is missing, damaged, a pickle, or beyond what `SparseAutoencoder` can hold.
     """
     _known(format, ("auto", *get_args(Format)))
     folder = Path(path)
@@ -103,11 +103,11 @@ def load_autoencoder(
         folder = _from_hub(str(path), revision)
     elif revision is not None:
         raise UserError(f"revision {revision!r} belongs to a hub id and {path} is on this machine: leave revision out")
-    return _READERS[_detected(folder) if format == "auto" else format](folder, scale).model()
+    return _READERS[_detected(folder) if format == "auto" else format](folder, scale)
 
 
-def save_autoencoder(
-    model: SparseAutoencoder,
+def write_weights(
+    numbers: Weights,
     path: str | Path,
     *,
     format: Format = "saelens",
@@ -116,12 +116,12 @@ def save_autoencoder(
 ) -> None:
     """Write the files of one autoencoder into a folder, float32, each whole or not at all.
 
-    `metadata` (what JSON can hold; `Provenance` makes it) is added to `model.metadata`. `densities` (features,), shares of
+    `metadata` (what JSON can hold; `Provenance` makes it) is added to `numbers.metadata`. `densities` (features,), shares of
     tokens on which each feature fires, are written as `sparsity.safetensors`, log10, as SAELens does. Refused before a file
-    is touched: what the format cannot hold, and thresholds that are not set.
+    is touched: what the format cannot hold.
     """
     _known(format, get_args(Format))
-    features = model.config.features
+    features = len(numbers.b_enc)
     if densities is not None and (
         densities.shape != (features,) or not bool(((densities >= 0) & (densities <= 1)).all())
     ):
@@ -129,7 +129,7 @@ def save_autoencoder(
             f"densities of shape {tuple(densities.shape)}: give {features} shares of tokens, each from 0 to 1"
         )
     folder = Path(path)
-    _WRITERS[format](model, folder, metadata or {})
+    _WRITERS[format](numbers, folder, metadata or {})
     if densities is not None:
         write(folder, SPARSITY, {"sparsity": (densities.double() + 1e-10).log10()})
 

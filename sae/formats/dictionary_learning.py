@@ -20,7 +20,6 @@ from lm.run_folder import write_atomic
 from sae.formats.files import Facts, Tensors, write_config
 from sae.formats.files import write as write_tensors
 from sae.formats.weights import Weights
-from sae.model import SparseAutoencoder
 
 CONFIG, WEIGHTS, PICKLE = "config.json", "ae.safetensors", "ae.pt"
 CONVERT = (
@@ -65,15 +64,14 @@ def read(folder: Path, scale: float | None) -> Weights:
     return numbers if scale is None else numbers.with_scale(scale)
 
 
-def write(model: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None:
+def write(numbers: Weights, folder: Path, metadata: dict[str, Any]) -> None:
     """TopK, one threshold (`BatchTopKSAE`), one a feature (`JumpReluAutoEncoder`) or none (`AutoEncoder`)."""
-    numbers = Weights.of(model)
     if numbers.input_norm != "none":
         raise UserError(
             f"dictionary_learning knows no {numbers.input_norm} and this autoencoder has it: write it as saelens"
         )
     kind, trained_by, tensors = _layout(numbers)
-    facts = {**model.metadata, **metadata}
+    facts = {**numbers.metadata, **metadata}
     features, hidden = numbers.w_enc.shape
     config = {
         "trainer": {

@@ -147,8 +147,13 @@ def write(folder: Path, name: str, tensors: Mapping[str, Tensor], *, info: dict[
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
     """A JSON file, whole or not at all; refuses what JSON cannot hold."""
+    check_config(config)
+    write_json(path, config)
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse what JSON cannot hold, before any file is touched."""
     try:
         json.dumps(config, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"the metadata cannot be written as JSON ({error}): give plain finite values") from None
-    write_json(path, config)

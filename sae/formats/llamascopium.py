@@ -19,7 +19,7 @@ from lm.errors import UserError
 from sae.formats.files import Facts, Tensors, write_config
 from sae.formats.files import write as write_tensors
 from sae.formats.weights import Weights
-from sae.model import InputNorm, Rule, SparseAutoencoder
+from sae.model_config import InputNorm, Rule
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 _NORM, _THRESHOLD = "dataset_average_activation_norm.", "activation_function.log_jumprelu_threshold"
@@ -70,12 +70,11 @@ def read(folder: Path, scale: float | None) -> Weights:
     return numbers if scale is None else numbers.with_scale(scale)
 
 
-def write(model: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None:
+def write(numbers: Weights, folder: Path, metadata: dict[str, Any]) -> None:
     """Thresholds as `jumprelu` (their logarithms), token choice as `topk`; `inference`: nothing is left to fold."""
-    numbers = Weights.of(model)
     if numbers.input_norm == "layer_norm":
         raise UserError("llamascopium has no layer norm of the input and this autoencoder has one: write it as saelens")
-    facts = {**model.metadata, **metadata}
+    facts = {**numbers.metadata, **metadata}
     hook = facts["hook_name"] if isinstance(facts.get("hook_name"), str) else "unknown"
     features, hidden = numbers.w_enc.shape
     act = "topk" if numbers.rule == "token" else "relu" if numbers.is_relu else "jumprelu"

@@ -18,7 +18,6 @@ from lm.run_folder import write_atomic
 from sae.formats.files import Tensors, write_config
 from sae.formats.files import write as write_tensors
 from sae.formats.weights import Weights
-from sae.model import SparseAutoencoder
 
 WEIGHTS, PICKLE, FACTS = "autoencoder.safetensors", "autoencoder.pt", "metadata.json"
 CONVERT = (
@@ -62,9 +61,8 @@ def read(folder: Path, scale: float | None) -> Weights:
     return numbers if scale is None else numbers.with_scale(scale)
 
 
-def write(model: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None:
+def write(numbers: Weights, folder: Path, metadata: dict[str, Any]) -> None:
     """TopK with `layer_norm`, or ReLU without; the counters as for a new autoencoder. Also `autoencoder.pt`, for its loader."""
-    numbers = Weights.of(model)
     topk = numbers.rule == "token"
     if topk != (numbers.input_norm == "layer_norm") or not (topk or numbers.is_relu):
         raise UserError(
@@ -83,7 +81,7 @@ def write(model: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> N
     }
     state: dict[str, Any] = {"k": numbers.k, "postact_fn": "ReLU"} if topk else {}
     header = {"activation": "TopK" if topk else "ReLU", **{name: str(value) for name, value in state.items()}}
-    write_config(folder / FACTS, {**model.metadata, **metadata})
+    write_config(folder / FACTS, {**numbers.metadata, **metadata})
     write_tensors(folder, WEIGHTS, tensors, info=header)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     pickled = io.BytesIO()

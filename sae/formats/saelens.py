@@ -2,20 +2,28 @@
 
 Read are `standard`, `topk` and `jumprelu` (what BatchTopK is exported as). Encoders that do not subtract the decoder bias,
 selection on decoder norms and a known constant scale are folded; gated, absolute TopK, matching pursuit, temporal and
-transcoder files are refused, for the module cannot hold them. Writing is `SparseAutoencoder.save_pretrained`.
+transcoder files are refused, for the module cannot hold them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 from lm.errors import UserError
-from sae.formats.files import Facts, Tensors, write_config
+from sae.formats.files import Facts, Tensors, check_config, write_config
+from sae.formats.files import write as write_tensors
 from sae.formats.weights import Weights
-from sae.model import CONFIG, NORMS, OWN, WEIGHTS, InputNorm, Rule, SparseAutoencoder
+from sae.model_config import InputNorm, Rule
 
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+NORMS = {"none": "none", "layer_norm": "layer_norm", "token_norm": "constant_norm_rescale"}
+"""How SAELens spells `input_norm`."""
+OWN = ("training_architecture", "autoencoder", "input_variance", "sae_lens_version")
+"""The metadata that a file of ours states itself. The version is that of SAELens' layout; without it, it reads an older."""
+_LAYOUT = "6.0.0"
 SCALER = "activation_scaler.json"
 KEYS = (
     "model_name",
@@ -77,14 +85,45 @@ def read(folder: Path, scale: float | None) -> Weights:
     return _with_own_facts(numbers, facts) if "autoencoder" in facts else numbers
 
 
-def write(model: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None:
-    """The layout of version 6: the native file."""
-    model.save_pretrained(folder, metadata=metadata)
+def write(numbers: Weights, folder: Path, metadata: dict[str, Any]) -> None:
+    """The layout of version 6: the native file, as `SparseAutoencoder.save_pretrained` describes it."""
+    taken = set(OWN) & set(metadata)
+    if taken:
+        raise UserError(f"the metadata names {', '.join(sorted(taken))} are the file's own: use other names")
+    token = numbers.rule == "token"
+    relu = numbers.rule == "threshold" and numbers.is_relu
+    architecture = "topk" if token else "standard" if relu else "jumprelu"
+    tensors = {"W_enc": numbers.w_enc.T, "b_enc": numbers.b_enc, "W_dec": numbers.w_dec, "b_dec": numbers.b_dec}
+    if architecture == "jumprelu" and numbers.threshold is not None:
+        tensors["threshold"] = numbers.threshold
+    own = numbers.config
+    config = {
+        "architecture": architecture,
+        "d_in": own.hidden,
+        "d_sae": own.features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": NORMS[own.input_norm],
+        "reshape_activations": "none",
+        **({"k": own.k, "rescale_acts_by_decoder_norm": False} if token else {}),
+        "metadata": {
+            **numbers.metadata,
+            **metadata,
+            "sae_lens_version": _LAYOUT,
+            "training_architecture": f"{own.choice}_choice",
+            "autoencoder": asdict(own),
+            "input_variance": None if math.isnan(numbers.variance) else numbers.variance,
+        },
+    }
+    check_config(config)
+    write_tensors(folder, WEIGHTS, tensors)
+    write_config(folder / CONFIG, config)
 
 
-def write_old(model: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None:
+def write_old(numbers: Weights, folder: Path, metadata: dict[str, Any]) -> None:
     """The flat layout before version 6, for tools that know no other; the tensors are the same."""
-    model.save_pretrained(folder, metadata=metadata)
+    write(numbers, folder, metadata)
     config = Facts.read(folder / CONFIG).values
     facts = config.pop("metadata")
     flat = {

@@ -14,7 +14,6 @@ from lm.errors import UserError
 from sae.formats.files import Facts, Tensors, write_config
 from sae.formats.files import write as write_tensors
 from sae.formats.weights import Weights
-from sae.model import SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
@@ -45,9 +44,8 @@ def read(folder: Path, scale: float | None) -> Weights:
     return numbers if scale is None else numbers.with_scale(scale)
 
 
-def write(model: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> None:
+def write(numbers: Weights, folder: Path, metadata: dict[str, Any]) -> None:
     """Token choice only: sparsify knows no thresholds. The metadata stand under a key that it ignores."""
-    numbers = Weights.of(model)
     if numbers.rule != "token" or numbers.input_norm != "none":
         what = f"{numbers.rule} choice" if numbers.rule != "token" else numbers.input_norm
         raise UserError(
@@ -64,7 +62,7 @@ def write(model: SparseAutoencoder, folder: Path, metadata: dict[str, Any]) -> N
         "skip_connection": False,
         "transcode": False,
         "d_in": hidden,
-        "metadata": {**model.metadata, **metadata},
+        "metadata": {**numbers.metadata, **metadata},
     }
     tensors = {
         "encoder.weight": numbers.w_enc,

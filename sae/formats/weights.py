@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from sae.model import InputNorm, Rule, SparseAutoencoder, SparseAutoencoderConfig
+from sae.model_config import InputNorm, Rule, SparseAutoencoderConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weights:
-    """What a file says, in this project's layout. `threshold` None is not set; the rule `threshold` needs one."""
+    """What a file says, in this project's layout: a plain record. `threshold` None is not set; the rule `threshold` needs one."""
 
     w_enc: Tensor
     """(features, hidden)."""
@@ -39,45 +39,13 @@ class Weights:
     variance: float = math.nan
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, model: SparseAutoencoder) -> Weights:
-        """The numbers of a model; they are not copied."""
-        config = model.config
-        needs = config.choice != "token"
-        if needs and bool(model.threshold.isnan().any()):
-            raise UserError(
-                f"a {config.choice}-choice autoencoder without thresholds cannot be written: call set_threshold with a "
-                f"RunningThreshold's value, or with calibrate_mutual or calibrate_features of a sample"
-            )
-        return cls(
-            w_enc=model.w_enc.detach(),
-            b_enc=model.b_enc.detach(),
-            w_dec=model.w_dec.detach(),
-            b_dec=model.b_dec.detach(),
-            rule=config.choice,
-            k=config.k,
-            threshold=model.threshold.detach() if needs else None,
-            input_norm=config.input_norm,
-            seed=config.seed,
-            variance=float(model.variance),
-            metadata=model.metadata,
-        )
-
-    def model(self) -> SparseAutoencoder:
-        """The module with these numbers, in evaluation mode."""
+    @property
+    def config(self) -> SparseAutoencoderConfig:
+        """The sizes and the rule. UserError if they cannot be."""
         features, hidden = self.w_enc.shape
-        config = SparseAutoencoderConfig(
+        return SparseAutoencoderConfig(
             hidden=hidden, features=features, k=self.k, choice=self.rule, seed=self.seed, input_norm=self.input_norm
         )
-        model = SparseAutoencoder(config)
-        with torch.no_grad():
-            for name in ("w_enc", "b_enc", "w_dec", "b_dec"):
-                getattr(model, name).copy_(getattr(self, name))
-        if self.threshold is not None:
-            model.set_threshold(self.threshold)
-        model.variance.fill_(self.variance)
-        model.metadata = dict(self.metadata)
-        return model.eval()
 
     @property
     def is_relu(self) -> bool:
@@ -124,11 +92,3 @@ class Weights:
             threshold=None if self.threshold is None else self.threshold.double() / scale,
             variance=self.variance / scale**2,
         )
-
-
-def fold_scale(model: SparseAutoencoder, scale: float) -> SparseAutoencoder:
-    """The autoencoder of plain activations x that `model` is of `scale * x`: a new one, in evaluation mode, same decoder.
-
-    `fold_scale(model, s)(x) = model(s x) / s`: biases and thresholds (which must be set) are divided by the scale.
-    """
-    return Weights.of(model).with_scale(scale).model()

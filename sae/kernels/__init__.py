@@ -6,8 +6,10 @@ and "torch" the sparse ones. Which matches are chosen is not decided here (`sae.
 """
 
 from sae.kernels.calibrate import choose_backend, measured_costs
-from sae.kernels.node import Choose, Encoded, Selection, Splits, encode_decode
+from sae.kernels.encoding import encode_decode
+from sae.kernels.node import Encoded
 from sae.kernels.operations import Backend
+from sae.kernels.preactivations import Choose, Selection, Splits
 from sae.kernels.rows import take_parallel_, unit_rows_
 
 __all__ = [

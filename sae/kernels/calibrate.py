@@ -1,7 +1,8 @@
 """Which backend is cheapest for a shape: measured once a process and shape class, kept, and logged.
 
-The measurement is a few forward and backward passes on at most 256 random tokens and 4096 features of the asked width:
-under a second or so, enough to order the backends. It is no benchmark (`benchmarks/sae.py` is).
+The measurement is a few forward and backward passes of the node on at most 256 random tokens and 4096 features of the asked
+width (what comes before it costs every backend the same): under a second or so, enough to order the backends. It is no
+benchmark (`benchmarks/sae.py` is).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 import torch
 from torch import Tensor
 
+from sae.kernels.node import decode_matches
 from sae.kernels.operations import Backend
 from sae.sparse_code import SparseCode
 
@@ -65,9 +67,6 @@ def _measure(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[Backend, float]:
-    from sae.kernels.node import encode_decode
-    from sae.kernels.preactivations import Selection
-
     k = max(1, min(round(matches / max(tokens, 1)), features, _FEATURES))
     tokens, features = min(tokens, _TOKENS), min(features, _FEATURES)
     generator = torch.Generator().manual_seed(0)
@@ -83,12 +82,12 @@ def _measure(
     indices = torch.stack([torch.randperm(features, generator=generator)[:k] for _ in range(tokens)])
     indices = indices.sort(1).values.flatten().to(device)
     offsets = torch.arange(0, k * tokens + 1, k, device=device)
-    code = SparseCode(indices, x.new_zeros(len(indices)), offsets, features)
+    code = SparseCode(indices, random(len(indices)), offsets, features)
 
     def once(backend: Backend) -> float:
         _wait(device)
         start = time.perf_counter()
-        got = encode_decode(x, w_enc, b_enc, w_dec, b_dec, lambda _: Selection(code), backend=backend)
+        got = decode_matches(x, w_enc, b_enc, w_dec, b_dec, code, backend=backend)
         torch.autograd.grad(got.x_hat, weights, g)
         _wait(device)
         return (time.perf_counter() - start) / tokens

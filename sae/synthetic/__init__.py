@@ -6,8 +6,8 @@ unit directions in few dimensions, Zipfian firing, correlations, a hierarchy. `t
 """
 
 from sae.synthetic.matching import Detection, DetectionResult, Matching, chance_cosine, match_features
-from sae.synthetic.stream import SyntheticActivations
-from sae.synthetic.world import Synthetic, Truth, firing_law, truth_of
+from sae.synthetic.stream import Synthetic, SyntheticActivations
+from sae.synthetic.world import Truth, World, firing_law, truth_of
 
 __all__ = [
     "Detection",
@@ -16,6 +16,7 @@ __all__ = [
     "Synthetic",
     "SyntheticActivations",
     "Truth",
+    "World",
     "chance_cosine",
     "firing_law",
     "match_features",

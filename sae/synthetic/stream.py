@@ -1,9 +1,12 @@
-"""The stream of a synthetic world: global batches that depend on their number alone, the same for any number of processes."""
+"""A synthetic world as a source that a config names, and its stream of global batches.
+
+A batch depends on its number alone, so the batches are the same for any number of processes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,10 +14,32 @@ from torch import Tensor
 
 from lm.anatomy import Site
 from lm.errors import UserError
-from sae.activations.batch import ActivationBatch, State, generator, parse_site
+from sae.activations.batch import ActivationBatch, ActivationStream, State, generator, parse_site
+from sae.activations.sources import MadeActivations
 from sae.activations.stream_state import require_same
 from sae.sparse_code import SparseCode
-from sae.synthetic.world import Synthetic, truth_of
+from sae.synthetic.world import World, truth_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic(MadeActivations, World):
+    """Activations `x = bias + sum_i a_i d_i + noise` of known unit directions d_i; endless."""
+
+    draw: int = 0
+    """Of the tokens drawn in it: another one for held-out tokens."""
+    site: str = "resid.0"
+    """What the activations are said to be of."""
+
+    def stream(
+        self,
+        sites: Sequence[Site],
+        *,
+        batch_tokens: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> ActivationStream:
+        return SyntheticActivations(self, sites, batch_tokens=batch_tokens, rank=rank, world=world, device=device)
 
 
 class SyntheticActivations(Iterator[ActivationBatch]):

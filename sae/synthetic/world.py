@@ -4,22 +4,19 @@ After SynthSAEBench (arXiv 2602.14687 and the documentation of SAELens): Zipfian
 low-rank Gaussian copula, a forest in which a child fires only with its parent and siblings exclude each other,
 magnitudes that follow the parent's. Badge: **variant**: the forest fills the ranks level by level, so that a parent is at
 least as common as its children; directions are independent, without a step that spreads them; the default is a quarter
-of the benchmark's size. `sae.synthetic.stream` deals it out in batches.
+of the benchmark's size. `sae.synthetic.stream` deals it out in batches: the source that a config names, and its stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from lm.anatomy import Site
 from lm.errors import UserError
-from sae.activations.batch import ActivationStream, generator
-from sae.activations.sources import MadeActivations
+from sae.activations.batch import generator
 from sae.gao_recipe import unit_rows
 from sae.sparse_code import SparseCode, decode
 
@@ -28,8 +25,8 @@ _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthetic(MadeActivations):
-    """Activations `x = bias + sum_i a_i d_i + noise` of known unit directions d_i; endless."""
+class World:
+    """What the activations `x = bias + sum_i a_i d_i + noise` are made of: known unit directions d_i and how each fires."""
 
     features: int = 4096
     """True features; more than `hidden` is superposition."""
@@ -67,10 +64,6 @@ class Synthetic(MadeActivations):
     """Length of the constant that is added."""
     seed: int = 0
     """Of the world: directions, magnitudes, correlations."""
-    draw: int = 0
-    """Of the tokens drawn in it: another one for held-out tokens."""
-    site: str = "resid.0"
-    """What the activations are said to be of."""
 
     def __post_init__(self) -> None:
         if self.features < 1 or self.hidden < 1 or min(self.roots, self.depth, self.rank) < 0 or self.branching < 1:
@@ -95,19 +88,6 @@ class Synthetic(MadeActivations):
         """How many features each level of the hierarchy holds, the roots first; they stand in this order, by rank."""
         return tuple(self.roots * self.branching**level for level in range(self.depth + 1)) if self.roots else ()
 
-    def stream(
-        self,
-        sites: Sequence[Site],
-        *,
-        batch_tokens: int,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> ActivationStream:
-        from sae.synthetic.stream import SyntheticActivations
-
-        return SyntheticActivations(self, sites, batch_tokens=batch_tokens, rank=rank, world=world, device=device)
-
 
 def firing_law(features: int, *, exponent: float, most: float, least: float) -> Tensor:
     """(features,) float64, never rising, from `most` to `least`: `r ** -exponent` for rank r, shifted and stretched to that.
@@ -119,20 +99,20 @@ def firing_law(features: int, *, exponent: float, most: float, least: float) -> 
     return least + (most - least) * (law - law[-1]) / span if span else torch.full_like(law, most)
 
 
-def truth_of(spec: Synthetic) -> Truth:
-    """The world that a source draws from. What `draw` and `site` are makes no difference to it."""
-    return _truth(replace(spec, draw=0, site=Synthetic.site))
+def truth_of(world: World) -> Truth:
+    """The parts of a world, or of the world that a source (`Synthetic`) draws from, whatever its `draw` and `site`."""
+    return _truth(World(**{field.name: getattr(world, field.name) for field in fields(World)}))
 
 
 @lru_cache(maxsize=4)
-def _truth(spec: Synthetic) -> Truth:
-    return Truth(spec)
+def _truth(world: World) -> Truth:
+    return Truth(world)
 
 
 class Truth:
     """The parts of a world, on the CPU."""
 
-    def __init__(self, spec: Synthetic) -> None:
+    def __init__(self, spec: World) -> None:
         self.spec = spec
         count = spec.features
         make = generator("synthetic", "world", spec.seed)
@@ -208,7 +188,7 @@ class Truth:
         return fires
 
 
-def _families(spec: Synthetic) -> list[tuple[slice, slice]]:
+def _families(spec: World) -> list[tuple[slice, slice]]:
     """Each level but the last, and the one below it."""
     starts = [0]
     for size in spec.levels:
@@ -216,7 +196,7 @@ def _families(spec: Synthetic) -> list[tuple[slice, slice]]:
     return [(slice(a, b), slice(b, c)) for a, b, c in zip(starts, starts[1:], starts[2:], strict=False)]
 
 
-def _parents(spec: Synthetic) -> Tensor:
+def _parents(spec: World) -> Tensor:
     parents = torch.full((spec.features,), -1)
     for upper, lower in _families(spec):
         parents[lower] = torch.arange(upper.start, upper.stop).repeat_interleave(spec.branching)

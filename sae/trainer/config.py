@@ -12,7 +12,7 @@ from lm.anatomy import Site
 from lm.errors import UserError
 from lm.model import ModelSpec
 from sae.activations import BufferSpec, Builtin, HarvestSpec, ReadSpec, Source, TextSource, parse_site, site_name
-from sae.model import Choice
+from sae.model_config import Choice
 from sae.synthetic import Synthetic  # noqa: F401 - a source that a config may name
 
 AuxiliaryLoss = Literal["none", "aux_k", "aux_zipf"]

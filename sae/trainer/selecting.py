@@ -15,7 +15,7 @@ from torch import Tensor
 from sae import allocate
 from sae.auxiliary import idle_choice
 from sae.kernels import Selection, Splits
-from sae.model import Choice
+from sae.model_config import Choice
 from sae.sharding import Chosen, Mesh, RowCuts, feature_choice, mutual_choice
 from sae.sparse_code import SparseCode
 from sae.trainer.timing import Phases

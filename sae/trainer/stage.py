@@ -38,7 +38,8 @@ from sae.activations import (
     parse_site,
     site_name,
 )
-from sae.formats import Provenance, save_autoencoder
+from sae.formats import Provenance
+from sae.model import save_autoencoder
 from sae.sharding import Mesh
 from sae.trainer.config import NoSource, TrainSaeConfig, crossed, named
 from sae.trainer.exporting import Trained, needs_sample

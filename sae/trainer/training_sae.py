@@ -17,7 +17,8 @@ from lm.anatomy import Site
 from sae.auxiliary import under_use
 from sae.gao_recipe import Firings, MovingAverage, geometric_median, input_variance
 from sae.kernels import Backend, Choose, Splits, choose_backend, encode_decode
-from sae.model import SparseAutoencoder, SparseAutoencoderConfig
+from sae.model import SparseAutoencoder
+from sae.model_config import SparseAutoencoderConfig
 from sae.sharding import Mesh, copy_to_shards, sum_of_shards
 from sae.sparse_code import SparseCode, decode
 from sae.thresholds import RunningThreshold

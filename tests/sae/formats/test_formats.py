@@ -14,16 +14,8 @@ from format_files import FOREIGN, F, llamascopium, own, saelens, saelens5, sampl
 from safetensors.torch import load_file
 
 from lm import EMBEDDING, Site, UserError, hub
-from sae.formats import (
-    Format,
-    Provenance,
-    fold_scale,
-    hook_name,
-    load_autoencoder,
-    read_densities,
-    save_autoencoder,
-    site_of,
-)
+from sae import fold_scale, load_autoencoder, save_autoencoder
+from sae.formats import Format, Provenance, hook_name, read_densities, site_of
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -16,7 +16,8 @@ from format_files import D, F, K, own, rand, sample
 from torch import Tensor
 
 from lm import Site
-from sae.formats import Provenance, dictionary_learning, fold_scale, load_autoencoder, save_autoencoder
+from sae import fold_scale, load_autoencoder, save_autoencoder
+from sae.formats import Provenance, dictionary_learning
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

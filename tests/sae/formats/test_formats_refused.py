@@ -13,12 +13,8 @@ from format_files import F, K, dictionaries, encoder, llamascopium, openais, own
 from safetensors.torch import load_file, save_file
 
 from lm import UserError
-from sae.formats import (
-    dictionary_learning,
-    load_autoencoder,
-    openai,
-    save_autoencoder,
-)
+from sae import load_autoencoder, save_autoencoder
+from sae.formats import dictionary_learning, openai
 
 
 def test_what_cannot_be_represented_is_refused_by_name(tmp_path: Path) -> None:

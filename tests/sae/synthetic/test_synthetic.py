@@ -181,6 +181,8 @@ def test_it_is_a_source_like_any_other() -> None:
     config = parse_config(TrainSaeConfig, words)
     assert config.source == Synthetic(hidden=99)
     assert as_dict(config.source)["init_args"]["hidden"] == 99
+    with pytest.raises(UserError, match="int"):  # a field that Synthetic has from World is typed too
+        parse_config(TrainSaeConfig, ["--source", "Synthetic", "--source.features", "many"])
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from lm import ModelSpec, UserError
 from lm.config import parse_config
 from lm.run_folder import RunFolder
+from sae import load_autoencoder
 from sae.activations import ActivationFiles, BufferSpec, ContextSpec, HarvestSpec, Rows, Texts
-from sae.formats import load_autoencoder, read_densities
+from sae.formats import read_densities
 from sae.trainer import AutoencoderSpec, NoSource, TrainerConfig, TrainSaeConfig, ZipfSpec, run_train_sae
 from tests.forked import run_forked
 
