@@ -12,14 +12,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, whether 
 from lm.config import script
 from lm.devices import is_main
 from unlearn.evaluation.config import EvaluateConfig
-from unlearn.evaluation.stage import run_evaluate, table
+from unlearn.evaluation.stage import describe, run_evaluate
 
 
 def main(config: EvaluateConfig) -> None:
     result = run_evaluate(config)
     if is_main():
-        print(table(result))
-        print(f"wrote {config.out}/scores.json")
+        print(describe(config, result))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ from lm.prompts import PromptSpec
 from unlearn.evaluation.utility import Style
 
 LM_EVAL = "lm_eval:"
+HELP = """Prove it: what a model still says about the forget and retain rows, scored as SemEval-2025 Task 4 does.
+
+palimpsest evaluate --config builtin --model.path runs/mine/model --out runs/mine/evaluation
+accelerate launch --config_file configs/accelerate/gpu8_ddp.yaml -m palimpsest evaluate --config lume
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

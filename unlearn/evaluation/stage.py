@@ -105,6 +105,11 @@ def first_of_each_subject(questions: tuple[Question, ...], count: int | None) ->
     return tuple(kept)
 
 
+def describe(config: EvaluateConfig, result: Evaluation) -> str:
+    """What the command prints at the end: the scores, and where they were written."""
+    return f"{table(result)}\nwrote {config.out}/scores.json"
+
+
 def table(result: Evaluation) -> str:
     """The scores as a few lines of text: a row a side and task, then the aggregates."""
     lines = [f"{'':<16}{SCORES[0]:>14}{SCORES[1]:>12}   (forget: 1 - value; higher is better everywhere)"]
