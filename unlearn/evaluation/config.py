@@ -41,6 +41,8 @@ class EvaluateConfig:
     """sentence scores whole answers after "Question: ... Answer:"; letter scores A, B, C, D under MMLU's headline."""
     utility_per_subject: int | None = None
     """Only the first so many questions of each subject."""
+    scores: tuple[str, ...] | None = None
+    """Names of scores; what one is made of comes with it, and only what some score needs is asked. Null: all that can be had."""
     prompt: PromptSpec = field(default_factory=PromptSpec)
     """How prompts are rendered; raw is the official way."""
     max_new_tokens: int = 256
@@ -60,12 +62,12 @@ class EvaluateConfig:
                 if (getattr(self, name) or "").startswith("builtin"):
                     raise UserError(
                         f"{name} is {getattr(self, name)} but forget is {self.forget}: the built-in {name} says nothing about "
-                        f"other data; give your own{'' if name == 'retain' else ', or null to leave it out'}"
+                        f"other data: give your own{'' if name == 'retain' else ', or null to leave it out'}"
                     )
         for name in ("max_new_tokens", "batch_size", "utility_per_subject"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}: give at least 1")
         if self.utility is not None and self.utility.startswith(LM_EVAL):
             if self.utility_style != "sentence":
                 raise UserError(f"utility is {self.utility}, which has its own style: leave utility_style at sentence")

@@ -56,7 +56,7 @@ def run_lm_eval(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as problem:
-        raise UserError(f"lm-eval cannot be imported ({problem}); install it with pip install lm-eval.") from None
+        raise UserError(f"lm-eval cannot be imported ({problem}): pip install 'palimpsest-unlearning[eval]'") from None
     local = {path.stem for path in task_dir.glob("*.yaml")} if task_dir is not None else set()
     with evaluating(model), _own_generators(), _quiet("lm_eval", "lm-eval", "datasets"):
         manager = TaskManager(
@@ -65,7 +65,7 @@ def run_lm_eval(
         for name in tasks:
             if name not in manager.all_tasks:
                 hint = did_you_mean(name, manager.all_tasks)
-                raise UserError(f'lm-eval has no task "{name}"{hint}; lm_eval ls tasks lists them.')
+                raise UserError(f'lm-eval has no task "{name}"{hint}: `lm_eval ls tasks` lists them')
         try:
             found = simple_evaluate(
                 model=HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size),
@@ -78,7 +78,7 @@ def run_lm_eval(
         except (ConnectionError, FileNotFoundError) as problem:
             reason = str(problem).splitlines()[0].rstrip(".")
             raise UserError(
-                f"the data of {', '.join(tasks)} cannot be had ({reason}); go online, or use a file."
+                f"the data of {', '.join(tasks)} cannot be had ({reason}): go online, or use a file"
             ) from None
     return {task: _metrics(values) for task, values in {**found["results"], **(found.get("groups") or {})}.items()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -18,13 +18,13 @@ from lm.data.rows import Row
 from lm.errors import UserError
 from unlearn.evaluation import membership
 
+ScoreName = Literal["regurgitation", "knowledge"]
+Side = Literal["forget", "retain"]
 TASKS = ("Task1", "Task2", "Task3")
-SCORES = ("regurgitation", "knowledge")
-SIDES = ("forget", "retain")
+SCORES: tuple[ScoreName, ...] = ("regurgitation", "knowledge")
+SIDES: tuple[Side, ...] = ("forget", "retain")
 TERMS: tuple[str, ...] = tuple(f"{side} {task} {score}" for side in SIDES for task in TASKS for score in SCORES)
 """Names of the twelve terms, in the official order. The forget terms are already 1 - value: higher is better in all."""
-
-ScoreName = Literal["regurgitation", "knowledge"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,33 +71,89 @@ def score(
     Raises:
         UserError: a missing key, an unknown task, an id without a kind, no rows, or a number outside [0, 1].
     """
-    terms = (*_side(forget, "forget", other_rows), *_side(retain, "retain", other_rows))
-    present = [term for term in terms if not math.isnan(term)]
-    if not present:
-        raise UserError("there is no row to score in the forget and the retain set; give at least one.")
-    aggregate = statistics.harmonic_mean(present)
+    sides: tuple[tuple[Side, list[ScoredRow]], ...] = (
+        ("forget", scored_rows(forget, other_rows)),
+        ("retain", scored_rows(retain, other_rows)),
+    )
+    terms = tuple(mean_of(rows, side, task, name) for side, rows in sides for task in TASKS for name in SCORES)
+    task_aggregate = aggregate([term for term in terms if term is not None])
     mia = None if mia_auc is None else membership.score(_fraction(mia_auc, "mia_auc"))
     utility = None if mmlu is None else _fraction(mmlu, "mmlu")
     return LumeScores(
-        terms=terms,
-        applies=tuple(not math.isnan(term) for term in terms),
-        task_aggregate=aggregate,
+        terms=tuple(math.nan if term is None else term for term in terms),
+        applies=tuple(term is not None for term in terms),
+        task_aggregate=task_aggregate,
         mia_auc=mia_auc,
         mia=mia,
         mmlu=utility,
-        final=None if mia is None or utility is None else statistics.fmean((aggregate, utility, mia)),
+        final=None if mia is None or utility is None else final(task_aggregate, mia, utility),
     )
+
+
+def aggregate(terms: Sequence[float]) -> float:
+    """Harmonic mean of the terms that apply; 0 if any of them is 0. Raises UserError if there are none."""
+    if not terms:
+        raise UserError("there is no row to score in the forget and the retain set: give at least one")
+    return statistics.harmonic_mean(terms)
+
+
+def final(task_aggregate: float, mia: float, utility: float) -> float:
+    """The final score: the mean of its three parts."""
+    return statistics.fmean((task_aggregate, utility, mia))
 
 
 def check_rows(rows: Iterable[Row]) -> None:
     """Refuse rows that cannot be scored, before anything is generated for them: an unknown task, an id without a kind."""
     for row in rows:
         if row.task not in TASKS:
-            raise UserError(f'row {row.id} has task "{row.task}"; the score knows {", ".join(TASKS)}: use one of them.')
+            raise UserError(f'row {row.id} has task "{row.task}": use one that the score knows, {", ".join(TASKS)}')
         if row.kind is None:
             raise UserError(
-                f"row {row.id} is neither a completion nor a question: end its id in sc or qa and one digit, as in {row.id}qa0."
+                f"row {row.id} is neither a completion nor a question: end its id in sc or qa and one digit, as in {row.id}qa0"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRow:
+    """A row's one number: `regurgitation` of a sentence completion, `knowledge` of a question; not yet 1 - value."""
+
+    id: str
+    task: str
+    kind: ScoreName
+    value: float
+
+
+def scored_rows(
+    rows: Iterable[Mapping[str, object]], other_rows: Literal["error", "ignore"] = "error"
+) -> list[ScoredRow]:
+    """The number of each row, in order; `other_rows` as in `score`. Raises UserError as `score` does."""
+    scored = []
+    for row in rows:
+        identity, task = _text(row, "id"), _text(row, "task")
+        if task not in TASKS:
+            raise UserError(f'row {identity} has task "{task}": use one that the score knows, {", ".join(TASKS)}')
+        by_kind = row_scores(row)
+        if not by_kind and other_rows == "error":
+            raise UserError(
+                f"row {identity} is neither a completion nor a question: end its id in sc or qa and one digit, "
+                'or score with other_rows="ignore"'
+            )
+        scored += [ScoredRow(id=identity, task=task, kind=kind, value=value) for kind, value in by_kind.items()]
+    return scored
+
+
+def rows_of(rows: Iterable[ScoredRow], task: str, kind: ScoreName) -> list[ScoredRow]:
+    """The rows that bear on the terms of one task and kind."""
+    return [row for row in rows if (row.task, row.kind) == (task, kind)]
+
+
+def mean_of(rows: Iterable[ScoredRow], side: Side, task: str, kind: ScoreName) -> float | None:
+    """One of the twelve terms: the mean over its rows, on the forget side 1 minus that; None if there is no such row."""
+    values = [row.value for row in rows_of(rows, task, kind)]
+    if not values:
+        return None
+    mean = statistics.fmean(values)
+    return 1 - mean if side == "forget" else mean
 
 
 def row_scores(row: Mapping[str, object]) -> dict[ScoreName, float]:
@@ -127,39 +183,25 @@ def exact_match(expected: str, said: str) -> float:
 
 @cache
 def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and only scoring needs it
+    try:
+        from rouge_score.rouge_scorer import RougeScorer  # slow to import, and only scoring needs it
+    except ImportError as problem:
+        raise UserError(
+            f"rouge-score, which compares words, cannot be imported ({problem}): pip install 'palimpsest-unlearning[eval]'"
+        ) from None
 
     return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def _side(rows: Iterable[Mapping[str, object]], side: str, other_rows: Literal["error", "ignore"]) -> tuple[float, ...]:
-    """The six terms of one side: task by task, the mean regurgitation and the mean knowledge."""
-    values: dict[tuple[str, str], list[float]] = {(task, name): [] for task in TASKS for name in SCORES}
-    for row in rows:
-        task = _text(row, "task")
-        if task not in TASKS:
-            raise UserError(f'row {_text(row, "id")} has task "{task}"; the score knows {", ".join(TASKS)}.')
-        found = row_scores(row)
-        if not found and other_rows == "error":
-            raise UserError(
-                f"row {_text(row, 'id')} is neither a completion nor a question: its id must end in sc or qa and one "
-                'digit. Rename it, or score with other_rows="ignore".'
-            )
-        for name, value in found.items():
-            values[task, name].append(value)
-    means = [statistics.fmean(each) if each else math.nan for each in values.values()]
-    return tuple(1 - mean for mean in means) if side == "forget" else tuple(means)
 
 
 def _text(row: Mapping[str, object], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         problem = f"is {value!r}, not text" if key in row else f"is missing (there are {', '.join(row)})"
-        raise UserError(f'row {row.get("id", "without id")}: "{key}" {problem}; a scored row needs it as a string.')
+        raise UserError(f'"{key}" of row {row.get("id", "without id")} {problem}: give it as a string')
     return value
 
 
 def _fraction(value: float, name: str) -> float:
     if not 0.0 <= value <= 1.0:
-        raise UserError(f"{name} is {value}; it must be between 0 and 1.")
+        raise UserError(f"{name} is {value}: give a number from 0 to 1")
     return value

@@ -68,11 +68,11 @@ def document_losses(
     limit = max_positions(model)
     for number, (text, tokens) in enumerate(zip(texts, ids, strict=True), start=1):
         if len(tokens) < 2:
-            raise UserError(f'document {number} ("{text[:40]}") has fewer than two tokens; leave it out.')
+            raise UserError(f'document {number} ("{text[:40]}") has fewer than two tokens: leave it out')
         if limit is not None and len(tokens) > limit:
             raise UserError(
                 f'document {number} ("{text[:40]}...") has {len(tokens)} tokens, more than the {limit} that '
-                f"{model.name} can read; cutting it would change its loss, so leave it out or shorten it yourself."
+                f"{model.name} can read: leave it out, or shorten it yourself (cutting it would change its loss)"
             )
     workers = unless_sharded(workers, model)
     mine = workers.share(len(ids))
@@ -98,7 +98,7 @@ def document_losses(
 def _losses(values: ArrayLike, name: str) -> NDArray[np.float64]:
     losses = np.asarray(values, dtype=np.float64)
     if losses.ndim != 1 or not len(losses):
-        raise UserError(f"there are no {name} losses; membership needs at least one document on each side.")
+        raise UserError(f"there are no {name} losses: membership needs at least one document on each side")
     if np.isnan(losses).any():
-        raise UserError(f"{int(np.isnan(losses).sum())} of {len(losses)} {name} losses are NaN; the model is broken.")
+        raise UserError(f"{int(np.isnan(losses).sum())} of {len(losses)} {name} losses are NaN: the model is broken")
     return losses

@@ -17,14 +17,22 @@ from lm.fingerprint import fingerprint
 from lm.row_files import data_hash, load_documents, load_questions, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, write_json
 from unlearn.evaluation.config import LM_EVAL, EvaluateConfig
-from unlearn.evaluation.evaluate import Evaluation, EvaluationSet, evaluate
+from unlearn.evaluation.evaluate import MEASURES, Evaluation, EvaluationSet, evaluate
 from unlearn.evaluation.lm_eval_harness import BUILTIN_TASK
-from unlearn.evaluation.lume import SCORES, SIDES, TASKS, check_rows
+from unlearn.evaluation.lume import SCORES, SIDES, TASKS, TERMS
 from unlearn.generation.batching import Workers
+
+_ROWS = (
+    ("task aggregate", "task_aggregate"),
+    ("membership", "mia_score"),
+    ("utility", "utility"),
+    ("final", "final"),
+)
 
 
 def run_evaluate(config: EvaluateConfig) -> Evaluation:
-    """Evaluate as the config says; writes `scores.json`, `forget.jsonl`, `retain.jsonl` and parts into `config.out`.
+    """Evaluate as the config says; writes `scores.json`, `examples.json` (the scores example by example),
+    `forget.jsonl`, `retain.jsonl` and other parts into `config.out`.
 
     Raises:
         UserError: whatever the user can mend, before the model is loaded wherever that is possible.
@@ -48,7 +56,14 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
     run = RunFolder(config.out, main=acc.is_main_process)
     result = evaluate(
         model,
-        asked,
+        asked.forget,
+        asked.retain,
+        members=asked.members,
+        nonmembers=asked.nonmembers,
+        questions=asked.questions,
+        style=asked.style,
+        lm_eval=asked.lm_eval,
+        scores=config.scores,
         prompt=config.prompt,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
@@ -58,6 +73,7 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
     )
     if acc.is_main_process:
         write_json(run.path / "scores.json", {"model": config.model.path, **result.to_json()})
+        write_json(run.path / "examples.json", result.examples)
         run.finish(seconds=dict(result.seconds), peak_memory_bytes=peak_memory_bytes())
     acc.wait_for_everyone()
     return result
@@ -76,8 +92,7 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         for source in (config.members, config.nonmembers)
     )
     forget, retain = (load_rows(source, columns=config.columns) for source in (config.forget, config.retain))
-    check_rows((*forget, *retain))
-    return EvaluationSet(
+    asked = EvaluationSet(
         forget=forget,
         retain=retain,
         members=members,
@@ -86,6 +101,8 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         style=config.utility_style,
         lm_eval=lm_eval,
     )
+    asked.askable(config.scores)
+    return asked
 
 
 def _hash(values: object) -> str:
@@ -111,21 +128,21 @@ def describe(config: EvaluateConfig, result: Evaluation) -> str:
 
 
 def table(result: Evaluation) -> str:
-    """The scores as a few lines of text: a row a side and task, then the aggregates."""
-    lines = [f"{'':<16}{SCORES[0]:>14}{SCORES[1]:>12}   (forget: 1 - value; higher is better everywhere)"]
-    terms = list(result.scores.terms)
-    for place, (side, task) in enumerate((side, task) for side in SIDES for task in TASKS):
-        first, second = terms[2 * place : 2 * place + 2]
-        lines.append(f"{side + ' ' + task:<16}{_number(first):>14}{_number(second):>12}")
-    scores = result.scores
-    for name, value in (
-        ("task aggregate", scores.task_aggregate),
-        ("membership", scores.mia),
-        ("utility", result.utility),
-        ("final", scores.final),
-    ):
-        extra = f"   (AUC {scores.mia_auc:.4f})" if name == "membership" and scores.mia_auc is not None else ""
-        lines.append(f"{name:<16}{_number(value):>14}{extra}")
+    """The scores as a few lines of text: a row a side and task, then the aggregates, then any others."""
+    lines = []
+    if any(result.scores.applies):
+        lines.append(f"{'':<16}{SCORES[0]:>14}{SCORES[1]:>12}   (forget: 1 - value; higher is better everywhere)")
+        terms = list(result.scores.terms)
+        for place, (side, task) in enumerate((side, task) for side in SIDES for task in TASKS):
+            first, second = terms[2 * place : 2 * place + 2]
+            lines.append(f"{side + ' ' + task:<16}{_number(first):>14}{_number(second):>12}")
+    others = [name for name in result.values if name not in (*TERMS, *MEASURES)]
+    auc = result.values.get("mia_auc")
+    for name, key in _ROWS:
+        extra = f"   (AUC {auc:.4f})" if name == "membership" and auc is not None else ""
+        lines.append(f"{name:<16}{_number(result.values.get(key)):>14}{extra}")
+    for name in others:
+        lines.append(f"{name.replace('_', ' '):<16} {_number(result.values[name]):>13}")
     return "\n".join(lines)
 
 

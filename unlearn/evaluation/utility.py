@@ -67,7 +67,7 @@ def multiple_choice(
         workers: which process this is; each takes a share of the questions and all return the whole result.
     """
     if not questions:
-        raise UserError("there are no questions; give a file with at least one, or leave utility out.")
+        raise UserError("there are no questions: give a file with at least one, or leave utility out")
     asked = [(_letter if style == "letter" else _sentence)(model, question) for question in questions]
     limit = max_positions(model)
     workers = unless_sharded(workers, model)
@@ -138,7 +138,7 @@ def _answer(
     longest = max((len(answer) for each in asked for _, answer in each), default=0)
     if limit is not None and longest > limit:
         raise UserError(
-            f"an answer of {longest} tokens is longer than the {limit} that {model.name} can read; shorten it."
+            f"an answer of {longest} tokens is longer than the {limit} that {model.name} can read: shorten it"
         )
     sums = log_likelihoods(model, [pair for each in asked for pair in each], batch_size=batch_size, progress=progress)
     cuts = np.cumsum([len(each) for each in asked])[:-1]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import TEXT, tiny
 
+import unlearn
 from lm.config import parse_config
 from lm.data.rows import Question, Row
 from lm.errors import UserError
@@ -20,7 +21,7 @@ from lm.prompts import PromptSpec
 from tests.forked import run_forked
 from unlearn.evaluation import lume, membership
 from unlearn.evaluation.config import EvaluateConfig
-from unlearn.evaluation.evaluate import EvaluationSet, evaluate
+from unlearn.evaluation.evaluate import Evaluation, EvaluationSet
 from unlearn.evaluation.stage import first_of_each_subject, read_set, run_evaluate, table
 from unlearn.evaluation.utility import multiple_choice
 from unlearn.generation.generate import generate
@@ -46,6 +47,12 @@ ASKED = EvaluationSet(
     nonmembers=(TEXT[2], TEXT[3], TEXT[0][:20]),
     questions=QUESTIONS,
 )
+
+
+def evaluate(model: LanguageModel, asked: EvaluationSet, **how: object) -> Evaluation:
+    """Ask a whole set at once."""
+    given = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
+    return unlearn.evaluate(model, **given, **how)  # type: ignore[arg-type]
 
 
 def model(seed: int = 1) -> LanguageModel:
@@ -275,5 +282,5 @@ def test_nan_losses_end_in_a_sentence() -> None:
     subject = model()
     with torch.no_grad():
         subject.model.lm_head.weight[5] = np.inf
-    with pytest.raises(UserError, match="NaN; the model is broken"):
+    with pytest.raises(UserError, match="NaN: the model is broken"):
         evaluate(subject, ASKED, max_new_tokens=1)

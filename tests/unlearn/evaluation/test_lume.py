@@ -114,9 +114,9 @@ def test_what_is_refused() -> None:
     assert lume.score([*good, row("1xx0", "Task1", "a", "a")], good, other_rows="ignore").terms[1] == 0
     with pytest.raises(UserError, match=r'"Task9".*Task1, Task2, Task3'):
         lume.score(good, [row("1qa0", "Task9", "a", "a")])
-    with pytest.raises(UserError, match=r'1qa0: "model_output" is missing'):
+    with pytest.raises(UserError, match=r'"model_output" of row 1qa0 is missing'):
         lume.score([{"id": "1qa0", "task": "Task1", "expected_output": "a"}], good)
-    with pytest.raises(UserError, match='"model_output" is nan'):
+    with pytest.raises(UserError, match=r'"model_output" of row \S+ is nan'):
         lume.score([{"id": "1qa0", "task": "Task1", "expected_output": "a", "model_output": math.nan}], good)
     with pytest.raises(UserError, match="no row to score"):
         lume.score([], [])
