@@ -5,7 +5,8 @@ files to files, `unlearn.evaluate` scores the result.
 """
 
 from unlearn import objectives
-from unlearn.evaluation.evaluate import Evaluation, evaluate
+from unlearn.evaluation.evaluate import evaluate
+from unlearn.evaluation.result import Evaluation
 from unlearn.scope.scope import Lora, Scope
 
 __all__ = ["Evaluation", "Lora", "Scope", "evaluate", "objectives"]

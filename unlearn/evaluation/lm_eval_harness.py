@@ -56,7 +56,9 @@ def run_lm_eval(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as problem:
-        raise UserError(f"lm-eval cannot be imported ({problem}): pip install 'palimpsest-unlearning[eval]'") from None
+        missing = (problem.name or "").partition(".")[0] == "lm_eval"
+        state = "is not installed" if missing else f"cannot be imported ({problem})"
+        raise UserError(f"lm-eval {state}: pip install 'palimpsest-unlearning[eval]'") from None
     local = {path.stem for path in task_dir.glob("*.yaml")} if task_dir is not None else set()
     with evaluating(model), _own_generators(), _quiet("lm_eval", "lm-eval", "datasets"):
         manager = TaskManager(
@@ -67,7 +69,7 @@ def run_lm_eval(
                 hint = did_you_mean(name, manager.all_tasks)
                 raise UserError(f'lm-eval has no task "{name}"{hint}: `lm_eval ls tasks` lists them')
         try:
-            found = simple_evaluate(
+            results = simple_evaluate(
                 model=HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size),
                 tasks=list(tasks),
                 limit=limit,
@@ -80,7 +82,7 @@ def run_lm_eval(
             raise UserError(
                 f"the data of {', '.join(tasks)} cannot be had ({reason}): go online, or use a file"
             ) from None
-    return {task: _metrics(values) for task, values in {**found["results"], **(found.get("groups") or {})}.items()}
+    return {task: _metrics(values) for task, values in {**results["results"], **(results.get("groups") or {})}.items()}
 
 
 def write_task(folder: Path, questions: Sequence[Question], name: str = BUILTIN_TASK) -> Path:

@@ -17,9 +17,11 @@ from lm.fingerprint import fingerprint
 from lm.row_files import data_hash, load_documents, load_questions, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, write_json
 from unlearn.evaluation.config import LM_EVAL, EvaluateConfig
-from unlearn.evaluation.evaluate import MEASURES, Evaluation, EvaluationSet, evaluate
+from unlearn.evaluation.evaluate import evaluate
+from unlearn.evaluation.evaluation_set import EvaluationSet
 from unlearn.evaluation.lm_eval_harness import BUILTIN_TASK
 from unlearn.evaluation.lume import SCORES, SIDES, TASKS, TERMS
+from unlearn.evaluation.result import MEASURES, Evaluation
 from unlearn.generation.batching import Workers
 
 _ROWS = (

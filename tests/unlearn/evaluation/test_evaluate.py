@@ -21,7 +21,8 @@ from lm.prompts import PromptSpec
 from tests.forked import run_forked
 from unlearn.evaluation import lume, membership
 from unlearn.evaluation.config import EvaluateConfig
-from unlearn.evaluation.evaluate import Evaluation, EvaluationSet
+from unlearn.evaluation.evaluation_set import EvaluationSet
+from unlearn.evaluation.result import Evaluation
 from unlearn.evaluation.stage import first_of_each_subject, read_set, run_evaluate, table
 from unlearn.evaluation.utility import multiple_choice
 from unlearn.generation.generate import generate

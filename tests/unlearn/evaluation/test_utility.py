@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,14 @@ def test_an_unknown_task_is_refused(tmp_path: Path) -> None:
     write_task(tmp_path, questions(2))
     with pytest.raises(UserError, match=r"no task .mmlu_abstract_algebr.*did you mean 'mmlu_abstract_algebra'"):
         run_lm_eval(tiny("olmo"), ["mmlu_abstract_algebr"], task_dir=tmp_path)
+
+
+def test_without_lm_eval_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"^lm-eval is not installed: pip install 'palimpsest-unlearning\[eval\]'$"):
+        run_lm_eval(tiny("olmo"), [BUILTIN_TASK])
 
 
 def test_the_wordings() -> None:

@@ -1,0 +1,75 @@
+"""What a model is asked: rows, documents, questions; and whether that is enough for the scores that are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lm.data.rows import Question, Row
+from lm.errors import UserError
+from lm.row_files import check_disjoint
+from unlearn.evaluation.scores import chosen_scores
+from unlearn.evaluation.scores.base import Need, Score
+from unlearn.evaluation.utility import Style
+
+_GIVE = {
+    "forget": "forget rows",
+    "retain": "retain rows",
+    "losses": "documents of members and non-members",
+    "choices": "questions",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """What a model is asked. Membership and utility may be left out; then there is no final score.
+
+    Attributes:
+        forget, retain: rows to generate on; no id on both sides.
+        members, nonmembers: whole documents the model was, and was not, trained on. Both or neither.
+        questions: multiple-choice questions for utility.
+        style: how they are asked (see `unlearn.evaluation.utility`).
+        lm_eval: ask through lm-eval instead: the name of one of its tasks, or, with `questions`, any name at all.
+    """
+
+    forget: tuple[Row, ...]
+    retain: tuple[Row, ...]
+    members: tuple[str, ...] = ()
+    nonmembers: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+    style: Style = "sentence"
+    lm_eval: str | None = None
+
+    def __post_init__(self) -> None:
+        check_disjoint(self.forget, self.retain)
+        if bool(self.members) != bool(self.nonmembers):
+            raise UserError("membership needs both members and non-members: give both, or neither")
+        both = set(self.members) & set(self.nonmembers)
+        if both:
+            raise UserError(f'the document "{min(both)[:40]}..." is both a member and a non-member: take it out of one')
+        if self.lm_eval is not None and self.questions and self.style != "sentence":
+            raise UserError("questions go through lm-eval in sentence style only: set the style to sentence")
+
+    def gives(self, need: Need) -> bool:
+        """Whether there is something to ask for this statistic."""
+        if need == "losses":
+            return bool(self.members)
+        if need == "choices":
+            return bool(self.questions) or self.lm_eval is not None
+        return True
+
+    def askable(self, scores: Sequence[str | Score] | None) -> tuple[Score, ...]:
+        """These scores with their parts, once it is clear that this set gives what they need and holds rows they can read.
+
+        Raises:
+            UserError: an unknown score, one that was asked for and needs what is not given, or rows that one cannot read.
+        """
+        wanted = chosen_scores(scores)
+        for score in wanted if scores is not None else ():
+            if missing := [_GIVE[need] for need in score.needs if not self.gives(need)]:
+                raise UserError(
+                    f"the score {score.name} needs {missing[0]} and there are none: give some, or leave it out"
+                )
+        for check in {type(score): score for score in wanted}.values():
+            check.check_rows((*self.forget, *self.retain))
+        return wanted

@@ -1,0 +1,86 @@
+"""What an evaluation comes to: scores by name, the same example by example, and all that they were computed from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from unlearn.evaluation import lume
+from unlearn.evaluation.scores.base import Generation, Statistics
+
+MEASURES = ("task_aggregate", "mia_auc", "mia_score", "utility", "final")
+"""The keys beside `terms` that scores.json always has."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Evaluation:
+    """The result, with what it was computed from.
+
+    Attributes:
+        values: the name of a score -> its value; None where it does not apply or something it needs was not asked.
+        examples: the name of a score -> id of a row, document or question -> its number; only scores that have such numbers.
+        statistics: the generations, losses and choices behind them.
+        seconds: time spent on each part (`forget`, `retain`, `membership`, `utility`).
+    """
+
+    values: Mapping[str, float | None]
+    examples: Mapping[str, Mapping[str, float]]
+    statistics: Statistics
+    seconds: Mapping[str, float]
+
+    @property
+    def scores(self) -> lume.LumeScores:
+        """The official scores; `final` has `utility` in the place of MMLU. NaN for those that were not computed."""
+        terms = [self.values.get(name) for name in lume.TERMS]
+        aggregate = self.values.get("task_aggregate")
+        return lume.LumeScores(
+            terms=tuple(math.nan if term is None else term for term in terms),
+            applies=tuple(term is not None for term in terms),
+            task_aggregate=math.nan if aggregate is None else aggregate,
+            mia_auc=self.values.get("mia_auc"),
+            mia=self.values.get("mia_score"),
+            mmlu=self.utility,
+            final=self.values.get("final"),
+        )
+
+    @property
+    def utility(self) -> float | None:
+        """Accuracy, or None if no question was asked."""
+        return self.values.get("utility")
+
+    @property
+    def forget(self) -> tuple[Generation, ...]:
+        """The generations of the forget rows, in their order; empty if no score needed them."""
+        return self.statistics.forget or ()
+
+    @property
+    def retain(self) -> tuple[Generation, ...]:
+        """The generations of the retain rows."""
+        return self.statistics.retain or ()
+
+    @property
+    def member_losses(self) -> tuple[float, ...]:
+        """Mean token loss of each member document, in nats; empty if there were none."""
+        return self.statistics.losses.members if self.statistics.losses is not None else ()
+
+    @property
+    def nonmember_losses(self) -> tuple[float, ...]:
+        """Likewise of each document that the model was not trained on."""
+        return self.statistics.losses.nonmembers if self.statistics.losses is not None else ()
+
+    def to_json(self) -> dict[str, object]:
+        """The numbers alone: `terms` (the twelve, null where one does not apply), `task_aggregate`, `mia_auc`, `mia_score`,
+        `utility`, `final` (null if not everything was given), any other score under its name, `seconds` (of all parts)."""
+        others = {name: value for name, value in self.values.items() if name not in (*lume.TERMS, *MEASURES)}
+        return {
+            "terms": [self.values.get(name) for name in lume.TERMS],
+            **{name: self.values.get(name) for name in MEASURES},
+            **others,
+            "seconds": round(sum(self.seconds.values()), 3),
+        }
+
+    def __repr__(self) -> str:
+        named = [name for name in (*MEASURES, *self.values) if name in self.values and name not in lume.TERMS]
+        known = [f"{name} {value:.4f}" for name in dict.fromkeys(named) if (value := self.values[name]) is not None]
+        return f"Evaluation({', '.join([*known, f'{len(self.forget)} forget and {len(self.retain)} retain rows'])})"
