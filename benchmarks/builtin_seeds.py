@@ -19,7 +19,9 @@ sys.path[0] = str(ROOT)
 
 from lm.config import parse_config, script
 from lm.run_folder import write_atomic, write_json
-from unlearn.demo.stage import DemoConfig, entries, find_layers, score_entry
+from unlearn.demo.config import DemoConfig
+from unlearn.demo.entries import entries
+from unlearn.demo.stage import find_layers, score_entry
 
 COLUMNS = ("task_aggregate", "mia_auc", "utility", "final", "seconds")
 

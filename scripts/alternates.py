@@ -11,7 +11,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, whether 
 
 from lm.config import script
 from lm.devices import is_main
-from unlearn.alternates.stage import AlternatesConfig, run_alternates
+from unlearn.alternates.config import AlternatesConfig
+from unlearn.alternates.stage import run_alternates
 
 
 def main(config: AlternatesConfig) -> None:

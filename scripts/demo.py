@@ -9,7 +9,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/unlearn.py must not hide the package
 
 from lm.config import script
-from unlearn.demo.stage import DemoConfig, check_results, run_demo
+from unlearn.demo.config import DemoConfig
+from unlearn.demo.stage import check_results, run_demo
 
 
 def main(config: DemoConfig) -> None:

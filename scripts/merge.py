@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, whether or not the packages are installed
 
 from lm.config import script
-from unlearn.merging.stage import MergeConfig, run_merge
+from unlearn.merging.config import MergeConfig
+from unlearn.merging.stage import run_merge
 
 
 def main(config: MergeConfig) -> None:

@@ -13,6 +13,12 @@ from unlearn.objectives import AsPublished, AsPublishedWeight, Joint, Loss, Obje
 from unlearn.scope.scope import Scope
 from unlearn.training.config import TrainerConfig
 
+HELP = """Take it out: train the chosen layers so that the forget rows are gone and the retain rows stay.
+
+palimpsest unlearn --config builtin --out runs/mine
+accelerate launch --config_file configs/accelerate/cpu2_ddp.yaml -m palimpsest unlearn --config builtin
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:

@@ -150,6 +150,11 @@ def run_unlearn(config: UnlearnConfig) -> Path:
     return result
 
 
+def describe(config: UnlearnConfig, result: Path) -> str:
+    """What a finished run says."""
+    return f"wrote {result}"
+
+
 def _validation_rows(config: UnlearnConfig, trained: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]] | None:
     """Both sides of the validation split, checked; None if there is none."""
     if config.validation.forget is None or config.validation.retain is None:

@@ -15,7 +15,8 @@ from lm.errors import UserError
 from lm.run_folder import write_atomic
 from unlearn.config import UnlearnConfig
 from unlearn.evaluation.config import EvaluateConfig
-from unlearn.merging.stage import MergeConfig, TaskArithmetic, Ties
+from unlearn.merging.config import MergeConfig
+from unlearn.merging.merge import TaskArithmetic, Ties
 from unlearn.objectives import Learn
 
 PAIR = ("search/UNDIAL/trial-00", "search/Joint/trial-01")

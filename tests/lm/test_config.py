@@ -155,7 +155,7 @@ def test_every_setting_has_a_sentence() -> None:
     from tracing.stages.trace.config import TraceConfig
     from unlearn.attacks import AttackConfig
     from unlearn.config import UnlearnConfig
-    from unlearn.demo.stage import DemoConfig
+    from unlearn.demo.config import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
 
     silent: list[str] = []
@@ -181,12 +181,12 @@ def test_every_shipped_config_is_read_by_its_script() -> None:
     from sae.trainer import TrainSaeConfig
     from tracing.stages.localize.config import LocalizeConfig
     from tracing.stages.trace.config import TraceConfig
-    from unlearn.alternates.stage import AlternatesConfig
+    from unlearn.alternates.config import AlternatesConfig
     from unlearn.attacks import AttackConfig
     from unlearn.config import UnlearnConfig
-    from unlearn.demo.stage import DemoConfig
+    from unlearn.demo.config import DemoConfig
     from unlearn.evaluation.config import EvaluateConfig
-    from unlearn.merging.stage import MergeConfig
+    from unlearn.merging.config import MergeConfig
     from unlearn.search.config import SearchConfig
 
     kinds = {

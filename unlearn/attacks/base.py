@@ -7,17 +7,42 @@ and a model it gives what is answered at each level. Comparing with a model that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from lm.data.rows import Row
+from lm.errors import UserError
 from lm.model import ModelSpec
+from lm.prompts import PromptSpec
 from unlearn.attacks.answers import Answer
 from unlearn.attacks.curves import Verdict
 
-if TYPE_CHECKING:
-    from unlearn.attacks.config import AttackConfig
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSettings:
+    """What every attack is told beside its own settings.
+
+    Attributes:
+        seeds: every trial is made once with each.
+        prompt: how rows are rendered: as they were trained.
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: prompts at once on each process.
+        columns: for rows that the attack reads from files with other column names: our field -> their column.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    prompt: PromptSpec = field(default_factory=PromptSpec)
+    max_new_tokens: int = 64
+    batch_size: int = 64
+    columns: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds is {list(self.seeds)}: give at least one, all different and none below 0")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
 
 
 @dataclass(frozen=True)
@@ -54,11 +79,11 @@ class Attack:
         """The levels at which the model is asked, rising; 0 is first."""
         raise NotImplementedError
 
-    def trials(self, forget: Sequence[Row], retain: Sequence[Row], config: AttackConfig) -> list[Trial]:
-        """What is tried, each once for each of `config.seeds`. Raises UserError where the rows do not allow it."""
+    def trials(self, forget: Sequence[Row], retain: Sequence[Row], settings: AttackSettings) -> list[Trial]:
+        """What is tried, each once for each of `settings.seeds`. Raises UserError where the rows do not allow it."""
         raise NotImplementedError
 
-    def run(self, trial: Trial, spec: ModelSpec, config: AttackConfig, folder: Path) -> dict[int, list[Answer]]:
+    def run(self, trial: Trial, spec: ModelSpec, settings: AttackSettings, folder: Path) -> dict[int, list[Answer]]:
         """Attack a model and ask it at every level above 0.
 
         `folder` is this trial's and model's own: what is in it already is not done again. All processes call it.

@@ -8,8 +8,14 @@ from lm.errors import UserError
 from lm.model import ModelSpec
 from lm.prompts import PromptSpec
 from tracing.bootstrap import check_confidence
-from unlearn.attacks.base import Attack
+from unlearn.attacks.base import Attack, AttackSettings
 from unlearn.attacks.relearning import Relearning
+
+HELP = """Does it come back? Attack an unlearned model, and beside it one that never knew, and compare what they say.
+
+palimpsest attack --config builtin --model.path runs/mine/model --out runs/mine-attack
+accelerate launch -m palimpsest attack --model.path MODEL --never.path RETAIN_MODEL --forget … --retain …
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +56,8 @@ class AttackConfig:
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
         if not 0 < self.margin < 1:
-            raise UserError(f"margin is {self.margin}; give a difference of scores between 0 and 1 (0.1 is usual)")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds is {list(self.seeds)}; give at least one, all different and none below 0")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            raise UserError(f"margin is {self.margin}: give a difference of scores between 0 and 1 (0.1 is usual)")
+        _ = self.settings  # refuses what no attack can be told
         for name in ("model", "never"):
             if getattr(self, name).device not in (None, "cpu", "cuda"):
                 raise UserError(
@@ -69,3 +71,14 @@ class AttackConfig:
                         f"{name} is {given} but forget is {self.forget}: the built-in one says nothing about other data; give "
                         "your own"
                     )
+
+    @property
+    def settings(self) -> AttackSettings:
+        """What the attack reads of this."""
+        return AttackSettings(
+            seeds=self.seeds,
+            prompt=self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            columns=self.columns,
+        )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from accelerate import Accelerator
 
@@ -24,7 +24,7 @@ from lm.model import LanguageModel, ModelSpec
 from lm.row_files import data_hash, load_rows
 from lm.run_folder import RunFolder
 from unlearn.attacks.answers import Answer, ask, read_answers, write_answers
-from unlearn.attacks.base import Attack, Trial
+from unlearn.attacks.base import Attack, AttackSettings, Trial
 from unlearn.attacks.curves import Verdict
 from unlearn.attacks.splits import Given, check_apart, check_some, other_people, same_people, without_told
 from unlearn.generation.batching import Workers
@@ -35,9 +35,6 @@ from unlearn.stage import encode_rows
 from unlearn.training.config import TrainerConfig
 from unlearn.training.loop import train
 from unlearn.training.step import Side
-
-if TYPE_CHECKING:
-    from unlearn.attacks.config import AttackConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +116,16 @@ class Relearning(Attack):
             return Scope(layers="model")
         return Scope(layers="all", modules=("all",), lora=Lora(rank=self.lora, alpha=2 * self.lora))
 
-    def trials(self, forget: Sequence[Row], retain: Sequence[Row], config: AttackConfig) -> list[Trial]:
+    def trials(self, forget: Sequence[Row], retain: Sequence[Row], settings: AttackSettings) -> list[Trial]:
         """One for each of `given` and each seed.
 
         Raises:
             UserError: nothing to give or to ask; a row that is both.
         """
-        others = load_rows(self.unrelated, columns=config.columns) if "unrelated" in self.given else ()
+        others = load_rows(self.unrelated, columns=settings.columns) if "unrelated" in self.given else ()
         found = []
         for name in self.given:
-            for seed in config.seeds:
+            for seed in settings.seeds:
                 if name == "other_people":
                     given, asked = other_people(forget, self.share, seed)
                 elif name == "same_people":
@@ -141,13 +138,13 @@ class Relearning(Attack):
                 found.append(Trial(name, seed, given, left, told=len(asked) - len(left)))
         return found
 
-    def run(self, trial: Trial, spec: ModelSpec, config: AttackConfig, folder: Path) -> dict[int, list[Answer]]:
+    def run(self, trial: Trial, spec: ModelSpec, settings: AttackSettings, folder: Path) -> dict[int, list[Answer]]:
         """The answers after 1 x `every`, 2 x `every`, … steps; those that are in `folder` already are read."""
         if not all(_file(folder, level).exists() for level in self.levels[1:]):
-            self._train(trial, spec, config, folder)
+            self._train(trial, spec, settings, folder)
         return {level: read_answers(_file(folder, level)) for level in self.levels[1:]}
 
-    def _train(self, trial: Trial, spec: ModelSpec, config: AttackConfig, folder: Path) -> None:
+    def _train(self, trial: Trial, spec: ModelSpec, settings: AttackSettings, folder: Path) -> None:
         acc = accelerator(mixed_precision=self.autocast, cpu=spec.device == "cpu")
         scope = self.scope
         model = load(spec, device="cpu")
@@ -165,13 +162,13 @@ class Relearning(Attack):
         train(
             acc,
             model,
-            Side(encode_rows(model, trial.given, config.prompt)),
+            Side(encode_rows(model, trial.given, settings.prompt)),
             Side([]),
             Loss.of(Learn(), NoRetain()),
             replace(self.trainer, seed=trial.seed),
             run=run,
             made_from=weights,
-            validate=_Asking(acc, model, trial, config, run),
+            validate=_Asking(acc, model, trial, settings, run),
             resume=True,
             label=f"relearn {trial.name}",
         )
@@ -187,7 +184,7 @@ class _Asking:
     acc: Accelerator
     model: LanguageModel
     trial: Trial
-    config: AttackConfig
+    settings: AttackSettings
     run: RunFolder
 
     def __call__(self) -> dict[str, float]:
@@ -196,9 +193,9 @@ class _Asking:
         found = ask(
             self.model,
             self.trial.asked,
-            self.config.prompt,
-            max_new_tokens=self.config.max_new_tokens,
-            batch_size=self.config.batch_size,
+            self.settings.prompt,
+            max_new_tokens=self.settings.max_new_tokens,
+            batch_size=self.settings.batch_size,
             workers=workers,
         )
         if self.run.main:

@@ -58,7 +58,7 @@ def run_attack(config: AttackConfig) -> AttackResult:
     check_disjoint(forget, retain)
     forget = _of_tasks(forget, config)
     check_rows(forget)
-    trials = config.attack.trials(forget, retain, config)
+    trials = config.attack.trials(forget, retain, config.settings)
     acc = accelerator(cpu=config.model.device == "cpu")
     specs = dict(zip(MODELS, (config.model, config.never), strict=True))
     run = RunFolder(config.out, main=acc.is_main_process)
@@ -75,7 +75,7 @@ def run_attack(config: AttackConfig) -> AttackResult:
         found = {}
         for name, spec in specs.items():
             folder = run.path / trial.name / f"seed-{trial.seed}" / name
-            later = config.attack.run(trial, spec, config, folder)
+            later = config.attack.run(trial, spec, config.settings, folder)
             found[name] = _curve(trial.asked, before[name], [later[level] for level in config.attack.levels[1:]])
         curves.setdefault(trial.name, []).append((trial, found))
     result = AttackResult(config.attack, tuple(_compare(config, forget, each) for each in curves.values()))
@@ -93,6 +93,11 @@ def run_attack(config: AttackConfig) -> AttackResult:
             run.finish(seconds=round(time.monotonic() - started, 3), peak_memory_bytes=peak_memory_bytes())
     acc.wait_for_everyone()
     return result
+
+
+def describe(config: AttackConfig, result: AttackResult) -> str:
+    """What a finished attack says: the curves as tables, a sentence for each, and where everything is."""
+    return f"{result}\nwrote {config.out}/attack.json and attack.png"
 
 
 def _of_tasks(rows: Sequence[Row], config: AttackConfig) -> tuple[Row, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,86 +24,15 @@ from tracing.effects.effects import Effects
 from tracing.plan.layer_plan import LayerPlan
 from tracing.question.fact_source import read_facts
 from tracing.stages.retrace.stage import RetraceConfig, run_retrace
-from tracing.stages.trace.config import TraceConfig
 from tracing.stages.trace.stage import run_trace
 from unlearn.config import UnlearnConfig
+from unlearn.demo.collect import demo_report
+from unlearn.demo.config import DemoConfig
+from unlearn.demo.entries import Entry, entries
 from unlearn.evaluation.config import EvaluateConfig
 from unlearn.evaluation.stage import run_evaluate
-from unlearn.objectives import GradientDifference, Joint, Objective
-from unlearn.scope.scope import Scope
+from unlearn.report import write_report
 from unlearn.stage import run_unlearn
-from unlearn.training.config import TrainerConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """The main job on the built-in model."""
-
-    trace: TraceConfig = field(default_factory=TraceConfig)
-    """How the layers are found (`out` and `resume` are the demo's)."""
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """How every unlearning run trains: equal steps, batches and rates for the method and its controls."""
-    joint: Joint = field(default_factory=Joint)
-    """The joint objective."""
-    twin: str = "builtin:retain_model"
-    """The model that never saw the forget rows; `trace.model` names the one that did."""
-    difference: GradientDifference = field(default_factory=GradientDifference)
-    """The gradient-difference baseline, in the planned layers: what differs from the method is the objective alone."""
-    batch_size: int = 64
-    """Prompts generated at once when scoring."""
-    out: str = "runs/demo"
-    """The folder for results.json, report.html and the stages' run folders."""
-
-    def __post_init__(self) -> None:
-        if type(self.difference) is not GradientDifference:
-            raise UserError(
-                f"difference is {type(self.difference).__name__}, and its row is called gradient difference: set its "
-                "fields only, or compare other objectives with scripts/unlearn.py"
-            )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One model of the comparison: a model to load as it is, or an unlearning run to make first."""
-
-    key: str
-    label: str
-    note: str
-    path: str | None = None
-    scope: Scope | None = None
-    objective: Objective | None = None
-
-
-def entries(config: DemoConfig, plan: Path) -> list[Entry]:
-    """The untouched model, its twin, the method, and the controls."""
-    file = str(plan)
-    return [
-        Entry("base", "Before unlearning", "The model that memorized everything: the floor.", config.trace.model.path),
-        Entry(
-            "retain_only",
-            "Never saw it",
-            "The twin trained without the forget rows: the honest ceiling.",
-            config.twin,
-        ),
-        Entry("joint_planned", "Joint, planned layers", "The method.", None, Scope(plan=file), config.joint),
-        Entry(
-            "joint_random",
-            "Joint, random layers",
-            "Control: as many layers, drawn.",
-            None,
-            Scope(plan=file, use="random"),
-            config.joint,
-        ),
-        Entry("joint_all", "Joint, all layers", "Control: every MLP.", None, Scope(plan=file, use="all"), config.joint),
-        Entry(
-            "gradient_difference",
-            "Gradient difference",
-            "Baseline: the same layers and steps, no cap, no adaptive weight.",
-            None,
-            Scope(plan=file),
-            config.difference,
-        ),
-    ]
 
 
 def run_demo(config: DemoConfig) -> Path:
@@ -121,6 +50,16 @@ def run_demo(config: DemoConfig) -> Path:
     print(f"all stages took {time.monotonic() - started:.0f} s")
     print(table(models))
     return _report(config, out, plan, models)
+
+
+def describe(config: DemoConfig, result: Path) -> str:
+    """What a finished demo says.
+
+    Raises:
+        UserError: results.json lacks a model or a number, or there is no page.
+    """
+    check_results(result.parent)
+    return f"wrote {result} and {result.parent / 'results.json'}"
 
 
 def table(models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -195,9 +134,6 @@ def score_entry(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
 
 
 def _report(config: DemoConfig, out: Path, plan: LayerPlan, models: Mapping[str, Mapping[str, Any]]) -> Path:
-    from unlearn.demo.report import demo_report
-    from unlearn.report import write_report
-
     effects = [Effects.load(out / name / "effects.npz") for name in ("trace", "retrace")]
     forgotten = frozenset(row.id for row in load_rows(UnlearnConfig().forget))
     compared = entries(config, out / "trace" / "plan.json")

@@ -1,6 +1,6 @@
 """Saved models as named tensors, read and written one at a time: what a whole model in memory would be too large for.
 
-Only files: what is computed of the tensors is `unlearn.merging.stage`, and a model that runs is loaded by `lm.load`.
+Only files: what is computed of the tensors is `unlearn.merging.merge`, and a model that runs is loaded by `lm.load`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ from typing import Any, Literal
 
 from lm.errors import UserError
 
+HELP = """Which method is better at the same effort? Equal trials, a budget of utility, seeds; a table, a picture, every run kept.
+
+palimpsest search --config builtin --out runs/search
+"""
 Sampler = Literal["tpe", "random", "grid"]
 Quality = Literal["forget_terms", "task_aggregate"]
 Keeping = Literal["utility", "retain_terms"]

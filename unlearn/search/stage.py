@@ -30,7 +30,7 @@ from unlearn.search.plan import Plan
 from unlearn.search.process import run_apart
 from unlearn.search.result import MethodResult, SearchResult
 from unlearn.search.scored import Measures, Scored, check_runs, read_scored
-from unlearn.search.table import page
+from unlearn.search.table import page, table, terms
 
 REFERENCES = "base"
 """The study that holds the models which were not trained."""
@@ -70,6 +70,11 @@ def run_search(config: SearchConfig) -> SearchResult:
     write_atomic(out / "table.md", page(result))
     run.finish(runs=len(result.runs))
     return result
+
+
+def describe(config: SearchConfig, result: SearchResult) -> str:
+    """What a finished search says: the terms, the table, and where everything is."""
+    return f"{terms(result)}\n\n{table(result)}\nwrote {config.out}/table.md, pareto.png and search.json"
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The competition's contract: `unlearn(input_model_path, output_path, forget_dir, retain_dir)`, within its hour.
 
-A fixed recipe around `run_unlearn`; whoever wants to choose takes `scripts/unlearn.py` and a config.
+A fixed recipe around `run_unlearn`; whoever wants to choose takes `palimpsest unlearn` and a config.
 """
 
 from __future__ import annotations
@@ -15,10 +15,27 @@ from lm.errors import UserError
 from lm.model import ModelSpec
 from unlearn.config import UnlearnConfig
 from unlearn.scope.scope import Scope
+from unlearn.semeval.config import SemevalConfig
 from unlearn.stage import run_unlearn
 from unlearn.training.config import TrainerConfig
 
 HOUR = 3600.0
+
+
+def run_semeval(config: SemevalConfig) -> Path:
+    """`unlearn` on the paths of a config; returns `config.output_path`."""
+    return unlearn(
+        config.input_model_path,
+        config.output_path,
+        config.forget_dir,
+        config.retain_dir,
+        tokenizer=config.tokenizer,
+    )
+
+
+def describe(config: SemevalConfig, result: Path) -> str:
+    """What a finished stage says."""
+    return f"wrote {result}"
 
 
 def unlearn(

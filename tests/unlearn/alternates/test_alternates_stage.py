@@ -19,9 +19,10 @@ from lm.prompts import PromptSpec
 from lm.row_files import load_rows
 from lm.run_folder import RunFolder
 from tests.unlearn.helpers import run_here
-from unlearn.alternates import stage
 from unlearn.alternates.base import AlternateFile
-from unlearn.alternates.stage import AlternatesConfig, Sampler, filled, invent, run_alternates
+from unlearn.alternates.config import AlternatesConfig
+from unlearn.alternates.invent import Sampler, filled, invent
+from unlearn.alternates.stage import run_alternates
 from unlearn.generation.batching import Workers, merge
 from unlearn.generation.generate import generate
 
@@ -65,7 +66,7 @@ def test_what_is_no_alternative_is_left_out_and_asked_for_again(monkeypatch: pyt
         asked.append(len(prompts))
         return next(script)
 
-    monkeypatch.setattr(stage, "generate", scripted)
+    monkeypatch.setattr("unlearn.alternates.invent.generate", scripted)
     config = AlternatesConfig(per_row=2, attempts=3)
     found = invent(tiny_model("olmo"), rows, config)
     assert asked == [4, 2, 1]
@@ -101,7 +102,7 @@ def test_rows_without_an_alternate_are_named_once_the_others_are_written(
     def silent_but_once(_: object, prompts: Sequence[str], **__: object) -> list[str]:
         return ["Elsewhere." if prompt.startswith("Ada Brill was born") else "" for prompt in prompts]
 
-    monkeypatch.setattr(stage, "generate", silent_but_once)
+    monkeypatch.setattr("unlearn.alternates.invent.generate", silent_but_once)
     config = AlternatesConfig(
         model=ModelSpec(path=str(tiny / "model"), device="cpu"),
         rows=str(tiny / "forget.jsonl"),

@@ -107,7 +107,7 @@ def test_a_model_attacked_beside_itself_is_as_one_that_never_knew(itself: Path) 
 
 def test_what_was_given_is_not_asked_and_all_else_is(itself: Path, world: AttackConfig) -> None:
     forget = load_rows(world.forget)
-    for trial in FEW.trials(forget, load_rows(world.retain), world):
+    for trial in FEW.trials(forget, load_rows(world.retain), world.settings):
         for name in ("unlearned", "never"):
             folder = itself / trial.name / f"seed-{trial.seed}" / name
             files = sorted(folder.glob("answers-*.json"))
@@ -123,7 +123,7 @@ def test_the_numbers_are_those_of_a_plain_training_loop(
     """Four given rows, four a batch, so that every step sees all: the order does not matter."""
     rows = load_rows(world.forget)
     attack = replace(FEW, lora=spread)
-    found = attack.run(Trial("other_people", 0, rows[:4], rows[4:]), world.model, world, tmp_path / "run")
+    found = attack.run(Trial("other_people", 0, rows[:4], rows[4:]), world.model, world.settings, tmp_path / "run")
     asked = {step: [one.log_probability for one in answers] for step, answers in found.items()}
     if spread is not None:  # adapters begin as nothing and then learn
         assert asked[2] != asked[4]

@@ -10,7 +10,7 @@ import pytest
 from lm.data.rows import Row
 from lm.errors import UserError
 from lm.row_files import load_rows
-from unlearn.attacks.config import AttackConfig
+from unlearn.attacks.base import AttackSettings
 from unlearn.attacks.curves import Comparison, mean_over_trials
 from unlearn.attacks.picture import curves_picture
 from unlearn.attacks.relearning import Relearning
@@ -68,7 +68,7 @@ def test_a_row_is_not_both_given_and_asked() -> None:
 
 
 def test_every_trial_of_the_builtin_world_asks_nothing_that_was_given() -> None:
-    trials = Relearning().trials(FORGET, load_rows("builtin:retain"), AttackConfig(seeds=(0, 1)))
+    trials = Relearning().trials(FORGET, load_rows("builtin:retain"), AttackSettings(seeds=(0, 1)))
     assert [(one.name, one.seed) for one in trials] == [
         (name, seed) for name in ("other_people", "same_people", "retain", "unrelated") for seed in (0, 1)
     ]

@@ -12,7 +12,8 @@ from lm.config import parse_config
 from lm.errors import UserError
 from tests.unlearn.helpers import ROOT
 from tracing import Effects
-from unlearn.demo.stage import DemoConfig, check_results, run_demo
+from unlearn.demo.config import DemoConfig
+from unlearn.demo.stage import check_results, run_demo
 from unlearn.objectives import KLMinimization
 
 MODELS = ["base", "retain_only", "joint_planned", "joint_random", "joint_all", "gradient_difference"]
@@ -103,7 +104,8 @@ def test_the_method_keeps_its_promises_over_three_seeds(tmp_path: Path) -> None:
     """Aggregate at least 0.90 and 0.97 of the twin's, utility at least 0.95 of the base's, no worse than the baseline."""
     from statistics import fmean
 
-    from unlearn.demo.stage import entries, find_layers, score_entry
+    from unlearn.demo.entries import entries
+    from unlearn.demo.stage import find_layers, score_entry
 
     config = shipped()
     find_layers(config, tmp_path / "trace")

@@ -20,7 +20,9 @@ from lm.model import LanguageModel
 from lm.run_folder import RunFolder
 from tests.unlearn.helpers import run_here
 from unlearn.merging import weight_files
-from unlearn.merging.stage import MergeConfig, TaskArithmetic, Ties, run_merge
+from unlearn.merging.config import MergeConfig
+from unlearn.merging.merge import TaskArithmetic, Ties
+from unlearn.merging.stage import run_merge
 from unlearn.merging.weight_files import Checkpoint
 
 Weights = dict[str, Tensor]

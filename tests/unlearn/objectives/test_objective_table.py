@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.unlearn.helpers import ROOT
 from tests.unlearn.objective_cases import CASES, HIDDEN, VOCABULARY, Batch, Case, draw, statistics
 from unlearn.alternates.base import Alternates, NoAlternates
-from unlearn.merging.stage import Merge
+from unlearn.merging.merge import Merge
 from unlearn.objectives import AsPublished, AsPublishedWeight, Loss, NoRetain, Objective, Retain, Weight
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm.run_folder import RunFolder
 from tracing.effects.before_after import difference
 from tracing.effects.effects import Effects
 from tracing.plan.layer_plan import LayerPlan
+from unlearn.demo.entries import Entry
 from unlearn.report import Answer, Report, ReportModel, Retraced
-
-if TYPE_CHECKING:
-    from unlearn.demo.stage import Entry
 
 QUESTION = (
     "A small language model has memorized invented stories, people's personal data and biographies. "

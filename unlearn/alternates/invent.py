@@ -1,0 +1,74 @@
+"""Invent other answers: the model itself is asked, by example, for an answer to each question that says something else.
+
+They are the alternates of AltPO (Mekala et al. 2024, arXiv 2409.13474): of the same domain and style as what is to be
+forgotten, and wrong. The model samples; each row has randomness of its own, so the text depends on the seed alone. Badge:
+**variant**: the paper's prompt is its authors', this one is ours. Learning them is `unlearn.alternates.base.AlternateFile`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm.data.rows import Row
+from lm.model import LanguageModel
+from unlearn.alternates.config import AlternatesConfig
+from unlearn.generation.batching import ONE_PROCESS, Workers
+from unlearn.generation.generate import generate
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Tokens drawn from `softmax(logits / temperature)`: the largest logit after Gumbel noise.
+
+    The noise is that of the seed, the prompt and the place in its answer, so neither batches nor processes matter.
+    """
+
+    temperature: float
+    seed: tuple[int, ...]
+
+    def __call__(self, logits: Tensor, prompts: Sequence[int], said: int) -> Tensor:
+        """(n,) token ids from (n, vocabulary) logits."""
+        size = logits.shape[1]
+        noise = np.stack([np.random.default_rng((*self.seed, prompt, said)).gumbel(size=size) for prompt in prompts])
+        return (logits.double() / self.temperature + torch.from_numpy(noise).to(logits.device)).argmax(dim=-1)
+
+
+def invent(
+    model: LanguageModel, rows: Sequence[Row], config: AlternatesConfig, *, workers: Workers = ONE_PROCESS
+) -> list[list[str]]:
+    """For each row up to `per_row` alternates, none blank, none the answer itself, none twice (case and spaces aside)."""
+    found: list[list[str]] = [[] for _ in rows]
+    for attempt in range(config.attempts):
+        asked = [place for place, has in enumerate(found) for _ in range(config.per_row - len(has))]
+        if not asked:
+            break
+        said = generate(
+            model,
+            [filled(config.template, rows[place]) for place in asked],
+            prompt=config.prompt,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            workers=workers,
+            choose=Sampler(config.temperature, (config.seed, attempt)),
+        )
+        for place, text in zip(asked, said, strict=True):
+            line = text.strip().partition("\n")[0].strip()
+            if line and _plain(line) not in map(_plain, [rows[place].output, *found[place]]):
+                found[place].append(line)
+    return found
+
+
+def filled(template: str, row: Row) -> str:
+    """The template with a row's question and answer in it."""
+    texts = {"{question}": row.input, "{answer}": row.output}
+    return re.sub(r"\{question\}|\{answer\}", lambda place: texts[place.group()], template)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -1,0 +1,42 @@
+"""The demo as data: how layers are found, how every run trains, what is compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lm.errors import UserError
+from tracing.stages.trace.config import TraceConfig
+from unlearn.objectives import GradientDifference, Joint
+from unlearn.training.config import TrainerConfig
+
+HELP = """The main job on the built-in model: trace, choose layers, unlearn, score, report.
+
+palimpsest demo --config demo --out runs/demo
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The main job on the built-in model."""
+
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    """How the layers are found (`out` and `resume` are the demo's)."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How every unlearning run trains: equal steps, batches and rates for the method and its controls."""
+    joint: Joint = field(default_factory=Joint)
+    """The joint objective."""
+    twin: str = "builtin:retain_model"
+    """The model that never saw the forget rows; `trace.model` names the one that did."""
+    difference: GradientDifference = field(default_factory=GradientDifference)
+    """The gradient-difference baseline, in the planned layers: what differs from the method is the objective alone."""
+    batch_size: int = 64
+    """Prompts generated at once when scoring."""
+    out: str = "runs/demo"
+    """The folder for results.json, report.html and the stages' run folders."""
+
+    def __post_init__(self) -> None:
+        if type(self.difference) is not GradientDifference:
+            raise UserError(
+                f"difference is {type(self.difference).__name__}, and its row is called gradient difference: set its "
+                "fields only, or compare other objectives with scripts/unlearn.py"
+            )

@@ -1,0 +1,54 @@
+"""What the demo compares: the models that are only loaded, and the unlearning runs that are made first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from unlearn.demo.config import DemoConfig
+from unlearn.objectives import Objective
+from unlearn.scope.scope import Scope
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the comparison: a model to load as it is, or an unlearning run to make first."""
+
+    key: str
+    label: str
+    note: str
+    path: str | None = None
+    scope: Scope | None = None
+    objective: Objective | None = None
+
+
+def entries(config: DemoConfig, plan: Path) -> list[Entry]:
+    """The untouched model, its twin, the method, and the controls."""
+    file = str(plan)
+    return [
+        Entry("base", "Before unlearning", "The model that memorized everything: the floor.", config.trace.model.path),
+        Entry(
+            "retain_only",
+            "Never saw it",
+            "The twin trained without the forget rows: the honest ceiling.",
+            config.twin,
+        ),
+        Entry("joint_planned", "Joint, planned layers", "The method.", None, Scope(plan=file), config.joint),
+        Entry(
+            "joint_random",
+            "Joint, random layers",
+            "Control: as many layers, drawn.",
+            None,
+            Scope(plan=file, use="random"),
+            config.joint,
+        ),
+        Entry("joint_all", "Joint, all layers", "Control: every MLP.", None, Scope(plan=file, use="all"), config.joint),
+        Entry(
+            "gradient_difference",
+            "Gradient difference",
+            "Baseline: the same layers and steps, no cap, no adaptive weight.",
+            None,
+            Scope(plan=file),
+            config.difference,
+        ),
+    ]
