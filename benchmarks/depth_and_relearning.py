@@ -61,11 +61,12 @@ def lines(model: str, depth: dict[str, Any], attack: dict[str, Any]) -> list[str
     for trial in attack["trials"]:
         rows = [row for row in trial["rows"] if row["id"] in deep]
         if not rows:
-            raise UserError(f"{model}: depth and {trial['name']} have no fact in common; measure both on the same rows")
+            raise UserError(f"{model}: depth and {trial['name']} have no fact in common: measure both on the same rows")
         depths = [deep[row["id"]]["depth"] for row in rows]
         groups = [row["document"] for row in rows]
-        scores = [float(np.mean(row["unlearned"][1:]) - np.mean(row["never"][1:])) for row in rows]
-        logs = [row["unlearned_log"][-1] - row["never_log"][-1] for row in rows]
+        retain = "retain_model" if "retain_model" in rows[0] else "never"  # as attack.json called it at first
+        scores = [float(np.mean(row["unlearned"][1:]) - np.mean(row[retain][1:])) for row in rows]
+        logs = [row["unlearned_log"][-1] - row[f"{retain}_log"][-1] for row in rows]
         ranks = [_shown(*rank_correlation(depths, each, groups)) for each in (scores, logs)]
         excess = "{mean:.3f} ({low:.3f} to {high:.3f})".format(**trial["excess"])
         deepness = "{depth:.2f} ({low:.2f} to {high:.2f})".format(**depth)
@@ -77,7 +78,8 @@ def lines(model: str, depth: dict[str, Any], attack: dict[str, Any]) -> list[str
 
 def main(config: Compared) -> None:
     print(
-        "| model | depth | given | relearned beyond never | verdict | facts | depth ~ relearned | depth ~ log-probability |"
+        "| model | depth | given | relearned beyond the retain model | verdict | facts "
+        "| depth ~ relearned | depth ~ log-probability |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for model in config.models:

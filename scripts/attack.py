@@ -1,7 +1,7 @@
-"""Does it come back? Attack an unlearned model, and beside it one that never knew, and compare what they say.
+"""Does it come back? Attack an unlearned model, and beside it the retain model, and compare what they say.
 
 python scripts/attack.py --config configs/attack/builtin.yaml --model.path runs/mine/model --out runs/mine-attack
-accelerate launch --config_file configs/accelerate/gpu8_ddp.yaml scripts/attack.py --model.path MODEL --never.path TWIN --forget …
+accelerate launch scripts/attack.py --model.path MODEL --retain_model.path RETAIN_MODEL --forget … --retain …
 """
 
 import sys

@@ -1,7 +1,7 @@
 """The axis "attack": what somebody does to an unlearned model to bring the forgotten back.
 
 An attack has levels (steps of training, shots, bits): 0 is no attack at all. It makes trials from the rows, and for a trial
-and a model it gives what is answered at each level. Comparing with a model that never knew is `unlearn.attacks.curves`.
+and a model it gives what is answered at each level. Comparing with the retain model is `unlearn.attacks.curves`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""One attack as data: an unlearned model, one that never knew, the rows, and what is done to bring them back."""
+"""One attack as data: an unlearned model, the retain model, the rows, and what is done to bring them back."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lm.errors import UserError
 from lm.model import ModelSpec
@@ -11,10 +13,10 @@ from tracing.bootstrap import check_confidence
 from unlearn.attacks.base import Attack, AttackSettings
 from unlearn.attacks.relearning import Relearning
 
-HELP = """Does it come back? Attack an unlearned model, and beside it one that never knew, and compare what they say.
+HELP = """Does it come back? Attack an unlearned model, and beside it the retain model, and compare what they say.
 
 palimpsest attack --config builtin --model.path runs/mine/model --out runs/mine-attack
-accelerate launch -m palimpsest attack --model.path MODEL --never.path RETAIN_MODEL --forget … --retain …
+accelerate launch -m palimpsest attack --model.path MODEL --retain_model.path RETAIN_MODEL --forget … --retain …
 """
 
 
@@ -22,9 +24,11 @@ accelerate launch -m palimpsest attack --model.path MODEL --never.path RETAIN_MO
 class AttackConfig:
     """Which model is attacked, how, and beside which other."""
 
+    old_keys: ClassVar[Mapping[str, str]] = {"never": "retain_model"}
+
     model: ModelSpec = field(default_factory=ModelSpec)
     """The unlearned model."""
-    never: ModelSpec = field(default_factory=lambda: ModelSpec(path="builtin:retain_model"))
+    retain_model: ModelSpec = field(default_factory=lambda: ModelSpec(path="builtin:retain_model"))
     """One of the same shape that never learned the forget rows (trained on what is to be kept alone), attacked alike."""
     forget: str = "builtin:forget"
     """The rows that it should have forgotten: a JSONL or Parquet file, a folder of them, or a part of the built-in world."""
@@ -45,7 +49,7 @@ class AttackConfig:
     batch_size: int = 64
     """Prompts at once on each process."""
     margin: float = 0.1
-    """A mean difference (of scores from 0 to 1) from the model that never knew below this counts as none."""
+    """A mean difference (of scores from 0 to 1) from the retain model below this counts as none."""
     confidence: float = 0.95
     """Of the interval over people."""
     out: str = "runs/attack"
@@ -58,17 +62,17 @@ class AttackConfig:
         if not 0 < self.margin < 1:
             raise UserError(f"margin is {self.margin}: give a difference of scores between 0 and 1 (0.1 is usual)")
         _ = self.settings  # refuses what no attack can be told
-        for name in ("model", "never"):
+        for name in ("model", "retain_model"):
             if getattr(self, name).device not in (None, "cpu", "cuda"):
                 raise UserError(
                     f"{name}.device is {getattr(self, name).device}, but training runs where the launcher puts it: leave it out "
                     "and set CUDA_VISIBLE_DEVICES, or give cpu"
                 )
         if not self.forget.startswith("builtin"):
-            for name, given in (("retain", self.retain), ("never.path", self.never.path)):
+            for name, given in (("retain", self.retain), ("retain_model.path", self.retain_model.path)):
                 if given.startswith("builtin"):
                     raise UserError(
-                        f"{name} is {given} but forget is {self.forget}: the built-in one says nothing about other data; give "
+                        f"{name} is {given} but forget is {self.forget}: the built-in one says nothing about other data, so give "
                         "your own"
                     )
 

@@ -1,6 +1,7 @@
-"""What an attack brings back beyond what it teaches a model that never knew: paired curves, an interval over people, a verdict.
+"""What an attack brings back beyond what it teaches the retain model: paired curves, an interval over people, a verdict.
 
-Pure numpy. The interval says how far the people who were asked stand for others; it knows nothing of other unlearning runs.
+The retain model never saw the forget rows. Pure numpy. The interval says how far the people who were asked stand for others; it
+knows nothing of other unlearning runs.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Comparison:
         name: what the attacker had.
         levels: rising, 0 first.
         ids, documents, kinds: of each row that was asked in any trial.
-        unlearned, never: (rows, levels) scores from 0 to 1, means over the trials in which the row was asked.
-        unlearned_log, never_log: likewise the log-probability of the true answer, nats a token.
+        unlearned, retain_model: (rows, levels) scores from 0 to 1, means over the trials in which the row was asked.
+        unlearned_log, retain_model_log: likewise the log-probability of the true answer, nats a token.
         given: how many rows the attacker had, mean over the trials.
         told: how many rows were not asked because a given one tells the answer, mean over the trials.
         margin: a mean difference below this is none.
@@ -43,9 +44,9 @@ class Comparison:
     documents: tuple[str, ...]
     kinds: tuple[str, ...]
     unlearned: Array
-    never: Array
+    retain_model: Array
     unlearned_log: Array
-    never_log: Array
+    retain_model_log: Array
     given: float
     told: float
     margin: float
@@ -63,21 +64,23 @@ class Comparison:
         return mean_over_facts(values[chosen]) if any(chosen) else np.full(len(self.levels), np.nan)
 
     def difference(self) -> tuple[Array, Array, Array]:
-        """(levels,) each: mean of unlearned minus never, and the ends of its interval; rows of a document drawn together."""
-        low, high = bootstrap(self.unlearned - self.never, self.documents, confidence=self.confidence, seed=self.seed)
-        return mean_over_facts(self.unlearned - self.never), low, high
+        """(levels,) each: mean of unlearned minus retain model, and its interval's ends; rows of a document drawn together."""
+        low, high = bootstrap(
+            self.unlearned - self.retain_model, self.documents, confidence=self.confidence, seed=self.seed
+        )
+        return mean_over_facts(self.unlearned - self.retain_model), low, high
 
     @cached_property
     def excess(self) -> tuple[float, float, float]:
         """(mean, low, high) of the difference, averaged over the levels above 0: one number, so that none is picked."""
-        values = (self.unlearned - self.never)[:, 1:].mean(axis=1)
+        values = (self.unlearned - self.retain_model)[:, 1:].mean(axis=1)
         low, high = bootstrap(values, self.documents, confidence=self.confidence, seed=self.seed)
         return float(mean_over_facts(values)), float(low), float(high)
 
     @cached_property
     def known_before(self) -> float:
-        """What the model that never knew says right before any attack."""
-        return float(self.mean(self.never)[0])
+        """What the retain model says right before any attack."""
+        return float(self.mean(self.retain_model)[0])
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -104,14 +107,12 @@ class Comparison:
         mean, low, high = self.excess
         if self.known_before > KNOWS:
             return (
-                f"the model that should never have known says {self.known_before:.2f} of the asked rows right before any attack: "
-                "give one that did not learn them."
+                f"the retain model, which should not know them, says {self.known_before:.2f} of the asked rows right before any "
+                "attack: give one that did not learn them."
             )
         if np.isnan(low):
             return f"of {self.people} person there is no interval: ask about more."
-        measured = (
-            f"{mean:+.3f} beyond the model that never knew ({self.confidence:.0%} interval {low:+.3f} to {high:+.3f})"
-        )
+        measured = f"{mean:+.3f} beyond the retain model ({self.confidence:.0%} interval {low:+.3f} to {high:+.3f})"
         if self.verdict == "cannot tell":
             if -self.margin < low and high < self.margin:
                 return f"{measured}, but {self.people} people are too few to rule out a share of {self.margin:g}."
@@ -122,11 +123,11 @@ class Comparison:
 
     @property
     def likelihood(self) -> str:
-        """How much likelier the true answers are than under the model that never knew, in a sentence: what an exact match
+        """How much likelier the true answers are than under the retain model, in a sentence: what an exact match
         does not see."""
         before, after = (
             f"{abs(ahead):.2f} nats a token {'more' if ahead >= 0 else 'less'} likely"
-            for ahead in self.mean(self.unlearned_log - self.never_log)[[0, -1]]
+            for ahead in self.mean(self.unlearned_log - self.retain_model_log)[[0, -1]]
         )
         return f"Under it the true answers are {before} than under the other before the attack, and {after} at its end."
 
@@ -137,21 +138,21 @@ class Comparison:
     def table(self, unit: str) -> str:
         """The curves as text: a line a level."""
         kinds = [kind for kind in KINDS if kind in self.kinds]
-        head = f"{unit:>7}" + "".join(f"{KINDS[kind] + 's':>22}" for kind in kinds) + f"{'nats a token':>22}"
-        pair = f"{'unlearned':>12}{'never':>10}"
+        head = f"{unit:>7}" + "".join(f"{KINDS[kind] + 's':>26}" for kind in kinds) + f"{'nats a token':>26}"
+        pair = f"{'unlearned':>12}{'retain model':>14}"
         lines = [head, " " * 7 + pair * (len(kinds) + 1) + f"{'difference':>14}"]
-        curves = [(self.mean(self.unlearned, kind), self.mean(self.never, kind)) for kind in kinds]
-        curves.append((self.mean(self.unlearned_log), self.mean(self.never_log)))
+        curves = [(self.mean(self.unlearned, kind), self.mean(self.retain_model, kind)) for kind in kinds]
+        curves.append((self.mean(self.unlearned_log), self.mean(self.retain_model_log)))
         mean, low, high = self.difference()
         for place, level in enumerate(self.levels):
-            numbers = "".join(f"{a[place]:>12.3f}{b[place]:>10.3f}" for a, b in curves)
+            numbers = "".join(f"{a[place]:>12.3f}{b[place]:>14.3f}" for a, b in curves)
             lines.append(f"{level:>7}{numbers}{mean[place]:>14.3f} ({low[place]:.3f} to {high[place]:.3f})")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data; null for what is not defined."""
         mean, low, high = self.difference()
-        names = ("unlearned", "never", "unlearned_log", "never_log")
+        names = ("unlearned", "retain_model", "unlearned_log", "retain_model_log")
         return {
             "name": self.name,
             "verdict": self.verdict,

@@ -11,20 +11,20 @@ from matplotlib.figure import Figure
 
 from unlearn.attacks.curves import Comparison
 
-_UNLEARNED, _NEVER, _INK = "#d1495b", "#26467f", "#1f2933"
+_UNLEARNED, _RETAIN, _INK = "#d1495b", "#26467f", "#1f2933"
 
 
 def curves_picture(comparisons: Sequence[Comparison], unit: str) -> bytes:
-    """Mean scores by level, those of the two models; shaded above the model that never knew, the interval of the difference."""
+    """Mean scores by level, those of the two models; shaded above the retain model, the interval of the difference."""
     figure = Figure(figsize=(3.1 * len(comparisons) + 0.5, 3.2), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
     for axes, one in zip(panels, comparisons, strict=True):
-        never = one.mean(one.never)
+        retain = one.mean(one.retain_model)
         _, low, high = one.difference()
-        axes.fill_between(one.levels, never + low, never + high, color=_UNLEARNED, alpha=0.18, lw=0)
+        axes.fill_between(one.levels, retain + low, retain + high, color=_UNLEARNED, alpha=0.18, lw=0)
         axes.plot(one.levels, one.mean(one.unlearned), "o-", color=_UNLEARNED, ms=4, label="unlearned")
-        axes.plot(one.levels, never, "s-", color=_NEVER, ms=4, label="never knew")
+        axes.plot(one.levels, retain, "s-", color=_RETAIN, ms=4, label="retain model")
         axes.set_title(f"{one.name.replace('_', ' ')}: {one.verdict}", fontsize=9, color=_INK)
         axes.set_xlabel(unit, fontsize=8)
         axes.tick_params(labelsize=8)

@@ -2,7 +2,7 @@
 
 The project's own trainer and objective (`Learn`), constant rate, all weights or adapters. Beside Hu et al., "Unlearning or
 Obfuscating?" (arXiv 2406.13356). Badge: *reconstruction*: there it is judged by the unlearned model alone; what counts here is
-the difference to a model that never knew, trained on the same rows in the same order.
+the difference to the retain model, which never saw the forget rows, trained on the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Relearning(Attack):
 
     unit: ClassVar[str] = "steps"
     words: ClassVar[Mapping[Verdict, str]] = {
-        "more": "relearns faster than a model that never knew, so knowledge is still inside",
-        "a little more": "relearns a little faster than a model that never knew, so something is still inside",
-        "as much": "relearns as fast as a model that never knew, so this attack brings nothing back",
-        "less": "relearns more slowly than a model that never knew, so it was damaged rather than made ignorant",
-        "cannot tell": "may or may not relearn faster than a model that never knew: cannot tell",
+        "more": "relearns faster than the retain model, so knowledge is still inside",
+        "a little more": "relearns a little faster than the retain model, so something is still inside",
+        "as much": "relearns as fast as the retain model, so this attack brings nothing back",
+        "less": "relearns more slowly than the retain model, so it was damaged rather than made ignorant",
+        "cannot tell": "may or may not relearn faster than the retain model: cannot tell",
     }
 
     given: tuple[Given, ...] = get_args(Given)

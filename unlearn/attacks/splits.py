@@ -53,7 +53,7 @@ def same_people(forget: Sequence[Row], share: float, seed: int) -> Split:
 def without_told(given: Sequence[Row], asked: Sequence[Row]) -> tuple[Row, ...]:
     """The asked rows whose answer does not stand in a given row, letters and digits compared alone.
 
-    Such an answer would be learned, not remembered: by the model that never knew as well.
+    Such an answer would be learned, not remembered: by the retain model as well.
     """
     told = "\n".join(_plain(row.text) for row in given)
     return tuple(row for row in asked if not _plain(row.output) or _plain(row.output) not in told)

@@ -25,7 +25,9 @@ from unlearn.attacks.picture import curves_picture
 from unlearn.evaluation.lume import check_rows
 from unlearn.generation.batching import Workers
 
-MODELS = ("unlearned", "never")
+MODELS = ("unlearned", "retain_model")
+_RETAIN_BEFORE = "never"
+"""What folders and files of the retain model were called; an attack that was begun with them goes on."""
 Curve = dict[str, list[Answer]]
 """Row id -> its answer at each level."""
 
@@ -60,7 +62,7 @@ def run_attack(config: AttackConfig) -> AttackResult:
     check_rows(forget)
     trials = config.attack.trials(forget, retain, config.settings)
     acc = accelerator(cpu=config.model.device == "cpu")
-    specs = dict(zip(MODELS, (config.model, config.never), strict=True))
+    specs = dict(zip(MODELS, (config.model, config.retain_model), strict=True))
     run = RunFolder(config.out, main=acc.is_main_process)
     before = _before(config, specs, forget, run, acc)
     curves: dict[str, list[tuple[Trial, dict[str, Curve]]]] = {}
@@ -104,7 +106,7 @@ def _of_tasks(rows: Sequence[Row], config: AttackConfig) -> tuple[Row, ...]:
     kept = tuple(row for row in rows if not config.tasks or row.task in config.tasks)
     if not kept:
         have = ", ".join(sorted({row.task for row in rows}))
-        raise UserError(f"{config.forget} has no rows of {', '.join(config.tasks)} (it has {have}); set tasks to one")
+        raise UserError(f"{config.forget} has no rows of {', '.join(config.tasks)} (it has {have}): set tasks to one")
     return kept
 
 
@@ -113,9 +115,11 @@ def _before(
 ) -> dict[str, Curve]:
     """Begin the run; what each model answers to all forget rows before it is attacked."""
     models = {name: load(spec, device=spec.device or str(acc.device)) for name, spec in specs.items()}
-    require_alike(models["unlearned"], models["never"], forget, config.prompt)
+    require_alike(models["unlearned"], models["retain_model"], forget, config.prompt)
     with together(acc):
         if acc.is_main_process:
+            if config.resume:
+                _rename_what_is_old(run)
             facts = {
                 "data": {
                     "forget": data_hash(forget),
@@ -146,20 +150,29 @@ def _before(
     return found
 
 
+def _rename_what_is_old(run: RunFolder) -> None:
+    """Give what an attack wrote before the retain model had its name that name; stopped in between, it is done again."""
+    for path in [*run.path.glob(f"*/seed-*/{_RETAIN_BEFORE}"), run.path / f"before-{_RETAIN_BEFORE}.json"]:
+        if path.exists():
+            path.rename(path.with_name(path.name.replace(_RETAIN_BEFORE, "retain_model")))
+    if (run.path / "manifest.json").exists() and _RETAIN_BEFORE in (weights := run.manifest.get("weights", {})):
+        run.note(weights={"unlearned": weights["unlearned"], "retain_model": weights[_RETAIN_BEFORE]})
+
+
 def require_alike(one: LanguageModel, other: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> None:
     """Raise UserError unless two models have one shape and cut rows into the same tokens."""
     sizes = [(each.anatomy.layers, each.anatomy.hidden, each.anatomy.vocabulary) for each in (one, other)]
     if sizes[0] != sizes[1]:
         told = [f"{layers} layers of width {hidden} and {words} tokens" for layers, hidden, words in sizes]
         raise UserError(
-            f"{one.name} has {told[0]}, and {other.name}, which never knew, {told[1]}: give never.path "
+            f"{one.name} has {told[0]}, and the retain model {other.name} has {told[1]}: give retain_model.path "
             "one of the same shape"
         )
     for row in rows:
         cut = [encode_pair(each.tokenizer, row.input, row.output, prompt).ids for each in (one, other)]
         if cut[0] != cut[1]:
             raise UserError(
-                f"{other.name} cuts row {row.id} into other tokens than {one.name}; give it the same tokenizer"
+                f"{other.name} cuts row {row.id} into other tokens than {one.name}: give it the same tokenizer"
             )
 
 
@@ -192,9 +205,9 @@ def _compare(
         documents=tuple(row.document for row in rows),
         kinds=tuple(str(row.kind) for row in rows),
         unlearned=values["unlearned", "score"],
-        never=values["never", "score"],
+        retain_model=values["retain_model", "score"],
         unlearned_log=values["unlearned", "log_probability"],
-        never_log=values["never", "log_probability"],
+        retain_model_log=values["retain_model", "log_probability"],
         given=sum(len(trial.given) for trial, _ in found) / len(found),
         told=sum(trial.told for trial, _ in found) / len(found),
         margin=config.margin,

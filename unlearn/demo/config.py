@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lm.errors import UserError
 from tracing.stages.trace.config import TraceConfig
@@ -19,13 +21,18 @@ palimpsest demo --config demo --out runs/demo
 class DemoConfig:
     """The main job on the built-in model."""
 
+    old_keys: ClassVar[Mapping[str, str]] = {"twin": "retain_model"}
+    old_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "retain_model": {"builtin:retain_only": "builtin:retain_model"}
+    }
+
     trace: TraceConfig = field(default_factory=TraceConfig)
     """How the layers are found (`out` and `resume` are the demo's)."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How every unlearning run trains: equal steps, batches and rates for the method and its controls."""
     joint: Joint = field(default_factory=Joint)
     """The joint objective."""
-    twin: str = "builtin:retain_model"
+    retain_model: str = "builtin:retain_model"
     """The model that never saw the forget rows; `trace.model` names the one that did."""
     difference: GradientDifference = field(default_factory=GradientDifference)
     """The gradient-difference baseline, in the planned layers: what differs from the method is the objective alone."""
@@ -38,5 +45,5 @@ class DemoConfig:
         if type(self.difference) is not GradientDifference:
             raise UserError(
                 f"difference is {type(self.difference).__name__}, and its row is called gradient difference: set its "
-                "fields only, or compare other objectives with scripts/unlearn.py"
+                "fields only, or compare other objectives with palimpsest unlearn"
             )

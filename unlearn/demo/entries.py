@@ -23,15 +23,15 @@ class Entry:
 
 
 def entries(config: DemoConfig, plan: Path) -> list[Entry]:
-    """The untouched model, its twin, the method, and the controls."""
+    """The untouched model, the retain model, the method, and the controls."""
     file = str(plan)
     return [
         Entry("base", "Before unlearning", "The model that memorized everything: the floor.", config.trace.model.path),
         Entry(
             "retain_only",
             "Never saw it",
-            "The twin trained without the forget rows: the honest ceiling.",
-            config.twin,
+            "The retain model, trained without the forget rows: the honest ceiling.",
+            config.retain_model,
         ),
         Entry("joint_planned", "Joint, planned layers", "The method.", None, Scope(plan=file), config.joint),
         Entry(

@@ -1,7 +1,7 @@
 """The main job on the built-in model, as `make demo` runs it: trace, choose layers, unlearn, score, report.
 
 The joint method on the planned layers stands beside its controls (random layers, all layers, gradient difference), the
-untouched model and the retain-only twin. Every stage is the public one, from files to files; this only strings them
+untouched model and the retain model. Every stage is the public one, from files to files; this only strings them
 together, so a stage that is finished is not run again.
 """
 

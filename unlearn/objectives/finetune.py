@@ -1,4 +1,4 @@
-"""The opposite of unlearning: memorize rows, to make a target model to unlearn from, or its retain-only twin."""
+"""The opposite of unlearning: memorize rows, to make a target model to unlearn from, or the retain model beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unlearn.objectives.weight import Fixed
 class Learn(Objective):
     """`L = CE(forget) + CE(retain)`: ordinary supervised fine-tuning on both sides. Nothing is unlearned with it.
 
-    A retain-only twin is learned from the same start by giving half of the retain rows on each side.
+    A retain model is learned from the same start by giving half of the retain rows on each side.
     """
 
     published_retain: ClassVar[Retain] = CrossEntropy()

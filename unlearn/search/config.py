@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lm.errors import UserError
 
@@ -22,7 +22,7 @@ Sampler = Literal["tpe", "random", "grid"]
 Quality = Literal["forget_terms", "task_aggregate"]
 Keeping = Literal["utility", "retain_terms"]
 Value = int | float | bool | str | None
-TAKEN = ("base", "twin")
+TAKEN = ("base", "retain_model")
 """Folders of the search that are no method's."""
 
 
@@ -99,6 +99,11 @@ class Method:
 class SearchConfig:
     """Methods on equal terms: the same rows, trials, seeds and budget."""
 
+    old_keys: ClassVar[Mapping[str, str]] = {"twin": "retain_model"}
+    old_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "retain_model": {"builtin:retain_only": "builtin:retain_model"}
+    }
+
     unlearn: str = "configs/unlearn/builtin.yaml"
     """The unlearning config that every method starts from: model, rows, scope, trainer."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -125,8 +130,8 @@ class SearchConfig:
     """Trials of a method that are drawn at random before the estimators are used."""
     seed: int = 0
     """Of the sampler."""
-    twin: str | None = None
-    """A model that never saw the forget rows, scored beside the base model: the ceiling."""
+    retain_model: str | None = None
+    """The model that never saw the forget rows, scored beside the base model: the ceiling."""
     out: str = "runs/search"
     """The folder: search.json, table.md, pareto.png, and a run folder a trial."""
     resume: bool = False

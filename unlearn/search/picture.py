@@ -57,8 +57,16 @@ def pareto(result: SearchResult) -> bytes:
         mark = _MARKS[place // len(_COLORS) % len(_MARKS)]
         _method(axes, method, result.lowest, _COLORS[place % len(_COLORS)], mark)
     axes.plot(result.base.utility, result.base.quality, "X", color=_INK, ms=9, label="base model", ls="none")
-    if result.twin is not None:
-        axes.plot(result.twin.utility, result.twin.quality, "*", color=_INK, ms=13, label="twin", ls="none")
+    if result.retain_model is not None:
+        axes.plot(
+            result.retain_model.utility,
+            result.retain_model.quality,
+            "*",
+            color=_INK,
+            ms=13,
+            label="retain model",
+            ls="none",
+        )
     names = {"utility": "utility: accuracy on the questions", "retain_terms": "utility: mean of the retain terms"}
     axes.set_xlabel(names[result.config.keeping], color=_INK)
     sought = {"forget_terms": "mean of the forget terms", "task_aggregate": "task aggregate"}

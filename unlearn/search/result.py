@@ -50,7 +50,7 @@ class SearchResult:
 
     config: SearchConfig
     base: Scored
-    twin: Scored | None
+    retain_model: Scored | None
     methods: Sequence[MethodResult]
 
     @property
@@ -69,7 +69,7 @@ class SearchResult:
         """Every scored run: references, trials, repeats."""
         finished = [run for method in self.methods for run in (*method.trials, *method.repeats.values())]
         trained = [run.scored for run in finished if run.scored is not None]
-        return [self.base, *([] if self.twin is None else [self.twin]), *trained]
+        return [self.base, *([] if self.retain_model is None else [self.retain_model]), *trained]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with the hashes of each run's files; `rank` counts from 1, null for what does not stand."""
@@ -78,7 +78,7 @@ class SearchResult:
             "config": as_dict(self.config),
             "lowest_utility": self.lowest,
             "base": asdict(self.base),
-            "twin": None if self.twin is None else asdict(self.twin),
+            "retain_model": None if self.retain_model is None else asdict(self.retain_model),
             "methods": {
                 method.name: {
                     "rank": ranks.get(method.name),

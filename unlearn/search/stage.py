@@ -18,10 +18,12 @@ import optuna
 from lm.config import as_dict
 from lm.errors import UserError
 from lm.model import ModelSpec
+from lm.old_configs import upgraded
 from lm.progress import Advance
 from lm.run_folder import RunFolder, progress, write_atomic, write_json
 from unlearn import export
 from unlearn.config import UnlearnConfig
+from unlearn.evaluation.config import EvaluateConfig
 from unlearn.search import choice
 from unlearn.search.config import Method, SearchConfig, Value
 from unlearn.search.ledger import Finished, Ledger
@@ -34,6 +36,8 @@ from unlearn.search.table import page, table, terms
 
 REFERENCES = "base"
 """The study that holds the models which were not trained."""
+_REFERENCE_BEFORE = {"retain_model": "twin"}
+"""What a reference was called; a search that was begun with it goes on."""
 _WEIGHTS = (export.MODEL, "best", "checkpoints")
 
 
@@ -55,10 +59,12 @@ def run_search(config: SearchConfig) -> SearchResult:
     plan, measures, out = Plan.of(config), Measures(config.quality, config.keeping), Path(config.out)
     facts = {"seed": config.seed, "optuna": optuna.__version__}
     facts |= {"unlearn": as_dict(plan.base), "evaluate": as_dict(plan.evaluate)}
+    if config.resume:
+        _rename_what_is_old(RunFolder(out))
     run = RunFolder.create(out, config, resume=config.resume, facts=facts, same=("unlearn", "evaluate"))
     ledger = Ledger(out)
     repeated = min(config.repeat or len(config.methods), len(config.methods))
-    runs = 1 + (config.twin is not None) + len(config.methods) * config.trials + repeated * len(config.seeds)
+    runs = 1 + (config.retain_model is not None) + len(config.methods) * config.trials + repeated * len(config.seeds)
     done = len(ledger.others(REFERENCES)) + sum(
         len(ledger.trials(method.name)) + len(ledger.others(method.name)) for method in config.methods
     )
@@ -77,6 +83,16 @@ def describe(config: SearchConfig, result: SearchResult) -> str:
     return f"{terms(result)}\n\n{table(result)}\nwrote {config.out}/table.md, pareto.png and search.json"
 
 
+def _rename_what_is_old(run: RunFolder) -> None:
+    """Have a manifest spell the configs that the runs start from as they are spelled today."""
+    if (run.path / "manifest.json").exists():
+        manifest = run.manifest
+        kinds: dict[str, type] = {"unlearn": UnlearnConfig, "evaluate": EvaluateConfig}
+        today = {name: upgraded(manifest[name], cls) for name, cls in kinds.items() if name in manifest}
+        if any(manifest[name] != values for name, values in today.items()):
+            run.note(**today)
+
+
 @dataclass
 class _Search:
     """One call of `run_search`: whatever is not in the journal yet is run, and enters it."""
@@ -90,7 +106,11 @@ class _Search:
     def result(self) -> SearchResult:
         config = self.plan.config
         base = self._reference("base", self.plan.base.model)
-        twin = None if config.twin is None else self._reference("twin", ModelSpec(path=config.twin))
+        retain_model = (
+            None
+            if config.retain_model is None
+            else self._reference("retain_model", ModelSpec(path=config.retain_model))
+        )
         if base.utility <= 0:
             raise UserError(
                 f"the base model's utility ({config.keeping}) is {base.utility}: there is nothing to keep, and no budget of it; "
@@ -103,10 +123,11 @@ class _Search:
         trials = {method.name: self.ledger.trials(method.name) for method in config.methods}
         chosen = choice.leading(trials, lowest, config.repeat)
         found = [self._repeat(method, lowest, method.name in chosen) for method in config.methods]
-        return SearchResult(config, base, twin, found)
+        return SearchResult(config, base, retain_model, found)
 
     def _reference(self, name: str, model: ModelSpec) -> Scored:
-        found = self.ledger.others(REFERENCES).get(name)
+        references = self.ledger.others(REFERENCES)
+        found = references.get(name) or references.get(_REFERENCE_BEFORE.get(name, name))
         if found is None:
             found = self._run(name, {}, None, model)
             if found.failed is not None:

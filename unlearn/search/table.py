@@ -52,8 +52,9 @@ def terms(result: SearchResult) -> str:
         "The table shows these runs: mean ± half of the 95 % Student interval over seeds (smallest to largest).",
         f"- The base model: quality {result.base.quality:.3f}."
         + (
-            f" Its twin, which never saw the forget rows: quality {result.twin.quality:.3f}, utility {result.twin.utility:.3f}."
-            if result.twin is not None
+            f" The retain model, which never saw the forget rows: quality {result.retain_model.quality:.3f}, "
+            f"utility {result.retain_model.utility:.3f}."
+            if result.retain_model is not None
             else ""
         ),
     ]

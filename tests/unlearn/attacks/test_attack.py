@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from lm.config import parse_config
 from lm.errors import UserError
 from lm.loading import load
 from lm.model import ModelSpec
@@ -54,7 +56,7 @@ def world(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> AttackConfig:
     spec = ModelSpec(path=str(tiny / "model"), device="cpu")
     return AttackConfig(
         model=spec,
-        never=spec,
+        retain_model=spec,
         forget=str(folder / "forget.jsonl"),
         retain=str(folder / "retain.jsonl"),
         attack=FEW,
@@ -90,15 +92,15 @@ def result(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_model_attacked_beside_itself_is_as_one_that_never_knew(itself: Path) -> None:
+def test_a_model_attacked_beside_itself_is_as_the_retain_model(itself: Path) -> None:
     trials = result(itself)
     assert [one["name"] for one in trials] == list(FEW.given)
     for one in trials:
         assert one["levels"] == [0, 2, 4]
         assert one["excess"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
         assert one["verdict"] == "as much"
-        assert "relearns as fast as a model that never knew" in one["sentence"]
-        assert one["curves"]["unlearned"] == one["curves"]["never"]
+        assert "relearns as fast as the retain model" in one["sentence"]
+        assert one["curves"]["unlearned"] == one["curves"]["retain_model"]
         log = one["curves"]["unlearned_log"]["all"]
         assert len({*log}) == 3, "training changes what it says"
     assert (itself / "attack.png").read_bytes().startswith(b"\x89PNG")
@@ -108,7 +110,7 @@ def test_a_model_attacked_beside_itself_is_as_one_that_never_knew(itself: Path) 
 def test_what_was_given_is_not_asked_and_all_else_is(itself: Path, world: AttackConfig) -> None:
     forget = load_rows(world.forget)
     for trial in FEW.trials(forget, load_rows(world.retain), world.settings):
-        for name in ("unlearned", "never"):
+        for name in ("unlearned", "retain_model"):
             folder = itself / trial.name / f"seed-{trial.seed}" / name
             files = sorted(folder.glob("answers-*.json"))
             assert [path.name for path in files] == ["answers-000002.json", "answers-000004.json"]
@@ -181,17 +183,37 @@ def test_a_finished_attack_is_read_back(world: AttackConfig, itself: Path, monke
     assert result(itself) == before
 
 
+def test_an_attack_begun_before_the_retain_model_had_its_name_goes_on(
+    world: AttackConfig, itself: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(itself, out)
+    for path in [*out.glob("*/seed-*/retain_model"), out / "before-retain_model.json"]:
+        path.rename(path.with_name(path.name.replace("retain_model", "never")))
+    for name in ("config.yaml", "manifest.json"):
+        (out / name).write_text((out / name).read_text().replace("retain_model", "never"))
+    words = ["--config", str(out / "config.yaml"), "--out", str(itself), "--resume", "true"]
+    config = parse_config(AttackConfig, words)
+    assert config == replace(world, out=str(itself), resume=True)
+    (out / "config.yaml").write_text((out / "config.yaml").read_text().replace(str(itself), str(out)))
+    monkeypatch.setattr("unlearn.attacks.relearning.train", None)
+    monkeypatch.setattr("unlearn.attacks.stage.ask", None)
+    run_attack(replace(config, out=str(out)))
+    assert result(out) == result(itself)
+    assert not list(out.glob("**/*never*"))
+
+
 def test_other_weights_behind_the_same_name_are_not_gone_on_with(
     world: AttackConfig, itself: Path, other: ModelSpec, tmp_path: Path
 ) -> None:
     manifest = json.loads((itself / "manifest.json").read_text())
-    assert manifest["weights"]["unlearned"] == manifest["weights"]["never"]
+    assert manifest["weights"]["unlearned"] == manifest["weights"]["retain_model"]
     config = replace(world, out=str(itself), resume=True)
-    with pytest.raises(UserError, match=r"never\.path was .* and is now"):
-        run_attack(replace(config, never=other))
+    with pytest.raises(UserError, match=r"retain_model\.path was .* and is now"):
+        run_attack(replace(config, retain_model=other))
     kept = (itself / "manifest.json").read_text()
     try:
-        (itself / "manifest.json").write_text(kept.replace(manifest["weights"]["never"], "0" * 16))
+        (itself / "manifest.json").write_text(kept.replace(manifest["weights"]["retain_model"], "0" * 16))
         with pytest.raises(UserError, match="weights changed since it began"):
             run_attack(config)
     finally:
@@ -199,9 +221,11 @@ def test_other_weights_behind_the_same_name_are_not_gone_on_with(
 
 
 def test_two_models_have_two_curves(world: AttackConfig, itself: Path, other: ModelSpec, tmp_path: Path) -> None:
-    config = replace(world, never=other, seeds=(0,), attack=replace(FEW, given=("retain",)), out=str(tmp_path / "run"))
+    config = replace(
+        world, retain_model=other, seeds=(0,), attack=replace(FEW, given=("retain",)), out=str(tmp_path / "run")
+    )
     (one,) = run_attack(config).comparisons
-    assert (one.unlearned_log != one.never_log).any(axis=0).all()
+    assert (one.unlearned_log != one.retain_model_log).any(axis=0).all()
     mine = next(each for each in result(itself) if each["name"] == "retain")
     before = [answers["unlearned_log"][0] for answers in mine["rows"]]
     assert one.unlearned_log[:, 0].tolist() == before, "the unlearned one is the same as in the other attack"
@@ -224,7 +248,7 @@ def test_the_script_prints_curves_and_a_sentence(world: AttackConfig, tmp_path: 
     done = run_script("attack", *config_words(config, tmp_path))
     assert done.returncode == 0, done.stderr
     assert "retain: 24 rows given, 40 rows of 10 people asked" in done.stdout
-    assert "retain: the unlearned model relearns as fast as a model that never knew" in done.stdout
+    assert "retain: the unlearned model relearns as fast as the retain model" in done.stdout
 
 
 BAD = [
@@ -239,7 +263,7 @@ BAD = [
     ({"seeds": (1, 1)}, "all different"),
     ({"batch_size": 0}, "batch_size is 0"),
     ({"confidence": 1.0}, "the confidence is 1.0"),
-    ({"never": ModelSpec()}, "never.path is builtin but forget is"),
+    ({"retain_model": ModelSpec()}, "retain_model.path is builtin but forget is"),
     ({"retain": "builtin:retain"}, "retain is builtin:retain but forget is"),
     ({"model": ModelSpec(device="cuda:1")}, "model.device is cuda:1"),
     ({"tasks": ("Task3",)}, "has no rows of Task3 (it has Task2)"),
@@ -269,7 +293,11 @@ def test_models_of_two_shapes_are_not_compared(world: AttackConfig, tmp_path: Pa
     with pytest.raises(UserError, match=r"3 layers of width 32 .* 8 layers of width 128"):
         run_attack(
             replace(
-                world, forget="builtin:forget", retain="builtin:retain", never=ModelSpec(), out=str(tmp_path / "run")
+                world,
+                forget="builtin:forget",
+                retain="builtin:retain",
+                retain_model=ModelSpec(),
+                out=str(tmp_path / "run"),
             )
         )
 

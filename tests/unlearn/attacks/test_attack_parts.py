@@ -83,10 +83,10 @@ def test_levels_are_the_stated_steps() -> None:
     assert Relearning(steps=10, every=4).levels == (0, 4, 8, 10)
 
 
-def comparison(unlearned: Any, never: Any, *, documents: int = 40, margin: float = 0.1) -> Comparison:
+def comparison(unlearned: Any, retain_model: Any, *, documents: int = 40, margin: float = 0.1) -> Comparison:
     """Two rows a document, two levels; each argument (rows, 2) or a pair that holds for all rows."""
     rows = 2 * documents
-    values = [np.broadcast_to(np.asarray(one, dtype=float), (rows, 2)) for one in (unlearned, never)]
+    values = [np.broadcast_to(np.asarray(one, dtype=float), (rows, 2)) for one in (unlearned, retain_model)]
     return Comparison(
         name="other_people",
         levels=(0, 10),
@@ -94,9 +94,9 @@ def comparison(unlearned: Any, never: Any, *, documents: int = 40, margin: float
         documents=tuple(f"p{place // 2}" for place in range(rows)),
         kinds=("qa", "sc") * documents,
         unlearned=values[0],
-        never=values[1],
+        retain_model=values[1],
         unlearned_log=values[0] - 3,
-        never_log=values[1] - 5,
+        retain_model_log=values[1] - 5,
         given=4,
         told=0,
         margin=margin,
@@ -122,7 +122,7 @@ def test_verdicts() -> None:
     assert comparison((0, 1), (0, 0), documents=1).verdict == "cannot tell", "of one person there is no interval"
     knew = comparison((1, 1), (0.9, 0.9))
     assert knew.verdict == "cannot tell"
-    assert "should never have known says 0.90" in knew.why
+    assert "which should not know them, says 0.90" in knew.why
 
 
 def test_numbers_by_hand() -> None:

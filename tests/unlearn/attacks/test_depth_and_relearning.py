@@ -32,9 +32,9 @@ def test_facts_are_matched_by_id_and_one_without_a_depth_is_left_out() -> None:
             "id": f"p{n}qa0",
             "document": f"p{n}",
             "unlearned": [0, 8 - n],
-            "never": [0, 0],
+            "retain_model": [0, 0],
             "unlearned_log": [0, n],
-            "never_log": [0, 0],
+            "retain_model_log": [0, 0],
         }
         for n in reversed(range(10))
     ]

@@ -67,7 +67,7 @@ def asked(files: Path, out: Path, *methods: Method) -> SearchConfig:
         seeds=(1, 2),
         budget=0.5,
         keeping="retain_terms",
-        twin="builtin:retain_model",
+        retain_model="builtin:retain_model",
         out=str(out),
     )
 
@@ -88,8 +88,8 @@ def test_every_method_has_its_trials_and_one_that_fails_ends_nothing(done: Searc
     assert (broken.best, broken.repeats) == (None, {})
     assert all(list(method.repeats) == [1, 2] for method in (difference, npo))
     assert done.base.quality == 0.0
-    assert done.twin is not None
-    assert done.twin.quality > 0.9
+    assert done.retain_model is not None
+    assert done.retain_model.quality > 0.9
     rates = [[trial.params["trainer.learning_rate"] for trial in method.trials] for method in (difference, npo)]
     assert rates[0] == rates[1]
 
@@ -98,7 +98,7 @@ def test_what_is_written_holds_every_run_with_the_hashes_of_its_files(done: Sear
     out = Path(done.config.out)
     found = json.loads((out / "search.json").read_text())
     assert found == json.loads(json.dumps(done.to_json()))
-    runs = [found["base"], found["twin"]]
+    runs = [found["base"], found["retain_model"]]
     for method in found["methods"].values():
         runs += [run["scored"] for run in (*method["trials"], *method["repeats"].values()) if run["scored"]]
     assert len(runs) == 2 + 4 + 4
@@ -194,7 +194,7 @@ def test_runs_on_other_rows_are_not_compared(done: SearchResult, tmp_path: Path,
 def test_killed_and_resumed_equals_unbroken(files: Path, done: SearchResult, tmp_path: Path) -> None:
     """Killed in the middle of a trial; its process goes with the one that drove it."""
     out = tmp_path / "run"
-    config = replace(asked(files, out, DIFFERENCE), twin=None, seeds=(1,))
+    config = replace(asked(files, out, DIFFERENCE), retain_model=None, seeds=(1,))
     (tmp_path / "search.yaml").write_text(dump_yaml(config))
     words = ["--config", str(tmp_path / "search.yaml")]
     process = subprocess.Popen(

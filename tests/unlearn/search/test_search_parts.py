@@ -72,7 +72,7 @@ def test_a_range_is_one_of_three_and_makes_sense(given: dict[str, Any], said: st
     ("change", "said"),
     [
         ({"name": "a/b"}, "names a folder"),
-        ({"name": "base"}, "not base or twin"),
+        ({"name": "base"}, "not base or retain_model"),
         ({"space": {}}, "empty space"),
         ({"settings": {"out": "x"}}, "has out"),
         ({"space": {"trainer.seed": Range(choice=(1, 2))}}, "a seed is not tuned"),
@@ -258,7 +258,7 @@ def found(**repeats: list[Finished]) -> SearchResult:
         MethodResult(name, [trial], 0 if runs else None, dict(enumerate(runs, start=1)))
         for name, runs in repeats.items()
     ]
-    return SearchResult(config(trials=1), scored(0.0, 1.0, "base"), scored(1.0, 1.0, "twin"), methods)
+    return SearchResult(config(trials=1), scored(0.0, 1.0, "base"), scored(1.0, 1.0, "retain_model"), methods)
 
 
 def test_only_methods_whose_repeats_all_stand_are_ranked_and_the_page_says_why() -> None:
@@ -318,13 +318,41 @@ def test_only_the_leading_methods_are_run_again(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(stage, "read_scored", lambda _, name, __: scored(qualities[name.split("/")[0]], 1.0, name))
     space = {"trainer.learning_rate": Range(log_uniform=(1e-4, 1e-3))}
     methods = tuple(Method(name=name, space=space) for name in list(qualities)[1:])
-    asked = config(methods=methods, twin=None, trials=1, seeds=(1, 2), repeat=2, out=str(tmp_path / "run"))
+    asked = config(methods=methods, retain_model=None, trials=1, seeds=(1, 2), repeat=2, out=str(tmp_path / "run"))
     result = run_search(asked)
     assert [method.name for method in result.ranked] == ["second", "third"]
     assert [len(method.repeats) for method in result.methods] == [0, 2, 2]
     text = page(result)
     assert "first was not run again: its best trial is not among the first 2." in text
     assert "The best trial of the 2 methods that came out best was run again" in text
+
+
+def test_a_search_begun_before_the_retain_model_had_its_name_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(stage, "run_apart", lambda folder, *_: ran.append(folder.name))
+    monkeypatch.setattr(stage, "check_runs", lambda *_: None)
+    monkeypatch.setattr(stage, "read_scored", lambda _, name, __: scored(0.5, 1.0, name))
+    space = {"trainer.learning_rate": Range(log_uniform=(1e-4, 1e-3))}
+    asked = config(methods=(Method(name="one", space=space),), trials=1, seeds=(1,), out=str(tmp_path / "run"))
+    first = run_search(asked)
+    assert ran == ["base", "retain_model", "trial-00", "seed-1"]
+    saved = tmp_path / "run" / "config.yaml"
+    saved.write_text(saved.read_text().replace("retain_model: builtin:retain_model", "twin: builtin:retain_only"))
+    journal = tmp_path / "run" / "study.journal"
+    journal.write_text(journal.read_text().replace("retain_model", "twin"))
+    manifest = tmp_path / "run" / "manifest.json"
+    old = manifest.read_text().replace('"class_path": "Joint"', '"class_path": "unlearn.objectives.joint.Joint"')
+    assert old != manifest.read_text()
+    manifest.write_text(old)
+    config_today = parse_config(SearchConfig, ["--config", str(saved), "--resume", "true"])
+    assert config_today == replace(asked, resume=True)
+    again = run_search(config_today)
+    assert len(ran) == 4, "nothing was run again"
+    assert again.retain_model is not None
+    assert again.retain_model.folder == "twin"
+    assert again.ranked[0].name == first.ranked[0].name == "one"
 
 
 def test_the_picture_is_drawn_whatever_was_found() -> None:
