@@ -1,6 +1,7 @@
 """Does it come back? Attacks on an unlearned model, each beside the same attack on the retain model.
 
-The retain model never saw the forget rows. `run_attack` drives any of them; `AttackConfig` says on what. So far there is one: `Relearning`.
+The retain model never saw the forget rows. `run_attack` drives any attack; `AttackConfig` says on what. So far there is one:
+`Relearning`.
 """
 
 from unlearn.attacks.base import Attack

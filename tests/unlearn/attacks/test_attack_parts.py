@@ -138,7 +138,9 @@ def test_numbers_by_hand() -> None:
         "token more likely at its end."
     )
     assert "are 2.00 nats a token less likely" in comparison((0, 0), (4, 0)).likelihood
-    assert one.sentence(Relearning.words).startswith("other_people: the unlearned model relearns faster than a model")
+    assert one.sentence(Relearning.words).startswith(
+        "other_people: the unlearned model relearns faster than the retain model"
+    )
     assert one.table("steps").splitlines()[-1].split()[:3] == ["10", "0.500", "0.125"]
     assert curves_picture([one, one], "steps").startswith(b"\x89PNG")
 
