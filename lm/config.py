@@ -8,13 +8,16 @@ chosen by class name, every other field by value.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import importlib
 import re
+import shutil
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +29,8 @@ from lm.old_configs import axis_of, class_name, say, subclasses, upgraded, upgra
 
 T = TypeVar("T")
 
+_AXIS = "CLASS"
+"""What `--help` shows in the place of an axis's value."""
 _UNKNOWN = (
     r"[Oo]ption '([^']+)' is not accepted",
     r"does not accept option '([^']+)'",
@@ -35,19 +40,22 @@ _UNKNOWN = (
 )
 
 
-def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, description: str = "") -> T:
+def parse_config(
+    cls: type[T], argv: Sequence[str] | None = None, *, description: str = "", program: str | None = None
+) -> T:
     """Read `--config FILE.yaml` and dotted overrides (`--trainer.steps 50`) into `cls`, later words winning.
 
     Args:
         cls: a frozen, keyword-only dataclass; nested dataclasses and axes allowed.
         argv: the words; None takes the command line.
-        description: the first lines of `--help`.
+        description: the first lines of `--help`, shown as they stand.
+        program: what the usage line calls the program; None takes its file's name.
 
     Raises:
         UserError: a wrong key, type, value or combination, with the nearest known name.
     """
     words = _upgraded(list(sys.argv[1:] if argv is None else argv), cls)
-    parser = _parser(cls, description)
+    parser = _parser(cls, description, program=program)
     try:
         values = parser.instantiate(parser.parse_args(words))
         chosen = {field.name: values[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -61,20 +69,33 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, *, description
         raise UserError(_explain(error, cls)) from error
 
 
+def find_config(name: str) -> str:
+    """The path of a config file: as given, or, if nothing is there and it begins with `configs/`, of the one that is shipped.
+
+    The configs that come with the project name each other as they stand in the checkout (`configs/unlearn/builtin.yaml`). They
+    stand beside the packages there, and in the package `palimpsest` once it is installed.
+    """
+    packages = Path(__file__).resolve().parents[1]
+    if Path(name).parts[:1] == ("configs",) and not Path(name).exists():
+        for shipped in (packages / "palimpsest" / name, packages / name):
+            if shipped.is_file():
+                return str(shipped)
+    return name
+
+
 def _upgraded(words: list[str], cls: type[Any]) -> list[str]:
-    """The words with today's names; of a config file that has older ones, its text with today's."""
+    """The words with config files found and with today's names; of a file that has older ones, its text with today's."""
     notices: list[str] = []
     words = upgraded_words(words, cls, notices)
-    for place, word in enumerate(words):
-        beside = word == "--config" and place + 1 < len(words)
-        if not beside and not word.startswith("--config="):
+    for index, word in enumerate(words):
+        in_next_word = word == "--config" and index + 1 < len(words)
+        if not in_next_word and not word.startswith("--config="):
             continue
-        name = words[place + 1] if beside else word.removeprefix("--config=")
-        values = _read_yaml(name)
+        file = find_config(words[index + 1] if in_next_word else word.removeprefix("--config="))
+        values = _read_yaml(file)
         newer = upgraded(values, cls, notices)
-        if newer != values:
-            text = yaml.safe_dump(newer, sort_keys=False, allow_unicode=True)
-            words[place + beside] = text if beside else f"--config={text}"
+        value = file if newer == values else yaml.safe_dump(newer, sort_keys=False, allow_unicode=True)
+        words[index + in_next_word] = value if in_next_word else f"--config={value}"
     say(notices)
     return words
 
@@ -93,14 +114,31 @@ def _read_yaml(name: str) -> Any:
         return None  # the parser says that it is not there
 
 
-def script(main: Callable[[T], None], cls: type[T], *, description: str) -> None:
-    """Run `main` on the parsed config; a `UserError` prints one line on stderr and exits with status 2."""
-    try:
-        config = parse_config(cls, description=description)
+def script(
+    main: Callable[[T], None],
+    cls: type[T],
+    *,
+    description: str,
+    argv: Sequence[str] | None = None,
+    program: str | None = None,
+) -> None:
+    """Run `main` on the parsed config (see `parse_config`), ending as `ending_in_one_line` says."""
+    with ending_in_one_line():
+        config = parse_config(cls, argv, description=description, program=program)
         _quiet()
         from lm.devices import reporting
 
         reporting(main)(config)
+
+
+@contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """What a command does: a `UserError` prints one line on stderr and exits with status 2, Ctrl-C with status 130.
+
+    The process group, if one was opened, is left in the end.
+    """
+    try:
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -149,17 +187,43 @@ def known_or_near(word: str, known: Sequence[str]) -> str:
     return f" (known: {', '.join(known)})" if 0 < len(known) <= 16 else ""
 
 
-def _parser(cls: type[Any], description: str, *, partial: bool = False) -> jsonargparse.ArgumentParser:
+class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):  # type: ignore[misc]
+    """`--help` with the description as it stands and types in words; choices that stand beside the name are not repeated."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 120) - 2)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return str(action.help if action.metavar == _AXIS else super()._get_help_string(action))
+
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        text: str | None = super()._get_type_str(action)
+        if text is None or text.startswith(("Literal[", "bool")):
+            return None
+        text = re.sub(r"Literal\[([^]]*)\]", lambda choices: choices[1].replace("'", "").replace(", ", " | "), text)
+        text = re.sub(r"Optional\[([^]]*)\]", r"\1 | null", text)
+        return re.sub(r"tuple\[([^]]*), \.\.\.\]", r"list of \1", text)
+
+
+def _parser(
+    cls: type[Any], description: str, *, program: str | None = None, partial: bool = False
+) -> jsonargparse.ArgumentParser:
     """`partial`: for some of the words, in which what is required may be missing."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=program,
+        usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+        description=description,
+        formatter_class=_Help,
+        exit_on_error=False,
+    )
     parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
-    about = _attribute_docs(cls)
+    docs = _attribute_docs(cls)
     for field, hint in _fields(cls):
         default = _default(field)
         axis = axis_of(hint)
         if default is dataclasses.MISSING:
-            parser.add_argument(f"--{field.name}", type=hint, required=not partial, help=about.get(field.name))
+            parser.add_argument(f"--{field.name}", type=hint, required=not partial, help=docs.get(field.name))
         elif axis is not None:
             jsonargparse.set_parsing_settings(subclasses_enabled=[axis])
             chosen: type[Any] = type(default)
@@ -168,10 +232,12 @@ def _parser(cls: type[Any], description: str, *, partial: bool = False) -> jsona
                 axis,
                 field.name,
                 default={"class_path": class_name(chosen), "init_args": values},
-                help=f"{about.get(field.name, '')} One of: {', '.join(sorted(subclasses(axis)))}.",
+                metavar=_AXIS,
+                help=f"{docs.get(field.name, '')} One of: {', '.join(sorted(subclasses(axis)))} "
+                f"(default: {chosen.__name__}; its settings: --{field.name}.help CLASS).",
             )
         else:
-            parser.add_argument(f"--{field.name}", type=hint, default=default, help=about.get(field.name))
+            parser.add_argument(f"--{field.name}", type=hint, default=default, help=docs.get(field.name))
     return parser
 
 
@@ -186,18 +252,19 @@ def _axis_value(cls: type[Any], words: list[str], name: str, default: Any) -> An
     another objective must not inherit this one's settings.
     """
     parser = _parser(cls, "", partial=True)
-    given = parser.parse_args(words, defaults=False).get(name)
-    if given is None:
+    setting = parser.parse_args(words, defaults=False).get(name)
+    if setting is None:
         return default
-    in_file = [place for place, word in enumerate(words) if word == "--config" or word.startswith("--config=")]
-    files = {place + step for place in in_file for step in ((0, 1) if words[place] == "--config" else (0,))}
-    from_files = parser.parse_args([words[place] for place in sorted(files)], defaults=False).get(name)
-    if from_files is not None and from_files["class_path"] != given["class_path"]:
-        given = parser.parse_args([w for place, w in enumerate(words) if place not in files], defaults=False)[name]
-    module, _, kind = str(given["class_path"]).rpartition(".")
+    flags = [index for index, word in enumerate(words) if word == "--config" or word.startswith("--config=")]
+    of_files = {index + step for index in flags for step in ((0, 1) if words[index] == "--config" else (0,))}
+    in_files = parser.parse_args([words[index] for index in sorted(of_files)], defaults=False).get(name)
+    if in_files is not None and in_files["class_path"] != setting["class_path"]:
+        overrides = [word for index, word in enumerate(words) if index not in of_files]
+        setting = parser.parse_args(overrides, defaults=False)[name]
+    module, _, kind = str(setting["class_path"]).rpartition(".")
     chosen = getattr(importlib.import_module(module), kind)
     kept = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)} if type(default) is chosen else {}
-    return chosen(**{**kept, **(given.get("init_args") or {})})
+    return chosen(**{**kept, **(setting.get("init_args") or {})})
 
 
 def _fields(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
@@ -207,13 +274,13 @@ def _fields(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
 
 def _attribute_docs(cls: type[Any]) -> dict[str, str]:
     """The string that stands under each field in the class body, or in that of the class it is inherited from."""
-    from docstring_parser import parse_from_object  # comes with jsonargparse[signatures]
+    from docstring_parser import parse_from_object
 
     docs: dict[str, str] = {}
-    for one in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(one) and isinstance(one, type):
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
             docs |= {
-                item.arg_name: " ".join((item.description or "").split()) for item in parse_from_object(one).params
+                item.arg_name: " ".join((item.description or "").split()) for item in parse_from_object(base).params
             }
     return docs
 
@@ -239,10 +306,11 @@ def _known(cls: type[Any], prefix: str = "") -> list[str]:
 def _explain(error: Exception, cls: type[Any]) -> str:
     text = " ".join(str(error).split())
     for pattern in _UNKNOWN:
-        found = re.search(pattern, text)
-        if found:
-            hint = known_or_near(found.group(1).removeprefix("init_args."), _known(cls))
+        if unknown := re.search(pattern, text):
+            hint = known_or_near(unknown.group(1).removeprefix("init_args."), _known(cls))
             if "Got value" in pattern and hint.startswith(" (known"):
                 hint = ""  # a free value that is near no name
-            return text.rstrip(".") + hint + "."
-    return text if text.endswith(".") else text + "."
+            return text.rstrip(".") + hint
+    if text.startswith("unrecognized arguments"):
+        text += ": write settings as --name value"
+    return text.rstrip(".")
