@@ -187,11 +187,12 @@ def known_or_near(word: str, known: Sequence[str]) -> str:
     return f" (known: {', '.join(known)})" if 0 < len(known) <= 16 else ""
 
 
-class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):  # type: ignore[misc]
+class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
     """`--help` with the description as it stands and types in words; choices that stand beside the name are not repeated."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 120) - 2)
+        width = min(shutil.get_terminal_size().columns, 120) - 2
+        super().__init__(prog, max_help_position=28, width=width)  # type: ignore[no-untyped-call]
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return str(action.help if action.metavar == _AXIS else super()._get_help_string(action))

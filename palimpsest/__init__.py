@@ -12,10 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import lm
-    import sae
-    import tracing
-    import unlearn
+    import lm as lm
+    import sae as sae
+    import tracing as tracing
+    import unlearn as unlearn
     from lm import *  # noqa: F403
     from sae import *  # noqa: F403
     from tracing import *  # noqa: F403

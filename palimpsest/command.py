@@ -73,9 +73,7 @@ def _configs(words: Sequence[str]) -> str:
     if not words:
         return _columns([(name, purpose(name)) for name in all_shipped()])
     if words[0] not in all_shipped():
-        _refuse(
-            f"no config {words[0]!r} is shipped{_near(words[0], all_shipped())}: palimpsest configs lists them"
-        )
+        _refuse(f"no config {words[0]!r} is shipped{_near(words[0], all_shipped())}: palimpsest configs lists them")
     return str(shipped_path(words[0]))
 
 
@@ -105,8 +103,8 @@ def _arguments(stage: Stage, words: Sequence[str]) -> list[str]:
     operands: list[str] = []
     rest = iter(words)
     for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag == "--config" and (named := value if equals else next(rest, None)) is not None:
+        flag, equals, beside = word.partition("=")
+        if flag == "--config" and (named := beside if equals else next(rest, None)) is not None:
             arguments += ["--config", _config_file(stage, named)]
         elif word in ("--help", "-h") or equals:
             arguments.append(word)
@@ -129,7 +127,9 @@ def _config_file(stage: Stage, word: str) -> str:
         return word
     known = shipped_in(stage.folder)
     if word not in known:
-        listed = f"give one of {', '.join(known)}, or a file" if known else "give a file: none is shipped for this stage"
+        listed = (
+            f"give one of {', '.join(known)}, or a file" if known else "give a file: none is shipped for this stage"
+        )
         _refuse(f"palimpsest {stage.name} has no shipped config {word!r}{_near(word, known)}: {listed}")
     return str(shipped_path(f"{stage.folder}/{word}" if stage.folder else word))
 

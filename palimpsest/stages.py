@@ -36,7 +36,8 @@ class Stage:
 
     def config_class(self) -> type[Any]:
         """Its config class."""
-        return _named(f"{self.room}.config", self.config)
+        config: type[Any] = _named(f"{self.room}.config", self.config)
+        return config
 
     def help(self) -> str:
         """What its `--help` says first."""
@@ -44,11 +45,13 @@ class Stage:
 
     def run(self) -> Callable[[Any], Any]:
         """The function from config to result."""
-        return _named(f"{self.room}.stage", self.function)
+        function: Callable[[Any], Any] = _named(f"{self.room}.stage", self.function)
+        return function
 
     def describe(self) -> Callable[[Any, Any], str]:
         """The function from config and result to what is printed at the end."""
-        return _named(f"{self.room}.stage", "describe")
+        function: Callable[[Any, Any], str] = _named(f"{self.room}.stage", "describe")
+        return function
 
 
 def _named(module: str, name: str) -> Any:

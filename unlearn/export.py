@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lm.devices import gather, reshard
 from lm.run_folder import RunFolder, write_json
+from lm.shards import gather, reshard
 from unlearn.scope import lora
 
 MODEL = "model"

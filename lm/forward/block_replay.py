@@ -19,9 +19,9 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from lm.anatomy import module_at
-from lm.devices import is_sharded
 from lm.errors import UserError
 from lm.model import LanguageModel
+from lm.shards import is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)

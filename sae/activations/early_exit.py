@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lm.anatomy import EMBEDDING, Site, module_at
-from lm.devices import is_sharded
 from lm.errors import UserError
 from lm.forward.hooks import Captured, capture
 from lm.model import LanguageModel
+from lm.shards import is_sharded
 
 
 class _Reached(Exception):

@@ -12,16 +12,9 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from lm.devices import (
-    accelerator,
-    gather,
-    launch_facts,
-    leave_process_group,
-    scatter_into,
-    sum_over_processes,
-    together,
-)
+from lm.devices import accelerator, launch_facts, leave_process_group, sum_over_processes, together
 from lm.errors import UserError
+from lm.shards import gather, scatter_into
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,10 +22,8 @@ PROGRAM = """
 import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from lm.devices import (
-    accelerator, first_row, gather, is_main, is_sharded, leave_process_group, local_part, reshard, scatter_into,
-    sum_over_processes, together
-)
+from lm.devices import accelerator, is_main, leave_process_group, sum_over_processes, together
+from lm.shards import first_row, gather, is_sharded, local_part, reshard, scatter_into
 from lm.errors import UserError
 
 acc = accelerator(cpu=True)

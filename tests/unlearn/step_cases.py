@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lm"))
 
 from families import tiny
 
-from lm.devices import accelerator, gather, is_main, leave_process_group
+from lm.devices import accelerator, is_main, leave_process_group
 from lm.model import LanguageModel
 from lm.prompts import Encoded
+from lm.shards import gather
 from unlearn.forward.passes import Passes
 from unlearn.forward.reference_model import reference
 from unlearn.objectives import (

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lm.devices import is_sharded, reshard
+from lm.shards import is_sharded, reshard
 
 
 class Reference(Protocol):

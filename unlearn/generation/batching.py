@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from lm.devices import is_sharded
 from lm.model import LanguageModel
+from lm.shards import is_sharded
 
 T = TypeVar("T")
 

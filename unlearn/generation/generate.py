@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lm.devices import is_sharded
 from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import PromptSpec, encode_prompt
+from lm.shards import is_sharded
 from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, max_positions, sorted_batches
 
 Progress = Callable[[int], object]

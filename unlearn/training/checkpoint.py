@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lm.devices import first_row, is_sharded, local_part, reshard, together
+from lm.devices import together
 from lm.errors import UserError
 from lm.run_folder import RunFolder, writable, write_json
+from lm.shards import first_row, is_sharded, local_part, reshard
 
 WEIGHTS = "weights"
 MOMENTS = "optimizer"

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lm.devices import local_part
 from lm.run_folder import peak_memory_bytes, resident_bytes
+from lm.shards import local_part
 from unlearn.objectives import Needs
 from unlearn.scope.scope import readable_size
 from unlearn.training.batches import Batches

@@ -18,10 +18,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lm.devices import is_sharded, local_part, sum_over_processes
+from lm.devices import sum_over_processes
 from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.run_folder import RunFolder, progress
+from lm.shards import is_sharded, local_part
 from unlearn.forward.passes import Passes
 from unlearn.forward.reference_model import reference
 from unlearn.objectives import Loss, RetainMemory

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lm.devices import gather, local_part, reshard, scatter_into
 from lm.run_folder import RunFolder, writable
+from lm.shards import gather, local_part, reshard, scatter_into
 from unlearn.forward.passes import Passes
 from unlearn.objectives import Fixed, Learn, Loss, NoRetain, RetainMemory
 from unlearn.scope.scope import WeightMask

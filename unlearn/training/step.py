@@ -18,8 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lm.devices import is_sharded, reshard, sum_over_processes, without_gradient_sync
+from lm.devices import sum_over_processes, without_gradient_sync
 from lm.prompts import Encoded
+from lm.shards import is_sharded, reshard
 from unlearn.forward.passes import Passes
 from unlearn.objectives import Loss, Needs, RetainMemory, TokenStats
 from unlearn.objectives.base import Term
