@@ -10,9 +10,11 @@ from tracing.corruption.replacement import TokenReplacement
 from tracing.depth import DepthReport, unlearning_depth
 from tracing.effects.agreement import Agreement, agreement
 from tracing.effects.before_after import Difference, difference
-from tracing.effects.effects import ROLES, Effects, EffectTable, Skipped
+from tracing.effects.effects import Effects
 from tracing.effects.interaction import Interaction, interaction
 from tracing.effects.layer_scores import LayerScores
+from tracing.effects.roles import ROLES
+from tracing.effects.table import EffectTable, Skipped
 from tracing.engine.estimate import Estimate
 from tracing.localizers.attribution_patching import AttributionPatching
 from tracing.localizers.base import CausalTracing, Localizer
@@ -23,6 +25,7 @@ from tracing.plan.choose import choose_layers
 from tracing.plan.combined import Agreements, combine, combined_plan, compare_all
 from tracing.plan.cross_check import confirm
 from tracing.plan.layer_plan import LayerPlan
+from tracing.plots.pictures import Picture, plot, plot_difference, plot_localizers, plot_severed
 from tracing.question.facts import Fact, facts_from_rows, load_known_facts, with_foils
 from tracing.question.subjects import find_subjects
 from tracing.retracing import retrace
@@ -46,6 +49,7 @@ __all__ = [
     "LayerPlan",
     "LayerScores",
     "Localizer",
+    "Picture",
     "Skipped",
     "TokenReplacement",
     "WeightAttribution",
@@ -61,6 +65,10 @@ __all__ = [
     "find_subjects",
     "interaction",
     "load_known_facts",
+    "plot",
+    "plot_difference",
+    "plot_localizers",
+    "plot_severed",
     "retrace",
     "trace",
     "unlearning_depth",

@@ -21,7 +21,8 @@ from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from lm.run_folder import progress as progress_bar
 from tracing.corruption.noise import Corruption, Corruptor, GaussianNoise
-from tracing.effects.effects import Effects, Skipped
+from tracing.effects.effects import Effects
+from tracing.effects.table import Skipped
 from tracing.engine.engines import Engine, check_engine, make_engine
 from tracing.engine.estimate import Estimate, alike, estimated
 from tracing.engine.fact_cache import FactCache

@@ -11,7 +11,7 @@ from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from lm.run_folder import progress as progress_bar
 from tracing.corruption.noise import Corruption, Corruptor
-from tracing.effects.effects import Skipped
+from tracing.effects.table import Skipped
 from tracing.engine.estimate import trunk_row_bytes
 from tracing.engine.reference import total_effect
 from tracing.question.encoded_fact import EncodedFact, make_probe, why_too_long, why_unknown, why_unscored

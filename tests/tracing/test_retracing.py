@@ -15,8 +15,7 @@ from lm.errors import UserError
 from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec
 from tests.forked import run_forked
-from tracing import Effects, Fact, GaussianNoise, TokenReplacement, difference, retrace, trace
-from tracing.plots.comparisons import difference_figure
+from tracing import Effects, Fact, GaussianNoise, TokenReplacement, difference, plot_difference, retrace, trace
 from tracing.question.encoded_fact import make_probe, why_unknown
 from tracing.stages.retrace.stage import RetraceConfig, run_retrace
 
@@ -176,14 +175,12 @@ def test_the_picture_shows_what_fell_and_what_rose() -> None:
     fell, rose = (
         difference(one, made_up(profile, facts=4)) for profile in ([0.0, 0.1, 0.1, 0.1], [0.5, 0.1, 0.1, 0.6])
     )
-    assert difference_figure(fell, "mlp").png.startswith(b"\x89PNG")
-    assert (
-        difference_figure(fell, "mlp").png == difference_figure(fell, "mlp").png != difference_figure(rose, "mlp").png
-    )
-    assert difference_figure(fell, "mlp", band=[0]).png != difference_figure(fell, "mlp").png
-    assert difference_figure(difference(one, one), "mlp").png.startswith(b"\x89PNG")
+    assert plot_difference(fell, "mlp").png.startswith(b"\x89PNG")
+    assert plot_difference(fell, "mlp").png == plot_difference(fell, "mlp").png != plot_difference(rose, "mlp").png
+    assert plot_difference(fell, "mlp", layers=[0]).png != plot_difference(fell, "mlp").png
+    assert plot_difference(difference(one, one), "mlp").png.startswith(b"\x89PNG")
     with pytest.raises(UserError, match="'attn' was not traced both times"):
-        difference_figure(fell, "attn")
+        plot_difference(fell, "attn")
 
 
 def test_the_script_writes_what_changed(tmp_path: Path) -> None:

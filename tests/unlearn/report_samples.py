@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 import numpy as np
 
 from tracing import Fact, difference
-from tracing.effects.effects import ROLES, Effects, EffectTable
+from tracing.effects.effects import Effects
+from tracing.effects.roles import ROLES
+from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import LayerPlan
 from unlearn.report import Answer, Report, ReportModel, Retraced
 

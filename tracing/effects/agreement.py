@@ -15,8 +15,9 @@ from scipy.stats import rankdata
 from lm.anatomy import Kind
 from tracing.arrays import Array
 from tracing.bootstrap import check_confidence, interval, mean_over_facts, resample_counts, units, weighted_means
-from tracing.effects.effects import SUBJECT_ROLES, Effects
+from tracing.effects.effects import Effects
 from tracing.effects.layer_scores import LayerScores, in_common
+from tracing.effects.roles import SUBJECT_ROLES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,10 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.arrays import Array
 from tracing.bootstrap import bootstrap, check_confidence, mean_over_facts
-from tracing.effects.effects import ROLES, Aggregation, Effects, EffectTable
+from tracing.effects.effects import Effects
+from tracing.effects.roles import ROLES, Aggregation
 from tracing.effects.summary import named, peak
+from tracing.effects.table import EffectTable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tracing.effects.effects import Effects, token_roles
+from tracing.effects.cells import Cells
+from tracing.effects.roles import token_roles
 from tracing.question.sweep import layers_restored
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ COLUMNS = (
 )
 
 
-def cells(effects: Effects) -> pandas.DataFrame:
+def dataframe(effects: Cells) -> pandas.DataFrame:
     """One row a cell that was computed, in the columns `COLUMNS`.
 
     `clean`, `corrupted` and `restored` are scores; `indirect` is restored minus corrupted; `total` is clean minus corrupted, of
     the fact; `share` is indirect / total, NaN where the total is not above zero. Do not average `share` over facts: those with a
-    small total outweigh the rest. The share of averages is `found.indirect.mean() / found.total.mean()`, as in `Effects.table`.
+    small total outweigh the rest. The share of averages is `found.indirect.mean() / found.total.mean()`, as in `Cells.table`.
     `layers_restored` is how many layers were restored together, fewer at the ends of the model; `indirect_per_layer` is
     indirect / layers_restored, so that windows which are cut there can be compared with whole ones.
     """

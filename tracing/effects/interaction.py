@@ -17,7 +17,9 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.arrays import Array
 from tracing.bootstrap import check_confidence, interval, mean_over_facts, resample_counts, units, weighted_means
-from tracing.effects.effects import SUBJECT_ROLES, Effects, EffectTable
+from tracing.effects.effects import Effects
+from tracing.effects.roles import SUBJECT_ROLES
+from tracing.effects.table import EffectTable
 from tracing.question.sweep import cut_windows, window_layers
 
 

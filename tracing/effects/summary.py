@@ -13,7 +13,9 @@ import numpy as np
 from lm.anatomy import Kind
 from tracing.arrays import Array
 from tracing.bootstrap import mean_over_facts, share_of
-from tracing.effects.effects import ROLES, SUBJECT_ROLES, Effects, EffectTable
+from tracing.effects.cells import Cells
+from tracing.effects.roles import ROLES, SUBJECT_ROLES
+from tracing.effects.table import EffectTable
 from tracing.question.sweep import cut_windows, window_layers
 
 _PLACES = {"resid": "the stream after", "mlp": "the MLP of", "attn": "the attention of"}
@@ -52,7 +54,7 @@ def peak(kind: Kind, roles: Sequence[str], values: Array) -> tuple[int, int] | N
     return int(row), int(layer)
 
 
-def brought_back(effects: Effects) -> str:
+def brought_back(effects: Cells) -> str:
     """The largest share that one restored activation brings back, of all kinds and token roles (`peak`), in a few words."""
     found = []
     for kind in effects.kinds:
@@ -66,7 +68,7 @@ def brought_back(effects: Effects) -> str:
     return f"at most {_percent(most)} brought back ({kind} {layer}, {ROLES[row].replace('_', ' ')})"
 
 
-def sentences(effects: Effects, *, confidence: float = 0.95, seed: int = 0) -> list[str]:
+def sentences(effects: Cells, *, confidence: float = 0.95, seed: int = 0) -> list[str]:
     """The whole summary, a sentence or two a line."""
     if not effects.facts:
         return ["No facts were traced."]
@@ -114,14 +116,14 @@ def _percent(share: float) -> str:
     return f"{round(float(share), 3) + 0.0:.1%}"
 
 
-def _share(effects: Effects, kind: Kind) -> Array:
-    """(roles, layers): as in `Effects.table`, without intervals."""
+def _share(effects: Cells, kind: Kind) -> Array:
+    """(roles, layers): as in `Cells.table`, without intervals."""
     values = effects.by_role(kind)
     taken = np.where(np.isnan(values), np.nan, effects.total[:, None, None])
     return share_of(mean_over_facts(values), mean_over_facts(taken))
 
 
-def _without_shares(effects: Effects, total: float) -> list[str]:
+def _without_shares(effects: Cells, total: float) -> list[str]:
     """Of what nothing can be a share."""
     if not total > 0:
         return [f"There are no shares: on average the corruption took nothing ({total:.3g})."]

@@ -17,8 +17,9 @@ from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from tracing.corruption.noise import Corruption, Corruptor, GaussianNoise
-from tracing.effects.effects import SUBJECT_ROLES, Effects, check_roles
+from tracing.effects.effects import Effects
 from tracing.effects.layer_scores import LayerScores
+from tracing.effects.roles import SUBJECT_ROLES, check_roles
 from tracing.known import evaluating
 from tracing.localizers import query_key
 from tracing.localizers.attribution import attributed, check_differentiable

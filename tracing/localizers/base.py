@@ -18,9 +18,10 @@ from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from tracing.causal_tracing import trace
 from tracing.corruption.noise import Corruption, GaussianNoise
-from tracing.effects.effects import SUBJECT_ROLES, Effects, check_reached
+from tracing.effects.effects import Effects
 from tracing.effects.interaction import interaction
 from tracing.effects.layer_scores import LayerScores
+from tracing.effects.roles import SUBJECT_ROLES, check_reached
 from tracing.question.facts import Fact, with_foils
 from tracing.question.metrics import Metric
 from tracing.question.sweep import Positions, Sweep

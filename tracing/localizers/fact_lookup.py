@@ -25,8 +25,8 @@ from lm.prompts import PromptSpec
 from lm.run_folder import progress as progress_bar
 from tracing.arrays import Array
 from tracing.bootstrap import mean_over_facts
-from tracing.effects.effects import Skipped
 from tracing.effects.layer_scores import LayerScores
+from tracing.effects.table import Skipped
 from tracing.known import evaluating, known_facts
 from tracing.localizers.base import Localizer, made_with
 from tracing.localizers.readout import folds_of, linear_probe, logit_lens, usable

@@ -20,7 +20,7 @@ from lm.errors import UserError
 from lm.model import LanguageModel
 from tracing.arrays import Array
 from tracing.corruption.noise import Corruptor
-from tracing.effects.effects import token_roles
+from tracing.effects.roles import token_roles
 from tracing.engine.estimate import attended_row_bytes
 from tracing.localizers.attention import Attended, watched
 from tracing.question.encoded_fact import EncodedFact, forward

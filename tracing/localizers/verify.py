@@ -21,7 +21,8 @@ from lm.run_folder import progress as progress_bar
 from tracing.arrays import Array
 from tracing.corruption.noise import Corruptor
 from tracing.effects.agreement import spearman
-from tracing.effects.effects import ROLES, Effects, token_roles
+from tracing.effects.effects import Effects
+from tracing.effects.roles import ROLES, token_roles
 from tracing.engine.engines import Checked, compare
 from tracing.question.encoded_fact import EncodedFact
 from tracing.question.sweep import Sweep

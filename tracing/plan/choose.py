@@ -15,8 +15,9 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.arrays import Array
 from tracing.bootstrap import check_confidence, interval, mean_over_facts, resample_counts, weighted_means
-from tracing.effects.effects import SUBJECT_ROLES, Aggregation, Effects
+from tracing.effects.effects import Effects
 from tracing.effects.layer_scores import LayerScores
+from tracing.effects.roles import SUBJECT_ROLES, Aggregation
 from tracing.plan.layer_plan import LayerPlan, control_layers, layer_names
 from tracing.plan.rules import Band, Rule, RuleName, make_rule
 from tracing.plan.verdict import Asked, Judged, judge, judge_by_permutation

@@ -17,8 +17,9 @@ from lm.anatomy import Kind
 from tracing.arrays import Array
 from tracing.bootstrap import interval, mean_over_facts, resample_counts, weighted_means
 from tracing.effects.agreement import Agreement, agreement
-from tracing.effects.effects import SUBJECT_ROLES, Aggregation, Effects
+from tracing.effects.effects import Effects
 from tracing.effects.layer_scores import LayerScores
+from tracing.effects.roles import SUBJECT_ROLES, Aggregation
 from tracing.plan.layer_plan import LayerPlan, layer_names
 
 

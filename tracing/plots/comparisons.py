@@ -1,6 +1,6 @@
 """Pictures that compare traces: before and after a model was changed, and with paths severed.
 
-How they are drawn is `tracing.plots.heatmaps`; the numbers are `tracing.difference` and `tracing.effects.effects`.
+How they are drawn is `tracing.plots.heatmaps`; the numbers are `tracing.effects.before_after` and `tracing.effects.cells`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from tracing.plots.heatmaps import (
     ROLE_NAMES,
     SCALE,
     SOFT,
-    Picture,
     color_bar,
     hatch,
     outline,
@@ -46,8 +45,9 @@ _BOTH_WAYS = LinearSegmentedColormap.from_list(
 _LINES = ("#26467f", "#d1495b", "#a9681b", "#6b7785")
 
 
-def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()) -> Picture:
-    """Before and after on one scale, and after minus before on one of its own, token role by layer. `band`: layers to outline."""
+def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()) -> bytes:
+    """Before and after on one scale, and after minus before on one of its own, token role by layer, as PNG bytes.
+    `band`: layers to outline."""
     if kind not in found.change:
         raise UserError(f"{kind!r} was not traced both times; use one of {', '.join(found.kinds)}.")
     tables = [found.before[kind], found.after[kind], found.change[kind]]
@@ -79,11 +79,11 @@ def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()
     axes[0].set_yticks([row + 0.5 for row in range(len(rows))], [row_label(tables[0], row) for row in rows])
     color_bar(sheet, axes[:2], norms[0], "mean indirect effect", total=tables[0].total_effect)
     color_bar(sheet, axes[2:], norms[2], "change", _BOTH_WAYS)
-    return Picture(_png(sheet, caption))
+    return _png(sheet, caption)
 
 
-def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: str = "last_subject") -> Picture:
-    """The mean effect at one token role by layer, a line a run with its interval: what is left when paths are held.
+def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: str = "last_subject") -> bytes:
+    """The mean effect at one token role by layer, a line a run with its interval, as PNG bytes: see `tracing.plot_severed`.
 
     Args:
         runs: name -> effects, as of `trace(..., sever=None)`, `sever="mlp"` and `sever="attn"`; at most four.
@@ -121,7 +121,7 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     caption = [f"Change in the {METRICS.get(metric, metric)}\u00a0· {many} facts\u00a0· bands: 95 % intervals"]
     if table.window > 1:
         caption.append(explained(table.window))
-    return Picture(_png(sheet, caption))
+    return _png(sheet, caption)
 
 
 def _largest(values: Any, *, signed: bool = False) -> float:

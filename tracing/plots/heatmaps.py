@@ -2,7 +2,7 @@
 
 Drawn on a figure of their own (Agg, no pyplot state), on a light background, with one sequential color scale that
 begins at zero and is shared by the panels: dark is more, pale is nothing, white was not measured. Numbers are in
-`tracing.effects.effects`.
+`tracing.effects.table`; what a notebook calls is `tracing.plots.pictures`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,10 @@ from matplotlib.patches import Rectangle
 from lm.errors import UserError
 from lm.run_folder import write_atomic
 from tracing.arrays import Array
-from tracing.effects.effects import SUBJECT_ROLES, Effects, EffectTable
+from tracing.effects.effects import Effects
+from tracing.effects.roles import SUBJECT_ROLES
 from tracing.effects.summary import peak, put_back
+from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import layer_runs
 from tracing.plots.glyphs import families, readable
 from tracing.plots.lines import explained, line
@@ -183,20 +184,6 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
     buffer = io.BytesIO()
     sheet.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG that a notebook shows."""
-
-    png: bytes
-
-    def _repr_png_(self) -> bytes:
-        return self.png
-
-    def save(self, path: str | Path) -> None:
-        """Write it, atomically."""
-        write_atomic(Path(path), self.png)
 
 
 def color_bar(

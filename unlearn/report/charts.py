@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tracing.effects.effects import EffectTable
+from tracing.effects.table import EffectTable
 from tracing.question.sweep import cut_windows
 from unlearn.evaluation.lume import TERMS
 from unlearn.report import words

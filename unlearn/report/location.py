@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracing.effects.effects import EffectTable
+from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import LayerPlan
 from tracing.question.sweep import cut_windows
 from unlearn.report import words

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lm.errors import UserError
 from tracing.effects.before_after import Difference
-from tracing.effects.effects import EffectTable
+from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import LayerPlan
 from unlearn.evaluation.lume import TERMS
 

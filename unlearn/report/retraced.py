@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracing.effects.effects import EffectTable
+from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import LayerPlan
 from unlearn.report import words
 from unlearn.report.charts import color_key, heat_map, largest

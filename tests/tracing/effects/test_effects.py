@@ -10,9 +10,9 @@ import pytest
 from tiny_tracing import known, made_up, tiny
 
 from lm.errors import UserError
-from tracing import ROLES, Effects, Fact, GaussianNoise, Skipped, trace
+from tracing import ROLES, Effects, Fact, GaussianNoise, Skipped, plot, trace
 from tracing.bootstrap import interval, resample_counts, share_of, shares, units, weighted_means
-from tracing.effects.effects import token_roles
+from tracing.effects.roles import token_roles
 from tracing.effects.summary import peak
 
 
@@ -294,8 +294,8 @@ def test_the_summary_tells_what_was_taken_and_what_came_back() -> None:
     assert "%" not in nothing.summary()
     assert "mean total effect -0.025, no shares: it is not above zero)" in repr(nothing)
     assert nothing.to_dataframe().share.isna().all()
-    assert nothing.plot().png.startswith(b"\x89PNG")
-    assert nothing.plot(0).png.startswith(b"\x89PNG")
+    assert plot(nothing).png.startswith(b"\x89PNG")
+    assert plot(nothing, 0).png.startswith(b"\x89PNG")
 
 
 def test_cut_windows_are_also_told_per_layer_restored() -> None:

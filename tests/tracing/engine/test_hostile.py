@@ -20,7 +20,7 @@ from tiny_tracing import known, say, tiny
 from lm.errors import UserError
 from lm.model import LanguageModel, ModelSpec
 from tests.forked import run_forked
-from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, estimate, trace
+from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, estimate, plot, trace
 from tracing.known import known_facts
 from tracing.stages.trace.config import TraceConfig
 from tracing.stages.trace.stage import run_trace
@@ -64,7 +64,7 @@ def test_the_script_takes_ids_that_are_paths_markup_or_endless(tmp_path: Path) -
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "inside"])  # nothing is written elsewhere
     assert not any(name in str(path.relative_to(inside)) for path in inside.rglob("*") for name in ("script", "yyy"))
     for index in range(len(IDS)):
-        assert effects.plot(index).png.startswith(b"\x89PNG")
+        assert plot(effects, index).png.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["id", "group", "foil", "answer"])

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.font_manager import fontManager, get_font
 from tiny_tracing import made_up
 
+from tracing import plot, plot_severed
 from tracing.plots import glyphs
-from tracing.plots.comparisons import severed_figure
 from tracing.plots.glyphs import FAMILY, families, readable
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -60,6 +60,6 @@ def test_pictures_of_strange_tokens_neither_warn_nor_fail(fonts: str | None, req
     strange = replace(
         effects, facts=(replace(effects.facts[0], id="事实 🐢 ᶁ $"), *effects.facts[1:]), tokens=(STRANGE,) * 2
     )
-    assert strange.plot(0).png != replace(strange, tokens=(("a",) * 6,) * 2).plot(0).png
-    assert strange.plot().png.startswith(b"\x89PNG")
-    assert severed_figure({"什么 🐢 $a$": effects}, kind="mlp").png.startswith(b"\x89PNG")
+    assert plot(strange, 0).png != plot(replace(strange, tokens=(("a",) * 6,) * 2), 0).png
+    assert plot(strange).png.startswith(b"\x89PNG")
+    assert plot_severed({"什么 🐢 $a$": effects}, kind="mlp").png.startswith(b"\x89PNG")

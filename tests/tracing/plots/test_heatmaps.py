@@ -15,9 +15,8 @@ from matplotlib.image import imread
 from tiny_tracing import made_up
 
 from lm.errors import UserError
-from tracing import ROLES, LayerPlan
+from tracing import ROLES, LayerPlan, plot, plot_severed
 from tracing.plots import heatmaps
-from tracing.plots.comparisons import severed_figure
 from tracing.plots.heatmaps import fact_figure, figure, heatmap
 from tracing.plots.lines import line
 from tracing.question.sweep import cut_windows
@@ -102,14 +101,14 @@ def test_drawing_leaves_no_figure_in_pyplot() -> None:
 def test_pictures_for_a_notebook(tmp_path: Path) -> None:
     effects = made_up([0.1, 0.4, 0.2, 0.0], facts=3, kinds=("resid", "mlp"))
     strange = replace(effects, tokens=(("$x$", "\n", "żółw", "\u0000", "🐢", "a"),) * 3, window=3)
-    for picture in (effects.plot(), effects.plot(layers=[1, 2]), strange.plot(0), strange.plot(kinds=["mlp"])):
+    for picture in (plot(effects), plot(effects, layers=[1, 2]), plot(strange, 0), plot(strange, kinds=["mlp"])):
         assert picture._repr_png_().startswith(b"\x89PNG")
-    assert effects.plot().png != effects.plot(layers=[1, 2]).png
-    assert effects.plot(0).png != effects.plot(1).png
-    effects.plot(2).save(tmp_path / "fact.png")
-    assert (tmp_path / "fact.png").read_bytes() == effects.plot(2).png
+    assert plot(effects).png != plot(effects, layers=[1, 2]).png
+    assert plot(effects, 0).png != plot(effects, 1).png
+    plot(effects, 2).save(tmp_path / "fact.png")
+    assert (tmp_path / "fact.png").read_bytes() == plot(effects, 2).png
     with pytest.raises(UserError, match="there is no fact 3; these effects hold 0 to 2"):
-        effects.plot(3)
+        plot(effects, 3)
 
 
 def test_severed_paths_are_lines_with_intervals() -> None:
@@ -117,15 +116,15 @@ def test_severed_paths_are_lines_with_intervals() -> None:
         "nothing": made_up([0.1, 0.6, 0.3], noise=0.1, kinds=("resid",)),
         "mlp": made_up([0.1, 0.1, 0.3], kinds=("resid",)),
     }
-    picture = severed_figure(runs)
+    picture = plot_severed(runs)
     assert picture.png.startswith(b"\x89PNG")
-    assert picture.png == severed_figure(runs).png
-    assert picture.png != severed_figure({**runs, "mlp": runs["nothing"]}).png
-    assert picture.png != severed_figure(runs, role="last").png
+    assert picture.png == plot_severed(runs).png
+    assert picture.png != plot_severed({**runs, "mlp": runs["nothing"]}).png
+    assert picture.png != plot_severed(runs, role="last").png
     with pytest.raises(UserError, match="0 runs are to be drawn"):
-        severed_figure({})
+        plot_severed({})
     with pytest.raises(UserError, match="'attn' was not traced"):
-        severed_figure(runs, kind="attn")
+        plot_severed(runs, kind="attn")
 
 
 def test_cut_windows_have_hollow_markers_and_a_dashed_line_that_sets_them_right() -> None:
@@ -152,7 +151,7 @@ def test_under_each_map_are_the_lines_of_the_subject_s_best_row_and_of_the_last_
         heatmaps, "line", lambda axis, table, row, color, label: drawn.append((table.kind, ROLES[row], label))
     )
     effects = made_up(BUMP, kinds=("resid", "mlp"))
-    effects.plot()
+    plot(effects)
     both = [("first_subject", "first subject token"), ("last", "last token")]
     assert drawn == [(kind, *one) for kind in ("resid", "mlp") for one in both]
     drawn.clear()
@@ -181,8 +180,8 @@ def test_a_plan_is_outlined_where_it_trains_and_dashed_where_it_is_not_sure(monk
 
     monkeypatch.setattr(heatmaps, "outline", seen)
     effects = made_up([0.1, 0.5, 0.2], kinds=("resid", "mlp", "attn"))
-    effects.plot(plan=LayerPlan(layers=(1,), modules=("mlp",)))
-    effects.plot(plan=LayerPlan(layers=(1,), modules=("all",), singled_out=True))
+    plot(effects, plan=LayerPlan(layers=(1,), modules=("mlp",)))
+    plot(effects, plan=LayerPlan(layers=(1,), modules=("all",), singled_out=True))
     assert drawn == [("MLP", True), ("whole stream after a block", False)]
     with pytest.raises(UserError, match="no facts"):
         effects.some([])
@@ -193,11 +192,11 @@ def test_the_color_bar_has_shares_beside_the_numbers(monkeypatch: pytest.MonkeyP
     real = Figure.colorbar
     monkeypatch.setattr(Figure, "colorbar", lambda *given, **named: bars.append(real(*given, **named)) or bars[-1])
     effects = made_up([0.1, 0.4, 0.2], facts=2)  # of a total effect of 0.8
-    effects.plot()
-    effects.plot(0)
+    plot(effects)
+    plot(effects, 0)
     nothing = replace(effects, clean=np.array([0.1, 0.0]))
-    nothing.plot()
-    nothing.plot(1)
+    plot(nothing)
+    plot(nothing, 1)
     for bar in bars[:2]:
         assert "0.4 (50%)" in [tick.get_text() for tick in bar.ax.get_yticklabels()]
         assert "share of the total effect" in bar.ax.get_ylabel()

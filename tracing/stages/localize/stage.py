@@ -19,7 +19,7 @@ from tracing.effects.layer_scores import LayerScores
 from tracing.known import known_facts
 from tracing.plan.combined import Agreements, combined_plan, compare_all
 from tracing.plan.layer_plan import LayerPlan
-from tracing.plots.localizers import overview
+from tracing.plots.pictures import plot_localizers
 from tracing.question.facts import Fact, facts_hash
 from tracing.stages.localize.config import LocalizeConfig
 from tracing.stages.trace.stage import drawn
@@ -147,6 +147,6 @@ def write_result(result: LocalizeResult, folder: Path, *, confidence: float = 0.
     write_json(folder / "agreement.json", {**result.agreements.to_json(), "refused": dict(result.refused)})
     without = "".join(f"\n{name} gave no scores: {reason}\n" for name, reason in result.refused.items())
     write_atomic(folder / "agreement.md", result.agreements.to_markdown() + without)
-    picture = overview(result.scores, result.agreements, result.plan, confidence=confidence, seed=seed)
-    write_atomic(folder / "localizers.png", picture)
+    picture = plot_localizers(result.scores, result.agreements, result.plan, confidence=confidence, seed=seed)
+    picture.save(folder / "localizers.png")
     result.plan.save(folder / "plan.json")  # last: a plan means that the stage ended well

@@ -16,7 +16,7 @@ from tracing.causal_tracing import Workers
 from tracing.effects.before_after import Difference, difference
 from tracing.effects.effects import Effects
 from tracing.engine.engines import EngineName
-from tracing.plots.comparisons import difference_figure
+from tracing.plots.pictures import plot_difference
 from tracing.retracing import retrace
 from tracing.stages.trace.stage import readable_tables
 
@@ -82,7 +82,7 @@ def run_retrace(config: RetraceConfig) -> Difference:
     if acc.is_main_process:
         after.save(run.path / "effects.npz")
         for kind in found.kinds:
-            difference_figure(found, kind).save(run.path / f"{kind}.png")
+            plot_difference(found, kind).save(run.path / f"{kind}.png")
         parts = {"before": found.before, "after": found.after, "change": found.change}
         tables = {name: readable_tables(list(one.values())) for name, one in parts.items()}
         write_json(run.path / "difference.json", {**found.to_json(), "tables": tables})

@@ -10,7 +10,7 @@ from lm.model import ModelSpec
 from lm.prompts import PromptSpec
 from tracing.bootstrap import check_confidence
 from tracing.corruption.noise import Corruption, GaussianNoise
-from tracing.effects.effects import SUBJECT_ROLES, Aggregation, check_reached, check_roles
+from tracing.effects.roles import SUBJECT_ROLES, Aggregation, check_reached, check_roles
 from tracing.engine.engines import EngineName
 from tracing.plan.choose import PlanKind
 from tracing.plan.rules import RuleName, check_rule

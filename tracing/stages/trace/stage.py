@@ -20,8 +20,10 @@ from lm.model import LanguageModel
 from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
 from tracing.causal_tracing import Workers, trace
 from tracing.corruption.noise import Corruption
-from tracing.effects.effects import Aggregation, Effects, EffectTable
+from tracing.effects.effects import Effects
 from tracing.effects.interaction import Interaction, interaction
+from tracing.effects.roles import Aggregation
+from tracing.effects.table import EffectTable
 from tracing.known import NothingToTrace
 from tracing.plan.choose import choose_layers
 from tracing.plan.cross_check import confirm
