@@ -108,7 +108,7 @@ def stages(asked: Benchmark, out: Path) -> list[Stage]:
     halves = ["--forget", str(data / "retain_a.jsonl"), "--retain", str(data / "retain_b.jsonl")]
     learn = ["--model.path", asked.model, *common, "--objective", "Learn", "--scope.layers", "model"]
     learn += ["--trainer.learning_rate", str(asked.learn_rate), "--trainer.epochs", str(asked.learn_epochs)]
-    trace = ["--model.path", base, "--facts", str(data / "facts.jsonl"), "--max_facts", str(asked.facts)]
+    trace = ["--model.path", base, "--facts", str(data / "facts.jsonl"), "--facts.max_facts", str(asked.facts)]
     trace += ["--kinds", "[mlp]", "--metric", "log_probability", "--positions", "subject_and_last"]
     trace += ["--plan.size", str(asked.plan_size)]
     again = ["--model.path", base, *common, *sides, "--trainer.steps", str(asked.steps)]

@@ -23,7 +23,7 @@ from lm.anatomy import Kind
 from lm.config import script
 from lm.run_folder import resident_bytes
 from tracing import GaussianNoise, trace
-from tracing.question.fact_source import read_sources
+from tracing.question.fact_source import FactSource
 from tracing.question.metrics import Metric
 
 
@@ -53,7 +53,7 @@ def main(asked: Benchmark) -> None:
     torch.set_num_threads(asked.threads)
     model = load(asked.model, device="cpu")
     tasks = ("Task2",) if asked.facts.startswith("builtin") else ()
-    facts = read_sources([asked.facts], columns=None, tasks=tasks, subject=None, leave_out_unnamed=True)
+    facts = FactSource(sources=asked.facts, tasks=tasks, leave_out_unnamed=True).read()
     noise = GaussianNoise(samples=asked.samples)
     once = trace(model, facts, replace(noise, samples=1), kinds=("mlp",), positions="subject_and_last", max_facts=1)
     mark = Path("/proc/self/clear_refs")

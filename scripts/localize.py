@@ -10,34 +10,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/
 
 from lm.config import script
 from lm.devices import is_main
-from tracing.question.fact_source import read_sources
 from tracing.stages.localize.config import LocalizeConfig
-from tracing.stages.localize.stage import run_localize
+from tracing.stages.localize.stage import describe, run_localize
 
 
 def main(config: LocalizeConfig) -> None:
-    facts, retain = (
-        read_sources(
-            sources,
-            columns=config.columns,
-            tasks=config.tasks,
-            subject=config.subject,
-            leave_out_unnamed=config.leave_out_unnamed,
-        )
-        for sources in (config.sources, config.retain_sources)
-    )
-    result = run_localize(config, facts, retain)
+    result = run_localize(config)
     if is_main():
-        for name, scores in result.scores.items():
-            first = ", ".join(f"{kind} highest at layer {scores.mean(kind).argmax()}" for kind in config.plan.kinds)
-            print(f"{name}: {scores.source}; {scores.unit}; {len(scores.facts)} facts; {first}")
-            if checked := scores.details.get("verification"):
-                print(f"  {checked['sentence']}")
-        for name, reason in result.refused.items():
-            print(f"{name}: no scores, compared without it: {reason}")
-        print(f"\n{result.agreements.to_markdown()}")
-        print(result.plan.verdict)
-        print(f"wrote {config.out}/plan.json and localizers.png")
+        print(describe(config, result))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/
 
 from lm.config import script
 from lm.devices import is_main
-from tracing.stages.retrace.stage import RetraceConfig, run_retrace
+from tracing.stages.retrace.config import RetraceConfig
+from tracing.stages.retrace.stage import describe, run_retrace
 
 
 def main(config: RetraceConfig) -> None:
-    found = run_retrace(config)
+    result = run_retrace(config)
     if is_main():
-        for kind in found.kinds:
-            print(found.sentence(kind))
-        print(f"wrote {config.out}/effects.npz, difference.json and a picture a kind")
+        print(describe(config, result))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How deep does unlearning go? What a changed model still knows inside, layer by layer, read by the model it was made from.
 
 A changed model's stream after a layer is put into the original model, which goes on from there: where it still says the answer,
-the changed model's first layers still hold what it takes. A model that never learned the facts says how much that is at most.
+the changed model's first layers still hold what it takes. A retain model, which never learned the facts, says how
+much that is at most.
 This measures a model; it chooses no layers.
 """
 
@@ -39,26 +40,27 @@ class DepthReport:
 
     Attributes:
         facts: in order.
-        never: (facts, layers), what is lost with the stream of the model that never learned them.
+        retain_model: (facts, layers), what is lost with the stream of the retain model, which never learned them.
         changed: (facts, layers), what is lost with that of the changed model.
-        threshold: a layer counts for a fact if `never` is above this there.
+        threshold: a layer counts for a fact if `retain_model` is above this there.
     """
 
     facts: tuple[Fact, ...]
-    never: Array
+    retain_model: Array
     changed: Array
     threshold: float
 
     @property
     def depth(self) -> Array:
-        """(facts,): sum over the layers that count of never * clip(changed / never, 0, 1), over the sum of never there.
+        """(facts,): sum over the layers that count of r * clip(c / r, 0, 1), over the sum of r there; r is `retain_model`, c is
+        `changed`.
 
-        0: all that the original needs is still inside; 1: as little as in the model that never learned it. NaN where no layer
+        0: all that the original needs is still inside; 1: as little as in the retain model. NaN where no layer
         counts.
         """
-        counts = self.never > self.threshold
-        weight = np.where(counts, self.never, 0.0).sum(axis=1)
-        gone = np.where(counts, np.clip(self.changed, 0.0, np.maximum(self.never, 0.0)), 0.0).sum(axis=1)
+        counts = self.retain_model > self.threshold
+        weight = np.where(counts, self.retain_model, 0.0).sum(axis=1)
+        gone = np.where(counts, np.clip(self.changed, 0.0, np.maximum(self.retain_model, 0.0)), 0.0).sum(axis=1)
         return np.asarray(np.divide(gone, weight, out=np.full_like(weight, np.nan), where=weight > 0))
 
     def mean(self, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
@@ -74,13 +76,13 @@ class DepthReport:
         told = int((~np.isnan(self.depth)).sum())
         if not told:
             return (
-                f"Of {len(self.facts)} facts none is lost by more than {self.threshold:g} nats with the stream of the model that "
-                "never learned it: how deep unlearning went cannot be told."
+                f"Of {len(self.facts)} facts none is lost by more than {self.threshold:g} nats with the stream of the retain "
+                "model: how deep unlearning went cannot be told."
             )
         spread = "" if np.isnan(low) else f" (95% interval {low:.2f} to {high:.2f})"
         return (
             f"Unlearning goes {mean:.2f} deep{spread} on {told} of {len(self.facts)} facts: 0 is all still inside, 1 as little "
-            "as in a model that never learned them."
+            "as in the retain model, which never learned them."
         )
 
     __repr__ = __str__
@@ -94,22 +96,25 @@ class DepthReport:
             "low": low,
             "high": high,
             "threshold": self.threshold,
-            "lost_by_layer": {"never": self.never.mean(axis=0).tolist(), "changed": self.changed.mean(axis=0).tolist()},
+            "lost_by_layer": {
+                "retain_model": self.retain_model.mean(axis=0).tolist(),
+                "changed": self.changed.mean(axis=0).tolist(),
+            },
             "facts": [
                 {
                     **asdict(fact),
                     "depth": None if np.isnan(one) else float(one),
-                    "never": a.tolist(),
+                    "retain_model": a.tolist(),
                     "changed": b.tolist(),
                 }
-                for fact, one, a, b in zip(self.facts, self.depth, self.never, self.changed, strict=True)
+                for fact, one, a, b in zip(self.facts, self.depth, self.retain_model, self.changed, strict=True)
             ],
         }
 
 
 def unlearning_depth(
     original: LanguageModel,
-    never: LanguageModel,
+    retain_model: LanguageModel,
     changed: LanguageModel,
     facts: Sequence[Fact],
     *,
@@ -126,7 +131,7 @@ def unlearning_depth(
 
     Args:
         original: the model that memorized the facts; give only facts that it knows.
-        never: one of the same shape that never learned them (retain only).
+        retain_model: one of the same shape that never learned them: trained on what is to be kept alone.
         changed: the unlearned model.
 
     Raises:
@@ -135,11 +140,11 @@ def unlearning_depth(
     if not facts:
         raise UserError("there are no facts to measure; give at least one that the original model knows.")
     probes = [make_probe(original, fact, prompt, metric) for fact in facts]
-    sources = [streams_for(model, original, probes, prompt, metric, scope) for model in (never, changed)]
+    sources = [streams_for(model, original, probes, prompt, metric, scope) for model in (retain_model, changed)]
     lost = np.stack(
         [lost_with(original, probe, given, metric, scope) for probe, *given in zip(probes, *sources, strict=True)]
     )
-    return DepthReport(facts=tuple(facts), never=lost[:, 0], changed=lost[:, 1], threshold=threshold)
+    return DepthReport(facts=tuple(facts), retain_model=lost[:, 0], changed=lost[:, 1], threshold=threshold)
 
 
 @torch.inference_mode()

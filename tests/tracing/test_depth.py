@@ -22,7 +22,8 @@ from tracing import Fact, unlearning_depth
 from tracing.depth import DepthReport, lost_with, streams_for
 from tracing.question.encoded_fact import embed, forward, make_probe
 from tracing.question.metrics import Target, read_off
-from tracing.stages.depth.stage import DepthConfig, run_depth
+from tracing.stages.depth.config import DepthConfig
+from tracing.stages.depth.stage import run_depth
 
 
 def changed(model: LanguageModel, make: object, seed: int, size: float) -> LanguageModel:
@@ -65,13 +66,13 @@ def test_every_layer_is_that_of_a_plain_patch_of_the_original(name: str) -> None
 
 
 def test_what_is_unchanged_is_at_zero_and_what_never_learned_at_one() -> None:
-    model, never = tiny(seed=0), tiny(seed=4)
+    model, retain_model = tiny(seed=0), tiny(seed=4)
     facts = known(model)
-    assert unlearning_depth(model, never, model, facts).mean()[0] == pytest.approx(0, abs=1e-4)
-    assert unlearning_depth(model, never, never, facts).mean()[0] == pytest.approx(1, abs=1e-4)
+    assert unlearning_depth(model, retain_model, model, facts).mean()[0] == pytest.approx(0, abs=1e-4)
+    assert unlearning_depth(model, retain_model, retain_model, facts).mean()[0] == pytest.approx(1, abs=1e-4)
     near = changed(model, lambda: tiny(seed=9), 2, 0.05)
     far = changed(model, lambda: tiny(seed=9), 2, 0.6)
-    little, much = (unlearning_depth(model, never, one, facts).mean()[0] for one in (near, far))
+    little, much = (unlearning_depth(model, retain_model, one, facts).mean()[0] for one in (near, far))
     assert 0 < little < much <= 1
 
 
@@ -79,7 +80,7 @@ def test_the_formula_by_hand() -> None:
     facts = tuple(Fact("who is ada", "ada", "w1", id=str(n), group=str(n)) for n in range(2))
     found = DepthReport(
         facts=facts,
-        never=np.array([[0.04, 1.0, 3.0], [0.01, 0.0, -2.0]]),
+        retain_model=np.array([[0.04, 1.0, 3.0], [0.01, 0.0, -2.0]]),
         changed=np.array([[9.0, 0.5, 6.0], [1.0, 1.0, 1.0]]),
         threshold=0.05,
     )
@@ -99,7 +100,11 @@ def test_models_that_do_not_belong_together_are_refused() -> None:
 
 
 def test_the_stage_goes_from_three_folders_to_a_file(tmp_path: Path) -> None:
-    models = {"original": tiny(seed=0), "never": tiny(seed=4), "changed": changed(tiny(), lambda: tiny(seed=9), 2, 0.3)}
+    models = {
+        "original": tiny(seed=0),
+        "retain_model": tiny(seed=4),
+        "changed": changed(tiny(), lambda: tiny(seed=9), 2, 0.3),
+    }
     for name, model in models.items():
         model.model.save_pretrained(tmp_path / name)
         model.tokenizer.save_pretrained(tmp_path / name)
@@ -107,7 +112,7 @@ def test_the_stage_goes_from_three_folders_to_a_file(tmp_path: Path) -> None:
     config = DepthConfig(
         model=specs["changed"],
         original=specs["original"],
-        never=specs["never"],
+        retain_model=specs["retain_model"],
         metric="log_probability",
         out=str(tmp_path / "run"),
     )

@@ -17,7 +17,8 @@ from lm.prompts import PromptSpec
 from tests.forked import run_forked
 from tracing import Effects, Fact, GaussianNoise, TokenReplacement, difference, plot_difference, retrace, trace
 from tracing.question.encoded_fact import make_probe, why_unknown
-from tracing.stages.retrace.stage import RetraceConfig, run_retrace
+from tracing.stages.retrace.config import RetraceConfig
+from tracing.stages.retrace.stage import run_retrace
 
 ROOT = Path(__file__).resolve().parents[2]
 

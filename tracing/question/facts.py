@@ -157,6 +157,13 @@ def in_turn(facts: Sequence[Fact], seed: int) -> list[int]:
     return sorted(shuffled, key=round_of.__getitem__)
 
 
+def drawn(facts: Sequence[Fact], max_facts: int | None, seed: int) -> list[Fact]:
+    """The facts in the order in which they are asked: as they come, or shuffled where only some are wanted."""
+    if max_facts is None:
+        return list(facts)
+    return [facts[index] for index in np.random.default_rng(seed).permutation(len(facts))]
+
+
 def facts_hash(facts: Sequence[Fact]) -> str:
     """The SHA-256 of the facts, in order."""
     return hashlib.sha256(json.dumps([asdict(fact) for fact in facts]).encode()).hexdigest()

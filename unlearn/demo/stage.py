@@ -22,8 +22,8 @@ from lm.row_files import load_rows
 from lm.run_folder import write_atomic, write_json
 from tracing.effects.effects import Effects
 from tracing.plan.layer_plan import LayerPlan
-from tracing.question.fact_source import read_facts
-from tracing.stages.retrace.stage import RetraceConfig, run_retrace
+from tracing.stages.retrace.config import RetraceConfig
+from tracing.stages.retrace.stage import run_retrace
 from tracing.stages.trace.stage import run_trace
 from unlearn.config import UnlearnConfig
 from unlearn.demo.collect import demo_report
@@ -77,7 +77,7 @@ def find_layers(config: DemoConfig, folder: Path) -> LayerPlan:
     """The plan, traced into `folder`; facts that are there already (of the same model and settings) are read back."""
     print("== Where is it stored?", flush=True)
     asked = replace(config.trace, out=str(folder), resume=folder.exists())
-    result = run_trace(asked, read_facts(asked))
+    result = run_trace(asked)
     print(result.plan.verdict)
     return result.plan
 

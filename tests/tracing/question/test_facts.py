@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pandas
 import pytest
@@ -15,7 +14,7 @@ from lm.builtin import world
 from lm.data.rows import Row
 from lm.errors import UserError
 from tracing import Fact, facts_from_rows, find_subjects, load_known_facts
-from tracing.question.fact_source import read_sources
+from tracing.question.fact_source import FactSource
 from tracing.question.facts import in_turn
 from tracing.question.subjects import recurring_names
 
@@ -248,27 +247,26 @@ def test_facts_are_told_from_rows_wherever_they_stand(tmp_path: Path, place: str
     else:
         lines = [json.dumps(record) for record in records]
         file.write_text("\n".join(lines) if file.suffix == ".jsonl" else f"[{','.join(lines)}]")
-    how: dict[str, Any] = {"tasks": (), "subject": None, "leave_out_unnamed": False}
     columns = {"prompt": "question", "subject": "who", "answer": "target", "input": "not of facts"}
-    facts = read_sources([str(path)], columns=columns, **how)
+    facts = FactSource(sources=str(path), columns=columns, tasks=()).read()
     assert [(fact.prompt, fact.subject, fact.answer) for fact in facts] == [
         ("Ada is a", "Ada", "poet"),
         ("Bo lives in", "Bo", "Oslo"),
     ]
-    neither = r"has note, question, who, target: as a row it lacks input, output, as a fact prompt, subject, answer; .*--columns"
+    neither = r"has note, question, who, target: as a row it lacks input, output, as a fact prompt, subject, answer: .*columns"
     with pytest.raises(UserError, match=neither):
-        read_sources([str(path)], columns=None, **how)
-    with pytest.raises(UserError, match=r"as a row it lacks output, as a fact subject, answer; "):
-        read_sources([str(path)], columns={"input": "question", "prompt": "question"}, **how)
+        FactSource(sources=str(path), columns=None, tasks=()).read()
+    with pytest.raises(UserError, match=r"as a row it lacks output, as a fact subject, answer: "):
+        FactSource(sources=str(path), columns={"input": "question", "prompt": "question"}, tasks=()).read()
     with pytest.raises(UserError, match="'promt', which neither a row nor a fact has"):
-        read_sources([str(path)], columns={"promt": "question"}, **how)
+        FactSource(sources=str(path), columns={"promt": "question"}, tasks=()).read()
 
 
 def test_a_file_without_records_is_named(tmp_path: Path) -> None:
     for name, text in (("empty.jsonl", ""), ("empty.json", "[]")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=rf"{name} holds no records; give rows .* or facts"):
-            read_sources([str(tmp_path / name)], columns=None, tasks=(), subject=None, leave_out_unnamed=False)
+        with pytest.raises(UserError, match=rf"{name} holds no records: give rows .* or facts"):
+            FactSource(sources=str(tmp_path / name), tasks=()).read()
 
 
 def test_each_subject_has_its_turn_before_any_has_a_second() -> None:

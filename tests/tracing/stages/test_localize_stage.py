@@ -38,6 +38,7 @@ from tracing import (
 from tracing.localizers.base import Localizer
 from tracing.plan.choose import PlanKind
 from tracing.plots.localizers import overview
+from tracing.question.fact_source import FactSource
 from tracing.stages.localize import stage
 from tracing.stages.localize.config import CombinedPlanConfig, LocalizeConfig
 from tracing.stages.localize.stage import run_localize
@@ -107,7 +108,9 @@ def test_a_run_writes_everything_and_goes_on_when_resumed(
 def test_max_facts_are_drawn_among_the_known_on_either_side(config: LocalizeConfig) -> None:
     facts = known(tiny("olmo"), how_many=6)
     wrong = [replace(fact, answer="w30 w31 w32", id=f"wrong {fact.id}") for fact in facts]
-    few = replace(config, max_facts=2, localizers={"overlap": GradientOverlap(), "weights": WeightAttribution()})
+    few = replace(
+        config, facts=FactSource(max_facts=2), localizers={"overlap": GradientOverlap(), "weights": WeightAttribution()}
+    )
     result = run_localize(few, [*facts[:4], *wrong], facts[2:])
     assert len(result.scores["weights"].facts) == 2
     assert set(result.scores["weights"].facts) <= set(facts[:4])
@@ -125,7 +128,7 @@ def test_subjects_are_replaced_by_those_of_all_facts_not_only_of_the_located(con
         "attribution": AttributionPatching(corruption=swap, verify=10**6),
         "foils": CausalTracing(corruption=swap, metric="logit_difference"),
     }
-    found = run_localize(replace(config, max_facts=2, localizers=ways), facts).scores
+    found = run_localize(replace(config, facts=FactSource(max_facts=2), localizers=ways), facts).scores
     asked = found["tracing"].facts
     assert len(asked) == 2
     assert [fact.id for fact in found["foils"].facts] == [fact.id for fact in asked]
@@ -171,7 +174,7 @@ def test_several_processes_share_the_localizers(config: LocalizeConfig, monkeypa
     [
         ({"facts": ()}, "facts is empty"),
         ({"retain": ()}, "the localizer overlap compares with facts that must stay"),
-        ({"max_facts": 1}, "max_facts is 1"),
+        ({"facts": FactSource(max_facts=1)}, "max_facts is 1"),
         ({"seed": -1}, "seed is -1"),
         ({"localizers": {"one": CausalTracing()}}, "localizers names 1"),
         ({"localizers": {"a/b": CausalTracing(), "c": FactLookup()}}, "'a/b' is no file name"),
@@ -235,7 +238,7 @@ def test_the_shipped_config_and_overrides_of_one_localizer() -> None:
     words = ["--config", path, "--localizers.tracing.init_args.window", "3", "--retain", "other.jsonl"]
     changed = parse_config(LocalizeConfig, words)
     assert changed.localizers == {**config.localizers, "tracing": CausalTracing(window=3)}
-    assert changed.retain_sources == ("other.jsonl",)
+    assert changed.retain == "other.jsonl"
     replaced = {"class_path": "AttributionPatching", "init_args": {"corruption": {"class_path": "TokenReplacement"}}}
     swap = json.dumps({"a": replaced, "b": {"class_path": "FactLookup"}})
     other = parse_config(LocalizeConfig, ["--localizers", swap]).localizers
@@ -285,7 +288,7 @@ def test_the_script_localizes_rows(config: LocalizeConfig, tmp_path: Path) -> No
         ]
         (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model.path", config.model.path, "--facts", str(tmp_path / "forget.jsonl"), "--out", config.out]
-    words += ["--retain", str(tmp_path / "retain.jsonl"), "--subject", SUBJECT]
+    words += ["--retain", str(tmp_path / "retain.jsonl"), "--facts.subject", SUBJECT]
     done = run_forked(ROOT / "scripts" / "localize.py", *words)
     assert done.returncode == 0, done.stderr
     assert "gradient_overlap: gradient overlap; share of " in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,7 +23,7 @@ from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, i
 from tracing.causal_tracing import Workers
 from tracing.plan import sequential
 from tracing.plan.sequential import looks
-from tracing.question.fact_source import read_facts
+from tracing.question.fact_source import FactSource
 from tracing.stages.trace.config import PlanConfig, TraceConfig
 from tracing.stages.trace.stage import run_trace
 
@@ -79,7 +78,7 @@ def test_max_facts_are_drawn_with_the_seed(model_folder: Path, tmp_path: Path) -
         config = TraceConfig(
             model=ModelSpec(path=str(model_folder), device="cpu"),
             kinds=("mlp",),
-            max_facts=3,
+            facts=FactSource(max_facts=3),
             out=str(tmp_path / name),
             seed=seed,
         )
@@ -99,7 +98,9 @@ def test_weak_facts_are_left_out_and_the_rest_may_end_early(model_folder: Path, 
     facts = known(tiny("olmo"), how_many=6)
     everything = run_trace(stage(model_folder, tmp_path / "all"), facts).effects
     bound = float(np.sort(everything.total)[1])
-    config = stage(model_folder, tmp_path / "some", least_total=bound, stop_when_apart=True, max_facts=5, seed=1)
+    config = stage(
+        model_folder, tmp_path / "some", least_total=bound, stop_when_apart=True, facts=FactSource(max_facts=5), seed=1
+    )
     result = run_trace(config, facts)
     drawn = np.random.default_rng(1).permutation(6)
     kept = [facts[place] for place in drawn if everything.total[place] >= bound]
@@ -125,7 +126,7 @@ def test_a_trace_looks_at_growing_numbers_of_facts(
     )  # two groups of facts are too few, a random model has no places
     assert result.plan.evidence["confidence"] == pytest.approx(1 - 0.05 / 3)
     assert not result.plan.singled_out
-    at_once = run_trace(stage(model_folder, tmp_path / "once", max_facts=6), facts)  # the same order
+    at_once = run_trace(stage(model_folder, tmp_path / "once", facts=FactSource(max_facts=6)), facts)  # the same order
     assert at_once.effects.facts == result.effects.facts
     for one, other in zip(at_once.effects.restored["mlp"], result.effects.restored["mlp"], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-9)  # other facts share the wave: rounding
@@ -211,8 +212,8 @@ def test_several_processes_share_the_facts_and_agree(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"kinds": ("resid",)}, "plan.kind is mlp but kinds leaves out mlp"),
-        ({"facts": ()}, "facts is empty"),
-        ({"max_facts": 0}, "max_facts is 0"),
+        ({"facts": {"sources": ()}}, "facts.sources is empty"),
+        ({"facts": {"max_facts": 0}}, "max_facts is 0"),
         ({"window": 0}, "window is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"positions": "subject_and_last", "plan": {"roles": ("further",)}}, "not traced"),
@@ -225,9 +226,9 @@ def test_several_processes_share_the_facts_and_agree(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_configs_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
-    plan = settings.pop("plan", {})
+    plan, facts = settings.pop("plan", {}), settings.pop("facts", {})
     with pytest.raises(UserError, match=message):
-        TraceConfig(**settings, plan=PlanConfig(**plan))
+        TraceConfig(**settings, facts=FactSource(**facts), plan=PlanConfig(**plan))
 
 
 def test_the_default_size_is_three_eighths_as_published() -> None:
@@ -265,8 +266,11 @@ def test_a_size_beyond_the_model_is_refused_before_tracing(model_folder: Path, t
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "trace").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_parse(path: Path) -> None:
     config = parse_config(TraceConfig, ["--config", str(path), "--facts", "other.jsonl"])
-    assert config.sources == ("other.jsonl",)
-    assert parse_config(TraceConfig, ["--config", str(path)]).sources != config.sources
+    assert config.facts.sources == "other.jsonl"
+    shipped = parse_config(TraceConfig, ["--config", str(path)])
+    assert shipped.facts.sources != "other.jsonl"
+    assert replace(shipped, facts=config.facts) == config
+    assert replace(shipped.facts, sources="other.jsonl") == config.facts
 
 
 def rows_file(model: LanguageModel, path: Path) -> Path:
@@ -281,7 +285,7 @@ def rows_file(model: LanguageModel, path: Path) -> Path:
 def test_the_script_traces_rows(model_folder: Path, tmp_path: Path) -> None:
     rows = rows_file(tiny("olmo"), tmp_path / "rows.jsonl")
     words = ["--model.path", str(model_folder), "--facts", str(rows), "--out", str(tmp_path / "run"), "--window", "2"]
-    words += ["--kinds", "[mlp,attn]", "--subject", SUBJECT]
+    words += ["--kinds", "[mlp,attn]", "--facts.subject", SUBJECT]
     done = run_forked(ROOT / "scripts" / "trace.py", *words)
     assert done.returncode == 0, done.stderr
     assert "traced 6 facts, left out 0" in done.stdout
@@ -290,24 +294,15 @@ def test_the_script_traces_rows(model_folder: Path, tmp_path: Path) -> None:
     assert LayerPlan.load(tmp_path / "run" / "plan.json").provenance["window"] == 2
 
 
-def test_the_script_reads_rows_of_the_asked_tasks_and_known_facts(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("trace_script", ROOT / "scripts" / "trace.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = sys.path[0]
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[0] = before
+def test_facts_are_read_from_rows_of_the_asked_tasks_and_known_facts(tmp_path: Path) -> None:
     rows = str(rows_file(tiny("olmo"), tmp_path / "rows.jsonl"))
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps([{"known_id": 7, "prompt": "Ada is a", "subject": "Ada", "attribute": "poet"}]))
-    both = module.read_facts(TraceConfig(facts=(str(facts), rows), subject=SUBJECT))
+    both = FactSource(sources=(str(facts), rows), subject=SUBJECT).read()
     assert [fact.id for fact in both] == ["7", *(f"p{number}qa0" for number in range(6))]
     assert [fact.subject for fact in both[1:]] == [subject for _, subject in PROMPTS]
     with pytest.raises(UserError, match=r"has no rows of Task3 \(it has Task2\)"):
-        module.read_facts(TraceConfig(facts=rows, tasks=("Task3",)))
+        FactSource(sources=rows, tasks=("Task3",)).read()
 
 
 def test_questions_and_answers_alone_are_read_and_the_unnamed_counted(
@@ -319,17 +314,17 @@ def test_questions_and_answers_alone_are_read_and_the_unnamed_counted(
     path = tmp_path / "questions.json"
     path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in pairs))
     columns = {"input": "question", "output": "answer"}
-    config = TraceConfig(facts=str(path), columns=columns, tasks=(), leave_out_unnamed=True)
-    facts = read_facts(config)
+    source = FactSource(sources=str(path), columns=columns, tasks=(), leave_out_unnamed=True)
+    facts = source.read()
     assert [fact.subject for fact in facts] == ["Ada Byron"] * 5 + ["Bo Diddley"] * 5
     assert "left out 1 of 11 questions" in capsys.readouterr().err
     with pytest.raises(UserError, match="1 of 11 rows"):
-        read_facts(replace(config, leave_out_unnamed=False))
+        replace(source, leave_out_unnamed=False).read()
 
 
 def test_a_killed_trace_goes_on_to_the_same_file(model_folder: Path, tmp_path: Path) -> None:
     rows = str(rows_file(tiny("olmo"), tmp_path / "rows.jsonl"))
-    words = ["--model.path", str(model_folder), "--model.device", "cpu", "--facts", rows, "--subject", SUBJECT]
+    words = ["--model.path", str(model_folder), "--model.device", "cpu", "--facts", rows, "--facts.subject", SUBJECT]
     words += [
         "--engine",
         "reference",
@@ -370,7 +365,7 @@ def test_a_killed_trace_goes_on_to_the_same_file(model_folder: Path, tmp_path: P
 
 def test_two_processes_write_what_one_writes(model_folder: Path, tmp_path: Path) -> None:
     rows = str(rows_file(tiny("olmo"), tmp_path / "rows.jsonl"))
-    words = ["--model.path", str(model_folder), "--model.device", "cpu", "--facts", rows, "--subject", SUBJECT]
+    words = ["--model.path", str(model_folder), "--model.device", "cpu", "--facts", rows, "--facts.subject", SUBJECT]
     script = str(ROOT / "scripts" / "trace.py")
     launch = ["-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(ROOT / "configs" / "accelerate" / "cpu2_ddp.yaml")]

@@ -28,7 +28,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every stage, with few facts and two steps."""
     out = tmp_path_factory.mktemp("demo") / "run"
     config = shipped()
-    trace = replace(config.trace, max_facts=3, kinds=("mlp",))
+    trace = replace(config.trace, facts=replace(config.trace.facts, max_facts=3), kinds=("mlp",))
     run_demo(replace(config, trace=trace, trainer=replace(config.trainer, steps=2), out=str(out)))
     return out
 
@@ -73,7 +73,7 @@ def test_a_second_call_runs_nothing_again(quick: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("tracing.engine.wavefront.Wavefront.trace", lambda *a, **k: pytest.fail("traced again"))
     monkeypatch.setattr("unlearn.evaluation.evaluate.generate", lambda *a, **k: pytest.fail("generated again"))
     config = shipped()
-    trace = replace(config.trace, max_facts=3, kinds=("mlp",))
+    trace = replace(config.trace, facts=replace(config.trace.facts, max_facts=3), kinds=("mlp",))
     before = json.loads((quick / "results.json").read_text())["models"]
     run_demo(replace(config, trace=trace, trainer=replace(config.trainer, steps=2), out=str(quick)))
     assert json.loads((quick / "results.json").read_text())["models"] == before
@@ -86,7 +86,7 @@ def test_a_baseline_of_another_name_is_refused() -> None:
 
 def test_another_trace_in_the_same_folder_is_refused(quick: Path) -> None:
     config = shipped()
-    trace = replace(config.trace, max_facts=3, kinds=("mlp",), window=3)
+    trace = replace(config.trace, facts=replace(config.trace.facts, max_facts=3), kinds=("mlp",), window=3)
     with pytest.raises(UserError, match="window was 1 and is now 3"):
         run_demo(replace(config, trace=trace, trainer=replace(config.trainer, steps=2), out=str(quick)))
 

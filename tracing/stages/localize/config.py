@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lm.anatomy import Kind
 from lm.errors import UserError
@@ -16,7 +17,14 @@ from tracing.localizers.fact_lookup import FactLookup
 from tracing.localizers.gradient_overlap import GradientOverlap
 from tracing.localizers.weight_attribution import WeightAttribution
 from tracing.plan.choose import PlanKind
+from tracing.question.fact_source import OLD_KEYS, SHORT_KEYS, FactSource
 from tracing.stages.trace.config import usual_size
+
+HELP = """Where is it stored, by several localizers? Run them on the same facts, compare them, and choose layers if they agree.
+
+palimpsest localize --config builtin --out runs/localize
+accelerate launch --config_file configs/accelerate/cpu2_ddp.yaml -m palimpsest localize --config builtin
+"""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -66,24 +74,15 @@ class CombinedPlanConfig:
 class LocalizeConfig:
     """Which model is asked what, in which ways, and which layers come of it."""
 
+    short_keys: ClassVar[dict[str, str]] = SHORT_KEYS
+    old_keys: ClassVar[dict[str, str]] = OLD_KEYS
+
     model: ModelSpec = field(default_factory=ModelSpec)
     """The model that has memorized the facts."""
-    facts: tuple[str, ...] | str = ("builtin:forget",)
-    """What to locate, one source or several: a JSONL or Parquet file of rows, a folder, a part of the built-in world, or a JSON
-    or JSONL file of facts (objects with prompt, subject, and answer or attribute)."""
+    facts: FactSource = field(default_factory=FactSource)
+    """What to locate: where from, and how much of it (`max_facts` on either side)."""
     retain: tuple[str, ...] | str = ("builtin:retain",)
-    """What must stay, for the localizers that compare with it; sources as for facts, or none: []."""
-    columns: dict[str, str] | None = None
-    """For row files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
-    tasks: tuple[str, ...] = ("Task2",)
-    """Only rows of these tasks; Task2 asks about people by name. Empty: all."""
-    subject: str | None = None
-    """A regular expression whose group `subject` (else first group, else whole match) is the subject of a question; null
-    finds the person's name by comparing rows."""
-    leave_out_unnamed: bool = False
-    """Leave out questions whose subject is not found instead of refusing the file."""
-    max_facts: int | None = None
-    """So many known facts on either side, drawn at random with `seed`; null takes all. A corruption is that of all facts."""
+    """What must stay, for the localizers that compare with it; sources as for facts, read in the same way, or none: []."""
     localizers: dict[str, Localizer] = field(default_factory=_usual)
     """A name -> a localizer, at least two; each writes its scores as NAME.npz."""
     prompt: PromptSpec = field(default_factory=PromptSpec)
@@ -98,20 +97,18 @@ class LocalizeConfig:
     """Go on with the run in `out`: finished localizers are not run again."""
 
     def __post_init__(self) -> None:
-        if not self.sources:
-            raise UserError("facts is empty; name at least one source, such as builtin:forget")
-        if self.max_facts is not None and self.max_facts < 2:
-            raise UserError(f"max_facts is {self.max_facts}; give at least 2, or null")
+        if self.facts.max_facts is not None and self.facts.max_facts < 2:
+            raise UserError(f"facts.max_facts is {self.facts.max_facts}: give at least 2, or null")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; give 0 or more")
         if len(self.localizers) < 2:
             raise UserError(
-                f"localizers names {len(self.localizers)}; give at least two to compare, or use scripts/trace.py"
+                f"localizers names {len(self.localizers)}; give at least two to compare, or use the stage trace"
             )
         for name, one in self.localizers.items():
             if not _NAME.fullmatch(name):
                 raise UserError(f"the localizer's name {name!r} is no file name; use small letters, digits, _ and -")
-            if one.needs_retain and not self.retain_sources:
+            if one.needs_retain and not self.retain:
                 raise UserError(
                     f"the localizer {name} compares with facts that must stay; name their sources in retain"
                 )
@@ -119,13 +116,3 @@ class LocalizeConfig:
                 raise UserError(
                     f"plan.kind is {self.plan.kind} but the localizer {name} does not score {', '.join(missing)}; use what all do"
                 )
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The sources of facts, always as a tuple."""
-        return (self.facts,) if isinstance(self.facts, str) else self.facts
-
-    @property
-    def retain_sources(self) -> tuple[str, ...]:
-        """The sources of what must stay, always as a tuple."""
-        return (self.retain,) if isinstance(self.retain, str) else self.retain

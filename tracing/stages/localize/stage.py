@@ -1,7 +1,4 @@
-"""The localizing stage from facts to files: every localizer, how far they agree, a plan, a picture. Wiring only.
-
-Where facts are read from is the script's business (rows are read by `lm.row_files`, which stands above this package).
-"""
+"""The localizing stage from facts to files: every localizer, how far they agree, a plan, a picture. Wiring only."""
 
 from __future__ import annotations
 
@@ -20,9 +17,8 @@ from tracing.known import known_facts
 from tracing.plan.combined import Agreements, combined_plan, compare_all
 from tracing.plan.layer_plan import LayerPlan
 from tracing.plots.pictures import plot_localizers
-from tracing.question.facts import Fact, facts_hash
+from tracing.question.facts import Fact, drawn, facts_hash
 from tracing.stages.localize.config import LocalizeConfig
-from tracing.stages.trace.stage import drawn
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,7 +33,9 @@ class LocalizeResult:
     """The localizers that gave no scores, which the others were compared without, and why."""
 
 
-def run_localize(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequence[Fact] = ()) -> LocalizeResult:
+def run_localize(
+    config: LocalizeConfig, facts: Sequence[Fact] | None = None, retain: Sequence[Fact] = ()
+) -> LocalizeResult:
     """Localize as the config says, every localizer on the same facts.
 
     Writes into `config.out`: `NAME.npz` a localizer (scores a fact, details), `agreement.json` and `agreement.md` (every pair,
@@ -45,16 +43,23 @@ def run_localize(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequence
     Several processes share the localizers. One that refuses (these facts, this model) leaves `NAME.refused.json` with the reason;
     the others are compared without it, and a resumed run asks it again.
 
+    Args:
+        config: the whole comparison.
+        facts: facts in memory; None reads those that the config names, and what must stay as well.
+        retain: facts in memory that must stay, beside `facts`.
+
     Raises:
         UserError: whatever the user can mend, fewer than two localizers that do not refuse among it; finished ones stay in the
             run folder.
     """
     started = time.monotonic()
+    if facts is None:
+        facts, retain = config.facts.read(), config.facts.read(config.retain)
     acc = accelerator(cpu=config.model.device == "cpu")
     model = load_here(acc, config.model)
     size = config.plan.layers(model.anatomy.layers)
     if size > model.anatomy.layers:
-        raise UserError(f"plan.size is {size} but {model.name} has {model.anatomy.layers} layers; give fewer, or null.")
+        raise UserError(f"plan.size is {size} but {model.name} has {model.anatomy.layers} layers: give fewer, or null")
     with together(acc):
         if acc.is_main_process:
             about = {
@@ -129,6 +134,19 @@ def run_localize(config: LocalizeConfig, facts: Sequence[Fact], retain: Sequence
     return result
 
 
+def describe(config: LocalizeConfig, result: LocalizeResult) -> str:
+    """What the command prints at the end: each localizer in a line, the table of agreements, and the plan's verdict."""
+    lines = []
+    for name, scores in result.scores.items():
+        first = ", ".join(f"{kind} highest at layer {scores.mean(kind).argmax()}" for kind in config.plan.kinds)
+        lines.append(f"{name}: {scores.source}; {scores.unit}; {len(scores.facts)} facts; {first}")
+        if checked := scores.details.get("verification"):
+            lines.append(f"  {checked['sentence']}")
+    lines += [f"{name}: no scores, compared without it: {reason}" for name, reason in result.refused.items()]
+    lines += [f"\n{result.agreements.to_markdown()}", result.plan.verdict]
+    return "\n".join([*lines, f"wrote {config.out}/plan.json and localizers.png"])
+
+
 def refusal(folder: Path, name: str) -> Path:
     """Where it is written why a localizer gave no scores."""
     return folder / f"{name}.refused.json"
@@ -137,7 +155,7 @@ def refusal(folder: Path, name: str) -> Path:
 def known_of(model: LanguageModel, facts: Sequence[Fact], config: LocalizeConfig) -> tuple[list[Fact], dict[str, str]]:
     """The facts that the model knows, up to `max_facts` of them, drawn with the seed; and why each other one is left out."""
     known, skipped = known_facts(
-        model, drawn(facts, config.max_facts, config.seed), config.prompt, max_facts=config.max_facts
+        model, drawn(facts, config.facts.max_facts, config.seed), config.prompt, max_facts=config.facts.max_facts
     )
     return [probe.fact for probe in known], {one.fact.label: one.reason for one in skipped}
 

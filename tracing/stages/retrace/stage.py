@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from lm.anatomy import Kind
 from lm.devices import accelerator, launch_facts, load_here, together
-from lm.errors import UserError
-from lm.model import ModelSpec
 from lm.run_folder import RunFolder, peak_memory_bytes, write_json
-from tracing.bootstrap import check_confidence
 from tracing.causal_tracing import Workers
 from tracing.effects.before_after import Difference, difference
 from tracing.effects.effects import Effects
-from tracing.engine.engines import EngineName
 from tracing.plots.pictures import plot_difference
 from tracing.retracing import retrace
+from tracing.stages.retrace.config import RetraceConfig
 from tracing.stages.trace.stage import readable_tables
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetraceConfig:
-    """A changed model, and the effects of the one it came from: facts, noise, metric and cells are those of the first trace."""
-
-    model: ModelSpec = field(default_factory=ModelSpec)
-    """The changed model."""
-    before: str = "runs/trace"
-    """The run folder of the first trace, or its effects.npz."""
-    kinds: tuple[Kind, ...] | None = None
-    """Trace only these kinds again; null traces all that were traced."""
-    engine: EngineName | None = None
-    """How cells are computed; null: as before."""
-    memory: float = 2.0
-    """Gigabytes that the wavefront may take beside the model, about; a run may go on with another number."""
-    confidence: float = 0.95
-    """Of the intervals of what changed."""
-    seed: int = 0
-    """Of the resampling."""
-    out: str = "runs/retrace"
-    """The run folder."""
-    resume: bool = False
-    """Go on with the trace in `out`: finished facts are not traced again."""
-
-    def __post_init__(self) -> None:
-        check_confidence(self.confidence)
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; give 0 or more")
 
 
 def run_retrace(config: RetraceConfig) -> Difference:
@@ -89,3 +55,9 @@ def run_retrace(config: RetraceConfig) -> Difference:
         run.finish(peak_memory_bytes=peak_memory_bytes())
     acc.wait_for_everyone()
     return found
+
+
+def describe(config: RetraceConfig, found: Difference) -> str:
+    """What the command prints at the end: what became of the strongest cell of each kind."""
+    sentences = [found.sentence(kind) for kind in found.kinds]
+    return "\n".join([*sentences, f"wrote {config.out}/effects.npz, difference.json and a picture a kind"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lm.anatomy import Kind
 from lm.errors import UserError
@@ -14,8 +15,15 @@ from tracing.effects.roles import SUBJECT_ROLES, Aggregation, check_reached, che
 from tracing.engine.engines import EngineName
 from tracing.plan.choose import PlanKind
 from tracing.plan.rules import RuleName, check_rule
+from tracing.question.fact_source import OLD_KEYS, SHORT_KEYS, FactSource
 from tracing.question.metrics import Metric
 from tracing.question.sweep import Positions, Severed, Sweep
+
+HELP = """Where is it stored? Trace facts through a model, and choose the layers to train from what comes back.
+
+palimpsest trace --config builtin --out runs/trace
+accelerate launch --config_file configs/accelerate/gpu8_ddp.yaml -m palimpsest trace --config lume
+"""
 
 
 def usual_size(model_layers: int) -> int:
@@ -69,23 +77,13 @@ class PlanConfig:
 class TraceConfig:
     """Which model is asked what, how the subject is corrupted, and which layers come of it."""
 
+    short_keys: ClassVar[dict[str, str]] = SHORT_KEYS
+    old_keys: ClassVar[dict[str, str]] = OLD_KEYS
+
     model: ModelSpec = field(default_factory=ModelSpec)
     """The model that has memorized the facts."""
-    facts: tuple[str, ...] | str = ("builtin:forget",)
-    """What to ask, one source or several: a JSONL or Parquet file of rows, or of facts (also JSON; records with prompt, subject,
-    and answer or attribute), a folder of either, or a part of the built-in world."""
-    columns: dict[str, str] | None = None
-    """For files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"} for rows, or
-    {"prompt": "question", "answer": "target"} for facts."""
-    tasks: tuple[str, ...] = ("Task2",)
-    """Only rows of these tasks; Task2 asks about people by name. Empty: all."""
-    subject: str | None = None
-    """A regular expression whose group `subject` (else first group, else whole match) is the subject of a question; null
-    finds the person's name by comparing rows."""
-    leave_out_unnamed: bool = False
-    """Leave out questions whose subject is not found instead of refusing the file (TOFU's "What is the full name of …?")."""
-    max_facts: int | None = None
-    """Trace only so many known facts, drawn at random with `seed`; null traces all."""
+    facts: FactSource = field(default_factory=FactSource)
+    """What to ask: where from, and how much of it."""
     least_total: float | None = None
     """Leave out, before any cell is computed, facts of which the corruption takes less than this, in units of the metric."""
     stop_when_apart: bool = False
@@ -136,10 +134,6 @@ class TraceConfig:
             sever=self.sever,
             also=self.also_metrics,
         )
-        if not self.sources:
-            raise UserError("facts is empty; name at least one source, such as builtin:forget")
-        if self.max_facts is not None and self.max_facts < 1:
-            raise UserError(f"max_facts is {self.max_facts}; give at least 1, or null")
         if self.least_total is not None and not self.least_total >= 0:
             raise UserError(f"least_total is {self.least_total}; give 0 or more in units of the metric, or null")
         if self.seed < 0:
@@ -157,8 +151,3 @@ class TraceConfig:
         count = [kinds[:place].count(kind) + 1 for place, kind in enumerate(kinds)]
         names = [f"{kind}-{number}" if number > 1 else kind for kind, number in zip(kinds, count, strict=True)]
         return dict(zip(names[1:], each[1:], strict=True))
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The sources of facts, always as a tuple."""
-        return (self.facts,) if isinstance(self.facts, str) else self.facts

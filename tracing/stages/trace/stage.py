@@ -1,7 +1,4 @@
-"""The tracing stage from facts to files: trace, choose layers, draw, write. Wiring only.
-
-Where facts are read from is the script's business (rows are read by `lm.row_files`, which stands above this package).
-"""
+"""The tracing stage from facts to files: trace, choose layers, draw, write. Wiring only."""
 
 from __future__ import annotations
 
@@ -20,6 +17,7 @@ from lm.model import LanguageModel
 from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
 from tracing.causal_tracing import Workers, trace
 from tracing.corruption.noise import Corruption
+from tracing.effects.agreement import Agreement
 from tracing.effects.effects import Effects
 from tracing.effects.interaction import Interaction, interaction
 from tracing.effects.roles import Aggregation
@@ -30,7 +28,7 @@ from tracing.plan.cross_check import confirm
 from tracing.plan.layer_plan import LayerPlan
 from tracing.plan.sequential import trace_until_apart
 from tracing.plots.heatmaps import figure, heatmap
-from tracing.question.facts import Fact, facts_hash
+from tracing.question.facts import Fact, drawn, facts_hash
 from tracing.stages.trace.config import TraceConfig
 
 
@@ -47,7 +45,7 @@ class TraceResult:
     """Of windows: what they bring back beyond their layers one by one."""
 
 
-def run_trace(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
+def run_trace(config: TraceConfig, facts: Sequence[Fact] | None = None) -> TraceResult:
     """Trace as the config says.
 
     Writes into `config.out`: `plan.json` (what training consumes), `effects.npz` (every cell), `effects.json` (a summary in
@@ -61,13 +59,14 @@ def run_trace(config: TraceConfig, facts: Sequence[Fact]) -> TraceResult:
         UserError: whatever the user can mend; finished facts stay in the run folder.
     """
     started = time.monotonic()
-    most = config.max_facts or (len(facts) if config.stop_when_apart else None)
+    facts = config.facts.read() if facts is None else facts
+    most = config.facts.max_facts or (len(facts) if config.stop_when_apart else None)
     facts = drawn(facts, most, config.seed)
     acc = accelerator(cpu=config.model.device == "cpu")
     model = load_here(acc, config.model)
     size = config.plan.layers(model.anatomy.layers)
     if size is not None and size > model.anatomy.layers:
-        raise UserError(f"plan.size is {size} but {model.name} has {model.anatomy.layers} layers; give fewer, or null.")
+        raise UserError(f"plan.size is {size} but {model.name} has {model.anatomy.layers} layers: give fewer, or null")
     with together(acc):
         if acc.is_main_process:
             about = {"facts": {"count": len(facts), "sha256": facts_hash(facts)}, "devices": launch_facts(acc)}
@@ -188,6 +187,24 @@ class _Asking:
         )
 
 
+def describe(config: TraceConfig, result: TraceResult) -> str:
+    """What the command prints at the end: every trace in sentences, how far traces agree, and the plan's verdict."""
+    effects, plan = result.effects, result.plan
+    lines = [
+        f"traced {len(effects.facts)} facts, left out {len(effects.skipped)} (reasons in {config.out}/effects.json)"
+    ]
+    first = type(config.corruption).__name__
+    for name, traced in {first: effects, **result.others}.items():
+        for read in (traced, *traced.also.values()):
+            lines.append(f"{name}: {read.summary(confidence=config.plan.confidence, seed=config.seed)}")
+    for name, compared in plan.evidence.get("also", {}).items():
+        for alike in compared.get("agreement", {}).values():
+            lines.append(f"{first} and {name}, {Agreement(**alike)}")
+    lines += plan.evidence.get("windows", ())
+    layers = f"layers {list(plan.layers)} of {effects.layers}, {' and '.join(plan.modules)}"
+    return "\n".join([*lines, plan.verdict, f"wrote {config.out}/plan.json: {layers}"])
+
+
 def write_result(
     result: TraceResult,
     folder: Path,
@@ -271,13 +288,6 @@ def readable_tables(tables: Sequence[EffectTable]) -> dict[str, Any]:
         }
         for table in tables
     }
-
-
-def drawn(facts: Sequence[Fact], max_facts: int | None, seed: int) -> list[Fact]:
-    """The facts in the order in which they are asked: as they come, or shuffled where only some are wanted."""
-    if max_facts is None:
-        return list(facts)
-    return [facts[index] for index in np.random.default_rng(seed).permutation(len(facts))]
 
 
 def _numbers(values: Any) -> list[float] | None:
