@@ -172,9 +172,9 @@ def test_several_processes_share_the_localizers(config: LocalizeConfig, monkeypa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"facts": ()}, "facts is empty"),
+        ({"facts": {"sources": ()}}, "facts.sources is empty"),
         ({"retain": ()}, "the localizer overlap compares with facts that must stay"),
-        ({"facts": FactSource(max_facts=1)}, "max_facts is 1"),
+        ({"facts": {"max_facts": 1}}, "max_facts is 1"),
         ({"seed": -1}, "seed is -1"),
         ({"localizers": {"one": CausalTracing()}}, "localizers names 1"),
         ({"localizers": {"a/b": CausalTracing(), "c": FactLookup()}}, "'a/b' is no file name"),
@@ -190,8 +190,9 @@ def test_several_processes_share_the_localizers(config: LocalizeConfig, monkeypa
     ],
 )
 def test_impossible_configs_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    facts = settings.pop("facts", {})
     with pytest.raises(UserError, match=message):
-        LocalizeConfig(**{"localizers": THREE, **settings})
+        LocalizeConfig(**{"localizers": THREE, "facts": FactSource(**facts), **settings})
 
 
 @pytest.mark.parametrize(
