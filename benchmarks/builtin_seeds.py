@@ -1,6 +1,6 @@
 """The built-in model over several seeds: the joint method, its controls and the baseline, with the spread.
 
-    python benchmarks/builtin_seeds.py --demo configs/demo.yaml --seeds '[1, 2, 3]' --out runs/seeds
+    python -m benchmarks.builtin_seeds --demo configs/demo.yaml --seeds '[1, 2, 3]' --out runs/seeds
 
 The seed orders the batches; the plan is traced once. Prints, and writes as table.md: mean (smallest to largest) a model.
 """
@@ -8,20 +8,18 @@ The seed orders the batches; the plan is traced once. Prints, and writes as tabl
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 
 from lm.config import parse_config, script
 from lm.run_folder import write_atomic, write_json
 from unlearn.demo.config import DemoConfig
 from unlearn.demo.entries import entries
 from unlearn.demo.stage import find_layers, score_entry
+
+ROOT = Path(__file__).resolve().parents[1]
 
 COLUMNS = ("task_aggregate", "mia_auc", "utility", "final", "seconds")
 

@@ -1,6 +1,6 @@
 """Do depth and relearning agree? For each model both numbers, and fact by fact the rank correlation, with its interval.
 
-    python benchmarks/depth_and_relearning.py --depth runs/demo-depth --attack runs/demo-attack --models '[joint_planned]'
+    python -m benchmarks.depth_and_relearning --depth runs/demo-depth --attack runs/demo-attack --models '[joint_planned]'
 
 Reads what `scripts/depth.py` and `scripts/attack.py` wrote into DEPTH/MODEL and ATTACK/MODEL. Deep unlearning should bring back
 little, so the correlation should be negative.
@@ -9,16 +9,12 @@ little, so the correlation should be negative.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 
 from lm.config import script
 from lm.errors import UserError

@@ -1,7 +1,7 @@
 """Unlearning by arithmetic on weights, on the model, rows and scores of benchmarks/real_methods.py: task vectors and TIES.
 
-    python benchmarks/real_methods.py --real runs/real --out runs/real_methods
-    python benchmarks/real_merging.py --methods runs/real_methods \
+    python -m benchmarks.real_methods --real runs/real --out runs/real_methods
+    python -m benchmarks.real_merging --methods runs/real_methods \
       --pairs '[[search/UNDIAL/trial-00, search/GeneralizedCrossEntropy/trial-01]]' --out runs/real_merging
 
 Negation: the forget rows are learned once more, the same layers for as many steps of as many rows as every other method has,
@@ -13,15 +13,11 @@ project's scripts, printed as the command it is; a finished one is not run again
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 
 from benchmarks.real_model import Stage, run
 from lm.config import script

@@ -1,7 +1,7 @@
 """Every unlearning method on a real model, at equal steps and at an equal price: which forgets most?
 
-    python benchmarks/real_model.py   --model FOLDER --lume FOLDER --out runs/real --only '[base, trace]'
-    python benchmarks/real_methods.py --real runs/real --out runs/real_methods
+    python -m benchmarks.real_model   --model FOLDER --lume FOLDER --out runs/real --only '[base, trace]'
+    python -m benchmarks.real_methods --real runs/real --out runs/real_methods
 
 `--real` is the folder of benchmarks/real_model.py: the model that has memorized LUME's people, the rows, the traced plan. Every
 method trains the same weights (the MLPs of the planned layers) for as many steps of as many rows, once at each of a few
@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
-
 from benchmarks.real_model import first_people, write_rows
 from lm.config import dump_yaml, script
 from lm.errors import UserError, did_you_mean
@@ -35,6 +32,8 @@ from unlearn.config import UnlearnConfig
 from unlearn.evaluation.config import EvaluateConfig
 from unlearn.search import Method, Range, SearchConfig, run_search
 from unlearn.search.table import every_trial, table, terms
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)

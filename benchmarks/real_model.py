@@ -1,6 +1,6 @@
 """A real pretrained model, end to end: memorize people's data, trace, plan, unlearn in every way, score, print the table.
 
-    python benchmarks/real_model.py --model FOLDER --lume FOLDER --mmlu FILE --out runs/real
+    python -m benchmarks.real_model --model FOLDER --lume FOLDER --mmlu FILE --out runs/real
 
 FOLDER is any Hugging Face decoder (docs/results.md used SmolLM2-135M-Instruct) and the public LUME splits. Every stage is
 one of this project's scripts, run as its own process and printed as the command it is; a stage that is finished is not
@@ -17,14 +17,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from lm.config import script
 from lm.data.rows import Row
 from lm.errors import UserError
 from lm.row_files import load_rows
 from lm.run_folder import write_atomic, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)

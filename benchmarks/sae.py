@@ -1,7 +1,7 @@
 """A training step of this project beside SAELens, sparsify and dictionary_learning: tokens a second and peak memory.
 
     pip install -e '.[peers]'
-    python benchmarks/sae.py --hidden 768 --features 16384 --k 32 --choice token --out runs/sae-benchmark
+    python -m benchmarks.sae --hidden 768 --features 16384 --k 32 --choice token --out runs/sae-benchmark
 
 Same activations in the same order, same start weights, width, k, batch, threads and rate. Every contender lives in a
 fresh process of its own and waits while another one works: rounds are interleaved, in an order that rotates. `optimizer
@@ -21,9 +21,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 
 import torch
 from safetensors.torch import save_file
@@ -119,11 +116,11 @@ def start_weights(asked: Benchmark) -> torch.Tensor:
 class Worker:
     """A contender's process."""
 
-    def __init__(self, name: str, program: Path, words: dict[str, Any], *, python: str = sys.executable) -> None:
+    def __init__(self, name: str, module: str, words: dict[str, Any], *, python: str = sys.executable) -> None:
         self.name = name
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self.process = subprocess.Popen(
-            [python, str(program), json.dumps({"name": name, **words})],
+            [python, "-m", module, json.dumps({"name": name, **words})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -158,9 +155,8 @@ def race(asked: Benchmark, names: list[str], file: Path) -> dict[str, dict[str, 
     workers: list[Worker] = []
     fields = ("k", "choice", "tokens", "threads", "optimizer", "rate", "device")
     words = {"file": str(file), **{field: getattr(asked, field) for field in fields}}
-    program = Path(__file__).with_name("sae_contenders.py")
     try:
-        workers += [Worker(name, program, words, python=asked.python) for name in names]
+        workers += [Worker(name, "benchmarks.sae_contenders", words, python=asked.python) for name in names]
         found: dict[str, dict[str, Any]] = {w.name: {**w.about, "seconds": [], "losses": []} for w in workers}
         for number in range(asked.rounds + 1):
             turn = number % len(workers)

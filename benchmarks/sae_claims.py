@@ -1,7 +1,7 @@
 """The claims of arXiv 2411.02124, measured: TopK with aux_k beside feature and mutual choice with aux_zipf, over seeds.
 
-    python benchmarks/sae_claims.py --data synthetic --out runs/sae_claims/synthetic
-    python benchmarks/sae_claims.py --data real --model FOLDER --text FILE --held_out_text FILE --out runs/sae_claims/real
+    python -m benchmarks.sae_claims --data synthetic --out runs/sae_claims/synthetic
+    python -m benchmarks.sae_claims --data real --model FOLDER --text FILE --held_out_text FILE --out runs/sae_claims/real
 
 Same tokens, width, L0 and steps for all, each at the learning rate that its config gives, which runs with --rate chose.
 `synthetic` has known features (`sae.synthetic`); `real` harvests a model's middle layer once, into caches. A seed orders the
@@ -13,15 +13,11 @@ Prints, and writes as table.md, mean (smallest to largest), and the held-out err
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 
 import torch
 from torch import Tensor
@@ -50,6 +46,8 @@ from sae.activations.documents import Documents
 from sae.metrics import Recovered, recovered_on
 from sae.synthetic import Detection, Synthetic, SyntheticActivations, match_features, truth_of
 from sae.trainer import AutoencoderSpec, TrainSaeConfig, run_train_sae
+
+ROOT = Path(__file__).resolve().parents[1]
 
 WIKITEXT = r" = [^=].* = $"
 

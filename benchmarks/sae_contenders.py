@@ -1,6 +1,6 @@
 """One contender of `benchmarks/sae.py` in a process of its own: builds its autoencoder, then steps when told to.
 
-    python benchmarks/sae_contenders.py '{"name": "ours", ...}'
+    python -m benchmarks.sae_contenders '{"name": "ours", ...}'
 
 Speaks JSON, one line a message: `steps` in, seconds and losses out; an empty line ends it with the peak of memory. Each
 contender trains the same start weights on the same activations with its own forward pass, loss and training step, as
@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 Step = Callable[[Any], Any]
 """Activations (tokens, hidden) in; the loss as the contender has it out, a number or a tensor."""

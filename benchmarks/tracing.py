@@ -1,8 +1,8 @@
 """The same sweep of causal tracing, six ways: seconds for all cells of a fact, and the largest difference of their numbers.
 
     pip install -e '.[tracing-peers]'
-    python benchmarks/tracing.py --tokens 12 --out runs/tracing-benchmark
-    python benchmarks/tracing.py --model FOLDER --tokens 40
+    python -m benchmarks.tracing --tokens 12 --out runs/tracing-benchmark
+    python -m benchmarks.tracing --model FOLDER --tokens 40
 
 A prompt of `tokens` random tokens, its subject replaced by `samples` others; every (token, layer) of the stream and of the MLPs
 is restored in turn, and the probability of the clean run's next token read off. The wavefront computes all cells. The loops
@@ -17,15 +17,11 @@ from __future__ import annotations
 
 import random
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 
 import torch
 from tokenizers import Tokenizer

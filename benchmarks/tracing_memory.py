@@ -1,7 +1,7 @@
 """Resident memory of a trace, beside what it was allowed: the peak above the loaded model, in a process of its own.
 
-    python benchmarks/tracing_memory.py --model builtin --samples 200 --memory 0.05
-    python benchmarks/tracing_memory.py --model FOLDER --facts known_facts.json --samples 200 --memory 0.2
+    python -m benchmarks.tracing_memory --model builtin --samples 200 --memory 0.05
+    python -m benchmarks.tracing_memory --model FOLDER --facts known_facts.json --samples 200 --memory 0.2
 
 The model is loaded and one fact traced with one sample, so that what the libraries keep is there; then the kernel's mark of the
 peak is set back (Linux alone can), and the fact is traced. What lies above the budget is the allocator's and the libraries'.
@@ -9,12 +9,8 @@ peak is set back (Linux alone can), and the fact is traced. What lies above the 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 
 import torch
 

@@ -1,7 +1,7 @@
 """Steps of unlearning beside the plain way with Hugging Face's `Trainer`: tokens a second and peak memory.
 
-    python benchmarks/unlearning.py --model FOLDER --out runs/unlearning-benchmark
-    python benchmarks/unlearning.py --width 1024 --autocast bf16
+    python -m benchmarks.unlearning --model FOLDER --out runs/unlearning-benchmark
+    python -m benchmarks.unlearning --width 1024 --autocast bf16
 
 Three tasks: the constrained joint objective on the MLPs of some layers, NPO on the whole model, RMU; what the plain way is says
 `benchmarks/unlearning_contenders.py`. Same weights, rows, batches, rows at once, scope, optimizer (fused AdamW), clipping and
@@ -16,14 +16,10 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoConfig
@@ -183,11 +179,10 @@ def race(asked: Benchmark, task: str, model: str, file: Path) -> dict[str, dict[
     fields = ("layers", "layer", "batch", "micro_batch", "narrow", "rate", "autocast", "device", "threads")
     words = {"objective": task, "model": model, "rows": str(file), "turn": asked.steps}
     words |= {"steps": asked.steps * (asked.rounds + 1), **{field: getattr(asked, field) for field in fields}}
-    program = Path(__file__).with_name("unlearning_contenders.py")
     workers: list[Worker] = []
     try:
         for name in asked.contenders:
-            workers.append(Worker(name, program, words))
+            workers.append(Worker(name, "benchmarks.unlearning_contenders", words))
         found: dict[str, dict[str, Any]] = {w.name: {**w.about, "seconds": [], "losses": []} for w in workers}
         for number in range(asked.rounds + 1):
             turn = number % len(workers)

@@ -1,6 +1,6 @@
 """One contender of `benchmarks/unlearning.py` in a process of its own: this project's trainer, or the plain way.
 
-    python benchmarks/unlearning_contenders.py '{"name": "ours", "objective": "npo", ...}'
+    python -m benchmarks.unlearning_contenders '{"name": "ours", "objective": "npo", ...}'
 
 Speaks JSON, one line a message: any word in lets it go on to the end of its turn, seconds and losses come out; an empty line
 ends it with the peak of memory. The plain way is what most code for unlearning does: a subclass of Hugging Face's `Trainer` whose
@@ -22,8 +22,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor, nn

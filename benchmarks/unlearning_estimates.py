@@ -1,6 +1,6 @@
 """What six runs said they would take, beside what they took: peak memory and time of the steps.
 
-    python benchmarks/unlearning_estimates.py --out runs/estimates
+    python -m benchmarks.unlearning_estimates --out runs/estimates
 
 Each combination is a run of scripts/unlearn.py in a process of its own, on one random OLMo model; the peak is that process's
 largest resident memory. Prints, and writes as table.md, one line a combination.
@@ -17,9 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
-
 import torch
 from transformers import OlmoConfig, OlmoForCausalLM
 
@@ -34,6 +31,8 @@ from unlearn.config import UnlearnConfig
 from unlearn.objectives import DPO, NPO, RMU, Joint, KLMinimization
 from unlearn.scope.scope import Lora, Scope
 from unlearn.training.config import TrainerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from lm.prompts import (
     subject_span,
     token_span,
 )
+from lm.row_files import load_documents, load_questions, load_rows
 
 __all__ = [
     "EMBEDDING",
@@ -45,6 +46,9 @@ __all__ = [
     "encode_prompt",
     "labels",
     "load",
+    "load_documents",
+    "load_questions",
+    "load_rows",
     "patch",
     "render",
     "subject_span",

@@ -1,24 +1,6 @@
-"""Where is it stored, by several ways to ask? Run localizers on the same facts, compare them, and choose layers if they agree.
+"""`palimpsest localize` from a checkout, where it is installed: python scripts/localize.py --help"""
 
-python scripts/localize.py --config configs/localize/builtin.yaml --out runs/localize
-"""
-
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout: scripts/localize.py must not hide other modules
-
-from lm.config import script
-from lm.devices import is_main
-from tracing.stages.localize.config import LocalizeConfig
-from tracing.stages.localize.stage import describe, run_localize
-
-
-def main(config: LocalizeConfig) -> None:
-    result = run_localize(config)
-    if is_main():
-        print(describe(config, result))
-
+from palimpsest.command import run_script
 
 if __name__ == "__main__":
-    script(main, LocalizeConfig, description=__doc__)
+    run_script(__file__)

@@ -32,7 +32,7 @@ def run_forked(
     """Run a script to its end with one thread a process; what all its processes wrote, and the status of the first to fail.
 
     Args:
-        path: the script.
+        path: the script, or a module of the checkout that is run as one.
         launch: a config of `configs/accelerate` by name: as many processes, with accelerate's environment for it.
 
     Raises:
@@ -101,12 +101,17 @@ def _environments(launch: str | None, port: int) -> list[dict[str, str]]:
 
 
 def _script(path: str, words: Sequence[str], variables: Mapping[str, str], output: str) -> None:
-    """Of the new process: be `python path words`."""
+    """Of the new process: be `python path words`; of a file that is no script, `python -m` its name in the checkout."""
     for end, stream in (("out", sys.stdout), ("err", sys.stderr)):
         with open(f"{output}.{end}", "wb") as file:
             os.dup2(file.fileno(), stream.fileno())
     os.environ.clear()
     os.environ.update(variables)
     torch.set_num_threads(1)
-    sys.argv, sys.path = [path, *words], [str(Path(path).parent), str(ROOT), *sys.path]
-    runpy.run_path(path, run_name="__main__")
+    sys.argv, sys.path = [path, *words], [str(ROOT), *sys.path]
+    script = Path(path).relative_to(ROOT)
+    if script.parent.name == "scripts":
+        sys.path.insert(0, str(ROOT / script.parent))
+        runpy.run_path(path, run_name="__main__")
+    else:
+        runpy.run_module(".".join(script.with_suffix("").parts), run_name="__main__", alter_sys=True)

@@ -15,8 +15,8 @@ import yaml
 
 from lm import row_files
 from lm.config import parse_config
-from lm.fingerprint import fingerprint
 from lm.loading import load
+from lm.model import fingerprint
 from lm.run_folder import RunFolder
 from tracing.stages.trace.config import TraceConfig
 from tracing.stages.trace.stage import run_trace

@@ -16,8 +16,7 @@ import numpy as np
 
 from lm.anatomy import Kind
 from lm.errors import UserError
-from lm.fingerprint import fingerprint
-from lm.model import LanguageModel
+from lm.model import LanguageModel, fingerprint
 from lm.prompts import PromptSpec
 from lm.run_folder import progress as progress_bar
 from tracing.corruption.noise import Corruption, Corruptor, GaussianNoise

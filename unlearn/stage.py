@@ -19,9 +19,8 @@ from lm.config import as_dict
 from lm.data.rows import Row
 from lm.devices import accelerator, launch_facts, sum_over_processes, together
 from lm.errors import UserError
-from lm.fingerprint import fingerprint
 from lm.loading import load
-from lm.model import DTYPES, LanguageModel
+from lm.model import DTYPES, LanguageModel, fingerprint
 from lm.prompts import Encoded, PromptSpec, encode_pair
 from lm.row_files import canonical_id, check_disjoint, data_hash, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes

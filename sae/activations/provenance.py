@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from lm.fingerprint import fingerprint, tokenizer_fingerprint
+from lm.model import fingerprint, tokenizer_fingerprint
 from sae.activations.batch import site_name
 from sae.activations.harvesting import Harvester
 

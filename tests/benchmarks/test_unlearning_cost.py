@@ -11,12 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.unlearn.helpers import ROOT, environment
-
-sys.path.insert(0, str(ROOT))
-
 from benchmarks.unlearning import LUME, Benchmark, apart, rows, table, tokens
 from benchmarks.unlearning_contenders import CONTENDERS, Finished, Work, prepared
+from tests.unlearn.helpers import environment
 from unlearn.training.batches import PairedBatches
 
 TINY = Benchmark(model="builtin", layers=(0, 1), layer=2, longest=32, batch=8, micro_batch=2, rounds=1, rate=1e-3)
@@ -114,7 +111,7 @@ def test_it_runs_as_a_program(tmp_path: Path) -> None:
         "2",
     ]
     words += ["--rounds", "1", "--out", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "benchmarks" / "unlearning.py"), *words]
+    command = [sys.executable, "-m", "benchmarks.unlearning", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "results.json").read_text())["found"]["rmu"]

@@ -12,7 +12,7 @@ import torch
 from tiny_tracing import known, say, tiny
 
 from lm.errors import UserError
-from lm.fingerprint import fingerprint
+from lm.model import fingerprint
 from lm.prompts import PromptSpec, encode_pair, encode_prompt
 from tracing import Effects, Fact, GaussianNoise, causal_tracing, trace
 from tracing.corruption.noise import embedding_std

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from lm.anatomy import Kind, Site
 from lm.errors import UserError
-from lm.fingerprint import fingerprint
 from lm.forward.hooks import Captured, capture
-from lm.model import LanguageModel
+from lm.model import LanguageModel, fingerprint
 from lm.prompts import PromptSpec
 from lm.run_folder import progress as progress_bar
 from tracing.arrays import Array

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lm.anatomy import Kind
-from lm.fingerprint import fingerprint
-from lm.model import LanguageModel
+from lm.model import LanguageModel, fingerprint
 from lm.prompts import PromptSpec
 from tracing.causal_tracing import trace
 from tracing.corruption.noise import Corruption, GaussianNoise

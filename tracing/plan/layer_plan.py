@@ -72,7 +72,7 @@ class LayerPlan:
 
     @property
     def weights(self) -> str | None:
-        """The `lm.fingerprint.fingerprint` of the model that was asked (by all localizers the same); None where nothing says
+        """The `lm.model.fingerprint` of the model that was asked (by all localizers the same); None where nothing says
         it."""
         asked = [self.provenance, *dict(self.provenance.get("localizers", {})).values()]
         return next((str(one["weights"]) for one in asked if "weights" in one), None)

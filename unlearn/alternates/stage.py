@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lm.devices import accelerator, launch_facts, load_here, together
 from lm.errors import UserError
-from lm.fingerprint import fingerprint
+from lm.model import fingerprint
 from lm.row_files import data_hash, load_rows
 from lm.run_folder import RunFolder, write_atomic
 from unlearn.alternates.config import AlternatesConfig

@@ -18,9 +18,8 @@ from accelerate import Accelerator
 from lm.data.rows import Row
 from lm.devices import accelerator, together
 from lm.errors import UserError
-from lm.fingerprint import fingerprint
 from lm.loading import load
-from lm.model import LanguageModel, ModelSpec
+from lm.model import LanguageModel, ModelSpec, fingerprint
 from lm.row_files import data_hash, load_rows
 from lm.run_folder import RunFolder
 from unlearn.attacks.answers import Answer, ask, read_answers, write_answers

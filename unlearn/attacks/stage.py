@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from lm.data.rows import Row
 from lm.devices import accelerator, launch_facts, together
 from lm.errors import UserError
-from lm.fingerprint import fingerprint
 from lm.loading import load
-from lm.model import LanguageModel, ModelSpec
+from lm.model import LanguageModel, ModelSpec, fingerprint
 from lm.prompts import PromptSpec, encode_pair
 from lm.row_files import check_disjoint, data_hash, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, progress, write_atomic, write_json

@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 from lm.data.rows import Question
 from lm.devices import accelerator, launch_facts, load_here, together
-from lm.fingerprint import fingerprint
+from lm.model import fingerprint
 from lm.row_files import data_hash, load_documents, load_questions, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, write_json
 from unlearn.evaluation.config import LM_EVAL, EvaluateConfig

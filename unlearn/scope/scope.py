@@ -132,7 +132,7 @@ class Scope:
         return ResolvedScope(layers=layers, modules=modules, whole_model=self.layers == "model", lora=self.lora)
 
     def doubt(self, weights: str) -> str | None:
-        """What speaks against the plan for a model of these weights (`lm.fingerprint.fingerprint`): it was drawn from others."""
+        """What speaks against the plan for a model of these weights (`lm.model.fingerprint`): it was drawn from others."""
         asked = None if self.plan is None else LayerPlan.load(Path(self.plan)).weights
         if asked is None or asked == weights:
             return None

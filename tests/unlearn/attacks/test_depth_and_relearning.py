@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 
-from lm.errors import UserError
-from tests.unlearn.helpers import ROOT
-
-sys.path.insert(0, str(ROOT))
-
 from benchmarks.depth_and_relearning import lines, rank_correlation
+from lm.errors import UserError
 
 
 def test_the_rank_correlation_of_reversed_and_of_unrelated_numbers() -> None:

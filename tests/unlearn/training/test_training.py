@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm.errors import UserError
-from lm.fingerprint import fingerprint
 from lm.loading import load
-from lm.model import ModelSpec
+from lm.model import ModelSpec, fingerprint
 from lm.prompts import PromptSpec
 from lm.run_folder import RunFolder
 from tests.unlearn.helpers import SMALL, reworded, small_config
