@@ -10,10 +10,10 @@ PEERS := $(VENV)-peers
 WORKERS ?= $(shell $(PYTHON) -c 'import os; n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1; print(min(n, 4) if n > 1 else 0)')
 SMALL := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}  # models this small are slower on two threads than on one
 
-.PHONY: demo test test-slow test-peers lint types floors check builtin clean
+.PHONY: demo test test-slow test-peers coverage lint types floors check builtin clean
 
 demo: $(READY)
-	$(SMALL) $(BIN)/python scripts/demo.py --config configs/demo.yaml $(ARGS)
+	$(SMALL) $(BIN)/palimpsest demo --config configs/demo.yaml $(ARGS)
 
 test: $(READY)
 	$(SMALL) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -24,6 +24,11 @@ test-slow: $(READY)
 # What holds between this project's files and the tools that read them, and with four bits, in an environment that has those tools.
 test-peers: $(PEERS)/.ready
 	$(SMALL) $(PEERS)/bin/python -m pytest tests/sae/formats/test_formats_peers.py tests/unlearn/scope/test_quantized.py tests/test_notebooks.py $(ARGS)
+
+# The tests, counting which lines of the packages they run: a summary here, and coverage.xml.
+coverage: $(READY)
+	$(SMALL) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		--cov=lm --cov=tracing --cov=sae --cov=unlearn --cov=palimpsest --cov=tools --cov-report=term --cov-report=xml $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,7 +42,7 @@ floors: $(READY)
 
 check: lint types floors test
 
-# Build the built-in model and its retain-only twin again (about 15 minutes on two idle cores).
+# Build the built-in model and its retain model again (about 15 minutes on two idle cores).
 builtin: $(READY)
 	$(BIN)/python -m tools.builtin_model.build --out runs/builtin $(ARGS)
 
