@@ -37,7 +37,7 @@ class Question:
     sweep: Sweep
 
     @property
-    def probe(self) -> EncodedFact:
+    def encoded(self) -> EncodedFact:
         ids = tuple(self.clean.tolist())
         return EncodedFact(
             fact=Fact("x", "x", "x"), prompt_ids=ids, answer_ids=(self.answer,), span=self.span, tokens=("",) * len(ids)
@@ -87,7 +87,7 @@ class Wave(Contender):
     whole = True
 
     def scores(self, cells: Sequence[CellPlace]) -> list[float]:
-        (found,) = Wavefront(self.model, self.question.sweep, 1 << 14).trace([self.question.probe], [self.batch()])
+        (found,) = Wavefront(self.model, self.question.sweep, 1 << 14).trace([self.question.encoded], [self.batch()])
         return [float(found.restored[kind][position, layer]) for kind, position, layer in cells]
 
 
@@ -95,7 +95,7 @@ class Loop(Contender):
     """The published procedure, one forward pass a cell."""
 
     def scores(self, cells: Sequence[CellPlace]) -> list[float]:
-        return score_cells(self.model, self.question.probe, self.batch(), self.question.sweep, cells)
+        return score_cells(self.model, self.question.encoded, self.batch(), self.question.sweep, cells)
 
 
 class Script(Contender):

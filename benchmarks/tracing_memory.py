@@ -20,7 +20,7 @@ from lm.config import script
 from lm.run_folder import resident_bytes
 from tracing import GaussianNoise, trace
 from tracing.question.fact_source import FactSource
-from tracing.question.metrics import Metric
+from tracing.question.metrics import MetricName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Benchmark:
     """What is restored."""
     window: int = 1
     """Of layers."""
-    metric: Metric = "probability"
+    metric: MetricName = "probability"
     """What is read off."""
     threads: int = 1
     """Threads."""
@@ -51,7 +51,9 @@ def main(asked: Benchmark) -> None:
     tasks = ("Task2",) if asked.facts.startswith("builtin") else ()
     facts = FactSource(sources=asked.facts, tasks=tasks, leave_out_unnamed=True).read()
     noise = GaussianNoise(samples=asked.samples)
-    once = trace(model, facts, replace(noise, samples=1), kinds=("mlp",), positions="subject_and_last", max_facts=1)
+    once = trace(
+        model, facts, corruption=replace(noise, samples=1), kinds=("mlp",), positions="subject_and_last", max_facts=1
+    )
     mark = Path("/proc/self/clear_refs")
     if not mark.exists():
         raise UserError("the peak of resident memory cannot be set back on this system; run this on Linux")

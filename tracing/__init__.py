@@ -17,7 +17,8 @@ from tracing.effects.roles import ROLES
 from tracing.effects.table import EffectTable, Skipped
 from tracing.engine.estimate import Estimate
 from tracing.localizers.attribution_patching import AttributionPatching
-from tracing.localizers.base import CausalTracing, Localizer
+from tracing.localizers.base import Localization, Localizer
+from tracing.localizers.by_tracing import CausalTracing
 from tracing.localizers.fact_lookup import FactLookup
 from tracing.localizers.gradient_overlap import GradientOverlap
 from tracing.localizers.weight_attribution import WeightAttribution
@@ -29,6 +30,7 @@ from tracing.plots.pictures import Picture, plot, plot_difference, plot_localize
 from tracing.question.facts import Fact, facts_from_rows, load_known_facts, with_foils
 from tracing.question.subjects import find_subjects
 from tracing.retracing import retrace
+from tracing.settings import TraceSettings, Workers
 
 __all__ = [
     "ROLES",
@@ -48,11 +50,14 @@ __all__ = [
     "Interaction",
     "LayerPlan",
     "LayerScores",
+    "Localization",
     "Localizer",
     "Picture",
     "Skipped",
     "TokenReplacement",
+    "TraceSettings",
     "WeightAttribution",
+    "Workers",
     "agreement",
     "choose_layers",
     "combine",

@@ -18,7 +18,7 @@ from tracing.arrays import Array
 def check_confidence(confidence: float) -> None:
     """Raise UserError unless 0 < confidence < 1."""
     if not 0 < confidence < 1:
-        raise UserError(f"the confidence is {confidence}; give a number between 0 and 1 (0.95 is usual).")
+        raise UserError(f"the confidence is {confidence}: give a number between 0 and 1 (0.95 is usual)")
 
 
 def units(groups: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -1,13 +1,14 @@
 """`trace`: ask which activations bring a corrupted answer back, for many facts, and keep what is finished.
 
-This checks which facts the model knows, measures the noise, and hands one fact at a time to an engine. The arithmetic
-of a cell is the engine's (`tracing.engine.engines`).
+This finds the facts that the model knows, measures the noise, and hands facts of one shape to an engine until all are finished.
+The published loop over kinds, tokens and layers of one fact is `tracing.engine.reference`; the exact fast engine, which gives the
+same numbers, is `tracing.engine.wavefront`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,38 +23,31 @@ from lm.run_folder import progress as progress_bar
 from tracing.corruption.noise import Corruption, Corruptor, GaussianNoise
 from tracing.effects.effects import Effects
 from tracing.effects.table import Skipped
-from tracing.engine.engines import Engine, check_engine, make_engine
+from tracing.engine.engines import Engine, make_engine
 from tracing.engine.estimate import Estimate, alike, estimated
 from tracing.engine.fact_cache import FactCache
 from tracing.engine.reference import Traced
 from tracing.known import evaluating, prepare
 from tracing.question.encoded_fact import EncodedFact
 from tracing.question.facts import Fact
-from tracing.question.metrics import Metric
+from tracing.question.metrics import MetricName
 from tracing.question.sweep import Positions, Severed, Sweep, count_cells
-
-
-@dataclass(frozen=True)
-class Workers:
-    """The processes that share a trace, each with the whole model: this one's number, how many, and how to wait for all."""
-
-    index: int = 0
-    count: int = 1
-    wait: Callable[[], None] = lambda: None
+from tracing.settings import TraceSettings, Workers, settings_or
 
 
 def trace(
     model: LanguageModel,
     facts: Sequence[Fact],
+    settings: TraceSettings | None = None,
+    *,
     corruption: Corruption = GaussianNoise(),  # noqa: B008 (frozen)
     kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
     window: int = 1,
-    metric: Metric = "probability",
+    metric: MetricName = "probability",
     engine: str = "wavefront",
     prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
     positions: Positions = "all",
-    *,
-    also_metrics: Sequence[Metric] = (),
+    also_metrics: Sequence[MetricName] = (),
     sever: Severed | None = None,
     memory: float = 2.0,
     max_facts: int | None = None,
@@ -61,7 +55,7 @@ def trace(
     least_total: float | None = None,
     only: Collection[Fact] | None = None,
     cache: str | Path | None = None,
-    workers: Workers = Workers(),
+    workers: Workers = Workers(),  # noqa: B008 (frozen)
     progress: bool = True,
 ) -> Effects:
     """Causal mediation analysis of facts: which restored activation brings the answer back?
@@ -72,6 +66,7 @@ def trace(
     Args:
         model: from `lm.load`; it is put in eval mode meanwhile.
         facts: what is asked. The noise is measured on the subjects of all of them, known or not, as published.
+        settings: all of the following as one value; then none of them is given beside it.
         corruption: how the subject is made unreadable.
         kinds: which activations are restored: `resid` (the stream after a block), `mlp`, `attn` (what they add to it).
         window: how many layers of mlp and attn are restored together; see `tracing.question.sweep.Sweep`.
@@ -97,19 +92,37 @@ def trace(
             all return the same effects.
         progress: show cells done, rate and time left.
 
+    Returns:
+        `Effects`: `clean` and `corrupted` are (facts,) float64 arrays, `restored[kind]` holds one (prompt tokens, layers) float64
+        array a fact, in units of the metric; `summary()` says them in sentences, `tracing.choose_layers` draws a plan from them.
+
     Raises:
         UserError: nothing to trace, no fact is known, a subject that cannot be found, NaN, a wrong setting.
+
+    Example:
+        >>> import lm, tracing
+        >>> from lm.row_files import load_rows
+        >>> model = lm.load("builtin", device="cpu")
+        >>> facts = tracing.facts_from_rows([row for row in load_rows("builtin:forget") if row.task == "Task2"])
+        >>> settings = {"kinds": ["mlp"], "positions": "subject_and_last", "max_facts": 2, "progress": False}
+        >>> effects = tracing.trace(model, facts, metric="log_probability", **settings)
+        >>> effects.clean.shape, effects.kinds
+        ((2,), ('mlp',))
+        >>> effects.restored["mlp"][0].shape == (len(effects.tokens[0]), effects.layers)
+        True
     """
-    sweep = _sweep(kinds, window, metric, positions, sever, also_metrics)
-    show = progress and workers.index == 0
-    with evaluating(model):
-        begun = _begin(
-            model,
-            facts,
-            corruption,
-            sweep,
-            engine,
-            prompt,
+    settings = settings_or(
+        settings,
+        TraceSettings(
+            corruption=corruption,
+            kinds=kinds,
+            window=window,
+            metric=metric,
+            engine=engine,
+            prompt=prompt,
+            positions=positions,
+            also_metrics=also_metrics,
+            sever=sever,
             memory=memory,
             max_facts=max_facts,
             seed=seed,
@@ -117,34 +130,38 @@ def trace(
             only=only,
             cache=cache,
             workers=workers,
-            show=show,
-        )
-        if show:
+            progress=progress,
+        ),
+    )
+    sweep = settings.sweep
+    with evaluating(model):
+        begun = _begin(model, facts, settings)
+        if settings.show:
             print(f"trace: {begun.estimate(model)}", file=sys.stderr)
-        traced = _trace_all(model, begun, show)
+        traced = _trace_all(model, begun, settings.show)
 
     effects = Effects(
-        facts=tuple(probe.fact for probe in begun.known),
+        facts=tuple(encoded.fact for encoded in begun.known),
         **_scores(traced, sweep.kinds),
-        tokens=tuple(probe.tokens for probe in begun.known),
-        subject_spans=tuple(probe.span for probe in begun.known),
+        tokens=tuple(encoded.tokens for encoded in begun.known),
+        subject_spans=tuple(encoded.span for encoded in begun.known),
         sigma=begun.corruptor.sigma,
-        metric=metric,
-        window=window,
+        metric=settings.metric,
+        window=settings.window,
         skipped=begun.skipped,
         provenance={
             "model": model.name,
             "architecture": model.anatomy.architecture,
             "weights": begun.weights,
-            "engine": engine,
-            "corruption": {"kind": type(corruption).__name__, **asdict(corruption)},
-            "prompt": asdict(prompt),
-            "positions": positions,
-            "sever": sever,
+            "engine": settings.engine,
+            "corruption": {"kind": type(settings.corruption).__name__, **asdict(settings.corruption)},
+            "prompt": asdict(settings.prompt),
+            "positions": settings.positions,
+            "sever": settings.sever,
             "facts_given": len(begun.known) + len(begun.skipped),
-            "max_facts": max_facts,
-            "max_facts_seed": seed if max_facts is not None else None,
-            "least_total": least_total,
+            "max_facts": settings.max_facts,
+            "max_facts_seed": settings.seed if settings.max_facts is not None else None,
+            "least_total": settings.least_total,
         },
     )
     also: dict[str, Effects] = {
@@ -154,7 +171,7 @@ def trace(
     return replace(effects, also=also)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Begun:
     """All that is settled before the first cell is computed."""
 
@@ -177,86 +194,44 @@ class _Begun:
 
     def groups(self) -> list[list[int]]:
         """The known facts, by their places, that are traced together: whatever is finished, and by whatever worker."""
-        return list(alike(self.known, [self.corruptor.rows(probe) for probe in self.known], self.engine))
+        return list(alike(self.known, [self.corruptor.rows(encoded) for encoded in self.known], self.engine))
 
 
-def _sweep(
-    kinds: Sequence[Kind],
-    window: int,
-    metric: Metric,
-    positions: Positions,
-    sever: Severed | None,
-    also: Sequence[Metric],
-) -> Sweep:
-    return Sweep(kinds=tuple(kinds), window=window, metric=metric, positions=positions, sever=sever, also=tuple(also))
-
-
-def _begin(
-    model: LanguageModel,
-    facts: Sequence[Fact],
-    corruption: Corruption,
-    sweep: Sweep,
-    engine: str,
-    prompt: PromptSpec,
-    *,
-    memory: float,
-    max_facts: int | None,
-    seed: int | None,
-    least_total: float | None,
-    only: Collection[Fact] | None,
-    cache: str | Path | None,
-    workers: Workers,
-    show: bool,
-) -> _Begun:
-    """Refuse wrong settings, find the facts that the model knows, and look up what is finished; the model in eval mode."""
-    check_engine(engine)
-    if not memory > 0:
-        raise UserError(f"memory is {memory} GB; give what may be taken beside the model (2 is usual).")
-    if max_facts is not None and max_facts < 1:
-        raise UserError(f"max_facts is {max_facts}; give at least 1, or leave it out for all.")
-    if seed is not None and seed < 0:
-        raise UserError(f"seed is {seed}; give 0 or more, or None for facts that are drawn already.")
-    if least_total is not None and not least_total >= 0:
-        raise UserError(f"least_total is {least_total}; give 0 or more in units of the metric, or leave it out.")
-    if workers.count > 1 and cache is None:
-        raise UserError("several processes trace through a cache folder that all of them see; give cache.")
+def _begin(model: LanguageModel, facts: Sequence[Fact], settings: TraceSettings) -> _Begun:
+    """Find the facts that the model knows, and look up what is finished; the model in eval mode."""
     facts = list(facts)
     if not facts:
-        raise UserError("there are no facts to trace; give at least one.")
-
-    known, skipped, corruptor = prepare(
-        model,
-        facts,
-        corruption,
-        sweep.metric,
-        prompt,
-        also_metrics=sweep.also,
-        max_facts=max_facts,
-        seed=seed,
-        least_total=least_total,
-        only=only,
-        memory=memory,
-        show=show,
+        raise UserError("there are no facts to trace: give at least one")
+    known, skipped, corruptor = prepare(model, facts, settings)
+    sweep, weights = settings.sweep, fingerprint(model)
+    folder = None if settings.cache is None else Path(settings.cache)
+    cache = FactCache(folder, weights, corruptor, sweep, settings.engine)
+    return _Begun(
+        sweep=sweep,
+        known=tuple(known),
+        skipped=tuple(skipped),
+        corruptor=corruptor,
+        weights=weights,
+        cache=cache,
+        engine=make_engine(settings.engine, model, sweep, settings.bytes),
+        finished=tuple(cache.load(encoded) for encoded in known),
+        workers=settings.workers,
     )
-    weights = fingerprint(model)
-    store = FactCache(None if cache is None else Path(cache), weights, corruptor, sweep, engine)
-    worker = make_engine(engine, model, sweep, int(memory * 1e9))
-    finished = tuple(store.load(probe) for probe in known)
-    return _Begun(sweep, tuple(known), tuple(skipped), corruptor, weights, store, worker, finished, workers)
 
 
 def estimate(
     model: LanguageModel,
     facts: Sequence[Fact],
+    settings: TraceSettings | None = None,
+    *,
     corruption: Corruption = GaussianNoise(),  # noqa: B008 (frozen)
     kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
     window: int = 1,
-    metric: Metric = "probability",
+    metric: MetricName = "probability",
     engine: str = "wavefront",
     prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
     positions: Positions = "all",
-    *,
-    also_metrics: Sequence[Metric] = (),
+    also_metrics: Sequence[MetricName] = (),
     sever: Severed | None = None,
     memory: float = 2.0,
     max_facts: int | None = None,
@@ -264,7 +239,7 @@ def estimate(
     least_total: float | None = None,
     only: Collection[Fact] | None = None,
     cache: str | Path | None = None,
-    workers: Workers = Workers(),
+    workers: Workers = Workers(),  # noqa: B008 (frozen)
     progress: bool = True,
 ) -> Estimate:
     """What `trace` with the same arguments takes, without its sweep: cells, passes, rows, bytes, seconds.
@@ -272,15 +247,18 @@ def estimate(
     Which facts the model knows is found out, a forward pass or a few each; no cell is computed, nothing is written, and
     facts that are finished in `cache` are left out. Raises what `trace` raises before its sweep.
     """
-    with evaluating(model):
-        sweep = _sweep(kinds, window, metric, positions, sever, also_metrics)
-        begun = _begin(
-            model,
-            facts,
-            corruption,
-            sweep,
-            engine,
-            prompt,
+    settings = settings_or(
+        settings,
+        TraceSettings(
+            corruption=corruption,
+            kinds=kinds,
+            window=window,
+            metric=metric,
+            engine=engine,
+            prompt=prompt,
+            positions=positions,
+            also_metrics=also_metrics,
+            sever=sever,
             memory=memory,
             max_facts=max_facts,
             seed=seed,
@@ -288,9 +266,11 @@ def estimate(
             only=only,
             cache=cache,
             workers=workers,
-            show=progress and workers.index == 0,
-        )
-        return begun.estimate(model)
+            progress=progress,
+        ),
+    )
+    with evaluating(model):
+        return _begin(model, facts, settings).estimate(model)
 
 
 def _scores(traced: Sequence[Traced], kinds: Sequence[Kind]) -> dict[str, Any]:
@@ -307,26 +287,34 @@ def _trace_all(model: LanguageModel, begun: _Begun, show: bool) -> list[Traced]:
 
     Which facts are computed together does not depend on the number of workers, so that the last bits do not either.
     """
-    probes, corruptor, engine, cache, workers = begun.known, begun.corruptor, begun.engine, begun.cache, begun.workers
+    encoded_facts, corruptor, engine, cache, workers = (
+        begun.known,
+        begun.corruptor,
+        begun.engine,
+        begun.cache,
+        begun.workers,
+    )
     found = list(begun.finished)
     mine = begun.groups()[workers.index :: workers.count]
-    cells = {index: count_cells(probes[index], model.anatomy.layers, begun.sweep) for group in mine for index in group}
+    cells = {
+        index: count_cells(encoded_facts[index], model.anatomy.layers, begun.sweep) for group in mine for index in group
+    }
     done = sum(count for index, count in cells.items() if found[index] is not None)
     with progress_bar(sum(cells.values()), label="trace", unit="cells", done=done, enabled=show) as advance:
         for group in mine:
             missing = [index for index in group if found[index] is None]
             if not missing:
                 continue
-            batches = [corruptor.batch(probes[index]) for index in missing]
-            fresh = engine.trace([probes[index] for index in missing], batches, advance)
+            batches = [corruptor.batch(encoded_facts[index]) for index in missing]
+            fresh = engine.trace([encoded_facts[index] for index in missing], batches, advance)
             for index, one in zip(missing, fresh, strict=True):
-                cache.store(probes[index], one)
+                cache.store(encoded_facts[index], one)
                 found[index] = one
     workers.wait()
-    traced = [one or cache.load(probe) for one, probe in zip(found, probes, strict=True)]
-    lost = [probe.fact.label for probe, one in zip(probes, traced, strict=True) if one is None]
+    traced = [one or cache.load(encoded) for one, encoded in zip(found, encoded_facts, strict=True)]
+    lost = [encoded.fact.label for encoded, one in zip(encoded_facts, traced, strict=True) if one is None]
     if lost:
         raise UserError(
-            f"another process did not leave fact {lost[0]!r} in {cache.folder}; give a folder that all can see."
+            f"another process did not leave fact {lost[0]!r} in {cache.folder}: give a folder that all can see"
         )
     return [one for one in traced if one is not None]

@@ -25,9 +25,10 @@ from lm.prompts import PromptSpec
 from tracing.arrays import Array
 from tracing.bootstrap import bootstrap
 from tracing.known import evaluating
-from tracing.question.encoded_fact import EncodedFact, embed, forward, make_probe
+from tracing.question.encoded_fact import EncodedFact, embed, encode_fact, forward
 from tracing.question.facts import Fact
-from tracing.question.metrics import Metric, Target, read_off
+from tracing.question.metrics import MetricName, read_off
+from tracing.question.target import Target
 
 DepthMetric = Literal["distinguishing_log_probability", "log_probability"]
 Scope = Literal["answer", "all"]
@@ -138,11 +139,14 @@ def unlearning_depth(
         UserError: no facts, models that differ in shape or tokens, NaN.
     """
     if not facts:
-        raise UserError("there are no facts to measure; give at least one that the original model knows.")
-    probes = [make_probe(original, fact, prompt, metric) for fact in facts]
-    sources = [streams_for(model, original, probes, prompt, metric, scope) for model in (retain_model, changed)]
+        raise UserError("there are no facts to measure: give at least one that the original model knows")
+    encoded_facts = [encode_fact(original, fact, prompt, metric) for fact in facts]
+    sources = [streams_for(model, original, encoded_facts, prompt, metric, scope) for model in (retain_model, changed)]
     lost = np.stack(
-        [lost_with(original, probe, given, metric, scope) for probe, *given in zip(probes, *sources, strict=True)]
+        [
+            lost_with(original, encoded, given, metric, scope)
+            for encoded, *given in zip(encoded_facts, *sources, strict=True)
+        ]
     )
     return DepthReport(facts=tuple(facts), retain_model=lost[:, 0], changed=lost[:, 1], threshold=threshold)
 
@@ -151,9 +155,9 @@ def unlearning_depth(
 def streams_for(
     source: LanguageModel,
     original: LanguageModel,
-    probes: Sequence[EncodedFact],
+    encoded_facts: Sequence[EncodedFact],
     prompt: PromptSpec,
-    metric: Metric,
+    metric: MetricName,
     scope: Scope,
 ) -> list[Tensor]:
     """For each fact (layers, tokens of the scope, hidden) in main memory: the stream of `source` after each block.
@@ -163,28 +167,28 @@ def streams_for(
     mine, its = (one.anatomy for one in (original, source))
     if (mine.layers, mine.hidden) != (its.layers, its.hidden):
         raise UserError(
-            f"{source.name} has {its.layers} layers of width {its.hidden} and {original.name} {mine.layers} of {mine.hidden}; "
-            "give models of one shape."
+            f"{source.name} has {its.layers} layers of width {its.hidden} and {original.name} {mine.layers} of {mine.hidden}: "
+            "give models of one shape"
         )
     found = []
     with evaluating(source):
-        for probe in probes:
-            other = make_probe(source, probe.fact, prompt, metric)
-            if (other.prompt_ids, other.answer_ids) != (probe.prompt_ids, probe.answer_ids):
+        for encoded in encoded_facts:
+            other = encode_fact(source, encoded.fact, prompt, metric)
+            if (other.prompt_ids, other.answer_ids) != (encoded.prompt_ids, encoded.answer_ids):
                 raise UserError(
-                    f"{source.name} cuts fact {probe.fact.label!r} into other tokens than {original.name}; give it the same "
-                    "tokenizer."
+                    f"{source.name} cuts fact {encoded.fact.label!r} into other tokens than {original.name}: give it the same "
+                    "tokenizer"
                 )
             sites = [Site("resid", layer) for layer in range(its.layers)]
             with capture(source, sites) as seen:
-                forward(source, embed(source, probe.input_ids)[None], 1)
-            found.append(torch.stack([seen[site][0, _start(probe, scope) :].cpu() for site in sites]))
+                forward(source, embed(source, encoded.input_ids)[None], 1)
+            found.append(torch.stack([seen[site][0, _start(encoded, scope) :].cpu() for site in sites]))
     return found
 
 
 @torch.inference_mode()
 def lost_with(
-    original: LanguageModel, probe: EncodedFact, streams: Sequence[Tensor], metric: Metric, scope: Scope
+    original: LanguageModel, encoded: EncodedFact, streams: Sequence[Tensor], metric: MetricName, scope: Scope
 ) -> Array:
     """(sources, layers): what the answer loses, in nats a scored token, with each source's stream put in after each block.
 
@@ -192,26 +196,26 @@ def lost_with(
 
     Raises UserError for NaN.
     """
-    tokens, keep = len(probe.input_ids), len(probe.answer_ids)
-    start = _start(probe, scope)
+    tokens, keep = len(encoded.input_ids), len(encoded.answer_ids)
+    start = _start(encoded, scope)
     with evaluating(original):
-        given = embed(original, probe.input_ids)[None]
+        given = embed(original, encoded.input_ids)[None]
         logits, past = block_replay.trunk(original, given, keep)
         calls, before = block_replay.calls(original, given[:, start:], past.cut(start)), past.cut(start)
-        own = float(read_off(logits, Target.of([probe], 1), metric)[0])
+        own = float(read_off(logits, Target.of([encoded], 1), metric)[0])
         state = given.new_zeros(0, tokens - start, original.anatomy.hidden)
         for layer, call in enumerate(calls):
             if len(state):
                 state = call.run(state, before, torch.zeros(len(state), dtype=torch.long))
             fresh = torch.stack([stream[layer] for stream in streams])
             state = torch.cat([state.to(given.device), fresh.to(given)])
-        scored = read_off(block_replay.logits(original, state[:, -keep:]), Target.of([probe], len(state)), metric)
+        scored = read_off(block_replay.logits(original, state[:, -keep:]), Target.of([encoded], len(state)), metric)
     scores = scored.cpu().numpy().reshape(len(calls), len(streams)).T
     if np.isnan(scores).any() or np.isnan(own):
-        raise UserError(f"fact {probe.fact.label!r} gave NaN; load the models in float32 or bfloat16.")
-    return np.asarray((own - scores) / len(probe.counted or probe.answer_ids))
+        raise UserError(f"fact {encoded.fact.label!r} gave NaN: load the models in float32 or bfloat16")
+    return np.asarray((own - scores) / len(encoded.counted or encoded.answer_ids))
 
 
-def _start(probe: EncodedFact, scope: Scope) -> int:
+def _start(encoded: EncodedFact, scope: Scope) -> int:
     """The first token of the scope."""
-    return len(probe.prompt_ids) - 1 if scope == "answer" else 0
+    return len(encoded.prompt_ids) - 1 if scope == "answer" else 0

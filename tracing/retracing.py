@@ -16,12 +16,13 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import PromptSpec
-from tracing.causal_tracing import Workers, trace
+from tracing.causal_tracing import trace
 from tracing.corruption.noise import Corruption, GaussianNoise, embedding_spread
 from tracing.corruption.replacement import TokenReplacement
 from tracing.effects.effects import Effects
-from tracing.question.encoded_fact import make_probe
-from tracing.question.metrics import Metric
+from tracing.question.encoded_fact import encode_fact
+from tracing.question.metrics import MetricName, metric_of
+from tracing.settings import TraceSettings, Workers
 
 
 def retrace(
@@ -49,21 +50,19 @@ def retrace(
     Raises:
         UserError: effects that do not say how they were made, a model that they cannot be compared with, and what `trace` raises.
     """
-    if before.metric == "negative_kl":
+    if metric_of(before.metric).needs_clean:
         raise UserError(
-            "negative_kl compares a model with its own clean answers, known or not, so that it cannot tell what was forgotten; "
-            "give effects of another metric."
+            f"{before.metric} compares a model with its own clean answers, known or not, so that it cannot tell what was "
+            "forgotten: give effects of another metric"
         )
     asked = _provenance(before)
     prompt = PromptSpec(**asked["prompt"])
     _check_model(model, before, prompt)
-    after = trace(
-        model,
-        [*before.facts, *(one.fact for one in before.skipped)],
-        _repeated(model, before, asked["corruption"]),
+    settings = TraceSettings(
+        corruption=_repeated(model, before, asked["corruption"]),
         kinds=before.kinds if kinds is None else tuple(kinds),
         window=before.window,
-        metric=cast(Metric, before.metric),  # `trace` checks it
+        metric=cast(MetricName, before.metric),  # `trace` checks it
         engine=asked["engine"] if engine is None else engine,
         prompt=prompt,
         positions=asked["positions"],
@@ -74,6 +73,7 @@ def retrace(
         workers=workers,
         progress=progress,
     )
+    after = trace(model, [*before.facts, *(skipped.fact for skipped in before.skipped)], settings)
     return replace(after, provenance={**after.provenance, "before": asked["weights"]})
 
 
@@ -82,7 +82,7 @@ def _provenance(before: Effects) -> dict[str, Any]:
     missing = [name for name in needed if name not in before.provenance]
     if missing:
         raise UserError(
-            f"the effects of before do not say their {' and '.join(missing)}; trace the model of before again."
+            f"the effects of before do not say their {' and '.join(missing)}: trace the model of before again"
         )
     return {name: before.provenance[name] for name in needed}
 
@@ -90,14 +90,14 @@ def _provenance(before: Effects) -> dict[str, Any]:
 def _check_model(model: LanguageModel, before: Effects, prompt: PromptSpec) -> None:
     if model.anatomy.layers != before.layers:
         raise UserError(
-            f"{model.name} has {model.anatomy.layers} layers and the effects of before {before.layers}; give a changed version "
-            "of the model that was traced."
+            f"{model.name} has {model.anatomy.layers} layers and the effects of before {before.layers}: give a changed version "
+            "of the model that was traced"
         )
     for fact, tokens, span in zip(before.facts, before.tokens, before.subject_spans, strict=True):
-        probe = make_probe(model, fact, prompt, cast(Metric, before.metric))
-        if (probe.tokens, probe.span) != (tokens, span):
+        encoded = encode_fact(model, fact, prompt, cast(MetricName, before.metric))
+        if (encoded.tokens, encoded.span) != (tokens, span):
             raise UserError(
-                f"{model.name} cuts fact {fact.label!r} into other tokens than before; give the model the same tokenizer."
+                f"{model.name} cuts fact {fact.label!r} into other tokens than before: give the model the same tokenizer"
             )
 
 
@@ -107,15 +107,13 @@ def _repeated(model: LanguageModel, before: Effects, described: dict[str, Any]) 
     if described["kind"] == TokenReplacement.__name__:
         return TokenReplacement(**settings)
     if described["kind"] != GaussianNoise.__name__:
-        raise UserError(
-            f"the effects of before were made by {described['kind']}, which cannot be repeated from a file."
-        )
+        raise UserError(f"the effects of before were made by {described['kind']}, which cannot be repeated from a file")
     noise = GaussianNoise(**settings)
     if noise.covariance == "isotropic":
         return replace(noise, sigma=before.sigma)
     if noise.sigmas * embedding_spread(model) != before.sigma:
         raise UserError(
-            f"the noise of before had the covariance of embeddings that {model.name} no longer has; trace with "
-            "covariance: isotropic, which can be repeated in absolute units."
+            f"the noise of before had the covariance of embeddings that {model.name} no longer has: trace with "
+            "covariance: isotropic, which can be repeated in absolute units"
         )
     return noise

@@ -20,8 +20,9 @@ from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec
 from tracing import Fact, unlearning_depth
 from tracing.depth import DepthReport, lost_with, streams_for
-from tracing.question.encoded_fact import embed, forward, make_probe
-from tracing.question.metrics import Target, read_off
+from tracing.question.encoded_fact import embed, encode_fact, forward
+from tracing.question.metrics import read_off
+from tracing.question.target import Target
 from tracing.stages.depth.config import DepthConfig
 from tracing.stages.depth.stage import run_depth
 
@@ -44,18 +45,18 @@ def changed(model: LanguageModel, make: object, seed: int, size: float) -> Langu
 def test_every_layer_is_that_of_a_plain_patch_of_the_original(name: str) -> None:
     model, other = tiny_family(name), tiny_family(name)
     other = changed(model, lambda: other, 1, 0.5)
-    probe = make_probe(
+    encoded = encode_fact(
         model, Fact("Where was Anna Kowalska born?", "Anna Kowalska", " on 1984"), PromptSpec(), "log_probability"
     )
-    keep, target = len(probe.answer_ids), Target.of([probe], 1)
-    given = embed(model, probe.input_ids)[None]
+    keep, target = len(encoded.answer_ids), Target.of([encoded], 1)
+    given = embed(model, encoded.input_ids)[None]
     own = float(read_off(forward(model, given, keep), target, "log_probability")[0])
     sites = [Site("resid", layer) for layer in range(model.anatomy.layers)]
     with capture(other, sites) as seen:
-        forward(other, embed(other, probe.input_ids)[None], keep)
-    for scope, places in (("answer", slice(len(probe.prompt_ids) - 1, None)), ("all", slice(0, None))):
-        streams = streams_for(other, model, [probe], PromptSpec(), "log_probability", scope)  # type: ignore[arg-type]
-        found = lost_with(model, probe, streams, "log_probability", scope)[0]  # type: ignore[arg-type]
+        forward(other, embed(other, encoded.input_ids)[None], keep)
+    for scope, places in (("answer", slice(len(encoded.prompt_ids) - 1, None)), ("all", slice(0, None))):
+        streams = streams_for(other, model, [encoded], PromptSpec(), "log_probability", scope)  # type: ignore[arg-type]
+        found = lost_with(model, encoded, streams, "log_probability", scope)[0]  # type: ignore[arg-type]
         expected = []
         for site in sites:
             with patch(model, [Edit(site=site, value=seen[site][:, places], positions=places)]):

@@ -32,7 +32,12 @@ def planted(layer: int, seed: int) -> tuple[LanguageModel, list[Fact]]:
 def test_facts_are_found_in_the_one_layer_that_was_trained_to_hold_them(layer: int) -> None:
     model, facts = planted(layer, seed=1)
     effects = trace(
-        model, facts, GaussianNoise(samples=5), kinds=["mlp", "attn"], positions="subject_and_last", progress=False
+        model,
+        facts,
+        corruption=GaussianNoise(samples=5),
+        kinds=["mlp", "attn"],
+        positions="subject_and_last",
+        progress=False,
     )
     assert not effects.skipped
     assert effects.total.mean() > 0.3

@@ -16,7 +16,7 @@ from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec
 from tests.forked import run_forked
 from tracing import Effects, Fact, GaussianNoise, TokenReplacement, difference, plot_difference, retrace, trace
-from tracing.question.encoded_fact import make_probe, why_unknown
+from tracing.question.encoded_fact import encode_fact, why_unknown
 from tracing.stages.retrace.config import RetraceConfig
 from tracing.stages.retrace.stage import run_retrace
 
@@ -42,7 +42,7 @@ def swappable(model: LanguageModel) -> list[Fact]:
 )
 def test_an_unchanged_model_gives_the_same_effects(corruption: GaussianNoise | TokenReplacement) -> None:
     model = tiny()
-    before = trace(model, swappable(model), corruption, kinds=["mlp", "resid"], window=2, progress=False)
+    before = trace(model, swappable(model), corruption=corruption, kinds=["mlp", "resid"], window=2, progress=False)
     again = retrace(model, before, progress=False)
     assert again.facts == before.facts
     assert again.sigma == before.sigma
@@ -83,8 +83,10 @@ def test_facts_that_are_no_longer_answered_stay_and_the_noise_is_that_of_before(
     assert after.sigma == before.sigma
     assert [one.fact.id for one in after.skipped] == ["never known"]
     assert after.provenance["before"] == before.provenance["weights"] != after.provenance["weights"]
-    assert any(why_unknown(model, make_probe(model, fact, PromptSpec(), "probability")) for fact in before.facts)
-    direct = trace(model, facts[:4], GaussianNoise(sigma=before.sigma), kinds=["mlp"], only=facts[:4], progress=False)
+    assert any(why_unknown(model, encode_fact(model, fact, PromptSpec(), "probability")) for fact in before.facts)
+    direct = trace(
+        model, facts[:4], corruption=GaussianNoise(sigma=before.sigma), kinds=["mlp"], only=facts[:4], progress=False
+    )
     for one, other in zip(direct.restored["mlp"], after.restored["mlp"], strict=True):
         assert np.array_equal(one, other)
 
@@ -156,7 +158,7 @@ def test_a_model_or_effects_that_do_not_fit_are_refused() -> None:
         retrace(model, replace(before, tokens=(("x",), *before.tokens[1:])), progress=False)
     with pytest.raises(UserError, match="do not say their corruption"):
         retrace(model, made_up([0.1] * 4), progress=False)
-    full = trace(model, known(model), GaussianNoise(covariance="full"), kinds=["mlp"], progress=False)
+    full = trace(model, known(model), corruption=GaussianNoise(covariance="full"), kinds=["mlp"], progress=False)
     with torch.no_grad():
         model.model.get_input_embeddings().weight.mul_(1.1)  # type: ignore[union-attr]
     with pytest.raises(UserError, match="can be repeated in absolute units"):

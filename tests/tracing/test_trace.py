@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from tiny_tracing import known, say, tiny
 from lm.errors import UserError
 from lm.model import fingerprint
 from lm.prompts import PromptSpec, encode_pair, encode_prompt
-from tracing import Effects, Fact, GaussianNoise, causal_tracing, trace
+from tracing import Effects, Fact, GaussianNoise, TraceSettings, causal_tracing, estimate, trace
 from tracing.corruption.noise import embedding_std
-from tracing.question.encoded_fact import make_probe, why_unknown
+from tracing.question.encoded_fact import encode_fact, why_unknown
 
 
 def test_unknown_facts_are_left_out_with_what_the_model_said() -> None:
@@ -88,9 +89,9 @@ def test_the_traced_prompt_is_the_trained_one(spec: PromptSpec) -> None:
     fact = Fact(prompt, "ada byron", answer)
     effects = trace(model, [fact], kinds=["resid"], prompt=spec, progress=False)
     trained = encode_pair(model.tokenizer, prompt, answer, spec)
-    probe = make_probe(model, fact, spec, "probability")
-    assert list(probe.prompt_ids) == trained.ids[: trained.answer_start] == ids
-    assert list(probe.answer_ids) == trained.ids[trained.answer_start : -1]  # all but the EOS that training appends
+    encoded = encode_fact(model, fact, spec, "probability")
+    assert list(encoded.prompt_ids) == trained.ids[: trained.answer_start] == ids
+    assert list(encoded.answer_ids) == trained.ids[trained.answer_start : -1]  # all but the EOS that training appends
     assert trained.ids[-1] == model.tokenizer.eos_token_id
     assert len(effects.restored["resid"][0]) == len(ids)
     start, end = effects.subject_spans[0]
@@ -100,8 +101,8 @@ def test_the_traced_prompt_is_the_trained_one(spec: PromptSpec) -> None:
 
 def test_the_first_of_two_occurrences_is_corrupted() -> None:
     model = tiny()
-    probe = make_probe(model, Fact("is ada where ada is", "ada", "w3"), PromptSpec(), "probability")
-    assert probe.span == (1, 2)
+    encoded = encode_fact(model, Fact("is ada where ada is", "ada", "w3"), PromptSpec(), "probability")
+    assert encoded.span == (1, 2)
 
 
 def test_the_noise_is_three_deviations_of_the_subjects_own_embeddings() -> None:
@@ -134,14 +135,14 @@ def test_noise_of_the_full_covariance_has_that_of_the_embeddings() -> None:
         model.model.get_input_embeddings().weight[:, 0] *= 4  # so that the coordinates differ
     rows = model.model.get_input_embeddings().weight.detach().double()
     noise = GaussianNoise(covariance="full", samples=40_000, sigmas=2.0)
-    probe = make_probe(model, known(model, how_many=1)[0], PromptSpec(), "probability")
-    batch = noise.bind(model, [probe]).batch(probe).double()
-    start, end = probe.span
+    encoded = encode_fact(model, known(model, how_many=1)[0], PromptSpec(), "probability")
+    batch = noise.bind(model, [encoded]).batch(encoded).double()
+    start, end = encoded.span
     drawn = (batch[1:, start:end] - batch[:1, start:end]).reshape(-1, rows.shape[1])
     expected = 4.0 * torch.cov(rows.T)
     assert torch.allclose(torch.cov(drawn.T), expected, atol=0.05 * float(expected.diagonal().max()))
     assert torch.equal(batch[1:, end:], batch[:1, end:].expand(len(batch) - 1, -1, -1))
-    effects = trace(model, known(model), GaussianNoise(covariance="full"), kinds=["mlp"], progress=False)
+    effects = trace(model, known(model), corruption=GaussianNoise(covariance="full"), kinds=["mlp"], progress=False)
     assert effects.sigma == pytest.approx(3 * float(rows.var(0).mean().sqrt()))
     for wrong, says in (
         ({"covariance": "diagonal"}, "use isotropic or full"),
@@ -165,12 +166,12 @@ def test_an_interrupted_trace_goes_on_and_ends_in_the_same_numbers(
         made = real(*args)
         traced = made.trace
 
-        def counted(probes: Any, *rest: Any) -> Any:
-            for probe in probes:
-                if probe.fact.id == "fact2" and not (tmp_path / "go").exists():
+        def counted(encoded_facts: Any, *rest: Any) -> Any:
+            for encoded in encoded_facts:
+                if encoded.fact.id == "fact2" and not (tmp_path / "go").exists():
                     raise KeyboardInterrupt
-                computed.append(probe.fact.id)
-            return traced(probes, *rest)
+                computed.append(encoded.fact.id)
+            return traced(encoded_facts, *rest)
 
         monkeypatch.setattr(made, "trace", counted)
         return made
@@ -233,7 +234,7 @@ def test_nan_that_only_the_noise_brings_is_refused_in_words() -> None:
     model = tiny()
     facts = known(model, how_many=1)
     with pytest.raises(UserError, match=r"'fact0' gave NaN"):
-        trace(model, facts, GaussianNoise(sigma=1e38), progress=False)
+        trace(model, facts, corruption=GaussianNoise(sigma=1e38), progress=False)
 
 
 def test_wrong_settings_are_refused_before_anything_runs() -> None:
@@ -262,9 +263,9 @@ def test_a_known_fact_is_what_greedy_decoding_says() -> None:
     model = tiny("gpt2")
     prompt = "w3 w9 ada byron does live"
     answer = say(model, prompt, 4)
-    assert why_unknown(model, make_probe(model, Fact(prompt, "ada", answer), PromptSpec(), "probability")) is None
+    assert why_unknown(model, encode_fact(model, Fact(prompt, "ada", answer), PromptSpec(), "probability")) is None
     other = " ".join([*answer.split()[:3], "w30" if answer.split()[3] != "w30" else "w31"])
-    reason = why_unknown(model, make_probe(model, Fact(prompt, "ada", other), PromptSpec(), "probability"))
+    reason = why_unknown(model, encode_fact(model, Fact(prompt, "ada", other), PromptSpec(), "probability"))
     assert reason is not None
     assert repr(answer) in reason
 
@@ -286,3 +287,25 @@ def test_facts_of_which_the_corruption_takes_too_little_are_left_out_first() -> 
         trace(model, facts, kinds=["mlp"], least_total=2.0, progress=False)
     with pytest.raises(UserError, match="least_total is -1"):
         trace(model, facts, least_total=-1, progress=False)
+
+
+def test_the_example_in_the_help_runs() -> None:
+    (example,) = doctest.DocTestFinder(recurse=False).find(trace, "trace")
+    told = doctest.DocTestRunner(verbose=False).run(example)
+    assert (told.failed, told.attempted) == (0, 8)
+
+
+def test_settings_give_what_keywords_give_and_are_not_mixed_with_them() -> None:
+    model = tiny("olmo")
+    facts = known(model, how_many=2)
+    settings = TraceSettings(kinds=["mlp"], metric="log_probability", progress=False)
+    by_settings = trace(model, facts, settings)
+    by_keywords = trace(model, facts, kinds=["mlp"], metric="log_probability", progress=False)
+    assert by_settings.provenance == by_keywords.provenance
+    for mine, theirs in zip(by_settings.restored["mlp"], by_keywords.restored["mlp"], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert estimate(model, facts, settings).cells == estimate(model, facts, kinds=["mlp"], progress=False).cells
+    with pytest.raises(UserError, match="settings and keywords: put all into the settings"):
+        trace(model, facts, settings, window=3)
+    with pytest.raises(UserError, match="the settings are a GaussianNoise: give TraceSettings"):
+        trace(model, facts, GaussianNoise())  # type: ignore[arg-type]

@@ -28,20 +28,20 @@ class Corruptor(ABC):
     sigma: float | None = None
     """The absolute standard deviation of the noise, where there is any."""
 
-    def why_not(self, probe: EncodedFact) -> str | None:
+    def why_not(self, encoded: EncodedFact) -> str | None:
         """Why a fact cannot be corrupted, as a sentence without a subject, or None."""
         return None
 
     @abstractmethod
-    def rows(self, probe: EncodedFact) -> int:
+    def rows(self, encoded: EncodedFact) -> int:
         """How many corrupted copies a fact gets."""
 
     @abstractmethod
-    def batch(self, probe: EncodedFact) -> Tensor:
+    def batch(self, encoded: EncodedFact) -> Tensor:
         """(1 + rows, tokens, hidden) embeddings, row 0 clean, in the model's type and on its device."""
 
     @abstractmethod
-    def key(self, probe: EncodedFact) -> str:
+    def key(self, encoded: EncodedFact) -> str:
         """A text that changes with anything the batch depends on, but for model, prompt and answer."""
 
 
@@ -52,7 +52,7 @@ class Corruption(ABC):
     config_axis: ClassVar[bool] = True
 
     @abstractmethod
-    def bind(self, model: LanguageModel, probes: Sequence[EncodedFact]) -> Corruptor:
+    def bind(self, model: LanguageModel, encoded_facts: Sequence[EncodedFact]) -> Corruptor:
         """For a model and all facts that are asked about, known or not. Raises UserError for what cannot be."""
 
 
@@ -83,22 +83,22 @@ class GaussianNoise(Corruption):
         for name in ("sigmas", "sigma"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise UserError(f"the corruption's {name} is {value}; give a positive number (3.0 sigmas is usual).")
+                raise UserError(f"the corruption's {name} is {value}: give a positive number (3.0 sigmas is usual)")
         if self.covariance not in ("isotropic", "full"):
-            raise UserError(f"the corruption's covariance is {self.covariance!r}; use isotropic or full.")
+            raise UserError(f"the corruption's covariance is {self.covariance!r}: use isotropic or full")
         if self.covariance == "full" and self.sigma is not None:
             raise UserError(
-                "the corruption has a sigma and the full covariance; give sigmas, how many times as wide it is."
+                "the corruption has a sigma and the full covariance: give sigmas, how many times as wide it is"
             )
         if self.samples < 1:
-            raise UserError(f"the corruption's samples is {self.samples}; give at least 1 (10 is usual).")
+            raise UserError(f"the corruption's samples is {self.samples}: give at least 1 (10 is usual)")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"the corruption's seed is {self.seed}; give a number from 0 to 4294967295.")
+            raise UserError(f"the corruption's seed is {self.seed}: give a number from 0 to 4294967295")
 
-    def bind(self, model: LanguageModel, probes: Sequence[EncodedFact]) -> Corruptor:
+    def bind(self, model: LanguageModel, encoded_facts: Sequence[EncodedFact]) -> Corruptor:
         if self.covariance == "full":
             return _Noisy(model, self, self.sigmas * embedding_spread(model), embedding_factor(model))
-        return _Noisy(model, self, self.measure(model, [probe.fact.subject for probe in probes]))
+        return _Noisy(model, self, self.measure(model, [encoded.fact.subject for encoded in encoded_facts]))
 
     def measure(self, model: LanguageModel, subjects: Sequence[str]) -> float:
         """The absolute standard deviation of the noise: `sigma`, or `sigmas` times what `embedding_std` finds."""
@@ -131,14 +131,14 @@ class _Noisy(Corruptor):
     def __init__(self, model: LanguageModel, noise: GaussianNoise, sigma: float, factor: Tensor | None = None) -> None:
         self.model, self.noise, self.sigma, self.factor = model, noise, sigma, factor
 
-    def rows(self, probe: EncodedFact) -> int:
+    def rows(self, encoded: EncodedFact) -> int:
         return self.noise.samples
 
-    def batch(self, probe: EncodedFact) -> Tensor:
+    def batch(self, encoded: EncodedFact) -> Tensor:
         assert self.sigma is not None
-        return self.noise.corrupt(embed(self.model, probe.input_ids), probe.span, self.sigma, self.factor)
+        return self.noise.corrupt(embed(self.model, encoded.input_ids), encoded.span, self.sigma, self.factor)
 
-    def key(self, probe: EncodedFact) -> str:
+    def key(self, encoded: EncodedFact) -> str:
         return f"{self.noise} {self.sigma!r}"
 
 
@@ -153,7 +153,7 @@ def embedding_std(model: LanguageModel, subjects: Sequence[str]) -> float:
         UserError: no subjects.
     """
     if not subjects:
-        raise UserError("there are no subjects to measure the noise on; give at least one fact.")
+        raise UserError("there are no subjects to measure the noise on: give at least one fact")
     layer = model.model.get_input_embeddings()
     assert layer is not None
     device = next(layer.parameters()).device
@@ -181,7 +181,7 @@ def embedding_factor(model: LanguageModel) -> Tensor:
     covariance = torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1])
     if not bool(torch.isfinite(covariance).all()):
         raise UserError(
-            f"the embeddings of {model.name} hold NaN or infinity, so they have no covariance; load other weights."
+            f"the embeddings of {model.name} hold NaN or infinity, so they have no covariance: load other weights"
         )
     scale = float(covariance.diagonal().mean())
     ridge = 1e-9 * torch.eye(len(covariance), dtype=torch.float64)

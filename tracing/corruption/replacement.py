@@ -42,58 +42,58 @@ class TokenReplacement(Corruption):
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise UserError(f"the corruption's samples is {self.samples}; give at least 1 (10 is usual).")
+            raise UserError(f"the corruption's samples is {self.samples}: give at least 1 (10 is usual)")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"the corruption's seed is {self.seed}; give a number from 0 to 4294967295.")
+            raise UserError(f"the corruption's seed is {self.seed}: give a number from 0 to 4294967295")
 
-    def bind(self, model: LanguageModel, probes: Sequence[EncodedFact]) -> Corruptor:
-        return _Swapped(model, self, probes)
+    def bind(self, model: LanguageModel, encoded_facts: Sequence[EncodedFact]) -> Corruptor:
+        return _Swapped(model, self, encoded_facts)
 
 
 class _Swapped(Corruptor):
     """Tokens of other subjects, length by length. What is compared is tokens, so that a donor changes the span and no more."""
 
-    def __init__(self, model: LanguageModel, asked: TokenReplacement, probes: Sequence[EncodedFact]) -> None:
+    def __init__(self, model: LanguageModel, asked: TokenReplacement, encoded_facts: Sequence[EncodedFact]) -> None:
         self.model, self.asked = model, asked
         self._pool: dict[tuple[object, ...], dict[tuple[int, ...], set[str]]] = {}
         """place -> another subject's tokens -> the answers that it has there"""
-        for probe in probes:
-            start, end = probe.span
-            own = self._pool.setdefault(self._place(probe), {})
-            own.setdefault(probe.prompt_ids[start:end], set()).add(probe.fact.answer)
+        for encoded in encoded_facts:
+            start, end = encoded.span
+            own = self._pool.setdefault(self._place(encoded), {})
+            own.setdefault(encoded.prompt_ids[start:end], set()).add(encoded.fact.answer)
 
-    def why_not(self, probe: EncodedFact) -> str | None:
-        if self._names(probe):
+    def why_not(self, encoded: EncodedFact) -> str | None:
+        if self._names(encoded):
             return None
-        length = probe.span[1] - probe.span[0]
+        length = encoded.span[1] - encoded.span[0]
         return f"no other subject of {length} token{'s' if length > 1 else ''} fits its question with another answer"
 
-    def rows(self, probe: EncodedFact) -> int:
-        return len(self._names(probe))
+    def rows(self, encoded: EncodedFact) -> int:
+        return len(self._names(encoded))
 
-    def batch(self, probe: EncodedFact) -> Tensor:
-        start, end = probe.span
-        rows = [probe.input_ids]
-        rows += [[*probe.input_ids[:start], *name, *probe.input_ids[end:]] for name in self._names(probe)]
+    def batch(self, encoded: EncodedFact) -> Tensor:
+        start, end = encoded.span
+        rows = [encoded.input_ids]
+        rows += [[*encoded.input_ids[:start], *name, *encoded.input_ids[end:]] for name in self._names(encoded)]
         return torch.stack([embed(self.model, row) for row in rows]).detach()
 
-    def key(self, probe: EncodedFact) -> str:
-        return f"replaced by {self._names(probe)}"
+    def key(self, encoded: EncodedFact) -> str:
+        return f"replaced by {self._names(encoded)}"
 
-    def _place(self, probe: EncodedFact) -> tuple[object, ...]:
+    def _place(self, encoded: EncodedFact) -> tuple[object, ...]:
         """What a donor must share with a fact: the tokens round the subject; or the subject's length, and whether it begins with
         a space."""
-        start, end = probe.span
+        start, end = encoded.span
         if self.asked.any_question:
-            piece = str(self.model.tokenizer.convert_ids_to_tokens(probe.prompt_ids[start]))
+            piece = str(self.model.tokenizer.convert_ids_to_tokens(encoded.prompt_ids[start]))
             return end - start, piece.startswith(_SPACES)
-        return probe.prompt_ids[:start], probe.prompt_ids[end:]
+        return encoded.prompt_ids[:start], encoded.prompt_ids[end:]
 
-    def _names(self, probe: EncodedFact) -> list[tuple[int, ...]]:
+    def _names(self, encoded: EncodedFact) -> list[tuple[int, ...]]:
         """The other subjects' tokens, drawn once for each fact by the seed."""
-        start, end = probe.span
-        own, answer = probe.prompt_ids[start:end], probe.fact.answer
-        pool = self._pool.get(self._place(probe), {})
+        start, end = encoded.span
+        own, answer = encoded.prompt_ids[start:end], encoded.fact.answer
+        pool = self._pool.get(self._place(encoded), {})
         fit = sorted(
             name for name, said in pool.items() if len(name) == len(own) and name != own and answer not in said
         )

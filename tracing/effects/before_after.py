@@ -126,16 +126,16 @@ def difference(
     ]
     if not same:
         raise UserError(
-            f"the traces of before and after hold other facts ({len(before.facts)} and {len(after.facts)}); retrace."
+            f"the traces of before and after hold other facts ({len(before.facts)} and {len(after.facts)}): retrace"
         )
     for name in ("metric", "window", "layers"):
         one, other = getattr(before, name), getattr(after, name)
         if one != other:
-            raise UserError(f"the traces of before and after have the {name} {one} and {other}; compare alike ones.")
+            raise UserError(f"the traces of before and after have the {name} {one} and {other}: compare alike ones")
     kinds = [kind for kind in before.kinds if kind in after.kinds]
     if not kinds:
         raise UserError(
-            f"before traced {', '.join(before.kinds)} and after {', '.join(after.kinds)}: no kind is in both."
+            f"before traced {', '.join(before.kinds)} and after {', '.join(after.kinds)}: no kind is in both"
         )
     groups = [fact.group for fact in before.facts]
 

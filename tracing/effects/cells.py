@@ -76,7 +76,7 @@ class Cells:
         """The effects of some of the facts, by their places. Raises UserError for none."""
         chosen = list(places)
         if not chosen:
-            raise UserError("effects of no facts say nothing; name at least one of them.")
+            raise UserError("effects of no facts say nothing: name at least one of them")
         return replace(
             self,
             facts=tuple(self.facts[place] for place in chosen),
@@ -150,7 +150,7 @@ class Cells:
 
     def _of(self, kind: Kind) -> Sequence[Array]:
         if kind not in self.restored:
-            raise UserError(f"{kind!r} was not traced; trace it too, or use one of {', '.join(self.restored)}.")
+            raise UserError(f"{kind!r} was not traced: trace it too, or use one of {', '.join(self.restored)}")
         return self.restored[kind]
 
     def save(self, path: str | Path) -> None:
@@ -181,7 +181,7 @@ class Cells:
                 about = json.loads(str(stored["about"]))
                 if about["version"] != _VERSION:
                     raise UserError(
-                        f"{path} has effects of version {about['version']}, this program reads {_VERSION}; trace again."
+                        f"{path} has effects of version {about['version']}, this program reads {_VERSION}: trace again"
                     )
                 facts = tuple(Fact(**one) for one in about["facts"])
                 return cls(
@@ -200,8 +200,8 @@ class Cells:
                     provenance=about["provenance"],
                 )
         except FileNotFoundError as error:
-            raise UserError(f"there is no effects file {path}; give the effects.npz that tracing wrote.") from error
+            raise UserError(f"there is no effects file {path}: give the effects.npz that tracing wrote") from error
         except UserError:
             raise
         except Exception as error:  # zip, npy, JSON and key errors have no common base
-            raise UserError(f"{path} is not a readable effects file ({error}); trace again.") from error
+            raise UserError(f"{path} is not a readable effects file ({error}): trace again") from error

@@ -54,7 +54,7 @@ class Effects(Cells):
             values[kind] = np.stack([mean_over_facts(one) for one in by_role])
             if np.isnan(values[kind]).all():
                 raise UserError(
-                    f"no fact has traced tokens in the roles {', '.join(roles)}; choose other roles or positions."
+                    f"no fact has traced tokens in the roles {', '.join(roles)}: choose other roles or positions"
                 )
         corruption = dict(self.provenance.get("corruption", {})).get(
             "kind", "other names" if self.sigma is None else "noise"

@@ -69,7 +69,7 @@ class Interaction:
         whole = [layer for layer in range(self.window.layers) if layer not in self.edges(kind)]
         if not whole:
             raise UserError(
-                f"no window of {self.window.window} layers is whole in a model of {self.window.layers}; take a smaller one."
+                f"no window of {self.window.window} layers is whole in a model of {self.window.layers}: take a smaller one"
             )
         above, below = (one.scores(roles).of(kind)[:, whole].sum(axis=1) for one in (self.window, self.summed))
         groups = [fact.group for fact in self.window.facts]
@@ -128,21 +128,21 @@ def interaction(window: Effects, single: Effects) -> Interaction:
     """
     if single.window != 1 or window.window < 2:
         raise UserError(
-            f"the interaction needs windows of several layers and single ones, not of {window.window} and {single.window}; trace "
-            "with window 1 and with a larger one."
+            f"the interaction needs windows of several layers and single ones, not of {window.window} and {single.window}: trace "
+            "with window 1 and with a larger one"
         )
     for what in ("metric", "sigma", "facts", "tokens", "subject_spans"):
         if getattr(window, what) != getattr(single, what):
             raise UserError(
-                f"the two traces differ in {what}; trace the same facts with the same settings but for the window."
+                f"the two traces differ in {what}: trace the same facts with the same settings but for the window"
             )
     for what in ("weights", "corruption", "prompt", "positions", "sever"):
         if window.provenance.get(what) != single.provenance.get(what):
-            raise UserError(f"the two traces differ in {what}; trace with the same settings but for the window.")
+            raise UserError(f"the two traces differ in {what}: trace with the same settings but for the window")
     shared: tuple[Kind, ...] = ("mlp", "attn")
     kinds = tuple(kind for kind in shared if kind in window.kinds and kind in single.kinds)
     if not kinds:
-        raise UserError("the two traces have neither mlp nor attn in common; trace one of them in both.")
+        raise UserError("the two traces have neither mlp nor attn in common: trace one of them in both")
     summed = {kind: [_sums(cells, window.window, kind) for cells in single.indirect(kind)] for kind in kinds}
     beyond = {
         kind: [cells - total for cells, total in zip(window.indirect(kind), summed[kind], strict=True)]

@@ -50,11 +50,11 @@ class LayerScores:
         shapes = {values.shape for values in self.values.values()}
         if len(shapes) != 1 or next(iter(shapes))[0] != len(self.facts):
             raise UserError(
-                f"scores of {len(self.facts)} facts have the shapes {sorted(shapes)}; give (facts, layers) each."
+                f"scores of {len(self.facts)} facts have the shapes {sorted(shapes)}: give (facts, layers) each"
             )
         for kind, values in self.values.items():
             if np.isnan(values).all():
-                raise UserError(f"{self.source} has no score of {kind} for any of the {len(self.facts)} facts.")
+                raise UserError(f"{self.source} has no score of {kind} for any of the {len(self.facts)} facts")
 
     def __repr__(self) -> str:
         kinds = ", ".join(self.values)
@@ -78,7 +78,7 @@ class LayerScores:
     def of(self, kind: Kind) -> Array:
         """(facts, layers). Raises UserError for a kind that is not scored."""
         if kind not in self.values:
-            raise UserError(f"{self.source} does not score {kind!r}; use one of {', '.join(self.values)}.")
+            raise UserError(f"{self.source} does not score {kind!r}: use one of {', '.join(self.values)}")
         return self.values[kind]
 
     def mean(self, kind: Kind) -> Array:
@@ -128,7 +128,7 @@ class LayerScores:
             with np.load(path, allow_pickle=False) as stored:
                 about = json.loads(str(stored["about"]))
                 if about["version"] != _VERSION:
-                    raise UserError(f"{path} has scores of version {about['version']}, this program reads {_VERSION}.")
+                    raise UserError(f"{path} has scores of version {about['version']}, this program reads {_VERSION}")
                 return cls(
                     source=about["source"],
                     unit=about["unit"],
@@ -139,11 +139,11 @@ class LayerScores:
                     provenance=about["provenance"],
                 )
         except FileNotFoundError as error:
-            raise UserError(f"there is no file of layer scores {path}; give one that localizing wrote.") from error
+            raise UserError(f"there is no file of layer scores {path}: give one that localizing wrote") from error
         except UserError:
             raise
         except Exception as error:  # zip, npy, JSON and key errors have no common base
-            raise UserError(f"{path} is not a readable file of layer scores ({error}); localize again.") from error
+            raise UserError(f"{path} is not a readable file of layer scores ({error}): localize again") from error
 
 
 def in_common(scores: Sequence[LayerScores]) -> list[LayerScores]:
@@ -154,14 +154,12 @@ def in_common(scores: Sequence[LayerScores]) -> list[LayerScores]:
     """
     layers = sorted({one.layers for one in scores})
     if len(layers) > 1:
-        raise UserError(
-            f"scores over {' and '.join(map(str, layers))} layers are of different models; localize in one."
-        )
+        raise UserError(f"scores over {' and '.join(map(str, layers))} layers are of different models: localize in one")
     places = [{(fact.prompt, fact.subject): place for place, fact in enumerate(one.facts)} for one in scores]
     shared = [key for key in places[0] if all(key in other for other in places[1:])]
     if len(shared) < 2:
         raise UserError(
-            f"{' and '.join(one.source for one in scores)} have {len(shared)} facts in common; give all the same ones "
-            "(max_facts may cut some off)."
+            f"{' and '.join(one.source for one in scores)} have {len(shared)} facts in common: give all the same ones "
+            "(max_facts may cut some off)"
         )
     return [one.some([where[key] for key in shared]) for one, where in zip(scores, places, strict=True)]

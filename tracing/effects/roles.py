@@ -28,7 +28,7 @@ def token_roles(tokens: int, span: tuple[int, int], aggregation: Aggregation = "
     """
     start, end = span
     if not 0 <= start < end <= tokens:
-        raise UserError(f"a subject span of {start}:{end} does not lie in a prompt of {tokens} tokens.")
+        raise UserError(f"a subject span of {start}:{end} does not lie in a prompt of {tokens} tokens")
     last = [tokens - 1] if end < tokens else []
     if aggregation == "authors":
         return {
@@ -55,7 +55,7 @@ def check_roles(roles: Sequence[str]) -> None:
     """Raise UserError for no roles or one that does not exist."""
     wrong = [role for role in roles if role not in ROLES]
     if wrong or not roles:
-        raise UserError(f"the token roles {tuple(wrong or roles)} are not usable; choose of {', '.join(ROLES)}.")
+        raise UserError(f"the token roles {tuple(wrong or roles)} are not usable: choose of {', '.join(ROLES)}")
 
 
 def check_reached(roles: Sequence[str], positions: str) -> None:
@@ -63,5 +63,5 @@ def check_reached(roles: Sequence[str], positions: str) -> None:
     check_roles(roles)
     if positions == "subject_and_last" and not set(roles) & {*SUBJECT_ROLES, "last"}:
         raise UserError(
-            f"the roles {', '.join(roles)} are not traced with positions: subject_and_last; use positions: all."
+            f"the roles {', '.join(roles)} are not traced with positions subject_and_last: use positions: all"
         )

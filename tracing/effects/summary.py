@@ -75,14 +75,14 @@ def sentences(effects: Cells, *, confidence: float = 0.95, seed: int = 0) -> lis
     clean, corrupted, total = (float(one.mean()) for one in (effects.clean, effects.corrupted, effects.total))
     many = f"{len(effects.facts)} fact{'s' if len(effects.facts) > 1 else ''}"
     stream = (
-        " (the stream: at the subject; at the last token its end is the answer's first token)"
+        " (the stream counts at subject tokens alone: at the last token it ends as the answer's first token)"
         if "resid" in effects.kinds
         else ""
     )
-    said = [
-        f"On {many} the corruption takes {total:.3g} of the answer's mean {effects.metric.replace('_', ' ')} "
-        f"({clean:.3g} to {corrupted:.3g}). Of this {put_back(effects.kinds, effects.window)}, put back, brings back at "
-        f"most{stream}:"
+    changes = "lowers" if total >= 0 else "raises"
+    lines = [
+        f"The corruption {changes} the answer's mean {effects.metric.replace('_', ' ')} by {abs(total):.3g}, from {clean:.3g} to "
+        f"{corrupted:.3g}, on {many}. Restoring {put_back(effects.kinds, effects.window)} brings back at most{stream}:"
     ]
     for kind in effects.kinds:
         table = effects.table(kind, confidence=confidence, seed=seed)
@@ -92,9 +92,9 @@ def sentences(effects: Cells, *, confidence: float = 0.95, seed: int = 0) -> lis
         row, layer = place
         share, low, high = (float(one[row, layer]) for one in (table.share, table.share_low, table.share_high))
         spread = f" ({confidence:.0%} interval {_percent(low)} to {_percent(high)})" if not np.isnan(low) else ""
-        part = f", {_percent(share)}{spread} of what it took" if not np.isnan(share) else ""
-        said += [f"- {named(table, row, layer)}: {table.mean[row, layer]:.3g}{part}.", *_cut(table)]
-    return [*said, *_without_shares(effects, total)]
+        part = f", {_percent(share)}{spread} of what the corruption took" if not np.isnan(share) else ""
+        lines += [f"- {named(table, row, layer)}: {table.mean[row, layer]:.3g}{part}.", *_cut(table)]
+    return [*lines, *_without_shares(effects, total)]
 
 
 def _cut(table: EffectTable) -> list[str]:
@@ -106,8 +106,8 @@ def _cut(table: EffectTable) -> list[str]:
     row, layer = place
     held = ", ".join(f"{table.layers_restored[one]} about layer {one}" for one in cut)
     return [
-        f"  Windows of {table.window} are cut short by the ends of the model ({held}). Per layer restored, the most is brought "
-        f"back by {named(table, row, layer)}: {table.per_layer[row, layer]:.3g} each."
+        f"  Windows of {table.window} are cut short by the ends of the model ({held}). Per layer restored, "
+        f"most comes back from {named(table, row, layer)}: {table.per_layer[row, layer]:.3g} each."
     ]
 
 
@@ -132,6 +132,6 @@ def _without_shares(effects: Cells, total: float) -> list[str]:
         return []
     one = none == 1
     return [
-        f"Of {none} fact{'' if one else 's'} the corruption took nothing: {'it has' if one else 'they have'} no share of "
+        f"The corruption took nothing of {none} fact{'' if one else 's'}: {'it has' if one else 'they have'} no share of "
         f"{'its' if one else 'their'} own, and count{'s' if one else ''} in the means."
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol, get_args
@@ -19,7 +18,7 @@ from tracing.engine.estimate import Passes, cost, embedded_row_bytes, row_bytes,
 from tracing.engine.reference import Traced, in_parts, score_cells, trace_fact
 from tracing.engine.wavefront import Wavefront
 from tracing.question.encoded_fact import EncodedFact
-from tracing.question.metrics import LOGARITHMIC, Metric
+from tracing.question.metrics import metric_of
 from tracing.question.sweep import Sweep, count_cells, swept_positions
 
 EngineName = Literal["wavefront", "reference"]
@@ -39,11 +38,13 @@ class Engine(Protocol):
         """About how many bytes it takes beside the model for such facts: an upper bound in ordinary models."""
         ...
 
-    def passes(self, probes: Sequence[EncodedFact], samples: int) -> Passes:
+    def passes(self, encoded_facts: Sequence[EncodedFact], samples: int) -> Passes:
         """What `trace` runs for facts of one shape, which have `samples` corrupted rows each."""
         ...
 
-    def trace(self, probes: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance = ...) -> list[Traced]:
+    def trace(
+        self, encoded_facts: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance = ...
+    ) -> list[Traced]:
         """The scores of facts whose prompts, answers and batches have equal sizes. Raises UserError for NaN."""
         ...
 
@@ -60,17 +61,17 @@ class Reference:
     def takes(self, tokens: int, answer: int, samples: int) -> int:
         return (1 + samples) * trunk_row_bytes(self.model, tokens, answer, self.sweep)
 
-    def passes(self, probes: Sequence[EncodedFact], samples: int) -> Passes:
-        cells = sum(count_cells(probe, self.model.anatomy.layers, self.sweep) for probe in probes)
-        units = cost(probes, [samples] * len(probes), self.model.anatomy.layers, self.sweep).reference
-        return Passes(count=len(probes) + cells, rows=1 + samples, token_blocks=units)
+    def passes(self, encoded_facts: Sequence[EncodedFact], samples: int) -> Passes:
+        cells = sum(count_cells(encoded, self.model.anatomy.layers, self.sweep) for encoded in encoded_facts)
+        units = cost(encoded_facts, [samples] * len(encoded_facts), self.model.anatomy.layers, self.sweep).reference
+        return Passes(count=len(encoded_facts) + cells, rows=1 + samples, token_blocks=units)
 
     def trace(
-        self, probes: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance = lambda cells: None
+        self, encoded_facts: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance = lambda cells: None
     ) -> list[Traced]:
         return [
-            trace_fact(self.model, probe, batch, self.sweep, advance)
-            for probe, batch in zip(probes, batches, strict=True)
+            trace_fact(self.model, encoded, batch, self.sweep, advance)
+            for encoded, batch in zip(encoded_facts, batches, strict=True)
         ]
 
 
@@ -98,20 +99,20 @@ class Checked:
         given = facts * (1 + samples) * embedded_row_bytes(self.model, tokens)
         return given + first + min(rows, cells) * row_bytes(self.model, tokens)
 
-    def passes(self, probes: Sequence[EncodedFact], samples: int) -> Passes:
-        tokens, layers = len(probes[0].input_ids), self.model.anatomy.layers
-        trunk, rows = self._rows(tokens, len(probes[0].answer_ids))
+    def passes(self, encoded_facts: Sequence[EncodedFact], samples: int) -> Passes:
+        tokens, layers = len(encoded_facts[0].input_ids), self.model.anatomy.layers
+        trunk, rows = self._rows(tokens, len(encoded_facts[0].answer_ids))
         wave = Wavefront(self.model, self.sweep, rows)
-        if len(probes) * (1 + samples) <= trunk:
-            together: list[tuple[Sequence[EncodedFact], int]] = [(probes, samples)]
+        if len(encoded_facts) * (1 + samples) <= trunk:
+            together: list[tuple[Sequence[EncodedFact], int]] = [(encoded_facts, samples)]
         else:
             share = min(samples, max(1, trunk - 1))
             parts = [min(share, samples - start) for start in range(0, samples, share)]
-            together = [([probe], part) for probe in probes for part in parts]
+            together = [([encoded], part) for encoded in encoded_facts for part in parts]
         ordinary = [len(some) * (1 + part) for some, part in together]
         waves = [size for some, part in together for size in wave.sizes(some, part)]
-        again = sum(ordinary) - len(probes) * (1 + samples)  # clean rows that other parts had, too
-        least = cost(probes, [samples] * len(probes), layers, self.sweep).wave
+        again = sum(ordinary) - len(encoded_facts) * (1 + samples)  # clean rows that other parts had, too
+        least = cost(encoded_facts, [samples] * len(encoded_facts), layers, self.sweep).wave
         return Passes(
             count=len(ordinary) + len(waves),
             rows=max(*ordinary, *waves, 0),
@@ -119,25 +120,32 @@ class Checked:
         )
 
     def trace(
-        self, probes: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance = lambda cells: None
+        self, encoded_facts: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance = lambda cells: None
     ) -> list[Traced]:
-        found = self._within_memory(probes, batches, advance)
+        found = self._within_memory(encoded_facts, batches, advance)
         if not self._checked:
-            check(self.model, probes[0], batches[0], self.sweep, found[0], rows=self.ordinary_rows(probes[0]))
+            check(
+                self.model,
+                encoded_facts[0],
+                batches[0],
+                self.sweep,
+                found[0],
+                rows=self.ordinary_rows(encoded_facts[0]),
+            )
             self._checked = True
         return found
 
-    def ordinary_rows(self, probe: EncodedFact) -> int:
+    def ordinary_rows(self, encoded: EncodedFact) -> int:
         """How many rows of a fact an ordinary pass may have; a clean and a corrupted one are the least there is."""
-        return max(2, self._rows(len(probe.input_ids), len(probe.answer_ids))[0])
+        return max(2, self._rows(len(encoded.input_ids), len(encoded.answer_ids))[0])
 
-    def score_cells(self, probe: EncodedFact, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
+    def score_cells(self, encoded: EncodedFact, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
         """The scores of chosen cells, as `Wavefront.score_cells` gives them. Raises UserError for what that refuses."""
-        wave = Wavefront(self.model, self.sweep, self._rows(len(probe.input_ids), len(probe.answer_ids))[1])
+        wave = Wavefront(self.model, self.sweep, self._rows(len(encoded.input_ids), len(encoded.answer_ids))[1])
         return _mean(
             [
-                (share, wave.score_cells(probe, part, asked))
-                for share, part in in_parts(batch, self.ordinary_rows(probe))
+                (share, wave.score_cells(encoded, part, asked))
+                for share, part in in_parts(batch, self.ordinary_rows(encoded))
             ]
         )
 
@@ -147,7 +155,7 @@ class Checked:
         return self.memory // 2 // each, rows_within(self.model, tokens, self.memory // 2)
 
     def _within_memory(
-        self, probes: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance
+        self, encoded_facts: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance
     ) -> list[Traced]:
         while True:
             done = 0
@@ -158,28 +166,30 @@ class Checked:
                 advance(cells)
 
             try:
-                return self._traced(probes, batches, count)
+                return self._traced(encoded_facts, batches, count)
             except torch.OutOfMemoryError as error:
                 advance(-done)
-                if max(self._rows(len(probes[0].input_ids), len(probes[0].answer_ids))) <= 1:
+                if max(self._rows(len(encoded_facts[0].input_ids), len(encoded_facts[0].answer_ids))) <= 1:
                     raise UserError(
-                        f"{self.model.name} leaves no memory for even one row of fact {probes[0].fact.label!r}; load it in "
-                        "bfloat16, or on a larger device."
+                        f"{self.model.name} leaves no memory for even one row of fact {encoded_facts[0].fact.label!r}: "
+                        "load it in bfloat16, or on a larger device"
                     ) from error
             self.memory //= 2  # outside the handler, which holds what the failed pass made
             torch.cuda.empty_cache()
 
-    def _traced(self, probes: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance) -> list[Traced]:
-        trunk, rows = self._rows(len(probes[0].input_ids), len(probes[0].answer_ids))
+    def _traced(
+        self, encoded_facts: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance
+    ) -> list[Traced]:
+        trunk, rows = self._rows(len(encoded_facts[0].input_ids), len(encoded_facts[0].answer_ids))
         wave = Wavefront(self.model, self.sweep, rows)
         if sum(map(len, batches)) <= trunk:
-            return wave.trace(probes, batches, advance)
+            return wave.trace(encoded_facts, batches, advance)
         found = []
-        for probe, batch in zip(probes, batches, strict=True):
+        for encoded, batch in zip(encoded_facts, batches, strict=True):
             parts = in_parts(batch, trunk)
             last = len(parts) - 1
             some = [
-                (share, wave.trace([probe], [part], *([advance] if place == last else []))[0])
+                (share, wave.trace([encoded], [part], *([advance] if place == last else []))[0])
                 for place, (share, part) in enumerate(parts)
             ]
             found.append(_joined(some))
@@ -216,26 +226,28 @@ def check_engine(name: str) -> None:
     """Raise UserError for an engine that does not exist."""
     known = get_args(EngineName)
     if name not in known:
-        raise UserError(f"the engine {name!r} is unknown{known_or_near(name, known)}; use one of {', '.join(known)}.")
+        raise UserError(f"the engine {name!r} is unknown{known_or_near(name, known)}: use one of {', '.join(known)}")
 
 
 def check(
-    model: LanguageModel, probe: EncodedFact, batch: Tensor, sweep: Sweep, found: Traced, few: int = 3, *, rows: int
+    model: LanguageModel, encoded: EncodedFact, batch: Tensor, sweep: Sweep, found: Traced, few: int = 3, *, rows: int
 ) -> None:
     """Raise UserError unless the reference gives the same for the cell with the largest effect, for the first layer's at the
     last subject token (where a restoration that does nothing would show), and for `few` random ones."""
-    positions = [p for p in swept_positions(len(probe.prompt_ids), probe.span, sweep.positions) if p >= probe.span[0]]
+    positions = [
+        p for p in swept_positions(len(encoded.prompt_ids), encoded.span, sweep.positions) if p >= encoded.span[0]
+    ]
     cells = [(kind, p, layer) for kind in sweep.kinds for p in positions for layer in range(model.anatomy.layers)]
     largest = max(cells, key=lambda cell: abs(_value(found, cell) - found.corrupted))
-    telling: list[tuple[Kind, int, int]] = [(kind, probe.span[1] - 1, 0) for kind in sweep.kinds]
+    telling: list[tuple[Kind, int, int]] = [(kind, encoded.span[1] - 1, 0) for kind in sweep.kinds]
     chance = random.Random(0).sample(cells, min(few, len(cells)))
     asked = list(dict.fromkeys([largest, *telling, *chance]))
-    compare(model, probe, batch, sweep, {cell: _value(found, cell) for cell in asked}, found.corrupted, rows=rows)
+    compare(model, encoded, batch, sweep, {cell: _value(found, cell) for cell in asked}, found.corrupted, rows=rows)
 
 
 def compare(
     model: LanguageModel,
-    probe: EncodedFact,
+    encoded: EncodedFact,
     batch: Tensor,
     sweep: Sweep,
     found: Mapping[tuple[Kind, int, int], float],
@@ -246,14 +258,14 @@ def compare(
     """Raise UserError unless the reference, at most `rows` rows at a time, gives the same scores for these cells
     `(kind, position, layer)`."""
     parts = in_parts(batch, rows)
-    expected = _mean([(share, score_cells(model, probe, part, sweep, list(found))) for share, part in parts])
-    tolerance = _tolerance(next(model.model.parameters()).dtype, len(probe.answer_ids))
+    expected = _mean([(share, score_cells(model, encoded, part, sweep, list(found))) for share, part in parts])
+    nats = _rounding(next(model.model.parameters()).dtype, len(encoded.answer_ids))
     for (cell, got), value in zip(found.items(), expected, strict=True):
-        if abs(got - value) > _allowed(tolerance, sweep.metric, max(abs(value), abs(corrupted))):
+        if abs(got - value) > metric_of(sweep.metric).tolerance(nats, max(abs(value), abs(corrupted))):
             kind, position, layer = cell
             raise UserError(
                 f"the wavefront engine and the reference disagree on {model.name} ({kind} at token {position}, layer {layer}: "
-                f"{got:.6g} and {value:.6g}); trace with engine: reference, and tell the authors which model this is."
+                f"{got:.6g} and {value:.6g}): trace with engine: reference, and tell the authors which model this is"
             )
 
 
@@ -262,14 +274,6 @@ def _value(found: Traced, cell: tuple[Kind, int, int]) -> float:
     return float(found.restored[kind][position, layer])
 
 
-def _tolerance(dtype: torch.dtype, tokens: int) -> float:
+def _rounding(dtype: torch.dtype, tokens: int) -> float:
     """In nats, of an answer of so many tokens: other shapes round otherwise, and each token anew."""
     return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.3) * max(1.0, tokens / 4)
-
-
-def _allowed(tolerance: float, metric: Metric, size: float) -> float:
-    """How far apart two values of a metric may lie: a ratio of probabilities, a difference of logarithms, logits and ranks, a
-    share of a divergence."""
-    if metric in (*LOGARITHMIC, "logit_difference", "reciprocal_rank"):
-        return tolerance
-    return max(size, 1e-12) * (tolerance if metric == "negative_kl" else math.expm1(tolerance))

@@ -16,6 +16,7 @@ from lm.anatomy import Kind, module_at
 from lm.model import LanguageModel
 from tracing.corruption.noise import Corruptor
 from tracing.question.encoded_fact import EncodedFact, forward
+from tracing.question.metrics import metric_of
 from tracing.question.sweep import Sweep, count_cells, first_block, swept_positions, window_layers
 
 
@@ -47,7 +48,7 @@ class Planned(Protocol):
 
     def takes(self, tokens: int, answer: int, samples: int) -> int: ...
 
-    def passes(self, probes: Sequence[EncodedFact], samples: int) -> Passes: ...
+    def passes(self, encoded_facts: Sequence[EncodedFact], samples: int) -> Passes: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +99,8 @@ def estimated(
 ) -> Estimate:
     """What an engine takes for all cells of facts that it is given in these groups: counted, and one pass timed. The model in
     eval mode."""
-    probes = [probe for group in groups for probe in group]
-    if not probes:
+    encoded_facts = [encoded for group in groups for encoded in group]
+    if not encoded_facts:
         return Estimate(
             facts=0,
             cells=0,
@@ -112,21 +113,22 @@ def estimated(
             timed="nothing",
             processes=processes,
         )
-    samples = [corruptor.rows(probe) for probe in probes]
+    samples = [corruptor.rows(encoded) for encoded in encoded_facts]
     passes = [engine.passes(group, corruptor.rows(group[0])) for group in groups]
     units, rows = sum(one.token_blocks for one in passes), max(one.rows for one in passes)
-    counts = cost(probes, samples, model.anatomy.layers, sweep)
-    longest = max(probes, key=lambda one: len(one.input_ids))
+    counts = cost(encoded_facts, samples, model.anatomy.layers, sweep)
+    longest = max(encoded_facts, key=lambda one: len(one.input_ids))
     batch = corruptor.batch(longest)[: min(64, rows)]
     started = time.perf_counter()
     float(forward(model, batch, 1)[0, 0, 0])
     took = time.perf_counter() - started
     here = batch.shape[0] * batch.shape[1] * model.anatomy.layers
     each = [
-        engine.takes(len(one.input_ids), len(one.answer_ids), count) for one, count in zip(probes, samples, strict=True)
+        engine.takes(len(one.input_ids), len(one.answer_ids), count)
+        for one, count in zip(encoded_facts, samples, strict=True)
     ]
     return Estimate(
-        facts=len(probes),
+        facts=len(encoded_facts),
         cells=counts.cells,
         passes=sum(one.count for one in passes),
         rows=rows,
@@ -139,18 +141,18 @@ def estimated(
     )
 
 
-def alike(probes: Sequence[EncodedFact], samples: Sequence[int], engine: Planned) -> Iterator[list[int]]:
+def alike(encoded_facts: Sequence[EncodedFact], samples: Sequence[int], engine: Planned) -> Iterator[list[int]]:
     """The places of the facts in groups of one shape, as many as the engine takes at once. `samples`: corrupted rows of each."""
     shapes: dict[tuple[int, int, int], list[int]] = {}
-    for index, (probe, rows) in enumerate(zip(probes, samples, strict=True)):
-        shapes.setdefault((len(probe.prompt_ids), len(probe.answer_ids), rows), []).append(index)
+    for index, (encoded, rows) in enumerate(zip(encoded_facts, samples, strict=True)):
+        shapes.setdefault((len(encoded.prompt_ids), len(encoded.answer_ids), rows), []).append(index)
     for (tokens, answer, rows), members in shapes.items():
         size = engine.together(tokens + answer - 1, answer, rows)
         for start in range(0, len(members), size):
             yield members[start : start + size]
 
 
-def cost(probes: Sequence[EncodedFact], rows: Sequence[int], layers: int, sweep: Sweep) -> Cost:
+def cost(encoded_facts: Sequence[EncodedFact], rows: Sequence[int], layers: int, sweep: Sweep) -> Cost:
     """Exact counts: which blocks each cell runs through, on how many tokens. `rows`: corrupted copies of each fact."""
     cells = wave = reference = 0
     enters = [
@@ -159,14 +161,14 @@ def cost(probes: Sequence[EncodedFact], rows: Sequence[int], layers: int, sweep:
         for layer in range(layers)
     ]
     blocks = sum(layers - enter for enter in enters)
-    for probe, samples in zip(probes, rows, strict=True):
-        tokens = len(probe.input_ids)
+    for encoded, samples in zip(encoded_facts, rows, strict=True):
+        tokens = len(encoded.input_ids)
         whole = (1 + samples) * tokens * layers
-        here = count_cells(probe, layers, sweep)
-        positions = swept_positions(len(probe.prompt_ids), probe.span, sweep.positions)
+        here = count_cells(encoded, layers, sweep)
+        positions = swept_positions(len(encoded.prompt_ids), encoded.span, sweep.positions)
         cells += here
         reference += (here + 1) * whole
-        wave += whole + samples * blocks * sum(tokens - place for place in positions if place >= probe.span[0])
+        wave += whole + samples * blocks * sum(tokens - place for place in positions if place >= encoded.span[0])
     return Cost(cells=cells, wave=wave, reference=reference)
 
 
@@ -189,7 +191,9 @@ def trunk_row_bytes(model: LanguageModel, tokens: int, answer: int, sweep: Sweep
     size = int(getattr(config, "head_dim", None) or hidden // heads)
     past = 2 * size * int(getattr(config, "num_key_value_heads", None) or heads)
     kept = hidden + layers * (hidden * len(trunk_kinds(sweep)) + past)
-    beside = 16 if "negative_kl" in sweep.metrics else 0  # clean distributions, and the divergence of each token
+    beside = (
+        16 if any(metric_of(name).needs_clean for name in sweep.metrics) else 0
+    )  # clean distributions, and the divergence of each token
     scored = answer * model.anatomy.vocabulary * (element + 8 + beside)  # and their logarithms in float32
     return row_bytes(model, tokens) + tokens * kept * element + scored
 

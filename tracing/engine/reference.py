@@ -21,8 +21,9 @@ from lm.forward.hooks import Captured, Edit, capture, patch
 from lm.model import LanguageModel
 from tracing.arrays import Array
 from tracing.question.encoded_fact import EncodedFact, forward
-from tracing.question.metrics import Metric, Target, read_all
+from tracing.question.metrics import MetricName, beside_clean, read_all
 from tracing.question.sweep import Sweep, swept_positions, window_layers
+from tracing.question.target import Target
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +33,7 @@ class Traced:
     clean: float
     corrupted: float
     restored: dict[Kind, Array]
-    also: Mapping[Metric, Traced] = field(default_factory=dict)
+    also: Mapping[MetricName, Traced] = field(default_factory=dict)
     """By the sweep's further metrics."""
 
     @classmethod
@@ -52,7 +53,7 @@ class Traced:
 @torch.inference_mode()
 def trace_fact(
     model: LanguageModel,
-    probe: EncodedFact,
+    encoded: EncodedFact,
     batch: Tensor,
     sweep: Sweep,
     advance: Callable[[int], None] = lambda cells: None,
@@ -66,46 +67,46 @@ def trace_fact(
     Raises:
         UserError: a score is NaN.
     """
-    passes = _Passes(model, probe, batch, sweep)
-    tokens, layers = len(probe.prompt_ids), model.anatomy.layers
-    positions = swept_positions(tokens, probe.span, sweep.positions)
+    passes = _Passes(model, encoded, batch, sweep)
+    tokens, layers = len(encoded.prompt_ids), model.anatomy.layers
+    positions = swept_positions(tokens, encoded.span, sweep.positions)
     restored: dict[Kind, Array] = {}
     for kind in sweep.kinds:
         cells = np.full((tokens, layers, len(sweep.metrics)), np.nan)
         if sweep.positions != "all":
-            cells[: probe.span[0]] = passes.scores[1]
+            cells[: encoded.span[0]] = passes.scores[1]
         for position in positions:
             for layer in range(layers):
                 cells[position, layer] = passes.cell(kind, position, layer)
                 advance(1)
         restored[kind] = cells
-        refuse_nan(model, probe, passes.scores, [cells[positions]])
+        refuse_nan(model, encoded, passes.scores, [cells[positions]])
     return Traced.of(sweep, passes.scores, restored)
 
 
 @torch.inference_mode()
 def score_cells(
     model: LanguageModel,
-    probe: EncodedFact,
+    encoded: EncodedFact,
     batch: Tensor,
     sweep: Sweep,
     cells: Sequence[tuple[Kind, int, int]],
 ) -> list[float]:
     """The scores of some cells `(kind, position, layer)` by the sweep's metric, each by a forward pass of its own."""
-    passes = _Passes(model, probe, batch, sweep)
+    passes = _Passes(model, encoded, batch, sweep)
     return [float(passes.cell(*cell)[0]) for cell in cells]
 
 
 class _Passes:
     """The forward passes of one fact: the ordinary one, made at once, and one a cell."""
 
-    def __init__(self, model: LanguageModel, probe: EncodedFact, batch: Tensor, sweep: Sweep) -> None:
+    def __init__(self, model: LanguageModel, encoded: EncodedFact, batch: Tensor, sweep: Sweep) -> None:
         self.model, self.batch, self.sweep, self.layers = model, batch, sweep, model.anatomy.layers
-        self.target, self.keep = Target.of([probe], len(batch)), len(probe.answer_ids)
+        self.target, self.keep = Target.of([encoded], len(batch)), len(encoded.answer_ids)
         kinds = dict.fromkeys([*sweep.kinds, *([sweep.sever] if sweep.sever else [])])
         with capture(model, [Site(kind, layer) for kind in kinds for layer in range(self.layers)]) as self.states:
             logits = forward(model, batch, self.keep)
-        self.target = self.target.beside(logits[:1], sweep.metrics)
+        self.target = beside_clean(self.target, logits[:1], sweep.metrics)
         self.scores = self._read(logits)
         """(2, metrics): clean, and corrupted without restoring."""
 
@@ -121,12 +122,14 @@ class _Passes:
 
 
 @torch.inference_mode()
-def total_effect(model: LanguageModel, probe: EncodedFact, batch: Tensor, metric: Metric, *, rows: int = 64) -> float:
+def total_effect(
+    model: LanguageModel, encoded: EncodedFact, batch: Tensor, metric: MetricName, *, rows: int = 64
+) -> float:
     """What the corruption takes of one fact: the clean score minus the mean corrupted one; at most `rows` rows run at once."""
     taken = 0.0
     for share, part in in_parts(batch, rows):
-        logits = forward(model, part, len(probe.answer_ids))
-        target = Target.of([probe], len(part)).beside(logits[:1], [metric])
+        logits = forward(model, part, len(encoded.answer_ids))
+        target = beside_clean(Target.of([encoded], len(part)), logits[:1], [metric])
         clean, corrupted = _clean_and_corrupted(logits, target, [metric])[:, 0]
         taken += share * float(clean - corrupted)
     return taken
@@ -139,7 +142,7 @@ def in_parts(batch: Tensor, rows: int) -> list[tuple[float, Tensor]]:
     return [(len(some) / (len(batch) - 1), torch.cat([batch[:1], some])) for some in given]
 
 
-def _clean_and_corrupted(logits: Tensor, target: Target, metrics: Sequence[Metric]) -> Array:
+def _clean_and_corrupted(logits: Tensor, target: Target, metrics: Sequence[MetricName]) -> Array:
     """(2, metrics): of row 0, and the mean of all others."""
     found = read_all(logits, target, metrics)
     return np.asarray(torch.stack([found[0], found[1:].mean(0)]).cpu().numpy(), dtype=np.float64)
@@ -154,7 +157,7 @@ def restorations(sweep: Sweep, kind: Kind, layer: int, layers: int, position: in
     return [Edit(site=site, value=value, rows=slice(1, None), positions=[position]) for site, value in values]
 
 
-def refuse_nan(model: LanguageModel, probe: EncodedFact, scores: Array, cells: Sequence[Array]) -> None:
+def refuse_nan(model: LanguageModel, encoded: EncodedFact, scores: Array, cells: Sequence[Array]) -> None:
     """Raise UserError if a score of a fact, or a cell of it, is NaN."""
     if any(np.isnan(values).any() for values in (scores, *cells)):
-        raise UserError(f"tracing fact {probe.fact.label!r} gave NaN; load {model.name} in float32 or bfloat16.")
+        raise UserError(f"tracing fact {encoded.fact.label!r} gave NaN: load {model.name} in float32 or bfloat16")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
 from lm.anatomy import EMBEDDING, Kind, Site
@@ -28,8 +29,9 @@ from tracing.arrays import Array
 from tracing.engine.estimate import trunk_kinds
 from tracing.engine.reference import Traced, refuse_nan
 from tracing.question.encoded_fact import EncodedFact
-from tracing.question.metrics import Target, read_all
+from tracing.question.metrics import beside_clean, read_all
 from tracing.question.sweep import Sweep, first_block, swept_positions, window_layers
+from tracing.question.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +101,19 @@ class Wavefront:
     @torch.inference_mode()
     def trace(
         self,
-        probes: Sequence[EncodedFact],
+        encoded_facts: Sequence[EncodedFact],
         batches: Sequence[Tensor],
         advance: Callable[[int], None] = lambda cells: None,
     ) -> list[Traced]:
         """All cells of some facts whose prompts, answers and batches (`Corruptor.batch`) have equal sizes. UserError for NaN."""
-        tokens, layers, samples = len(probes[0].prompt_ids), self.model.anatomy.layers, len(batches[0]) - 1
-        trunk = self._trunk(probes, torch.cat(list(batches)), 1 + samples)
-        shape = len(probes), tokens, layers, len(self.sweep.metrics)
+        tokens, layers, samples = len(encoded_facts[0].prompt_ids), self.model.anatomy.layers, len(batches[0]) - 1
+        trunk = self._trunk(encoded_facts, torch.cat(list(batches)), 1 + samples)
+        shape = len(encoded_facts), tokens, layers, len(self.sweep.metrics)
         sums = {kind: np.full(shape, np.nan) for kind in self.sweep.kinds}
-        swept = [swept_positions(tokens, probe.span, self.sweep.positions) for probe in probes]
+        swept = [swept_positions(tokens, encoded.span, self.sweep.positions) for encoded in encoded_facts]
         for position in range(tokens):
             asked = [fact for fact, positions in enumerate(swept) if position in positions]
-            facts = [fact for fact in asked if position >= probes[fact].span[0]]
+            facts = [fact for fact in asked if position >= encoded_facts[fact].span[0]]
             for cells_of_kind in sums.values():
                 cells_of_kind[facts, position] = 0.0
             for cells, rows in self._waves(self.cells, facts, samples):
@@ -121,18 +123,19 @@ class Wavefront:
                     np.add.at(here, (rows // samples).numpy(), values.numpy() / samples)
             advance(len(asked) * len(self.cells))
         return [
-            self._traced(probe, trunk.scores[fact], {kind: cells[fact] for kind, cells in sums.items()})
-            for fact, probe in enumerate(probes)
+            self._traced(encoded, trunk.scores[fact], {kind: cells[fact] for kind, cells in sums.items()})
+            for fact, encoded in enumerate(encoded_facts)
         ]
 
-    def sizes(self, probes: Sequence[EncodedFact], samples: int) -> list[int]:
+    def sizes(self, encoded_facts: Sequence[EncodedFact], samples: int) -> list[int]:
         """How many rows each wave of `trace` has, in order, for facts of one shape with so many corrupted rows each."""
-        tokens, found = len(probes[0].prompt_ids), []
-        swept = [swept_positions(tokens, probe.span, self.sweep.positions) for probe in probes]
+        tokens, found = len(encoded_facts[0].prompt_ids), []
+        swept = [swept_positions(tokens, encoded.span, self.sweep.positions) for encoded in encoded_facts]
         at: dict[int, list[int]] = {}  # number of facts -> the sizes
         for position in range(tokens):
             facts = sum(
-                position in places and position >= probe.span[0] for probe, places in zip(probes, swept, strict=True)
+                position in places and position >= encoded.span[0]
+                for encoded, places in zip(encoded_facts, swept, strict=True)
             )
             if facts not in at:
                 at[facts] = [len(some) * len(rows) for some, rows in self._waves(self.cells, range(facts), samples)]
@@ -140,42 +143,42 @@ class Wavefront:
         return found
 
     @torch.inference_mode()
-    def score_cells(self, probe: EncodedFact, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
+    def score_cells(self, encoded: EncodedFact, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
         """The scores of chosen cells `(kind, position, layer)` of one fact by the sweep's metric, in their order: those of
         `tracing.engine.reference.score_cells`.
 
         Raises:
             UserError: a cell that does not exist or whose kind the sweep does not have; NaN.
         """
-        tokens, layers, samples = len(probe.prompt_ids), self.model.anatomy.layers, len(batch) - 1
+        tokens, layers, samples = len(encoded.prompt_ids), self.model.anatomy.layers, len(batch) - 1
         for kind, position, layer in asked:
             if kind not in self.sweep.kinds or not (0 <= position < tokens and 0 <= layer < layers):
                 raise UserError(
-                    f"there is no cell of {kind} at token {position}, layer {layer}; choose of {', '.join(self.sweep.kinds)}, "
-                    f"{tokens} tokens and {layers} layers."
+                    f"there is no cell of {kind} at token {position}, layer {layer}: choose of {', '.join(self.sweep.kinds)}, "
+                    f"{tokens} tokens and {layers} layers"
                 )
-        trunk = self._trunk([probe], batch, 1 + samples)
+        trunk = self._trunk([encoded], batch, 1 + samples)
         corrupted = float(trunk.scores[0, 1, 0])
-        found = {cell: corrupted if cell[1] < probe.span[0] else 0.0 for cell in asked}
-        for position in sorted({position for _, position, _ in found if position >= probe.span[0]}):
+        found = {cell: corrupted if cell[1] < encoded.span[0] else 0.0 for cell in asked}
+        for position in sorted({position for _, position, _ in found if position >= encoded.span[0]}):
             chosen = [cell for cell in self.cells if (cell.kind, position, cell.layer) in found]
             for cells, rows in self._waves(chosen, [0], samples):
                 values = self._wave(trunk, position, cells, rows, samples).cpu()[..., 0].sum(1) / samples
                 for cell, value in zip(cells, values.tolist(), strict=True):
                     found[cell.kind, position, cell.layer] += value
-        refuse_nan(self.model, probe, trunk.scores[0], [np.array(list(found.values()))])
+        refuse_nan(self.model, encoded, trunk.scores[0], [np.array(list(found.values()))])
         return [found[cell] for cell in asked]
 
-    def _traced(self, probe: EncodedFact, scores: Array, cells: dict[Kind, Array]) -> Traced:
+    def _traced(self, encoded: EncodedFact, scores: Array, cells: dict[Kind, Array]) -> Traced:
         for values in cells.values():
-            values[: probe.span[0]] = scores[1]  # by causality: what lies before the subject cannot bring it back
-        positions = swept_positions(len(probe.prompt_ids), probe.span, self.sweep.positions)
-        refuse_nan(self.model, probe, scores, [values[positions] for values in cells.values()])
+            values[: encoded.span[0]] = scores[1]  # by causality: what lies before the subject cannot bring it back
+        positions = swept_positions(len(encoded.prompt_ids), encoded.span, self.sweep.positions)
+        refuse_nan(self.model, encoded, scores, [values[positions] for values in cells.values()])
         return Traced.of(self.sweep, scores, cells)
 
-    def _trunk(self, probes: Sequence[EncodedFact], batch: Tensor, each: int) -> Trunk:
-        facts, layers = len(probes), range(self.model.anatomy.layers)
-        keep = len(probes[0].answer_ids)
+    def _trunk(self, encoded_facts: Sequence[EncodedFact], batch: Tensor, each: int) -> Trunk:
+        facts, layers = len(encoded_facts), range(self.model.anatomy.layers)
+        keep = len(encoded_facts[0].answer_ids)
         sites = [EMBEDDING, *(Site(kind, layer) for kind in sorted(trunk_kinds(self.sweep)) for layer in layers)]
         is_clean = torch.arange(facts * each) % each == 0
         order = torch.cat([is_clean.nonzero(), (~is_clean).nonzero()]).squeeze(1)
@@ -189,15 +192,16 @@ class Wavefront:
         def of(site: Site, rows: slice) -> Tensor:
             return seen[site][rows]
 
-        target = Target.of(probes, each).rows(order).beside(found[clean], self.sweep.metrics)
+        target = beside_clean(Target.of(encoded_facts, each).rows(order), found[clean], self.sweep.metrics)
         scored = read_all(found, target, self.sweep.metrics).cpu()
+        corrupted = reduce(scored[noisy], "(facts samples) metrics -> facts metrics", "mean", facts=facts)
         return Trunk(
             stream=[of(EMBEDDING, noisy), *(of(Site("resid", layer), noisy) for layer in layers)],
             past=past.of_rows(noisy),
             clean={kind: [of(Site(kind, layer), clean) for layer in layers] for kind in self.sweep.kinds},
             attention=[of(Site("attn", layer), noisy) for layer in layers] if "mlp" in self.sweep.kinds else [],
             held=[of(Site(self.sweep.sever, layer), noisy) for layer in layers] if self.sweep.sever else [],
-            scores=torch.stack([scored[clean], scored[noisy].view(facts, each - 1, -1).mean(1)], 1).numpy(),
+            scores=torch.stack([scored[clean], corrupted], 1).numpy(),
             target=target.rows(noisy),
         )
 
@@ -237,7 +241,8 @@ class Wavefront:
                 if layer < len(calls) and state is not None:
                     state = calls[layer].run(state, past, rows.repeat(len(joined)))
         assert state is not None
-        return self._scored(state, trunk.target.rows(rows).repeat(len(cells))).view(len(cells), len(rows), -1)
+        scores = self._scored(state, trunk.target.rows(rows).repeat(len(cells)))
+        return rearrange(scores, "(cells rows) metrics -> cells rows metrics", cells=len(cells))
 
     def _edited(self, cells: Sequence[Cell]) -> list[Site]:
         """The sites whose values are replaced in a wave of these cells."""
@@ -254,13 +259,13 @@ class Wavefront:
 
         def see(hidden: Tensor) -> Tensor | None:
             restoring = torch.tensor([cell.kind == site.kind and site.layer in cell.layers for cell in joined])
-            new = hidden.clone().view(len(joined), len(rows), *hidden.shape[1:])
+            new = rearrange(hidden.clone(), "(cells rows) ... -> cells rows ...", cells=len(joined))
             if self.sweep.sever == site.kind:
                 new[(~restoring).to(hidden.device), :, 0] = trunk.held[site.layer][rows.to(hidden.device), position]
             if bool(restoring.any()):
                 clean = trunk.clean[site.kind][site.layer]
                 new[restoring.to(hidden.device), :, 0] = clean[facts.to(clean.device), position]
-            return new.view(hidden.shape)
+            return rearrange(new, "cells rows ... -> (cells rows) ...")
 
         return see
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -60,7 +61,7 @@ class Watch:
 
     def __getitem__(self, layer: int) -> Attended:
         if layer not in self._seen:
-            raise UserError(f"attention at layer {layer} was not reached; run the model inside the context first.")
+            raise UserError(f"attention at layer {layer} was not reached: run the model inside the context first")
         return self._seen[layer]
 
     def attend(
@@ -68,17 +69,15 @@ class Watch:
     ) -> tuple[Tensor, Tensor]:
         layer = self._layers.get(id(module))
         if layer is None:
-            raise UserError(
-                f"{type(module).__name__} is no attention layer of this model; mend KNOWN in lm/anatomy.py."
-            )
+            raise UserError(f"{type(module).__name__} is no attention layer of this model: mend KNOWN in lm/anatomy.py")
         unknown = [name for name in ("s_aux", "position_bias") if how.get(name) is not None]
         if unknown or how.get("dropout"):
             raise UserError(
                 f"{type(module).__name__} has {unknown[0] if unknown else 'dropout'} in its attention, which queries and keys "
-                "are not attributed with; leave queries_and_keys out."
+                "are not attributed with: leave queries_and_keys out"
             )
         if mask is None and query.shape[2] > 1:
-            raise UserError(f"{type(module).__name__} was given no mask; queries and keys cannot be attributed in it.")
+            raise UserError(f"{type(module).__name__} was given no mask: queries and keys cannot be attributed in it")
         if self._change is not None:
             query, key = self._change(layer, query, key)
         scaling = how.get("scaling")
@@ -90,7 +89,7 @@ class Watch:
             query=query, key=key, probabilities=probabilities, mask=mask, scaling=scaling, softcap=how.get("softcap")
         )
         mixed = probabilities.to(value.dtype) @ _for_heads(value, query.shape[1])
-        return mixed.transpose(1, 2).contiguous(), probabilities
+        return rearrange(mixed, "rows heads tokens size -> rows tokens heads size").contiguous(), probabilities
 
 
 _WATCH: ContextVar[Watch] = ContextVar("_WATCH")
@@ -128,7 +127,7 @@ def watched(model: LanguageModel, change: Change | None = None) -> Iterator[Watc
     try:
         model.model.set_attn_implementation(_NAME)
         if config._attn_implementation != _NAME:
-            raise UserError(f"the attention of {model.name} cannot be replaced; leave queries_and_keys out.")
+            raise UserError(f"the attention of {model.name} cannot be replaced: leave queries_and_keys out")
         yield watch
     finally:
         _WATCH.reset(token)
@@ -136,10 +135,12 @@ def watched(model: LanguageModel, change: Change | None = None) -> Iterator[Watc
 
 
 def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None, dtype: torch.dtype) -> Tensor:
-    scores = (query @ _for_heads(key, query.shape[1]).transpose(2, 3) * scaling).to(dtype)
+    keys = rearrange(_for_heads(key, query.shape[1]), "rows heads tokens size -> rows heads size tokens")
+    scores = (query @ keys * scaling).to(dtype)
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
 def _for_heads(shared: Tensor, heads: int) -> Tensor:
     """(rows, heads, tokens, size): keys or values, given to each of the query heads that share them."""
-    return shared if shared.shape[1] == heads else shared.repeat_interleave(heads // shared.shape[1], 1)
+    group = heads // shared.shape[1]
+    return repeat(shared, "rows shared tokens size -> rows (shared group) tokens size", group=group)

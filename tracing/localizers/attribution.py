@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
+from einops import reduce
 from torch import Tensor
 
 from lm.anatomy import Kind, Site
@@ -30,18 +31,15 @@ from tracing.engine.reference import Traced, refuse_nan
 from tracing.known import evaluating, prepare
 from tracing.question.encoded_fact import EncodedFact, forward
 from tracing.question.facts import Fact
-from tracing.question.metrics import Metric, Target, read_off
-from tracing.question.sweep import Sweep
+from tracing.question.metrics import MetricName, metric_of, read_off
+from tracing.question.target import Target
+from tracing.settings import TraceSettings
 
 
-def check_differentiable(metric: Metric) -> None:
+def check_differentiable(metric: MetricName) -> None:
     """Raise UserError for a metric without a gradient."""
-    if metric == "reciprocal_rank":
-        raise UserError("reciprocal_rank has no gradient to attribute; use log_probability, or trace it.")
-    if metric == "negative_kl":
-        raise UserError(
-            "negative_kl is flat at the clean prompt, from where it is attributed; use log_probability, or trace it."
-        )
+    if reason := metric_of(metric).without_gradient:
+        raise UserError(f"{metric} {reason}: use log_probability, or trace it")
 
 
 def attribute(
@@ -49,7 +47,7 @@ def attribute(
     facts: Sequence[Fact],
     corruption: Corruption = GaussianNoise(),  # noqa: B008 (frozen)
     kinds: Sequence[Kind] = ("mlp", "attn"),
-    metric: Metric = "log_probability",
+    metric: MetricName = "log_probability",
     *,
     graddrop: bool = False,
     prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
@@ -69,16 +67,19 @@ def attribute(
     Raises:
         UserError: nothing to do, no fact is known, NaN, a metric without a gradient, a wrong setting.
     """
+    settings = TraceSettings(
+        corruption=corruption, kinds=kinds, metric=metric, prompt=prompt, memory=memory, progress=progress
+    )
     with evaluating(model):
-        return attributed(model, facts, corruption, kinds, metric, graddrop, prompt, memory, progress)[0]
+        return attributed(model, facts, settings, graddrop=graddrop)[0]
 
 
 def attribute_fact(
     model: LanguageModel,
-    probe: EncodedFact,
+    encoded: EncodedFact,
     batch: Tensor,
     kinds: Sequence[Kind],
-    metric: Metric,
+    metric: MetricName,
     *,
     graddrop: bool = False,
     rows: int = 64,
@@ -101,20 +102,20 @@ def attribute_fact(
     Raises:
         UserError: NaN or infinite numbers.
     """
-    layers, tokens = model.anatomy.layers, len(probe.prompt_ids)
+    layers, tokens = model.anatomy.layers, len(encoded.prompt_ids)
     sites = [Site(kind, layer) for kind in kinds for layer in range(layers)]
     dropped = range(1, layers) if graddrop else range(0)  # dropping layer 0 changes no gradient at any node
-    keep, samples = len(probe.answer_ids), len(batch) - 1
+    keep, samples = len(encoded.answer_ids), len(batch) - 1
     sums = np.zeros((1 + len(dropped), len(sites), tokens))
     corrupted = 0.0
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad(), capture(model, sites) as clean:
-            score = read_off(forward(model, batch[:1].clone(), keep), Target.of([probe], 1), metric)
+            score = read_off(forward(model, batch[:1].clone(), keep), Target.of([encoded], 1), metric)
         for part in torch.split(batch[1:], rows):
             given = part.detach().clone().requires_grad_()
             contributions = [Site(kind, layer) for kind in ("attn", "mlp") for layer in dropped]
             with capture(model, [*sites, *contributions], detach=False) as seen:
-                scores = read_off(forward(model, given, keep), Target.of([probe], len(part)), metric)
+                scores = read_off(forward(model, given, keep), Target.of([encoded], len(part)), metric)
             corrupted += float(scores.detach().sum()) / samples
             for index, layer in enumerate((None, *dropped)):
                 below = [place for place, site in enumerate(sites) if layer is None or site.layer < layer]
@@ -122,14 +123,15 @@ def attribute_fact(
                 gradients = _gradients(scores, seen, [sites[place] for place in below], layer, more)
                 for place, gradient in zip(below, gradients, strict=True):
                     step = clean[sites[place]].double() - seen[sites[place]].detach().double()
-                    sums[index, place] += (step * gradient.double()).sum((0, 2))[:tokens].cpu().numpy() / samples
+                    here = reduce(step * gradient.double(), "samples tokens hidden -> tokens", "sum")[:tokens]
+                    sums[index, place] += here.cpu().numpy() / samples
     found = _over_dropped(sums, sites, layers) if graddrop else sums[0]
-    found[:, : probe.span[0]] = 0.0  # by causality
+    found[:, : encoded.span[0]] = 0.0  # by causality
     found[~np.isfinite(found)] = np.nan
     cells = {
         kind: corrupted + found[place * layers : (place + 1) * layers].T.copy() for place, kind in enumerate(kinds)
     }
-    refuse_nan(model, probe, np.array([float(score), corrupted]), list(cells.values()))
+    refuse_nan(model, encoded, np.array([float(score), corrupted]), list(cells.values()))
     return Traced(clean=float(score), corrupted=corrupted, restored=cells)
 
 
@@ -161,37 +163,33 @@ def _over_dropped(sums: Array, sites: Sequence[Site], layers: int) -> Array:
 def attributed(
     model: LanguageModel,
     facts: Sequence[Fact],
-    corruption: Corruption,
-    kinds: Sequence[Kind],
-    metric: Metric,
-    graddrop: bool,
-    prompt: PromptSpec,
-    memory: float,
-    show: bool,
-    only: Sequence[Fact] | None = None,
+    settings: TraceSettings,
+    *,
+    graddrop: bool = False,
 ) -> tuple[Effects, list[EncodedFact], Corruptor]:
-    """What `attribute` gives (for `only` these facts), and the facts and the corruption that it is of; the model in eval mode."""
-    check_differentiable(metric)
-    Sweep(kinds=tuple(kinds), metric=metric)  # refuses what is not there
+    """What `attribute` gives, and the facts and the corruption that it is of; the model in eval mode.
+
+    Of the settings windows, positions, engine and cache are not read: every cell of single layers is estimated.
+    """
+    check_differentiable(settings.metric)
     if not facts:
-        raise UserError("there are no facts to attribute; give at least one.")
-    if not memory > 0:
-        raise UserError(f"memory is {memory} GB; give what may be taken beside the model (2 is usual).")
-    known, skipped, corruptor = prepare(model, facts, corruption, metric, prompt, only=only, show=show)
+        raise UserError("there are no facts to attribute: give at least one")
+    kinds, metric = settings.sweep.kinds, settings.metric
+    known, skipped, corruptor = prepare(model, facts, settings)
     found: list[Traced] = []
-    with progress_bar(len(known), label="attribution", unit="facts", enabled=show) as advance:
-        for probe in known:
-            rows = int(memory * 1e9) // gradient_row_bytes(model, len(probe.input_ids), len(probe.answer_ids))
-            batch = corruptor.batch(probe)
-            found.append(attribute_fact(model, probe, batch, kinds, metric, graddrop=graddrop, rows=max(1, rows)))
+    with progress_bar(len(known), label="attribution", unit="facts", enabled=settings.show) as advance:
+        for encoded in known:
+            rows = settings.bytes // gradient_row_bytes(model, len(encoded.input_ids), len(encoded.answer_ids))
+            batch = corruptor.batch(encoded)
+            found.append(attribute_fact(model, encoded, batch, kinds, metric, graddrop=graddrop, rows=max(1, rows)))
             advance(1)
     effects = Effects(
-        facts=tuple(probe.fact for probe in known),
+        facts=tuple(encoded.fact for encoded in known),
         clean=np.array([one.clean for one in found]),
         corrupted=np.array([one.corrupted for one in found]),
         restored={kind: [one.restored[kind] for one in found] for kind in kinds},
-        tokens=tuple(probe.tokens for probe in known),
-        subject_spans=tuple(probe.span for probe in known),
+        tokens=tuple(encoded.tokens for encoded in known),
+        subject_spans=tuple(encoded.span for encoded in known),
         sigma=corruptor.sigma,
         metric=metric,
         window=1,
@@ -202,8 +200,8 @@ def attributed(
             "weights": fingerprint(model),
             "engine": "attribution",
             "graddrop": graddrop,
-            "corruption": {"kind": type(corruption).__name__, **asdict(corruption)},
-            "prompt": asdict(prompt),
+            "corruption": {"kind": type(settings.corruption).__name__, **asdict(settings.corruption)},
+            "prompt": asdict(settings.prompt),
             "positions": "all",
             "sever": None,
             "facts_given": len(facts),

@@ -9,13 +9,11 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from lm.anatomy import Kind
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import PromptSpec
 from tracing.corruption.noise import Corruption, Corruptor, GaussianNoise
 from tracing.effects.effects import Effects
 from tracing.effects.layer_scores import LayerScores
@@ -23,12 +21,12 @@ from tracing.effects.roles import SUBJECT_ROLES, check_roles
 from tracing.known import evaluating
 from tracing.localizers import query_key
 from tracing.localizers.attribution import attributed, check_differentiable
-from tracing.localizers.base import Localizer, among
+from tracing.localizers.base import Localization, Localizer
 from tracing.localizers.verify import Verification, verify
 from tracing.question.encoded_fact import EncodedFact
-from tracing.question.facts import Fact
-from tracing.question.metrics import Metric
+from tracing.question.metrics import MetricName
 from tracing.question.sweep import Sweep
+from tracing.settings import TraceSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +44,8 @@ class AttributionPatching(Localizer):
     """How the subject is made unreadable."""
     kinds: tuple[Kind, ...] = ("mlp", "attn")
     """What is restored. Gradients say little of resid: verify many."""
-    metric: Metric = "log_probability"
-    """What is read off; not reciprocal_rank, which has no gradient."""
+    metric: MetricName = "log_probability"
+    """What is read off; a metric with a gradient."""
     roles: tuple[str, ...] = SUBJECT_ROLES
     """The token roles whose effects count."""
     graddrop: bool = False
@@ -71,51 +69,39 @@ class AttributionPatching(Localizer):
         check_roles(self.roles)
         for name in ("verify", "chance"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; give how many cells a fact, 0 for none.")
+                raise UserError(f"{name} is {getattr(self, name)}: give how many cells a fact, 0 for none")
         for name, usual in (("matters", 0.1), ("memory", 2)):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise UserError(f"{name} is {value}; give a positive number ({usual} is usual).")
+                raise UserError(f"{name} is {value}: give a positive number ({usual} is usual)")
 
     @property
     def scored(self) -> tuple[Kind, ...]:
         return self.kinds
 
-    def localize(
-        self,
-        model: LanguageModel,
-        facts: Sequence[Fact],
-        *,
-        retain: Sequence[Fact] = (),
-        others: Sequence[Fact] = (),
-        prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
-        cache: str | Path | None = None,
-        progress: bool = True,
-    ) -> LayerScores:
-        every, only = among(facts, others, self.metric)
-        with evaluating(model):
-            effects, known, corruptor = attributed(
-                model,
-                every,
-                self.corruption,
-                self.kinds,
-                self.metric,
-                self.graddrop,
-                prompt,
-                self.memory,
-                progress,
-                only,
-            )
+    def locate(self, asked: Localization) -> LayerScores:
+        every, only = asked.among(self.metric)
+        settings = TraceSettings(
+            corruption=self.corruption,
+            kinds=self.kinds,
+            metric=self.metric,
+            prompt=asked.prompt,
+            memory=self.memory,
+            only=only,
+            progress=asked.progress,
+        )
+        with evaluating(asked.model):
+            effects, known, corruptor = attributed(asked.model, every, settings, graddrop=self.graddrop)
             details: dict[str, Any] = {"graddrop": self.graddrop, "estimated": self._means(effects)}
-            checked = self._verified(model, known, corruptor, effects, progress)
+            checked = self._verified(asked.model, known, corruptor, effects, asked.progress)
             if checked is not None:
                 details["verification"] = checked.to_json()
                 effects = checked.applied(effects)
-                if progress:
+                if asked.progress:
                     print(f"attribution: {checked}", file=sys.stderr)
             if self.queries_and_keys:
                 details["queries_and_keys"] = query_key.summary(
-                    model, known, corruptor, self.metric, int(self.memory * 1e9)
+                    asked.model, known, corruptor, self.metric, settings.bytes
                 )
         scores = effects.scores(self.roles)
         what = "size of the attributed effect" if self.graddrop else "attributed indirect effect"
@@ -133,13 +119,18 @@ class AttributionPatching(Localizer):
         return {kind: scores.mean(kind).tolist() for kind in scores.kinds}
 
     def _verified(
-        self, model: LanguageModel, probes: Sequence[EncodedFact], corruptor: Corruptor, effects: Effects, show: bool
+        self,
+        model: LanguageModel,
+        encoded_facts: Sequence[EncodedFact],
+        corruptor: Corruptor,
+        effects: Effects,
+        show: bool,
     ) -> Verification | None:
         if not self.verify and not self.chance:
             return None
         return verify(
             model,
-            probes,
+            encoded_facts,
             corruptor,
             effects,
             roles=self.roles,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,18 +20,16 @@ from lm.anatomy import EMBEDDING, Kind, Site
 from lm.errors import UserError
 from lm.forward.hooks import capture
 from lm.model import LanguageModel
-from lm.prompts import PromptSpec
 from lm.run_folder import progress as progress_bar
 from tracing.arrays import Array
 from tracing.bootstrap import mean_over_facts
 from tracing.effects.layer_scores import LayerScores
 from tracing.effects.table import Skipped
 from tracing.known import evaluating, known_facts
-from tracing.localizers.base import Localizer, made_with
+from tracing.localizers.base import Localization, Localizer, made_with
 from tracing.localizers.readout import folds_of, linear_probe, logit_lens, usable
 from tracing.question.encoded_fact import EncodedFact, embed, forward
-from tracing.question.facts import Fact
-from tracing.question.metrics import Metric, check_metric
+from tracing.question.metrics import MetricName, metric_of
 
 Readout = Literal["logit_lens", "linear_probe"]
 ReadAt = Literal["last_subject", "last"]
@@ -64,7 +61,7 @@ class FactLookup(Localizer):
     """logit_lens: what the model's own head reads; linear_probe: what a trained probe reads."""
     position: ReadAt = "last_subject"
     """Where it is read: last_subject, where facts are looked up; or last, where the answer is said."""
-    metric: Metric = "log_probability"
+    metric: MetricName = "log_probability"
     """Of the logit lens."""
     classes: Classes = "answer"
     """Of the linear probe: the whole answer, or its first token where answers are not shared."""
@@ -82,40 +79,30 @@ class FactLookup(Localizer):
             ("classes", self.classes, Classes),
         ):
             if value not in get_args(known):
-                raise UserError(f"the lookup's {name} is {value!r}; use {' or '.join(get_args(known))}.")
-        check_metric(self.metric)
-        if self.metric == "negative_kl":
-            raise UserError("the lookup has no clean pass to compare with by negative_kl; use log_probability.")
+                raise UserError(f"the lookup's {name} is {value!r}: use {' or '.join(get_args(known))}")
+        if metric_of(self.metric).needs_clean:
+            raise UserError(f"the lookup has no clean pass to compare with by {self.metric}: use log_probability")
         if self.folds < 2:
-            raise UserError(f"the lookup's folds is {self.folds}; give at least 2 (5 is usual).")
+            raise UserError(f"the lookup's folds is {self.folds}: give at least 2 (5 is usual)")
         if not 0 < self.ridge < float("inf"):
-            raise UserError(f"the lookup's ridge is {self.ridge}; give a positive number (1 is usual).")
+            raise UserError(f"the lookup's ridge is {self.ridge}: give a positive number (1 is usual)")
 
     @property
     def scored(self) -> tuple[Kind, ...]:
         return ("mlp", "attn", "resid")
 
-    def localize(
-        self,
-        model: LanguageModel,
-        facts: Sequence[Fact],
-        *,
-        retain: Sequence[Fact] = (),
-        others: Sequence[Fact] = (),
-        prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
-        cache: str | Path | None = None,
-        progress: bool = True,
-    ) -> LayerScores:
+    def locate(self, asked: Localization) -> LayerScores:
+        model, progress = asked.model, asked.progress
         lens = self.readout == "logit_lens"
         with evaluating(model):
             metric = self.metric if lens else "log_probability"
-            known, skipped = known_facts(model, facts, prompt, metric=metric, show=progress)
+            known, skipped = known_facts(model, asked.facts, asked.prompt, metric=metric, show=progress)
             read: list[Array] = []
             with progress_bar(len(known), label="fact lookup", unit="facts", enabled=progress) as advance:
-                for probe in known:
-                    states = streams(model, probe, self._places(probe))
+                for encoded in known:
+                    states = streams(model, encoded, self._places(encoded))
                     read.append(
-                        logit_lens(model, probe, states, self.metric) if lens else states[:, 0].double().cpu().numpy()
+                        logit_lens(model, encoded, states, self.metric) if lens else states[:, 0].double().cpu().numpy()
                     )
                     advance(1)
         details: dict[str, Any] = {}
@@ -133,35 +120,35 @@ class FactLookup(Localizer):
         return LayerScores(
             source=f"fact lookup ({self.readout.replace('_', ' ')})",
             unit=f"rise of readability ({what}) at {where}",
-            facts=tuple(probe.fact for probe in known),
+            facts=tuple(encoded.fact for encoded in known),
             values=values,
             details={
                 **details,
                 "curve": mean_over_facts(curves)[::2].tolist(),
                 "left_out": {one.fact.label: one.reason for one in skipped},
             },
-            provenance=made_with(model, self, prompt),
+            provenance=made_with(model, self, asked.prompt),
         )
 
-    def _places(self, probe: EncodedFact) -> list[int]:
+    def _places(self, encoded: EncodedFact) -> list[int]:
         """The positions whose stream is read."""
         if self.position == "last_subject":
-            return [probe.span[1] - 1]
-        last = len(probe.prompt_ids) - 1
-        return [last + step for step in range(len(probe.answer_ids) if self.readout == "logit_lens" else 1)]
+            return [encoded.span[1] - 1]
+        last = len(encoded.prompt_ids) - 1
+        return [last + step for step in range(len(encoded.answer_ids) if self.readout == "logit_lens" else 1)]
 
     def _probed(
-        self, probes: Sequence[EncodedFact], states: Array
+        self, encoded_facts: Sequence[EncodedFact], states: Array
     ) -> tuple[list[EncodedFact], Array, dict[str, Any], list[Skipped]]:
         """The facts that can be told apart, their readability (facts, states), how often they are, and the facts left out."""
         questions: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for place, probe in enumerate(probes):
-            questions[probe.fact.question].append(place)
+        for place, encoded in enumerate(encoded_facts):
+            questions[encoded.fact.question].append(place)
         curves = np.full(states.shape[:2], np.nan)
         hits = np.full(states.shape[:2], np.nan)
         for members in questions.values():
-            labels = [self._label(probes[place]) for place in members]
-            groups = [probes[place].fact.group or probes[place].fact.subject for place in members]
+            labels = [self._label(encoded_facts[place]) for place in members]
+            groups = [encoded_facts[place].fact.group or encoded_facts[place].fact.subject for place in members]
             kept = usable(labels, groups)
             if not kept:
                 continue
@@ -175,22 +162,23 @@ class FactLookup(Localizer):
             what = "answers" if self.classes == "answer" else "first tokens"
             way = "classes: first_token, or " if self.classes == "answer" else ""
             raise UserError(
-                f"none of the {len(probes)} facts can be probed: a linear probe needs a question that is asked of several "
-                f"subjects and has at least two {what} that two of them share each; use {way}readout: logit_lens."
+                f"none of the {len(encoded_facts)} facts can be probed: a linear probe needs a question that is asked of several "
+                f"subjects and has at least two {what} that two of them share each: use {way}readout: logit_lens"
             )
         reason = f"no other subject with its {self.classes.replace('_', ' ')} is asked this question"
         left = [
-            Skipped(fact=probes[place].fact, reason=reason) for place in sorted(set(range(len(probes))) - set(told))
+            Skipped(fact=encoded_facts[place].fact, reason=reason)
+            for place in sorted(set(range(len(encoded_facts))) - set(told))
         ]
         details = {"accuracy": hits[told].mean(axis=0)[::2].tolist(), "probed": len(told)}
-        return [probes[place] for place in told], curves[told], details, left
+        return [encoded_facts[place] for place in told], curves[told], details, left
 
-    def _label(self, probe: EncodedFact) -> str:
-        return probe.fact.answer if self.classes == "answer" else str(probe.answer_ids[0])
+    def _label(self, encoded: EncodedFact) -> str:
+        return encoded.fact.answer if self.classes == "answer" else str(encoded.answer_ids[0])
 
 
 @torch.inference_mode()
-def streams(model: LanguageModel, probe: EncodedFact, places: Sequence[int]) -> Tensor:
+def streams(model: LanguageModel, encoded: EncodedFact, places: Sequence[int]) -> Tensor:
     """(1 + 2 layers, places, hidden): the stream at some positions before block 0, then after each attention and each MLP.
 
     The positions are of the teacher-forced input. After attention the stream is that before the block plus what attention adds.
@@ -198,7 +186,7 @@ def streams(model: LanguageModel, probe: EncodedFact, places: Sequence[int]) -> 
     layers = range(model.anatomy.layers)
     sites = [EMBEDDING, *model.anatomy.sites("attn", "resid")]
     with capture(model, sites, positions=list(places)) as seen:
-        forward(model, embed(model, probe.input_ids)[None], 1)
+        forward(model, embed(model, encoded.input_ids)[None], 1)
     found = [seen[EMBEDDING][0]]
     for layer in layers:
         added = seen[Site("attn", layer)][0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,15 +16,13 @@ from torch import Tensor, nn
 from lm.anatomy import Kind
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import PromptSpec
 from lm.run_folder import progress as progress_bar
 from tracing.arrays import Array
 from tracing.effects.layer_scores import LayerScores
 from tracing.known import evaluating, known_facts
-from tracing.localizers.base import Localizer, made_with
+from tracing.localizers.base import Localization, Localizer, made_with
 from tracing.localizers.gradients import add_to, answer_gradient, check_kinds, differentiable, module_weights
 from tracing.question.encoded_fact import EncodedFact
-from tracing.question.facts import Fact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,41 +61,32 @@ class GradientOverlap(Localizer):
     def needs_retain(self) -> bool:
         return True
 
-    def localize(
-        self,
-        model: LanguageModel,
-        facts: Sequence[Fact],
-        *,
-        retain: Sequence[Fact] = (),
-        others: Sequence[Fact] = (),
-        prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
-        cache: str | Path | None = None,
-        progress: bool = True,
-    ) -> LayerScores:
-        if not retain:
-            raise UserError("gradient overlap compares with facts that must stay; give retain facts.")
+    def locate(self, asked: Localization) -> LayerScores:
+        model, progress = asked.model, asked.progress
+        if not asked.retain:
+            raise UserError("gradient overlap compares with facts that must stay: give retain facts")
         weights = module_weights(model, self.kinds)
         every = {name: weight for some in weights.values() for name, weight in some.items()}
         with evaluating(model), differentiable(list(every.values())):
-            known, skipped = known_facts(model, facts, prompt, show=progress)
-            kept, unkept = known_facts(model, retain, prompt, show=progress)
+            known, skipped = known_facts(model, asked.facts, asked.prompt, show=progress)
+            kept, unkept = known_facts(model, asked.retain, asked.prompt, show=progress)
             mean = mean_gradient(model, kept, every, progress=progress)
             retain_norm = {place: _dot(mean, mean, some) ** 0.5 for place, some in weights.items()}
             norms, cosines = np.zeros((2, len(known), len(self.kinds), model.anatomy.layers))
             with progress_bar(len(known), label="gradient overlap", unit="facts", enabled=progress) as advance:
-                for row, probe in enumerate(known):
-                    gradient = answer_gradient(model, probe, every)
+                for row, encoded in enumerate(known):
+                    gradient = answer_gradient(model, encoded, every)
                     for place, some in weights.items():
                         at = (row, self.kinds.index(place[0]), place[1])
                         norms[at] = _dot(gradient, gradient, some) ** 0.5
                         cosines[at] = _cosine(_dot(gradient, mean, some), norms[at], retain_norm[place])
                     advance(1)
         scores = unexplained(norms, cosines)
-        silent = [probe.fact.label for probe, row in zip(known, norms, strict=True) if not row.any()]
+        silent = [encoded.fact.label for encoded, row in zip(known, norms, strict=True) if not row.any()]
         return LayerScores(
             source="gradient overlap",
             unit="share of the fact's gradient that the retain gradient does not explain",
-            facts=tuple(probe.fact for probe in known),
+            facts=tuple(encoded.fact for encoded in known),
             values={kind: scores[:, place] for place, kind in enumerate(self.kinds)},
             details={
                 "cosine": _by_kind(self.kinds, cosines),
@@ -108,21 +96,25 @@ class GradientOverlap(Localizer):
                 },
                 "left_out": {one.fact.label: one.reason for one in skipped},
                 "without_gradient": silent,
-                "retain_facts": [probe.fact.label for probe in kept],
+                "retain_facts": [encoded.fact.label for encoded in kept],
                 "retain_left_out": {one.fact.label: one.reason for one in unkept},
             },
-            provenance=made_with(model, self, prompt),
+            provenance=made_with(model, self, asked.prompt),
         )
 
 
 def mean_gradient(
-    model: LanguageModel, probes: Sequence[EncodedFact], weights: Mapping[str, nn.Parameter], *, progress: bool = False
+    model: LanguageModel,
+    encoded_facts: Sequence[EncodedFact],
+    weights: Mapping[str, nn.Parameter],
+    *,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """The mean of the facts' `answer_gradient`s, one at a time. Call it inside `differentiable`."""
     mean: dict[str, Tensor] = {}
-    with progress_bar(len(probes), label="retain gradients", unit="facts", enabled=progress) as advance:
-        for probe in probes:
-            add_to(mean, answer_gradient(model, probe, weights), 1 / len(probes))
+    with progress_bar(len(encoded_facts), label="retain gradients", unit="facts", enabled=progress) as advance:
+        for encoded in encoded_facts:
+            add_to(mean, answer_gradient(model, encoded, weights), 1 / len(encoded_facts))
             advance(1)
     return mean
 

@@ -17,7 +17,7 @@ from lm.anatomy import Kind
 from lm.errors import UserError
 from lm.model import LanguageModel
 from tracing.question.encoded_fact import EncodedFact, embed, forward
-from tracing.question.metrics import token_log_probabilities
+from tracing.question.target import token_log_probabilities
 
 Place = tuple[Kind, int]
 """A module: (kind, layer)."""
@@ -26,7 +26,7 @@ Place = tuple[Kind, int]
 def check_kinds(kinds: Sequence[str]) -> None:
     """Raise UserError unless the kinds are of those that own weights, once each."""
     if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= {"mlp", "attn"}:
-        raise UserError(f"the kinds {tuple(kinds)} are not usable for weights; choose of mlp and attn, once each.")
+        raise UserError(f"the kinds {tuple(kinds)} are not usable for weights: choose of mlp and attn, once each")
 
 
 def module_weights(model: LanguageModel, kinds: Sequence[Kind]) -> dict[Place, dict[str, nn.Parameter]]:
@@ -43,7 +43,7 @@ def module_weights(model: LanguageModel, kinds: Sequence[Kind]) -> dict[Place, d
             prefix = model.anatomy.weight_prefix(layer, "mlp" if kind == "mlp" else "attn")
             found[kind, layer] = {name: weight for name, weight in named.items() if name.startswith(prefix)}
             if not found[kind, layer]:
-                raise UserError(f"{model.name} has no weights under {prefix[0]}; load it with lm.load, unwrapped.")
+                raise UserError(f"{model.name} has no weights under {prefix[0]}: load it with lm.load, unwrapped")
     return found
 
 
@@ -61,13 +61,15 @@ def differentiable(weights: Sequence[nn.Parameter]) -> Iterator[None]:
             weight.requires_grad_(kept)
 
 
-def answer_loss(model: LanguageModel, probe: EncodedFact) -> Tensor:
+def answer_loss(model: LanguageModel, encoded: EncodedFact) -> Tensor:
     """The mean cross-entropy of the answer's tokens in nats, teacher forced: what training on the fact lowers (without EOS)."""
-    logits = forward(model, embed(model, probe.input_ids)[None], len(probe.answer_ids))
-    return -token_log_probabilities(logits, torch.tensor([probe.answer_ids])).mean()
+    logits = forward(model, embed(model, encoded.input_ids)[None], len(encoded.answer_ids))
+    return -token_log_probabilities(logits, torch.tensor([encoded.answer_ids])).mean()
 
 
-def answer_gradient(model: LanguageModel, probe: EncodedFact, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def answer_gradient(
+    model: LanguageModel, encoded: EncodedFact, weights: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
     """d `answer_loss` / d weight, by name, in float32 (float64 stays); zero for weights that the answer does not use.
 
     Call it inside `differentiable`.
@@ -75,11 +77,11 @@ def answer_gradient(model: LanguageModel, probe: EncodedFact, weights: Mapping[s
     Raises:
         UserError: NaN or infinite numbers.
     """
-    found = torch.autograd.grad(answer_loss(model, probe), list(weights.values()), materialize_grads=True)
+    found = torch.autograd.grad(answer_loss(model, encoded), list(weights.values()), materialize_grads=True)
     gradients = {name: _wide(gradient) for name, gradient in zip(weights, found, strict=True)}
     if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
         raise UserError(
-            f"the gradient of fact {probe.fact.label!r} has NaN or infinite values; load {model.name} in float32 or bfloat16."
+            f"the gradient of fact {encoded.fact.label!r} has NaN or infinite values: load {model.name} in float32 or bfloat16"
         )
     return gradients
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import reduce
 from torch import Tensor
 
 from lm.errors import UserError
@@ -24,7 +25,8 @@ from tracing.effects.roles import token_roles
 from tracing.engine.estimate import attended_row_bytes
 from tracing.localizers.attention import Attended, watched
 from tracing.question.encoded_fact import EncodedFact, forward
-from tracing.question.metrics import Metric, Target, read_off
+from tracing.question.metrics import MetricName, read_off
+from tracing.question.target import Target
 
 Part = Literal["query", "key"]
 _NAMES = ("query", "query_corrected", "key", "key_corrected")
@@ -46,7 +48,7 @@ class AttentionNodes:
 
 
 def attention_nodes(
-    model: LanguageModel, probe: EncodedFact, batch: Tensor, metric: Metric, *, rows: int = 64
+    model: LanguageModel, encoded: EncodedFact, batch: Tensor, metric: MetricName, *, rows: int = 64
 ) -> AttentionNodes:
     """Attribute one fact's queries and keys: one clean forward pass, one corrupted forward and backward pass.
 
@@ -58,8 +60,8 @@ def attention_nodes(
     Raises:
         UserError: see `watched`; NaN or infinite numbers.
     """
-    layers, tokens = range(model.anatomy.layers), len(probe.prompt_ids)
-    keep, samples = len(probe.answer_ids), len(batch) - 1
+    layers, tokens = range(model.anatomy.layers), len(encoded.prompt_ids)
+    keep, samples = len(encoded.answer_ids), len(batch) - 1
     sums = {name: np.zeros((tokens, len(layers))) for name in _NAMES}
     with torch.inference_mode(False), torch.enable_grad():
         with torch.no_grad(), watched(model) as clean:
@@ -67,7 +69,7 @@ def attention_nodes(
         for part in torch.split(batch[1:], rows):
             with watched(model) as seen:
                 given = part.detach().clone().requires_grad_()
-                scores = read_off(forward(model, given, keep), Target.of([probe], len(part)), metric)
+                scores = read_off(forward(model, given, keep), Target.of([encoded], len(part)), metric)
             wanted = [
                 one for layer in layers for one in (seen[layer].query, seen[layer].key, seen[layer].probabilities)
             ]
@@ -78,10 +80,10 @@ def attention_nodes(
                 for name, value in found.items():
                     sums[name][:, layer] += value.sum(0)[:tokens].cpu().numpy() / samples
     for values in sums.values():
-        values[: probe.span[0]] = 0.0  # by causality
+        values[: encoded.span[0]] = 0.0  # by causality
     if not all(np.isfinite(values).all() for values in sums.values()):
         raise UserError(
-            f"attributing the queries and keys of fact {probe.fact.label!r} gave NaN; load {model.name} in float32 or bfloat16."
+            f"attributing the queries and keys of fact {encoded.fact.label!r} gave NaN: load {model.name} in float32 or bfloat16"
         )
     return AttentionNodes(**sums)
 
@@ -89,9 +91,9 @@ def attention_nodes(
 @torch.no_grad()
 def exact_node(
     model: LanguageModel,
-    probe: EncodedFact,
+    encoded: EncodedFact,
     batch: Tensor,
-    metric: Metric,
+    metric: MetricName,
     part: Part,
     token: int,
     layer: int,
@@ -104,7 +106,7 @@ def exact_node(
         batch, rows: see `attention_nodes`.
         token, layer: of the node.
     """
-    keep = len(probe.answer_ids)
+    keep = len(encoded.answer_ids)
     with watched(model) as clean:
         forward(model, batch[:1], keep)
     new = clean[layer].query if part == "query" else clean[layer].key
@@ -117,7 +119,7 @@ def exact_node(
 
     gained = 0.0
     for noisy in torch.split(batch[1:], rows):
-        target = Target.of([probe], len(noisy))
+        target = Target.of([encoded], len(noisy))
         with watched(model):
             before = read_off(forward(model, noisy, keep), target, metric)
         with watched(model, restore):
@@ -132,8 +134,10 @@ def _estimates(seen: Attended, clean: Attended, gradients: Sequence[Tensor]) -> 
     query, key = clean.query.expand_as(seen.query), clean.key.expand_as(seen.key)
     step = seen.scores(seen.query, key).double() - seen.scores(seen.query, seen.key).double()
     return {
-        "query": ((query.double() - seen.query.double()) * of_query).sum((1, 3)),
-        "key": ((key.double() - seen.key.double()) * of_key).sum((1, 3)),
+        "query": reduce(
+            (query.double() - seen.query.double()) * of_query, "rows heads tokens size -> rows tokens", "sum"
+        ),
+        "key": reduce((key.double() - seen.key.double()) * of_key, "rows heads tokens size -> rows tokens", "sum"),
         "query_corrected": changed_rows(seen, query, of_probability),
         "key_corrected": changed_columns(_log_masked(seen).softmax(-1), step, of_probability),
     }
@@ -143,7 +147,8 @@ def changed_rows(seen: Attended, query: Tensor, gradient: Tensor) -> Tensor:
     """(rows, tokens): for each token, gradient times the change of its row of probabilities if its query alone is `query`."""
     scores = seen.scores(query, seen.key).double()
     new = (scores if seen.mask is None else scores + seen.mask.double()).softmax(-1)
-    return ((new - _log_masked(seen).softmax(-1)) * gradient).sum((1, 3))
+    changed = (new - _log_masked(seen).softmax(-1)) * gradient
+    return reduce(changed, "rows heads queries keys -> rows queries", "sum")
 
 
 def changed_columns(probabilities: Tensor, step: Tensor, gradient: Tensor) -> Tensor:
@@ -163,7 +168,8 @@ def changed_columns(probabilities: Tensor, step: Tensor, gradient: Tensor) -> Te
     up = step > 0
     top = probabilities * (1 - small) * (rest * gradient - weighted) * step.sign()
     bottom = torch.where(up, probabilities + rest * small, probabilities * small + rest)
-    return torch.where(top == 0, 0.0, top / bottom).sum((1, 2))
+    changed = torch.where(top == 0, 0.0, top / bottom)
+    return reduce(changed, "rows heads queries keys -> rows keys", "sum")
 
 
 def _others(values: Tensor) -> Tensor:
@@ -182,7 +188,11 @@ def _log_masked(seen: Attended) -> Tensor:
 
 
 def summary(
-    model: LanguageModel, probes: Sequence[EncodedFact], corruptor: Corruptor, metric: Metric, memory: int = 2 * 10**9
+    model: LanguageModel,
+    encoded_facts: Sequence[EncodedFact],
+    corruptor: Corruptor,
+    metric: MetricName,
+    memory: int = 2 * 10**9,
 ) -> dict[str, Any]:
     """What there is to say of some facts' queries and keys, as plain data. `memory`: bytes that a pass may take, about.
 
@@ -194,11 +204,11 @@ def summary(
     """
     by_role: dict[str, dict[str, list[Array]]] = {name: {} for name in _NAMES}
     checked: list[tuple[str, str, int, int, float, float, float]] = []
-    for probe in probes:
-        batch = corruptor.batch(probe)
-        rows = max(1, memory // attended_row_bytes(model, len(probe.input_ids), len(probe.answer_ids)))
-        nodes = attention_nodes(model, probe, batch, metric, rows=rows)
-        for role, places in token_roles(len(probe.prompt_ids), probe.span).items():
+    for encoded in encoded_facts:
+        batch = corruptor.batch(encoded)
+        rows = max(1, memory // attended_row_bytes(model, len(encoded.input_ids), len(encoded.answer_ids)))
+        nodes = attention_nodes(model, encoded, batch, metric, rows=rows)
+        for role, places in token_roles(len(encoded.prompt_ids), encoded.span).items():
             for name in _NAMES if places and role != "before" else ():
                 by_role[name].setdefault(role, []).append(getattr(nodes, name)[places].mean(0))
         parts: tuple[tuple[Part, Array, Array], ...] = (
@@ -208,9 +218,9 @@ def summary(
         for part, plain, corrected in parts:
             for cell in dict.fromkeys(int(np.abs(values).argmax()) for values in (plain, corrected)):
                 token, layer = divmod(cell, model.anatomy.layers)
-                exact = exact_node(model, probe, batch, metric, part, token, layer, rows=rows)
+                exact = exact_node(model, encoded, batch, metric, part, token, layer, rows=rows)
                 guesses = float(plain[token, layer]), float(corrected[token, layer])
-                checked.append((probe.fact.label, part, token, layer, *guesses, exact))
+                checked.append((encoded.fact.label, part, token, layer, *guesses, exact))
     off = np.abs([[plain - exact, corrected - exact] for *_, plain, corrected, exact in checked]).mean(0)
     return {
         "by_role": {

@@ -17,23 +17,24 @@ from lm.forward import block_replay
 from lm.model import LanguageModel
 from tracing.arrays import Array
 from tracing.question.encoded_fact import EncodedFact
-from tracing.question.metrics import Metric, Target, read_off
+from tracing.question.metrics import MetricName, read_off
+from tracing.question.target import Target
 
 _STATES_AT_ONCE = 16
 
 
 @torch.inference_mode()
-def logit_lens(model: LanguageModel, probe: EncodedFact, states: Tensor, metric: Metric) -> Array:
+def logit_lens(model: LanguageModel, encoded: EncodedFact, states: Tensor, metric: MetricName) -> Array:
     """(states,): the metric of the answer if the final norm and the head read it straight from each state.
 
     Args:
         states: (states, n, hidden), n answer tokens, each with the state that it is read from; or n = 1, one for all of them.
     """
-    answer = len(probe.answer_ids)
+    answer = len(encoded.answer_ids)
     found = []
     for part in torch.split(states, _STATES_AT_ONCE):
         logits = block_replay.logits(model, part).expand(-1, answer, -1)
-        found.append(read_off(logits, Target.of([probe], len(part)), metric).cpu().numpy())
+        found.append(read_off(logits, Target.of([encoded], len(part)), metric).cpu().numpy())
     return np.concatenate(found)
 
 

@@ -156,7 +156,7 @@ class Verification:
 
 def verify(
     model: LanguageModel,
-    probes: Sequence[EncodedFact],
+    encoded_facts: Sequence[EncodedFact],
     corruptor: Corruptor,
     estimated: Effects,
     *,
@@ -173,7 +173,7 @@ def verify(
 
     Args:
         model: in eval mode.
-        probes, corruptor: those that the estimates are of (`tracing.known.prepare`).
+        encoded_facts, corruptor: those that the estimates are of (`tracing.known.prepare`).
         estimated: every cell's estimate; its kinds and metric are used, windows are not.
         roles: only the cells of tokens with these roles are looked at, and spoken of.
         top: how many cells a fact, by absolute estimated effect over all kinds, tokens from the subject on, and layers.
@@ -186,28 +186,28 @@ def verify(
         UserError: estimates of windows or of other facts, NaN, or a wave that disagrees with the reference on the first fact.
     """
     if estimated.window != 1:
-        raise UserError(f"windows of {estimated.window} layers cannot be verified cell by cell; use window 1.")
-    if [probe.fact for probe in probes] != list(estimated.facts):
-        raise UserError("the estimates are of other facts than the probes; give those of the same call of prepare.")
+        raise UserError(f"windows of {estimated.window} layers cannot be verified cell by cell: use window 1")
+    if [encoded.fact for encoded in encoded_facts] != list(estimated.facts):
+        raise UserError("the estimates are of other facts: give the encoded facts of the same call of prepare")
     sweep = Sweep(kinds=estimated.kinds, metric=estimated.metric)  # type: ignore[arg-type]
     engine = Checked(model, sweep, int(memory * 1e9))
-    guesses = [_guesses(estimated, index, probe, roles) for index, probe in enumerate(probes)]
+    guesses = [_guesses(estimated, index, encoded, roles) for index, encoded in enumerate(encoded_facts)]
     ranked = [_largest_first(guess) for guess in guesses]
     outside = [cells[top:] for cells in ranked]
-    drawn = _drawn([len(cells) for cells in outside], chance * len(probes), seed)
+    drawn = _drawn([len(cells) for cells in outside], chance * len(encoded_facts), seed)
     tops: list[Compared] = []
     others: list[Compared] = []
-    with progress_bar(len(probes), label="verification", unit="facts", enabled=progress) as advance:
-        for index, probe in enumerate(probes):
+    with progress_bar(len(encoded_facts), label="verification", unit="facts", enabled=progress) as advance:
+        for index, encoded in enumerate(encoded_facts):
             chosen = ranked[index][:top]
             asked = [*chosen, *(outside[index][place] for place in drawn[index])]
-            batch = corruptor.batch(probe)
-            scores = engine.score_cells(probe, batch, asked)
+            batch = corruptor.batch(encoded)
+            scores = engine.score_cells(encoded, batch, asked)
             low = float(estimated.corrupted[index])
             if index == 0:
                 few = [*range(min(2, len(asked))), len(asked) - 1] if asked else []
                 found_few = {asked[place]: scores[place] for place in few}
-                compare(model, probe, batch, sweep, found_few, low, rows=engine.ordinary_rows(probe))
+                compare(model, encoded, batch, sweep, found_few, low, rows=engine.ordinary_rows(encoded))
             exact = np.array(scores) - low
             guessed = np.array([guesses[index][cell] for cell in asked])
             for found, part in ((tops, slice(0, len(chosen))), (others, slice(len(chosen), len(asked)))):
@@ -223,10 +223,10 @@ def verify(
     )
 
 
-def _guesses(estimated: Effects, index: int, probe: EncodedFact, roles: Sequence[str]) -> dict[CellName, float]:
+def _guesses(estimated: Effects, index: int, encoded: EncodedFact, roles: Sequence[str]) -> dict[CellName, float]:
     """The estimated indirect effect of each of a fact's cells at tokens of these roles, from the subject on."""
     low = float(estimated.corrupted[index])
-    places = token_roles(len(probe.prompt_ids), probe.span)
+    places = token_roles(len(encoded.prompt_ids), encoded.span)
     return {
         (kind, position, layer): float(estimated.restored[kind][index][position, layer]) - low
         for kind in estimated.kinds

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,11 +15,10 @@ from torch import Tensor, nn
 from lm.anatomy import Kind
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import PromptSpec
 from lm.run_folder import progress as progress_bar
 from tracing.effects.layer_scores import LayerScores
 from tracing.known import evaluating, known_facts
-from tracing.localizers.base import Localizer, made_with
+from tracing.localizers.base import Localization, Localizer, made_with
 from tracing.localizers.gradients import (
     add_to,
     answer_gradient,
@@ -30,7 +28,6 @@ from tracing.localizers.gradients import (
     zeroing_effects,
 )
 from tracing.question.encoded_fact import EncodedFact
-from tracing.question.facts import Fact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,65 +63,60 @@ class WeightAttribution(Localizer):
     def needs_retain(self) -> bool:
         return self.relative
 
-    def localize(
-        self,
-        model: LanguageModel,
-        facts: Sequence[Fact],
-        *,
-        retain: Sequence[Fact] = (),
-        others: Sequence[Fact] = (),
-        prompt: PromptSpec = PromptSpec(),  # noqa: B008 (frozen)
-        cache: str | Path | None = None,
-        progress: bool = True,
-    ) -> LayerScores:
-        if self.relative and not retain:
+    def locate(self, asked: Localization) -> LayerScores:
+        model, progress = asked.model, asked.progress
+        if self.relative and not asked.retain:
             raise UserError(
-                "weight attribution relative to what must stay needs retain facts; give some, or relative: false."
+                "weight attribution relative to what must stay needs retain facts: give some, or relative: false"
             )
         modules = module_weights(model, self.kinds)
         every = {name: weight for some in modules.values() for name, weight in some.items()}
-        values = np.full((len(self.kinds), len(facts), model.anatomy.layers), np.nan)
+        values = np.full((len(self.kinds), len(asked.facts), model.anatomy.layers), np.nan)
         with evaluating(model), differentiable(list(every.values())):
-            known, skipped = known_facts(model, facts, prompt, show=progress)
+            known, skipped = known_facts(model, asked.facts, asked.prompt, show=progress)
             usual: dict[str, Tensor] = {}
             if self.relative:
                 usual = weight_effects(
-                    model, known_facts(model, retain, prompt, show=progress)[0], every, progress=progress
+                    model, known_facts(model, asked.retain, asked.prompt, show=progress)[0], every, progress=progress
                 )
             with progress_bar(len(known), label="weight attribution", unit="facts", enabled=progress) as advance:
-                for row, probe in enumerate(known):
-                    shares = weight_shares(model, probe, every)
+                for row, encoded in enumerate(known):
+                    shares = weight_shares(model, encoded, every)
                     for (kind, layer), names in modules.items() if shares else ():
                         parts = [(shares[name] - usual[name]).clamp(min=0) if usual else shares[name] for name in names]
                         values[self.kinds.index(kind), row, layer] = sum(float(part.sum()) for part in parts)
                     advance(1)
-        silent = [probe.fact.label for row, probe in enumerate(known) if np.isnan(values[0, row]).all()]
+        silent = [encoded.fact.label for row, encoded in enumerate(known) if np.isnan(values[0, row]).all()]
         beyond = " beyond that for the retain facts" if self.relative else ""
         return LayerScores(
             source=f"weight attribution{' relative to retain' if self.relative else ''}",
             unit=f"share of the first-order effect of zeroing weights{beyond}",
-            facts=tuple(probe.fact for probe in known),
+            facts=tuple(encoded.fact for encoded in known),
             values={kind: values[place, : len(known)] for place, kind in enumerate(self.kinds)},
             details={
                 "left_out": {one.fact.label: one.reason for one in skipped},
                 "without_gradient": silent,
             },
-            provenance=made_with(model, self, prompt),
+            provenance=made_with(model, self, asked.prompt),
         )
 
 
-def weight_shares(model: LanguageModel, probe: EncodedFact, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def weight_shares(model: LanguageModel, encoded: EncodedFact, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """One fact's |w dL/dw| by name, in the shapes of the weights, divided by their sum over all of them; nothing where that is 0.
 
     Call it inside `tracing.localizers.gradients.differentiable`.
     """
-    effects = zeroing_effects(weights, answer_gradient(model, probe, weights))
+    effects = zeroing_effects(weights, answer_gradient(model, encoded, weights))
     whole = sum(float(effect.sum()) for effect in effects.values())
     return {name: effect / whole for name, effect in effects.items()} if whole > 0 else {}
 
 
 def weight_effects(
-    model: LanguageModel, probes: Sequence[EncodedFact], weights: Mapping[str, nn.Parameter], *, progress: bool = False
+    model: LanguageModel,
+    encoded_facts: Sequence[EncodedFact],
+    weights: Mapping[str, nn.Parameter],
+    *,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """The mean over facts of `weight_shares`, single weight by single weight: high where the facts rest on a weight.
 
@@ -132,7 +124,7 @@ def weight_effects(
 
     Args:
         model: in eval mode.
-        probes: at least one.
+        encoded_facts: at least one.
         weights: name -> parameter; the shares are of these.
 
     Returns:
@@ -143,14 +135,14 @@ def weight_effects(
     """
     total: dict[str, Tensor] = {}
     counted = 0
-    with progress_bar(len(probes), label="weight effects", unit="facts", enabled=progress) as advance:
-        for probe in probes:
-            shares = weight_shares(model, probe, weights)
+    with progress_bar(len(encoded_facts), label="weight effects", unit="facts", enabled=progress) as advance:
+        for encoded in encoded_facts:
+            shares = weight_shares(model, encoded, weights)
             counted += bool(shares)
             add_to(total, shares)
             advance(1)
     if not counted:
         raise UserError(
-            f"none of the {len(probes)} facts has a gradient in the weights; use facts that are less certain."
+            f"none of the {len(encoded_facts)} facts has a gradient in the weights: use facts that are less certain"
         )
     return {name: value.div_(counted) for name, value in total.items()}

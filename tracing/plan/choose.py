@@ -1,7 +1,8 @@
 """From effects to layers: those that bring the answers back most by a rule, and whether the evidence singles them out.
 
 The published method gives no rule; these are reconstructions that can also say no. Rules are `tracing.plan.rules`, how sure a
-pick is is `tracing.plan.verdict`; here both are put together into a `tracing.plan.layer_plan.LayerPlan`. Nothing is traced.
+pick is is `tracing.plan.evidence`, what that comes to in a sentence `tracing.plan.verdict`; here they are put together into a
+`tracing.plan.layer_plan.LayerPlan`. Nothing is traced.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from tracing.bootstrap import check_confidence, interval, mean_over_facts, resam
 from tracing.effects.effects import Effects
 from tracing.effects.layer_scores import LayerScores
 from tracing.effects.roles import SUBJECT_ROLES, Aggregation
-from tracing.plan.layer_plan import LayerPlan, control_layers, layer_names
+from tracing.plan.evidence import Required, judge, judge_by_permutation
+from tracing.plan.layer_plan import LayerPlan, control_layers
 from tracing.plan.rules import Band, Rule, RuleName, make_rule
-from tracing.plan.verdict import Asked, Judged, judge, judge_by_permutation
+from tracing.plan.verdict import too_little, verdict
 from tracing.question.facts import facts_hash
 
 PlanKind = Literal["mlp", "attn", "both", "resid"]
@@ -91,16 +93,16 @@ def choose_layers(
     means = mean_over_facts(scores)
     drawn = weighted_means(scores, counts)
     drawn, counts = drawn[~np.isnan(drawn).any(axis=1)], counts[~np.isnan(drawn).any(axis=1)]
-    asked = Asked(confidence=confidence, stability=stability)
+    required = Required(confidence=confidence, stability=stability)
     if picks is None:
-        judged = judge_by_permutation(scores, given.groups, counts, asked, seed)
+        judged = judge_by_permutation(scores, given.groups, counts, required, seed)
     else:
-        judged = judge(picks, scores, given.groups, counts, asked, seed)
+        judged = judge(picks, scores, given.groups, counts, required, seed)
     chosen = judged.layers
     taken = None if given.total is None else float(given.total.mean())
     best = float(means[list(chosen)].max())
     part = None if taken is None else best / taken if taken > 0 else 0.0
-    against = [*judged.against, *_little(part, least_share)]
+    against = [*judged.against, *too_little(part, least_share)]
     window = int(given.details.get("window", 1)) if kind != "resid" else 1
     low, high = interval(drawn, confidence)
     evidence = {
@@ -133,7 +135,14 @@ def choose_layers(
             f"{_said(picks, layers)} mean {given.unit} of {'mlp and attn' if kind == 'both' else kind} ({given.source})"
         ),
         singled_out=not against,
-        verdict=_verdict(judged, against, part, _restored(kind, window), given.details.get("roles", ())),
+        verdict=verdict(
+            chosen,
+            against,
+            judged.favor,
+            part=part,
+            restored=_restored(kind, window),
+            roles=given.details.get("roles", ()),
+        ),
         evidence=evidence,
         controls=control_layers(chosen, means, seed),
         provenance={
@@ -151,10 +160,10 @@ def choose_layers(
 
 def _check(kind: str, confidence: float, stability: float) -> None:
     if kind not in get_args(PlanKind):
-        raise UserError(f"the plan's kind {kind!r} is unknown; use one of {', '.join(get_args(PlanKind))}.")
+        raise UserError(f"the plan's kind {kind!r} is unknown: use one of {', '.join(get_args(PlanKind))}")
     check_confidence(confidence)
     if not 0 < stability <= 1:
-        raise UserError(f"the plan's stability is {stability}; give a share above 0 and up to 1 (0.9 is usual).")
+        raise UserError(f"the plan's stability is {stability}: give a share above 0 and up to 1 (0.9 is usual)")
 
 
 def _parts(kind: PlanKind) -> tuple[Kind, ...]:
@@ -179,28 +188,6 @@ def _bands(rule: Band, means: Array, drawn: Array, confidence: float) -> dict[st
         "band_low": _floats(low),
         "band_high": _floats(high),
     }
-
-
-def _little(part: float | None, least: float) -> list[str]:
-    """Why the best layer does not matter; empty if it does, or if its score is a part of nothing."""
-    if part is None or part >= least:
-        return []
-    return [f"the best layer brings back only {part:.1%} of what the corruption took ({least:.0%} asked)"]
-
-
-def _verdict(judged: Judged, against: Sequence[str], part: float | None, restored: str, roles: Sequence[str]) -> str:
-    several, name = len(judged.layers) > 1, layer_names(judged.layers)
-    if against:
-        has = "have" if several else "has"
-        return f"The evidence does not single out layers: {name} {has} the largest effect, but {'; '.join(against)}."
-    sentence = f"The evidence singles out {name}: {judged.favor}."
-    if part is None:
-        return sentence
-    where = "one subject token" if set(roles) <= set(SUBJECT_ROLES) else f"one token ({', '.join(roles)})"
-    return (
-        f"{sentence} Restoring {restored} in {'the best of them' if several else 'it'} at {where} "
-        f"brings back {part:.0%} of what the corruption took, on average."
-    )
 
 
 def _modules(

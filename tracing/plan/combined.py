@@ -21,6 +21,7 @@ from tracing.effects.agreement import Agreement, agreement
 from tracing.effects.layer_scores import LayerScores, in_common
 from tracing.plan.choose import PlanKind, choose_layers
 from tracing.plan.layer_plan import LayerPlan
+from tracing.plan.verdict import verdict_of_localizers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +167,8 @@ def combined_plan(
     if not apart:
         return replace(plan, evidence=evidence)
     pairs = len(found) * (len(found) - 1) // 2
-    worst = "; ".join(f"{one} and {other} ({value})" for (one, other), value in list(apart.items())[:3])
-    several = len(plan.layers) > 1
-    name = f"layers {plan.layers[0]}-{plan.layers[-1]}" if several else f"layer {plan.layers[0]}"
-    own = "" if plan.singled_out else f" Nor are they apart by mean rank. {plan.verdict}"
-    verdict = (
-        f"The localizers do not agree, so no layers are singled out: {len(apart)} of {pairs} pairs are not shown to rank layers "
-        f"alike, least of all {worst}. By mean rank {name} {'come' if several else 'comes'} first.{own}"
-    )
+    disagreements = [f"{one} and {other} ({value})" for (one, other), value in apart.items()]
+    verdict = verdict_of_localizers(plan, disagreements, pairs)
     return replace(plan, singled_out=False, verdict=verdict, evidence=evidence)
 
 
@@ -188,17 +183,17 @@ def shared_kinds(found: Mapping[str, LayerScores]) -> list[Kind]:
     kinds = [kind for kind in next(iter(found.values())).kinds if all(kind in one.kinds for one in found.values())]
     if not kinds:
         said = "; ".join(f"{name}: {', '.join(one.kinds)}" for name, one in found.items())
-        raise UserError(f"the localizers score no kind in common ({said}); give them one, such as mlp.")
+        raise UserError(f"the localizers score no kind in common ({said}): give them one, such as mlp")
     return kinds
 
 
 def _require_several(found: Mapping[str, LayerScores]) -> None:
     if len(found) < 2:
-        raise UserError(f"{len(found)} localizer cannot be compared or combined; give at least two.")
+        raise UserError(f"{len(found)} localizer cannot be compared or combined: give at least two")
     weights = sorted({str(one.provenance["weights"]) for one in found.values() if "weights" in one.provenance})
     if len(weights) > 1:
         raise UserError(
-            f"the localizers asked models of other weights ({' and '.join(weights)}); run all of them on the same model."
+            f"the localizers asked models of other weights ({' and '.join(weights)}): run all of them on the same model"
         )
 
 

@@ -20,7 +20,8 @@ from tracing.effects.agreement import Agreement, agreement
 from tracing.effects.effects import Effects
 from tracing.effects.layer_scores import LayerScores
 from tracing.effects.roles import SUBJECT_ROLES, Aggregation
-from tracing.plan.layer_plan import LayerPlan, layer_names
+from tracing.plan.layer_plan import LayerPlan
+from tracing.plan.verdict import verdict_with_corruptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def confirm(
     return replace(
         plan,
         singled_out=plan.singled_out and not against,
-        verdict=_verdict(plan, against, favor),
+        verdict=verdict_with_corruptions(plan, against, favor),
         evidence={**plan.evidence, "also": said},
     )
 
@@ -126,15 +127,3 @@ def _doubts(name: str, alike: Sequence[Agreement], lead: _Lead | None) -> list[s
 def _praise(name: str, alike: Sequence[Agreement], lead: _Lead) -> str:
     ranks = " and ".join(f"{one.correlation:.2f} ({one.low:.2f} to {one.high:.2f}) for {one.kind}" for one in alike)
     return f"{name} confirms them: they lead by {lead.margin:.3g} ({lead.low:.3g} to {lead.high:.3g}), rank correlation {ranks}"
-
-
-def _verdict(plan: LayerPlan, against: Sequence[str], favor: Sequence[str]) -> str:
-    if not against:
-        return " ".join([plan.verdict, *(f"{one}." for one in favor)])
-    if not plan.singled_out:
-        return f"{plan.verdict} Besides, {'; '.join(against)}."
-    has = "have" if len(plan.layers) > 1 else "has"
-    return (
-        f"The evidence does not single out layers: {layer_names(plan.layers)} {has} the largest effect and would be singled out "
-        f"by {plan.evidence['source']} alone, but the corruptions disagree: {'; '.join(against)}."
-    )

@@ -63,12 +63,12 @@ class LayerPlan:
             whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers)
             if not layers or not whole or list(layers) != sorted(set(layers)):
                 raise UserError(
-                    f"the plan's {name} are {list(layers)}; give whole numbers from 0 on, ascending, each once."
+                    f"the plan's {name} are {list(layers)}: give whole numbers from 0 on, ascending, each once"
                 )
         wrong = [module for module in self.modules if module not in MODULES]
         if wrong or not self.modules:
             near = known_or_near(wrong[0], MODULES) if wrong else ""
-            raise UserError(f"the plan's modules are {list(self.modules)}{near}; use mlp, attn or all.")
+            raise UserError(f"the plan's modules are {list(self.modules)}{near}: use mlp, attn or all")
 
     @property
     def weights(self) -> str | None:
@@ -81,7 +81,7 @@ class LayerPlan:
         """The plan with a control's layers in place of the chosen ones."""
         if name not in self.controls:
             near = known_or_near(name, list(self.controls))
-            raise UserError(f"the plan has no control {name!r}{near}; it has {', '.join(self.controls) or 'none'}.")
+            raise UserError(f"the plan has no control {name!r}{near}: it has {', '.join(self.controls) or 'none'}")
         verdict = f"A control ({name}), not chosen by evidence."
         return replace(self, layers=self.controls[name], rule=f"control: {name}", singled_out=False, verdict=verdict)
 
@@ -145,22 +145,22 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"there is no layer plan {path}; give the plan.json that scripts/trace.py wrote.") from error
+        raise UserError(f"there is no layer plan {path}: give the plan.json that scripts/trace.py wrote") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"the layer plan {path} is not JSON ({error}); trace again or mend it.") from error
+        raise UserError(f"the layer plan {path} is not JSON ({error}): trace again or mend it") from error
     if not isinstance(stored, dict):
-        raise UserError(f"the layer plan {path} is not a JSON object; trace again or mend it.")
+        raise UserError(f"the layer plan {path} is not a JSON object: trace again or mend it")
     version = stored.pop("version", None)
     if version != PLAN_VERSION:
-        raise UserError(f"the layer plan {path} has version {version}; this program reads {PLAN_VERSION}: trace again.")
+        raise UserError(f"the layer plan {path} has version {version}, this program reads {PLAN_VERSION}: trace again")
     for key, value in stored.items():
         if key not in _TYPES:
             raise UserError(
-                f"the layer plan {path} has an unknown key {key!r}{known_or_near(key, list(_TYPES))}; mend it."
+                f"the layer plan {path} has an unknown key {key!r}{known_or_near(key, list(_TYPES))}: mend it"
             )
         _require(isinstance(value, _TYPES[key]), path, key, value, _TYPES[key])
     if "layers" not in stored:
-        raise UserError(f"the layer plan {path} has no layers; add a list such as [2, 3, 4].")
+        raise UserError(f"the layer plan {path} has no layers: add a list such as [2, 3, 4]")
     for name, layers in stored.get("controls", {}).items():
         _require(isinstance(layers, list), path, f"controls.{name}", layers, list)
     return stored
@@ -169,4 +169,4 @@ def _read(path: Path) -> dict[str, Any]:
 def _require(right: bool, path: Path, key: str, value: object, kind: type) -> None:
     if not right:
         what = {list: "a list", dict: "an object", str: "a text", bool: "true or false"}[kind]
-        raise UserError(f"the layer plan {path} has {key}: {value!r}; give {what}.")
+        raise UserError(f"the layer plan {path} has {key} {value!r}: give {what}")

@@ -1,4 +1,4 @@
-"""Rules that pick layers from their mean scores. One rule, one small class; how sure a pick is, is `tracing.plan.verdict`.
+"""Rules that pick layers from their mean scores. One rule, one small class; how sure a pick is, is `tracing.plan.evidence`.
 
 All of them work on many profiles at once, (..., layers), since each is also asked what it would pick on other facts. Equal
 scores are ordered by layer, the lowest first. None is published for causal tracing (badge: *reconstruction*): the authors of the
@@ -133,14 +133,14 @@ def make_rule(name: str, *, size: int | None, share: float, layers: int) -> Rule
     if name not in get_args(RuleName):
         known = get_args(RuleName)
         raise UserError(
-            f"the plan's rule {name!r} is unknown{known_or_near(name, known)}; use one of {', '.join(known)}."
+            f"the plan's rule {name!r} is unknown{known_or_near(name, known)}: use one of {', '.join(known)}"
         )
     check_rule(name, size, share)
     if size is not None and size > layers:
-        raise UserError(f"the plan's size is {size} but the model has {layers} layers; give 1 to {layers}.")
+        raise UserError(f"the plan's size is {size} but the model has {layers} layers: give 1 to {layers}")
     if name in ("band", "top"):
         if size is None:
-            raise UserError(f"the plan's rule {name} has no size; say how many layers, 1 to {layers}.")
+            raise UserError(f"the plan's rule {name} has no size: say how many layers, 1 to {layers}")
         return Band(size) if name == "band" else Top(size)
     return {"mass": Mass(share), "elbow": Elbow(), "permutation": None}[name]
 
@@ -148,11 +148,11 @@ def make_rule(name: str, *, size: int | None, share: float, layers: int) -> Rule
 def check_rule(name: str, size: int | None, share: float) -> None:
     """Raise UserError for settings that no model could satisfy."""
     if size is not None and size < 1:
-        raise UserError(f"the plan's size is {size}; give at least 1.")
+        raise UserError(f"the plan's size is {size}: give at least 1")
     if size is not None and name not in ("band", "top"):
-        raise UserError(f"the plan's rule {name} finds how many layers there are; leave size ({size}) out.")
+        raise UserError(f"the plan's rule {name} finds how many layers there are: leave size ({size}) out")
     if not 0 < share <= 1:
-        raise UserError(f"the plan's share is {share}; give a share above 0 and up to 1 (0.5 is usual).")
+        raise UserError(f"the plan's share is {share}: give a share above 0 and up to 1 (0.5 is usual)")
 
 
 def _order(profiles: Array) -> npt.NDArray[np.int64]:

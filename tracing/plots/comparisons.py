@@ -25,7 +25,6 @@ from tracing.plots.glyphs import families, readable
 from tracing.plots.heatmaps import (
     INK,
     KIND_NAMES,
-    METRICS,
     ROLE_NAMES,
     SCALE,
     SOFT,
@@ -36,6 +35,7 @@ from tracing.plots.heatmaps import (
     row_label,
 )
 from tracing.plots.lines import explained, line
+from tracing.question.metrics import metric_label
 from tracing.question.sweep import cut_windows
 
 # Two hues of falling lightness away from zero: less is ochre, more is indigo; readable by the color-blind.
@@ -49,7 +49,7 @@ def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()
     """Before and after on one scale, and after minus before on one of its own, token role by layer, as PNG bytes.
     `band`: layers to outline."""
     if kind not in found.change:
-        raise UserError(f"{kind!r} was not traced both times; use one of {', '.join(found.kinds)}.")
+        raise UserError(f"{kind!r} was not traced both times: use one of {', '.join(found.kinds)}")
     tables = [found.before[kind], found.after[kind], found.change[kind]]
     rows = [row for row in range(len(tables[0].roles)) if tables[0].facts[row]] or [0]
     layers = tables[0].mean.shape[1]
@@ -58,7 +58,7 @@ def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()
     norms = [Normalize(0, top), Normalize(0, top), Normalize(-most, most)]
     width = 3.3 + 3 * (1.25 + 0.135 * min(max(layers, 8), 40))
     caption = textwrap.wrap(
-        f"{KIND_NAMES[kind]}: change in the {METRICS.get(found.metric, found.metric)} when "
+        f"{KIND_NAMES[kind]}: change in the {metric_label(found.metric)} when "
         f"{put_back([kind], tables[0].window)} is put back"
         f"\u00a0· {found.facts} facts, the same before and after, shares of the total effect before\u00a0· "
         f"{found.sentence(kind)}",
@@ -89,7 +89,7 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
         runs: name -> effects, as of `trace(..., sever=None)`, `sever="mlp"` and `sever="attn"`; at most four.
     """
     if not 1 <= len(runs) <= len(_LINES):
-        raise UserError(f"{len(runs)} runs are to be drawn; give 1 to {len(_LINES)}.")
+        raise UserError(f"{len(runs)} runs are to be drawn: give 1 to {len(_LINES)}")
     sheet = Figure(figsize=(6.4, 3.3), dpi=200, facecolor="white")
     FigureCanvasAgg(sheet)
     sheet.set_layout_engine("constrained")
@@ -118,7 +118,7 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     axis.legend(frameon=False, prop={"size": 8.5, "family": families(*map(readable, runs))}, labelcolor=INK)
     metric = next(iter(runs.values())).metric
     many = " or ".join(map(str, sorted(facts)))
-    caption = [f"Change in the {METRICS.get(metric, metric)}\u00a0· {many} facts\u00a0· bands: 95 % intervals"]
+    caption = [f"Change in the {metric_label(metric)}\u00a0· {many} facts\u00a0· bands: 95 % intervals"]
     if table.window > 1:
         caption.append(explained(table.window))
     return _png(sheet, caption)

@@ -30,6 +30,7 @@ from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import layer_runs
 from tracing.plots.glyphs import families, readable
 from tracing.plots.lines import explained, line
+from tracing.question.metrics import metric_label
 from tracing.question.sweep import cut_windows
 
 INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
@@ -48,15 +49,6 @@ ROLE_NAMES = {
     "first_after": "first token after",
     "further": "further tokens",
     "last": "last token",
-}
-METRICS = {
-    "probability": "probability of the answer",
-    "log_probability": "log-probability of the answer",
-    "first_token_probability": "probability of the answer's first token",
-    "distinguishing_log_probability": "log-probability of the answer's names and numbers",
-    "logit_difference": "difference of logits between answer and foil",
-    "reciprocal_rank": "mean reciprocal rank of the answer's tokens",
-    "negative_kl": "closeness to the clean distribution (minus KL)",
 }
 
 
@@ -89,10 +81,10 @@ def figure(
         UserError: no tables, or tables that do not belong together.
     """
     if not tables:
-        raise UserError("there is no table to draw; give at least one.")
+        raise UserError("there is no table to draw: give at least one")
     first = tables[0]
     if any((one.roles, one.mean.shape, one.metric) != (first.roles, first.mean.shape, first.metric) for one in tables):
-        raise UserError("the tables to draw differ in roles, layers or metric; draw them apart.")
+        raise UserError("the tables to draw differ in roles, layers or metric: draw them apart")
     shown = [row for row, role in enumerate(first.roles) if any(one.facts[row] for one in tables)] or [0]
     layers = first.mean.shape[1]
     top = max(float(np.nanmax(np.where(np.isnan(one.mean), 0.0, one.mean))) for one in tables)
@@ -147,7 +139,7 @@ def _lines(axis: Any, table: EffectTable) -> None:
 def fact_figure(effects: Effects, fact: int) -> bytes:
     """One fact, token by layer, a panel a kind, on one color scale, as PNG bytes. Raises UserError if there is no such fact."""
     if not 0 <= fact < len(effects.facts):
-        raise UserError(f"there is no fact {fact}; these effects hold 0 to {len(effects.facts) - 1}.")
+        raise UserError(f"there is no fact {fact}: these effects hold 0 to {len(effects.facts) - 1}")
     cells = {kind: effects.indirect(kind)[fact] for kind in effects.kinds}
     shown = [
         row for row in range(len(effects.tokens[fact])) if not all(np.isnan(one[row]).all() for one in cells.values())
@@ -246,7 +238,7 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
     table = tables[0]
     kinds, window = [one.kind for one in tables], max(one.window for one in tables)
     parts = [
-        f"Change in the {METRICS.get(table.metric, table.metric)} when {put_back(kinds, window)} is put back",
+        f"Change in the {metric_label(table.metric)} when {put_back(kinds, window)} is put back",
         f"{table.total_facts} fact{'s' if table.total_facts != 1 else ''}",
         "subject replaced by other names"
         if table.sigma is None

@@ -15,7 +15,8 @@ from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import PromptSpec, answer_tokens, encode_pair, subject_span
 from tracing.question.facts import Fact
-from tracing.question.metrics import Metric, distinguishing, first_difference, scored_tokens
+from tracing.question.metrics import MetricName, metric_of, scored_tokens
+from tracing.question.target import distinguishing, first_difference
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,20 @@ class EncodedFact:
         return [*self.prompt_ids, *self.answer_ids[:-1]]
 
 
-def make_probe(model: LanguageModel, fact: Fact, prompt: PromptSpec, *metrics: Metric) -> EncodedFact:
+def encode_fact(model: LanguageModel, fact: Fact, prompt: PromptSpec, *metrics: MetricName) -> EncodedFact:
     """Tokenize a fact for one metric, or several to be read off the same passes.
 
     Raises UserError if the subject's tokens cannot be found in the rendered prompt.
     """
-    encoded = encode_pair(model.tokenizer, fact.prompt, fact.answer, replace(prompt, append_eos=False))
-    ids = encoded.ids[: encoded.answer_start]
-    answer = scored_tokens(encoded.ids[encoded.answer_start :], metrics)
+    pair = encode_pair(model.tokenizer, fact.prompt, fact.answer, replace(prompt, append_eos=False))
+    ids = pair.ids[: pair.answer_start]
+    answer = scored_tokens(pair.ids[pair.answer_start :], metrics)
     foil = None
     if fact.foil:
         other = encode_pair(model.tokenizer, fact.prompt, fact.foil, replace(prompt, append_eos=False))
         foil = first_difference(answer, other.ids[other.answer_start :])
     counted = None
-    if "distinguishing_log_probability" in metrics:
+    if any(metric_of(name).counts_words for name in metrics):
         words = distinguishing(fact.prompt, fact.answer)
         counted = tuple(answer_tokens(model.tokenizer, fact.prompt, fact.answer, prompt, words))
     span = subject_span(model.tokenizer, fact.prompt, fact.subject, prompt, occurrence="first")
@@ -88,36 +89,36 @@ def embed(model: LanguageModel, ids: list[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def why_unknown(model: LanguageModel, probe: EncodedFact) -> str | None:
+def why_unknown(model: LanguageModel, encoded: EncodedFact) -> str | None:
     """None if greedy decoding gives exactly the scored answer tokens; else a sentence with what the model said instead.
 
     Raises:
         UserError: the model's logits are not finite.
     """
-    keep = len(probe.answer_ids)
-    logits = forward(model, embed(model, probe.input_ids)[None], keep)[0]
+    keep = len(encoded.answer_ids)
+    logits = forward(model, embed(model, encoded.input_ids)[None], keep)[0]
     if not bool(torch.isfinite(logits).all()):
         raise UserError(
-            f"{model.name} gives NaN or infinite logits for fact {probe.fact.label!r}; load it in float32 or bfloat16."
+            f"{model.name} gives NaN or infinite logits for fact {encoded.fact.label!r}: load it in float32 or bfloat16"
         )
-    if logits.argmax(-1).tolist() == list(probe.answer_ids):
+    if logits.argmax(-1).tolist() == list(encoded.answer_ids):
         return None
     said: list[int] = []
     for _ in range(keep):
-        said.append(int(forward(model, embed(model, [*probe.prompt_ids, *said])[None], 1)[0, -1].argmax()))
-    asked = model.tokenizer.decode(list(probe.answer_ids))
+        said.append(int(forward(model, embed(model, [*encoded.prompt_ids, *said])[None], 1)[0, -1].argmax()))
+    asked = model.tokenizer.decode(list(encoded.answer_ids))
     return f"the model says {model.tokenizer.decode(said)!r} instead of {asked!r}"
 
 
-def why_too_long(model: LanguageModel, probe: EncodedFact) -> str | None:
+def why_too_long(model: LanguageModel, encoded: EncodedFact) -> str | None:
     """None if the model has a position for every token of this fact, or how many it lacks."""
     most = getattr(model.model.config, "max_position_embeddings", None)
-    tokens = len(probe.input_ids)
+    tokens = len(encoded.input_ids)
     return None if most is None or tokens <= most else f"its {tokens} tokens are more than the model's {most} positions"
 
 
-def why_unscored(probe: EncodedFact, metrics: Sequence[Metric]) -> str | None:
+def why_unscored(encoded: EncodedFact, metrics: Sequence[MetricName]) -> str | None:
     """None if the metrics can be read off this fact, or what it lacks."""
-    if "logit_difference" in metrics and probe.foil is None:
+    if encoded.foil is None and any(metric_of(name).needs_foil for name in metrics):
         return "it has no foil, another answer that differs from its own"
     return None

@@ -35,7 +35,7 @@ class Fact:
         answer: the whole answer, without a leading space (`PromptSpec.answer_prefix` adds it).
         id: a name for messages and pictures.
         group: facts that share a group (one person's questions) are resampled together; "" stands alone.
-        foil: another answer, from which `logit_difference` tells it apart; `with_foils` finds one among other facts.
+        foil: another answer, from which some metrics tell it apart; `with_foils` finds one among other facts.
 
     Raises:
         UserError: an empty field, one that is not text, or a subject that is not in the prompt.
@@ -52,19 +52,19 @@ class Fact:
         for name in ("prompt", "subject", "answer"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise UserError(f"the {name} of fact {self.label!r} is {value!r}; give a text that is not empty.")
+                raise UserError(f"the {name} of fact {self.label!r} is {value!r}: give a text that is not empty")
         for name in FACT_FIELDS:
             try:
                 getattr(self, name).encode()
             except (AttributeError, UnicodeEncodeError):
                 value = getattr(self, name)
                 raise UserError(
-                    f"the {name} of a fact is {value!r}, which cannot be written as UTF-8 text; mend it."
+                    f"the {name} of a fact is {value!r}, which cannot be written as UTF-8 text: mend it"
                 ) from None
         if self.subject not in self.prompt:
             raise UserError(
-                f"the subject {self.subject!r} of fact {self.label!r} is not in its prompt {self.prompt!r}; "
-                "give the subject as it is spelled there."
+                f"the subject {self.subject!r} of fact {self.label!r} is not in its prompt {self.prompt!r}: "
+                "give the subject as it is spelled there"
             )
 
     @property
@@ -103,8 +103,8 @@ def facts_from_rows(
     questions = [row for row in rows if row.kind == "qa"]
     if not questions:
         raise UserError(
-            f"none of the {len(rows)} rows is a question (id ending in qa0 … qa9); "
-            "tracing needs question-answering rows."
+            f"none of the {len(rows)} rows is a question (id ending in qa0 … qa9): "
+            "tracing needs question-answering rows"
         )
     find = _finder(rows, questions, subject_of)
     subjects = [find(row) for row in questions]
@@ -112,9 +112,9 @@ def facts_from_rows(
     if len(lost) == len(questions) or (lost and not leave_out_unnamed):
         shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
         raise UserError(
-            f"no subject was found in the questions of {len(lost)} of {len(questions)} rows ({shown}); "
-            "leave these rows out (Task2 asks about people by name; leave_out_unnamed does it) or say how to find it with "
-            "subject_of."
+            f"no subject was found in the questions of {len(lost)} of {len(questions)} rows ({shown}): "
+            "leave these rows out (Task2 asks about people by name, leave_out_unnamed does it) or say how to find it with "
+            "subject_of"
         )
     together = _has_documents(rows)
     return [
@@ -195,7 +195,7 @@ def load_known_facts(path: str | Path, columns: Mapping[str, str] | None = None)
     files = find_files(Path(path), preferred=_FACT_FILES)
     records = [_renamed(record, columns) for file in files for record in read_file(file)]
     if not records:
-        raise UserError(f"the facts file {path} holds no facts; give objects with prompt, subject and answer.")
+        raise UserError(f"the facts file {path} holds no facts: give objects with prompt, subject and answer")
     return [_known_fact(record) for record in records]
 
 
@@ -233,7 +233,7 @@ def _finder(
     try:
         pattern = re.compile(subject_of)
     except re.error as error:
-        raise UserError(f"subject_of {subject_of!r} is not a regular expression ({error}); mend it.") from error
+        raise UserError(f"subject_of {subject_of!r} is not a regular expression ({error}): mend it") from error
 
     def match(row: Row) -> str | None:
         hit = pattern.search(row.input)

@@ -1,22 +1,25 @@
-"""What is read off the model: how near it is to the answer, given the prompt.
+"""The axis "metric": what is read off the model, which says how near it is to the answer, given the prompt.
 
-Pure functions of logits. Probabilities are taken in float32 (float64 stays), whatever the model's type.
+To add one, write its class here and its name into `MetricName`: what it needs, its words in a picture, whether gradients go
+through it and how far two engines may differ in it are said by the class. Nothing else knows a metric by its name.
 """
 
 from __future__ import annotations
 
-import re
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lm.errors import UserError
+from lm.old_configs import subclasses
+from tracing.question.target import Target, log_softmax, token_log_probabilities
 
-Metric = Literal[
+MetricName = Literal[
     "probability",
     "log_probability",
     "first_token_probability",
@@ -25,178 +28,196 @@ Metric = Literal[
     "reciprocal_rank",
     "negative_kl",
 ]
-"""`probability`: of the whole answer (the product over its tokens); `log_probability`: its natural logarithm (the sum);
-`first_token_probability`: of the first answer token alone, as the published script reads it off;
-`distinguishing_log_probability`: of the answer's names and numbers alone (`distinguishing`), given all before them;
-`logit_difference`: the logit of the answer's token less that of the foil's, where the two first differ (Zhang and Nanda 2023);
-`reciprocal_rank`: the mean over answer tokens of 1 / rank among all tokens, 1 where the model would say it; `negative_kl`: minus
-KL(clean || this), in nats, of the distributions over the vocabulary at each answer token, summed: 0 is the clean pass itself. All
-are higher where the answer is nearer."""
-
-_WORD = re.compile(r"[\w@][\w@.:/'’+-]*\w|\w")
-_OPENER = re.compile(
-    r"(?i)an?|and|at|by|for|from|he|her|his|i|in|is|its?|my|no|of|on|she|the|their|there|they|this|to|was|we|with|yes"
-)
-LOGARITHMIC = ("log_probability", "distinguishing_log_probability")
-"""The metrics that are sums of logarithms of probabilities."""
+"""How a metric is named in configs and in files; each is a class of this file."""
 
 
-class Asked(Protocol):
-    """What a target is made of: a `tracing.question.encoded_fact.EncodedFact`."""
+class Metric(ABC):
+    """The axis: one number a row of logits, higher where the answer is nearer."""
+
+    name: ClassVar[str]
+    """In configs and in files."""
+    label: ClassVar[str]
+    """In a picture."""
+    needs_clean: ClassVar[bool] = False
+    """Whether it compares with the clean pass of the same model, so that it cannot be read without one."""
+    needs_foil: ClassVar[bool] = False
+    """Whether it needs another answer beside the fact's own: `Fact.foil`."""
+    counts_words: ClassVar[bool] = False
+    """Whether only the answer's names and numbers count: `tracing.question.target.distinguishing`."""
+    first_token: ClassVar[bool] = False
+    """Whether it looks at the answer's first token alone."""
+    without_gradient: ClassVar[str] = ""
+    """Why there is nothing to attribute by its gradient at the clean or the corrupted prompt; empty where there is."""
+
+    @abstractmethod
+    def read(self, logits: Tensor, target: Target) -> Tensor:
+        """The metric of each row.
+
+        Args:
+            logits: (rows, n, vocabulary), at the last prompt token and the first n - 1 answer tokens (teacher forced).
+
+        Returns:
+            (rows,) float64.
+
+        Raises:
+            UserError: it lacks something that it needs.
+        """
 
     @property
-    def answer_ids(self) -> Sequence[int]: ...
-    @property
-    def foil(self) -> tuple[int, int] | None: ...
-    @property
-    def counted(self) -> Sequence[int] | None: ...
+    def has_gradient(self) -> bool:
+        """Whether effects can be attributed by its gradient."""
+        return not self.without_gradient
+
+    def tolerance(self, nats: float, size: float) -> float:
+        """How far apart two values of about this size may lie where log-probabilities are apart by rounding of `nats`.
+
+        Of a probability, a ratio.
+        """
+        return max(size, 1e-12) * math.expm1(nats)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """The answers of some rows, all of one length, and what they are to be told apart from.
+class Probability(Metric):
+    """The probability of the whole answer: the product over its tokens."""
 
-    Attributes:
-        answer: (rows, n) token ids.
-        place: (rows,), the first of the n tokens in which answer and foil differ; or None without foils.
-        foil: (rows,), the foil's token there; or None.
-        counted: (rows, n) bool, the answer tokens that `distinguishing_log_probability` counts; or None for all.
-        clean: (facts, n, vocabulary), log-probabilities of each fact's clean pass, for `negative_kl`; or None.
-        fact: (rows,), the place of each row's fact in `clean`; or None.
-    """
+    name = "probability"
+    label = "probability of the answer"
 
-    answer: Tensor
-    place: Tensor | None = None
-    foil: Tensor | None = None
-    counted: Tensor | None = None
-    clean: Tensor | None = None
-    fact: Tensor | None = None
-
-    @classmethod
-    def of(cls, asked: Sequence[Asked], each: int) -> Target:
-        """Of some facts, `each` rows a fact, one after the other."""
-        answer = torch.tensor([list(one.answer_ids) for one in asked])
-        counted = torch.ones_like(answer, dtype=torch.bool)
-        for row, one in enumerate(asked):
-            if one.counted is not None:
-                counted[row] = False
-                counted[row, list(one.counted)] = True
-        foils = [list(one.foil) for one in asked if one.foil is not None]
-        place, foil = torch.tensor(foils).T if len(foils) == len(asked) else (None, None)
-        parts = [
-            None if part is None else part.repeat_interleave(each, 0)
-            for part in (place, foil, None if bool(counted.all()) else counted)
-        ]
-        fact = torch.arange(len(asked)).repeat_interleave(each)
-        return cls(answer=answer.repeat_interleave(each, 0), place=parts[0], foil=parts[1], counted=parts[2], fact=fact)
-
-    def beside(self, clean: Tensor, metrics: Sequence[Metric]) -> Target:
-        """The same with the logits of each fact's clean pass, (facts, n, vocabulary), where a metric compares with them."""
-        return replace(self, clean=_log_softmax(clean)) if "negative_kl" in metrics else self
-
-    def rows(self, chosen: Tensor | slice) -> Target:
-        """Some of the rows."""
-        return Target(
-            answer=self.answer[chosen],
-            place=None if self.place is None else self.place[chosen],
-            foil=None if self.foil is None else self.foil[chosen],
-            counted=None if self.counted is None else self.counted[chosen],
-            clean=self.clean,
-            fact=None if self.fact is None else self.fact[chosen],
-        )
-
-    def repeat(self, times: int) -> Target:
-        """All rows, several times over."""
-        return self.rows(torch.arange(len(self.answer)).repeat(times))
+    def read(self, logits: Tensor, target: Target) -> Tensor:
+        return token_log_probabilities(logits, target.answer).sum(-1).exp()
 
 
-def check_metric(metric: str) -> None:
-    """Raise UserError for a metric that does not exist."""
-    if metric not in get_args(Metric):
-        raise UserError(f"the metric {metric!r} is unknown; use one of {', '.join(get_args(Metric))}.")
+class LogProbability(Metric):
+    """The natural logarithm of the probability of the whole answer: the sum over its tokens, in nats."""
+
+    name = "log_probability"
+    label = "log-probability of the answer"
+
+    def read(self, logits: Tensor, target: Target) -> Tensor:
+        return token_log_probabilities(logits, target.answer).sum(-1)
+
+    def tolerance(self, nats: float, size: float) -> float:
+        return nats
 
 
-def scored_tokens(answer: Sequence[int], metrics: Sequence[Metric]) -> list[int]:
-    """The answer tokens that the metrics look at."""
-    return list(answer[:1] if set(metrics) == {"first_token_probability"} else answer)
+class FirstTokenProbability(Metric):
+    """The probability of the first answer token alone, as the script of Meng et al. (2022) reads it off."""
+
+    name = "first_token_probability"
+    label = "probability of the answer's first token"
+    first_token = True
+
+    def read(self, logits: Tensor, target: Target) -> Tensor:
+        return token_log_probabilities(logits, target.answer)[:, 0].exp()
 
 
-def distinguishing(prompt: str, answer: str) -> list[tuple[int, int]]:
-    """`[start, end)` of the answer's words that tell it from other answers, in characters: names and numbers.
+class DistinguishingLogProbability(LogProbability):
+    """The log-probability of the answer's names and numbers alone, given all before them, in nats."""
 
-    Words with a digit, an @ or a capital letter that the prompt does not hold; a sentence's first word counts unless it is a
-    common opener such as "The". Where there are none, all words that the prompt does not hold, and else the whole answer.
-    """
-    said = {word.casefold() for word in _WORD.findall(prompt)}
-    new = [hit for hit in _WORD.finditer(answer) if hit[0].casefold() not in said]
-    telling = [hit for hit in new if _is_telling(hit[0])]
-    return [hit.span() for hit in telling or new] or [(0, len(answer))]
+    name = "distinguishing_log_probability"
+    label = "log-probability of the answer's names and numbers"
+    counts_words = True
 
-
-def _is_telling(word: str) -> bool:
-    return any(letter.isdigit() or letter == "@" or letter.isupper() for letter in word) and not _OPENER.fullmatch(word)
+    def read(self, logits: Tensor, target: Target) -> Tensor:
+        each = token_log_probabilities(logits, target.answer)
+        if target.counted is not None:
+            each = each.where(target.counted.to(each.device), 0.0)
+        return each.sum(-1)
 
 
-def first_difference(answer: Sequence[int], foil: Sequence[int]) -> tuple[int, int] | None:
-    """(place, the foil's token): where a foil first differs from the answer; None if it does not within the answer."""
-    for place, (mine, other) in enumerate(zip(answer, foil, strict=False)):
-        if mine != other:
-            return place, int(other)
-    return None
+class LogitDifference(Metric):
+    """The logit of the answer's token less that of the foil's, where the two first differ (Zhang and Nanda 2023)."""
 
+    name = "logit_difference"
+    label = "difference of logits between answer and foil"
+    needs_foil = True
 
-def read_all(logits: Tensor, target: Target, metrics: Sequence[Metric]) -> Tensor:
-    """Several metrics of the same rows, (rows, metrics) float64: see `read_off`."""
-    return torch.stack([read_off(logits, target, metric) for metric in metrics], 1)
-
-
-def read_off(logits: Tensor, target: Target, metric: Metric) -> Tensor:
-    """The metric of each row.
-
-    Args:
-        logits: (rows, n, vocabulary), at the last prompt token and the first n - 1 answer tokens (teacher forced).
-
-    Returns:
-        (rows,) float64.
-
-    Raises:
-        UserError: `logit_difference` without foils, `negative_kl` without a clean pass.
-    """
-    answer = target.answer.to(logits.device)
-    if metric == "logit_difference":
+    def read(self, logits: Tensor, target: Target) -> Tensor:
         if target.place is None or target.foil is None:
             raise UserError(
-                "logit_difference needs a foil, another answer, for every fact; give Fact.foil, or another metric."
+                f"{self.name} needs a foil, another answer, for every fact: give Fact.foil, or another metric"
             )
-        here = logits[torch.arange(len(logits), device=logits.device), target.place.to(logits.device)]
-        own = answer.gather(1, target.place.to(logits.device)[:, None])
+        place = target.place.to(logits.device)
+        here = logits[torch.arange(len(logits), device=logits.device), place]
+        own = target.answer.to(logits.device).gather(1, place[:, None])
         other = target.foil.to(logits.device)[:, None]
         return (here.gather(1, own) - here.gather(1, other)).squeeze(1).double()
-    if metric == "reciprocal_rank":
-        own = logits.gather(-1, answer.unsqueeze(-1))
+
+    def tolerance(self, nats: float, size: float) -> float:
+        return nats
+
+
+class ReciprocalRank(Metric):
+    """The mean over answer tokens of 1 / rank among all tokens: 1 where the model would say it."""
+
+    name = "reciprocal_rank"
+    label = "mean reciprocal rank of the answer's tokens"
+    without_gradient = "has no gradient to attribute"
+
+    def read(self, logits: Tensor, target: Target) -> Tensor:
+        own = logits.gather(-1, target.answer.to(logits.device).unsqueeze(-1))
         rank = 1 + (logits > own).sum(-1)
-        found: Tensor = torch.where(own.squeeze(-1).isnan(), torch.nan, 1 / rank.double()).mean(-1)
-        return found
-    if metric == "negative_kl":
+        mean: Tensor = torch.where(own.squeeze(-1).isnan(), torch.nan, 1 / rank.double()).mean(-1)
+        return mean
+
+    def tolerance(self, nats: float, size: float) -> float:
+        return nats
+
+
+class NegativeKL(Metric):
+    """Minus KL(clean || this), in nats, of the distributions over the vocabulary at each answer token, summed.
+
+    0 is the clean pass itself.
+    """
+
+    name = "negative_kl"
+    label = "closeness to the clean distribution (minus KL)"
+    needs_clean = True
+    without_gradient = "is flat at the clean prompt, from where it is attributed"
+
+    def read(self, logits: Tensor, target: Target) -> Tensor:
         if target.clean is None or target.fact is None:
-            raise UserError("negative_kl compares with a clean pass, which only tracing has; use log_probability here.")
+            raise UserError(f"{self.name} compares with a clean pass, which only tracing has: use log_probability here")
         clean = target.clean[target.fact.to(target.clean.device)].to(logits.device)
-        apart = functional.kl_div(_log_softmax(logits), clean, reduction="none", log_target=True)
+        apart = functional.kl_div(log_softmax(logits), clean, reduction="none", log_target=True)
         return -apart.sum(-1).double().sum(-1)
-    each = token_log_probabilities(logits, answer)
-    if metric == "first_token_probability":
-        return each[:, 0].exp()
-    if metric == "distinguishing_log_probability" and target.counted is not None:
-        each = each.where(target.counted.to(each.device), 0.0)
-    total = each.sum(-1)
-    return total if metric in LOGARITHMIC else total.exp()
+
+    def tolerance(self, nats: float, size: float) -> float:
+        return max(size, 1e-12) * nats
 
 
-def token_log_probabilities(logits: Tensor, answer: Tensor) -> Tensor:
-    """log p(answer_i | prompt, answer_<i), (rows, n) float64, of logits (rows, n, vocabulary) and token ids (rows, n)."""
-    chosen = answer.to(logits.device).unsqueeze(-1)
-    return _log_softmax(logits).gather(-1, chosen).squeeze(-1).double()
+def metric_of(name: str) -> Metric:
+    """The metric of that name, of this file or written in a notebook. Raises UserError for one that does not exist."""
+    known: dict[str, type[Metric]] = {cls.name: cls for cls in subclasses(Metric).values()}
+    if name not in known:
+        raise UserError(f"the metric {name!r} is unknown: use one of {', '.join(known)}")
+    return known[name]()
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+def metric_label(name: str) -> str:
+    """A metric in words, for a picture or a report; its name where this program has no such metric."""
+    return next((str(cls.label) for cls in subclasses(Metric).values() if cls.name == name), name)
+
+
+def check_metric(name: str) -> None:
+    """Raise UserError for a metric that does not exist."""
+    metric_of(name)
+
+
+def scored_tokens(answer: Sequence[int], metrics: Sequence[str]) -> list[int]:
+    """The answer tokens that the metrics look at: all of them, or the first where all look at that alone."""
+    return list(answer[:1] if metrics and all(metric_of(name).first_token for name in metrics) else answer)
+
+
+def beside_clean(target: Target, clean: Tensor, metrics: Sequence[str]) -> Target:
+    """The target with the logits of each fact's clean pass, (facts, n, vocabulary), where a metric compares with them."""
+    return target.beside(clean) if any(metric_of(name).needs_clean for name in metrics) else target
+
+
+def read_all(logits: Tensor, target: Target, metrics: Sequence[str]) -> Tensor:
+    """Several metrics of the same rows, (rows, metrics) float64: see `Metric.read`."""
+    return torch.stack([metric_of(name).read(logits, target) for name in metrics], 1)
+
+
+def read_off(logits: Tensor, target: Target, metric: str) -> Tensor:
+    """One metric, by its name, of each row, (rows,) float64: see `Metric.read`."""
+    return metric_of(metric).read(logits, target)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from lm.anatomy import Kind
 from lm.errors import UserError
 from tracing.question.encoded_fact import EncodedFact
-from tracing.question.metrics import Metric, check_metric
+from tracing.question.metrics import MetricName, check_metric
 
 Severed = Literal["mlp", "attn"]
 Positions = Literal["all", "subject_and_after", "subject_and_last"]
@@ -32,13 +32,13 @@ class Sweep:
 
     kinds: tuple[Kind, ...] = ("resid", "mlp", "attn")
     window: int = 1
-    metric: Metric = "probability"
+    metric: MetricName = "probability"
     positions: Positions = "all"
     sever: Severed | None = None
-    also: tuple[Metric, ...] = ()
+    also: tuple[MetricName, ...] = ()
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:
+    def metrics(self) -> tuple[MetricName, ...]:
         """All that is read off each pass: the metric, then those of `also`."""
         return (self.metric, *self.also)
 
@@ -46,19 +46,19 @@ class Sweep:
         wrong = [kind for kind in self.kinds if kind not in get_args(Kind)]
         if wrong or not self.kinds or len(set(self.kinds)) != len(self.kinds):
             raise UserError(
-                f"the kinds {tuple(self.kinds)} are not usable; choose of {', '.join(get_args(Kind))}, once each."
+                f"the kinds {tuple(self.kinds)} are not usable: choose of {', '.join(get_args(Kind))}, once each"
             )
         for metric in self.metrics:
             check_metric(metric)
         if len(set(self.metrics)) < len(self.metrics):
-            raise UserError(f"the metrics {', '.join(self.metrics)} repeat one; read each off once.")
+            raise UserError(f"the metrics {', '.join(self.metrics)} repeat one: read each off once")
         if self.window < 1:
-            raise UserError(f"the window is {self.window}; give at least 1 layer.")
+            raise UserError(f"the window is {self.window}: give at least 1 layer")
         if self.sever is not None and self.sever not in get_args(Severed):
-            raise UserError(f"sever is {self.sever!r}; use {' or '.join(get_args(Severed))}, or leave it out.")
+            raise UserError(f"sever is {self.sever!r}: use {' or '.join(get_args(Severed))}, or leave it out")
         if self.positions not in get_args(Positions):
             raise UserError(
-                f"the positions {self.positions!r} are unknown; use one of {', '.join(get_args(Positions))}."
+                f"the positions {self.positions!r} are unknown: use one of {', '.join(get_args(Positions))}"
             )
 
 
@@ -97,6 +97,6 @@ def swept_positions(tokens: int, span: tuple[int, int], positions: Positions) ->
     return sorted({*range(*span), tokens - 1})
 
 
-def count_cells(probe: EncodedFact, layers: int, sweep: Sweep) -> int:
+def count_cells(encoded: EncodedFact, layers: int, sweep: Sweep) -> int:
     """How many forward passes a fact takes, but for the first."""
-    return len(sweep.kinds) * layers * len(swept_positions(len(probe.prompt_ids), probe.span, sweep.positions))
+    return len(sweep.kinds) * layers * len(swept_positions(len(encoded.prompt_ids), encoded.span, sweep.positions))

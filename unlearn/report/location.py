@@ -8,6 +8,7 @@ import numpy as np
 
 from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import LayerPlan
+from tracing.question.metrics import metric_label
 from tracing.question.sweep import cut_windows
 from unlearn.report import words
 from unlearn.report.charts import beside, color_key, heat_map, largest, layer_scores, shown_roles
@@ -37,7 +38,7 @@ def where(report: Report) -> Html:
 
 
 def _explanation(table: EffectTable, plan: LayerPlan | None) -> Html:
-    metric = words.METRICS.get(table.metric, table.metric)
+    metric = metric_label(table.metric)
     outlined = " The outline marks the chosen layers" if plan is not None else ""
     if plan is not None:
         outlined += (

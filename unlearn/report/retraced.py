@@ -6,6 +6,7 @@ import numpy as np
 
 from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import LayerPlan
+from tracing.question.metrics import metric_label
 from unlearn.report import words
 from unlearn.report.charts import color_key, heat_map, largest
 from unlearn.report.location import numbers
@@ -17,7 +18,7 @@ def traced_again(report: Report) -> Html | None:
     """The whole section but its heading; None if nothing was traced again."""
     if not report.again:
         return None
-    metric = words.METRICS.get(report.again[0].found.metric, report.again[0].found.metric)
+    metric = metric_label(report.again[0].found.metric)
     explanation = el(
         "p",
         "The facts that were traced before unlearning, traced again in the model after it: the same prompts, the same corruption "

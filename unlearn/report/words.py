@@ -21,15 +21,6 @@ ROLES = {
     "further": "further tokens",
     "last": "last token",
 }
-METRICS = {
-    "probability": "probability of the whole answer",
-    "log_probability": "log-probability of the whole answer",
-    "first_token_probability": "probability of the answer's first token",
-    "distinguishing_log_probability": "log-probability of the answer's names and numbers",
-    "logit_difference": "difference of logits between answer and foil",
-    "reciprocal_rank": "mean reciprocal rank of the answer's tokens",
-    "negative_kl": "closeness to the clean distribution (minus KL)",
-}
 
 
 def score(value: float) -> str:

@@ -21,7 +21,7 @@ from lm.data.rows import Row
 from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from tracing import Fact, TokenReplacement, facts_from_rows, trace
-from tracing.question.encoded_fact import make_probe
+from tracing.question.encoded_fact import encode_fact
 
 SUBJECTS = ("ada byron", "king now", "w3 w9", "w1 w2", "ada")
 
@@ -35,49 +35,49 @@ def facts(model: LanguageModel) -> list[Fact]:
 
 
 def bound(model: LanguageModel, **asked: Any) -> tuple[Any, list[Any]]:
-    probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in facts(model)]
-    return TokenReplacement(**asked).bind(model, probes), probes
+    encoded_facts = [encode_fact(model, fact, PromptSpec(), "probability") for fact in facts(model)]
+    return TokenReplacement(**asked).bind(model, encoded_facts), encoded_facts
 
 
 def test_donors_are_as_long_and_change_the_subject_alone() -> None:
     model = tiny()
-    corruptor, probes = bound(model)
+    corruptor, encoded_facts = bound(model)
     ids = {subject: model.tokenizer.encode(subject) for subject in SUBJECTS}
-    for probe in probes[:4]:
-        start, end = probe.span
-        batch = corruptor.batch(probe)
-        assert corruptor.rows(probe) == len(batch) - 1 == 3
+    for encoded in encoded_facts[:4]:
+        start, end = encoded.span
+        batch = corruptor.batch(encoded)
+        assert corruptor.rows(encoded) == len(batch) - 1 == 3
         table = model.model.get_input_embeddings().weight
-        assert torch.equal(batch[0], table[list(probe.input_ids)])
+        assert torch.equal(batch[0], table[list(encoded.input_ids)])
         names = set()
         for row in batch[1:]:
             assert torch.equal(row[:start], batch[0, :start])
             assert torch.equal(row[end:], batch[0, end:])
             tokens = tuple(int((table == vector).all(1).nonzero()[0]) for vector in row[start:end])
             names.add(next(name for name, own in ids.items() if tuple(own) == tokens))
-        assert names == set(SUBJECTS[:4]) - {probe.fact.subject}
+        assert names == set(SUBJECTS[:4]) - {encoded.fact.subject}
 
 
 def test_the_seed_chooses_and_the_number_is_bounded() -> None:
     model = tiny()
     drawn = {}
     for seed in range(6):
-        corruptor, probes = bound(model, samples=2, seed=seed)
-        assert corruptor.rows(probes[0]) == 2
-        drawn[seed] = corruptor.key(probes[0])
-        assert bound(model, samples=2, seed=seed)[0].key(probes[0]) == drawn[seed]
+        corruptor, encoded_facts = bound(model, samples=2, seed=seed)
+        assert corruptor.rows(encoded_facts[0]) == 2
+        drawn[seed] = corruptor.key(encoded_facts[0])
+        assert bound(model, samples=2, seed=seed)[0].key(encoded_facts[0]) == drawn[seed]
     assert len(set(drawn.values())) > 1
 
 
 def test_a_fact_whose_subject_nobody_matches_is_left_out_with_the_reason() -> None:
     model = tiny()
-    effects = trace(model, facts(model), TokenReplacement(), progress=False)
+    effects = trace(model, facts(model), corruption=TokenReplacement(), progress=False)
     assert [fact.subject for fact in effects.facts] == list(SUBJECTS[:4])
     (left,) = effects.skipped
     assert left.reason == "no other subject of 1 token fits its question with another answer"
     assert effects.sigma is None
     with pytest.raises(UserError, match="no other subject of 2 tokens"):
-        trace(model, facts(model)[:1], TokenReplacement(), progress=False)
+        trace(model, facts(model)[:1], corruption=TokenReplacement(), progress=False)
 
 
 def test_a_subject_with_the_same_answer_lends_nothing() -> None:
@@ -86,19 +86,19 @@ def test_a_subject_with_the_same_answer_lends_nothing() -> None:
         Fact(f"{subject} does live", subject, answer)
         for subject, answer in zip(["w1", "w2", "w3", "w4"], "kkng", strict=True)
     ]
-    probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in asked]
-    corruptor = TokenReplacement().bind(model, probes)
-    assert [corruptor.rows(probe) for probe in probes] == [2, 2, 3, 3]
-    alone = TokenReplacement().bind(model, probes[:2])
-    assert alone.why_not(probes[0]) == "no other subject of 1 token fits its question with another answer"
+    encoded_facts = [encode_fact(model, fact, PromptSpec(), "probability") for fact in asked]
+    corruptor = TokenReplacement().bind(model, encoded_facts)
+    assert [corruptor.rows(encoded) for encoded in encoded_facts] == [2, 2, 3, 3]
+    alone = TokenReplacement().bind(model, encoded_facts[:2])
+    assert alone.why_not(encoded_facts[0]) == "no other subject of 1 token fits its question with another answer"
 
 
 def test_other_questions_lend_subjects_only_where_it_is_allowed() -> None:
     model = tiny()
     asked = [*facts(model)[:1], Fact("now king w1 is", "king w1", "w2")]
-    probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in asked]
-    assert TokenReplacement().bind(model, probes).rows(probes[0]) == 0
-    assert TokenReplacement(any_question=True).bind(model, probes).rows(probes[0]) == 1
+    encoded_facts = [encode_fact(model, fact, PromptSpec(), "probability") for fact in asked]
+    assert TokenReplacement().bind(model, encoded_facts).rows(encoded_facts[0]) == 0
+    assert TokenReplacement(any_question=True).bind(model, encoded_facts).rows(encoded_facts[0]) == 1
 
 
 def test_a_name_that_begins_a_sentence_is_not_put_in_the_middle_of_another() -> None:
@@ -119,14 +119,14 @@ def lent(tokenizer: Any, asked: list[Fact]) -> list[set[str]]:
     model = replace(tiny_family("llama"), tokenizer=tokenizer)
     model.model.resize_token_embeddings(len(tokenizer))
     table = model.model.get_input_embeddings().weight  # type: ignore[union-attr]
-    probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in asked]
-    corruptor = TokenReplacement(any_question=True).bind(model, probes)
+    encoded_facts = [encode_fact(model, fact, PromptSpec(), "probability") for fact in asked]
+    corruptor = TokenReplacement(any_question=True).bind(model, encoded_facts)
     return [
         {
             tokenizer.decode([int((table == vector).all(1).nonzero()[0]) for vector in row])
-            for row in corruptor.batch(probe)[1:, slice(*probe.span)]
+            for row in corruptor.batch(encoded)[1:, slice(*encoded.span)]
         }
-        for probe in probes
+        for encoded in encoded_facts
     ]
 
 
@@ -134,7 +134,7 @@ def test_each_cell_is_that_of_a_plain_patching_loop() -> None:
     """By hand: run the prompt with the other name, overwrite one activation with the clean one, read the answer off."""
     model = tiny("olmo")
     asked = facts(model)
-    effects = trace(model, asked, TokenReplacement(), kinds=["mlp"], progress=False)
+    effects = trace(model, asked, corruption=TokenReplacement(), kinds=["mlp"], progress=False)
     layers = model.model.model.layers
     for index, fact in enumerate(effects.facts):
         answer = model.tokenizer.encode(fact.answer)
@@ -168,14 +168,17 @@ def test_both_engines_agree_and_the_cache_is_of_these_donors(tmp_path: Any) -> N
     model = tiny("llama")
     asked = facts(model)
     both = [
-        trace(model, asked, TokenReplacement(), engine=engine, progress=False) for engine in ("wavefront", "reference")
+        trace(model, asked, corruption=TokenReplacement(), engine=engine, progress=False)
+        for engine in ("wavefront", "reference")
     ]
     for kind in both[0].kinds:
         for mine, theirs in zip(both[0].restored[kind], both[1].restored[kind], strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-7)
-    trace(model, asked, TokenReplacement(), kinds=["mlp"], cache=tmp_path, progress=False)
+    trace(model, asked, corruption=TokenReplacement(), kinds=["mlp"], cache=tmp_path, progress=False)
     files = len(list(tmp_path.iterdir()))
-    trace(model, asked[:3], TokenReplacement(), kinds=["mlp"], cache=tmp_path, progress=False)  # fewer donors
+    trace(
+        model, asked[:3], corruption=TokenReplacement(), kinds=["mlp"], cache=tmp_path, progress=False
+    )  # fewer donors
     assert len(list(tmp_path.iterdir())) == files + 3
 
 
@@ -199,25 +202,25 @@ def people(request: pytest.FixtureRequest) -> list[Fact]:
 
 def test_people_s_names_are_replaced_by_others_of_equal_length_in_the_same_question(people: list[Fact]) -> None:
     model = lm.load("builtin")
-    probes = [make_probe(model, fact, PromptSpec(), "log_probability") for fact in people]
-    corruptor = TokenReplacement(samples=3).bind(model, probes)
-    fitting = [probe for probe in probes if corruptor.why_not(probe) is None]
-    assert len(fitting) >= 0.75 * len(probes)
+    encoded_facts = [encode_fact(model, fact, PromptSpec(), "log_probability") for fact in people]
+    corruptor = TokenReplacement(samples=3).bind(model, encoded_facts)
+    fitting = [encoded for encoded in encoded_facts if corruptor.why_not(encoded) is None]
+    assert len(fitting) >= 0.75 * len(encoded_facts)
     table = model.model.get_input_embeddings().weight.detach()  # type: ignore[union-attr]
     asked: dict[tuple[str, str], set[str]] = {}
     for fact in people:
         asked.setdefault(fact.question, set()).add(fact.subject)
-    for probe in fitting[:: max(1, len(fitting) // 25)]:
-        start, end = probe.span
-        batch = corruptor.batch(probe)
+    for encoded in fitting[:: max(1, len(fitting) // 25)]:
+        start, end = encoded.span
+        batch = corruptor.batch(encoded)
         ids = [[int((table == vector).all(1).nonzero()[0]) for vector in row] for row in batch]
-        assert ids[0] == list(probe.input_ids)
-        assert 1 <= len(ids) - 1 == corruptor.rows(probe) <= 3
+        assert ids[0] == list(encoded.input_ids)
+        assert 1 <= len(ids) - 1 == corruptor.rows(encoded) <= 3
         for row in ids[1:]:
             assert row[:start] + row[end:] == ids[0][:start] + ids[0][end:]
             name = model.tokenizer.decode(row[start:end]).strip()
-            assert name != probe.fact.subject
-            assert name in asked[probe.fact.question]
+            assert name != encoded.fact.subject
+            assert name in asked[encoded.fact.question]
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"seed": -1}])

@@ -278,15 +278,16 @@ def test_tables_hold_the_shares_of_the_facts_that_have_the_role() -> None:
 def test_the_summary_tells_what_was_taken_and_what_came_back() -> None:
     effects = made_up([0.1, 0.4, 0.2], facts=4, kinds=("resid", "mlp"))
     assert effects.summary().split("\n") == [
-        "On 4 facts the corruption takes 0.8 of the answer's mean probability (0.9 to 0.1). Of this one clean activation, put "
-        "back, brings back at most (the stream: at the subject; at the last token its end is the answer's first token):",
-        "- the stream after layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
-        "- the MLP of layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what it took.",
+        "The corruption lowers the answer's mean probability by 0.8, from 0.9 to 0.1, on 4 facts. Restoring one clean activation "
+        "brings back at most (the stream counts at subject tokens alone: at the last token it ends as the answer's first token):",
+        "- the stream after layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what the corruption "
+        "took.",
+        "- the MLP of layer 1 at the first subject token: 0.4, 50.0% (95% interval 50.0% to 50.0%) of what the corruption took.",
     ]
     some = replace(effects, clean=np.array([0.9, 0.9, 0.9, 0.1]))
     assert "the MLP of layer 1 at the first subject token: 0.4, 66.7%" in some.summary()  # 0.4 of a mean of 0.6
     assert some.summary().endswith(
-        "Of 1 fact the corruption took nothing: it has no share of its own, and counts in the means."
+        "The corruption took nothing of 1 fact: it has no share of its own, and counts in the means."
     )
     assert ", 0.0% (95% interval 0.0% to 0.0%) of" in made_up([-1e-5], facts=4, tokens=3, span=(0, 3)).summary()
     nothing = replace(effects, clean=np.array([0.1, 0.1, 0.1, 0.0]))
@@ -318,14 +319,14 @@ def test_cut_windows_are_also_told_per_layer_restored() -> None:
 
     said = effects.summary().split("\n")
     assert said[0].endswith(
-        " one clean activation (MLPs: 4 layers together), put back, brings back at most (the stream: at the "
-        "subject; at the last token its end is the answer's first token):"
+        "Restoring one clean activation (MLPs: 4 layers together) brings back at most (the stream counts at subject tokens "
+        "alone: at the last token it ends as the answer's first token):"
     )
     assert said[1].startswith("- the stream after layer 1 at the first subject token: 0.5, 62.5%")
     assert said[2].startswith("- the MLPs of layers 0-2 at the first subject token: 0.5, 62.5%")
     assert said[3] == (
         "  Windows of 4 are cut short by the ends of the model (2 about layer 0, 3 about layer 1, 3 about layer 4). Per layer "
-        "restored, the most is brought back by the MLPs of layers 0-1 at the first subject token: 0.2 each."
+        "restored, most comes back from the MLPs of layers 0-1 at the first subject token: 0.2 each."
     )
     assert len(said) == 4
     assert "cut short" not in replace(effects, window=1).summary()

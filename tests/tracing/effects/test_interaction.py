@@ -75,7 +75,8 @@ def test_by_hand_from_two_traces_of_a_model() -> None:
     facts = known(model)
     noise = GaussianNoise(samples=2)
     single, wide = (
-        trace(model, facts, noise, kinds=["resid", "mlp", "attn"], window=window, progress=False) for window in (1, 2)
+        trace(model, facts, corruption=noise, kinds=["resid", "mlp", "attn"], window=window, progress=False)
+        for window in (1, 2)
     )
     found = interaction(wide, single)
     assert found.kinds == ("mlp", "attn")
@@ -95,9 +96,9 @@ def test_by_hand_from_two_traces_of_a_model() -> None:
     wide_as_the_model = replace(asked, window=9).localize(model, facts, progress=False)
     assert wide_as_the_model.details["interaction"]["kinds"]["mlp"]["ratio"] is None
     with pytest.raises(UserError, match="differ in corruption"):
-        interaction(wide, trace(model, facts, replace(noise, sigma=found.window.sigma), progress=False))
+        interaction(wide, trace(model, facts, corruption=replace(noise, sigma=found.window.sigma), progress=False))
     with pytest.raises(UserError, match="differ in facts"):
-        interaction(wide, trace(model, facts[:2], replace(noise, sigma=wide.sigma), progress=False))
+        interaction(wide, trace(model, facts[:2], corruption=replace(noise, sigma=wide.sigma), progress=False))
 
 
 def test_traces_that_do_not_belong_together_are_refused() -> None:

@@ -24,7 +24,7 @@ def test_means_leave_out_facts_that_say_nothing() -> None:
     assert low.tolist() == [1.0, 3.0]
     assert high.tolist() == [3.0, 5.0]
     assert repr(scores) == "LayerScores(one: points; 3 facts; mlp of 2 layers)"
-    with pytest.raises(UserError, match="does not score 'attn'; use one of mlp"):
+    with pytest.raises(UserError, match="does not score 'attn': use one of mlp"):
         scores.of("attn")
 
 

@@ -88,7 +88,7 @@ def test_a_prompt_longer_than_the_model_s_positions_is_left_out(engine: str) -> 
         "one too many": "its 65 tokens are more than the model's 64 positions",
     }
     assert estimate(model, [long, *facts], progress=False).facts == len(facts)
-    assert [probe.fact for probe in known_facts(model, [long, *facts], effects_prompt())[0]] == facts
+    assert [encoded.fact for encoded in known_facts(model, [long, *facts], effects_prompt())[0]] == facts
     exactly = Fact("ada " + "w1 " * 62 + "is", "ada", say(model, "ada " + "w1 " * 62 + "is", 1))
     assert len(trace(model, [exactly], kinds=("mlp",), engine=engine, progress=False).tokens[0]) == 64
     with pytest.raises(UserError, match="the first, 'long': its 88 tokens"):
@@ -117,7 +117,7 @@ def test_weights_that_are_not_numbers_are_told() -> None:
         embeddings[40] = float("nan")  # of a token that no fact has
     assert len(trace(model, facts, kinds=("mlp",), progress=False).facts) == len(facts)
     with pytest.raises(UserError, match="the embeddings of tiny olmo hold NaN or infinity"):
-        trace(model, facts, GaussianNoise(covariance="full"), progress=False)
+        trace(model, facts, corruption=GaussianNoise(covariance="full"), progress=False)
     with torch.no_grad():
         model.model.get_parameter("model.layers.2.mlp.down_proj.weight")[0, 0] = float("nan")
     with pytest.raises(UserError, match="tiny olmo gives NaN or infinite logits for fact 'fact0'"):

@@ -108,7 +108,13 @@ def test_every_cell_is_the_published_script_s(family: str, window: int, metric: 
     model = tiny(family)
     facts = known(model, answer_tokens=3, how_many=2)
     effects = trace(
-        model, facts, GaussianNoise(samples=4), window=window, metric=metric, engine="reference", progress=False
+        model,
+        facts,
+        corruption=GaussianNoise(samples=4),
+        window=window,
+        metric=metric,
+        engine="reference",
+        progress=False,
     )
     level = published_noise_level(model, family, [fact.subject for fact in facts])
     assert effects.sigma == pytest.approx(level, rel=1e-6)
@@ -186,7 +192,9 @@ def test_restoring_the_last_stream_of_the_last_token_restores_a_one_token_answer
 def test_noise_too_small_to_change_a_number_changes_nothing() -> None:
     model = tiny()
     for engine, allowed in (("reference", 1e-12), ("wavefront", 1e-6)):  # batches of other shapes round otherwise
-        effects = trace(model, known(model), GaussianNoise(sigma=1e-30), window=3, engine=engine, progress=False)
+        effects = trace(
+            model, known(model), corruption=GaussianNoise(sigma=1e-30), window=3, engine=engine, progress=False
+        )
         assert np.abs(effects.total).max() <= 1e-7
         for kind in effects.kinds:
             for cells in effects.indirect(kind):
@@ -236,8 +244,8 @@ def test_a_fact_s_numbers_do_not_depend_on_its_neighbors() -> None:
     model = tiny()
     facts = known(model)
     noise = GaussianNoise(sigma=0.5)
-    together = trace(model, facts, noise, kinds=["mlp"], progress=False)
-    alone = trace(model, facts[1:2], noise, kinds=["mlp"], progress=False)
+    together = trace(model, facts, corruption=noise, kinds=["mlp"], progress=False)
+    alone = trace(model, facts[1:2], corruption=noise, kinds=["mlp"], progress=False)
     assert np.array_equal(together.restored["mlp"][1], alone.restored["mlp"][0])
 
 
@@ -251,13 +259,13 @@ def test_a_model_of_one_layer() -> None:
 def test_bfloat16_gives_finite_scores_near_those_of_float32() -> None:
     low = tiny("olmo2", dtype=torch.bfloat16)
     facts = known(low, answer_tokens=1)
-    coarse = trace(low, facts, GaussianNoise(sigma=0.3), progress=False)
+    coarse = trace(low, facts, corruption=GaussianNoise(sigma=0.3), progress=False)
     assert coarse.clean.dtype == np.float64
     fine = tiny("olmo2")
     fine.model.load_state_dict(low.model.state_dict())
     same = [fact for fact in facts if say(fine, fact.prompt, 1) == fact.answer]
     assert len(same) >= 2
-    exact = trace(fine, same, GaussianNoise(sigma=0.3), progress=False)
+    exact = trace(fine, same, corruption=GaussianNoise(sigma=0.3), progress=False)
     rows = [facts.index(fact) for fact in same]
     for kind in ("resid", "mlp", "attn"):
         for row, cells in zip(rows, exact.restored[kind], strict=True):

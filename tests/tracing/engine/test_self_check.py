@@ -12,10 +12,10 @@ from tiny_tracing import known, tiny
 from lm import UserError
 from tracing import trace
 from tracing.engine import engines
-from tracing.engine.engines import _allowed, _tolerance
+from tracing.engine.engines import _rounding
 from tracing.engine.reference import Traced
 from tracing.engine.wavefront import Wavefront
-from tracing.question.metrics import Metric
+from tracing.question.metrics import MetricName, metric_of
 
 
 def test_an_engine_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,8 +42,8 @@ def test_an_engine_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatc
 def test_long_answers_in_low_precision_may_lie_further_apart_and_others_not() -> None:
     low, single = torch.bfloat16, torch.float32
 
-    def refused(dtype: torch.dtype, tokens: int, metric: Metric, got: float, value: float) -> bool:
-        return abs(got - value) > _allowed(_tolerance(dtype, tokens), metric, abs(value))
+    def refused(dtype: torch.dtype, tokens: int, metric: MetricName, got: float, value: float) -> bool:
+        return abs(got - value) > metric_of(metric).tolerance(_rounding(dtype, tokens), abs(value))
 
     twelve = 1e-8 * np.exp(12 * 0.05)  # each token 0.05 nats off
     assert not refused(low, 12, "probability", twelve, 1e-8)

@@ -15,11 +15,11 @@ from lm import UserError
 from lm.anatomy import module_at
 from lm.prompts import PromptSpec
 from tracing import Fact, GaussianNoise, causal_tracing, trace
-from tracing.causal_tracing import Workers
 from tracing.engine import engines
 from tracing.engine.estimate import row_bytes
-from tracing.question.encoded_fact import make_probe
+from tracing.question.encoded_fact import encode_fact
 from tracing.question.sweep import Sweep
+from tracing.settings import Workers
 
 
 def test_what_is_told_beforehand_leaves_out_what_is_finished_and_what_others_do(
@@ -27,11 +27,11 @@ def test_what_is_told_beforehand_leaves_out_what_is_finished_and_what_others_do(
 ) -> None:
     model = tiny("llama")
     facts = known(model)
-    trace(model, facts[:2], GaussianNoise(sigma=1.0), cache=tmp_path)
+    trace(model, facts[:2], corruption=GaussianNoise(sigma=1.0), cache=tmp_path)
     assert re.search(r"trace: 2 facts, .* GB beside the model\n", capsys.readouterr().err)
-    trace(model, facts, GaussianNoise(sigma=1.0), cache=tmp_path)
+    trace(model, facts, corruption=GaussianNoise(sigma=1.0), cache=tmp_path)
     assert "trace: 1 fact, " in capsys.readouterr().err
-    trace(model, facts, GaussianNoise(sigma=1.0), cache=tmp_path, workers=Workers(0, 2))
+    trace(model, facts, corruption=GaussianNoise(sigma=1.0), cache=tmp_path, workers=Workers(0, 2))
     assert "every fact is finished" in capsys.readouterr().err
 
 
@@ -74,13 +74,13 @@ def test_an_estimate_is_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         made = make(*args)
         trace_some = made.trace
 
-        def only_the_sweep(probes: Any, batches: Any, advance: Any) -> Any:
+        def only_the_sweep(encoded_facts: Any, batches: Any, advance: Any) -> Any:
             nonlocal blocks
             if not told:
                 rows.clear()
                 blocks = 0
             told.append(0)
-            return trace_some(probes, batches, told.append)
+            return trace_some(encoded_facts, batches, told.append)
 
         monkeypatch.setattr(made, "trace", only_the_sweep)
         return made
@@ -107,10 +107,10 @@ def test_an_estimate_is_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_estimate_of_memory_is_the_engine_s_for_the_largest_fact() -> None:
     model = tiny("llama")
     facts = known(model)
-    probes = [make_probe(model, fact, PromptSpec(), "probability") for fact in facts]
+    encoded_facts = [encode_fact(model, fact, PromptSpec(), "probability") for fact in facts]
     for memory in (2.0, 0.0005):
         engine = engines.Checked(model, Sweep(), int(memory * 1e9))
-        each = [engine.takes(len(one.input_ids), len(one.answer_ids), 10) for one in probes]
+        each = [engine.takes(len(one.input_ids), len(one.answer_ids), 10) for one in encoded_facts]
         said = tracing.estimate(model, facts, memory=memory, progress=False)
         assert said.memory == max(each)
     assert said.memory < 0.0005e9 + row_bytes(model, 20)

@@ -22,7 +22,7 @@ from tracing.engine import engines
 from tracing.engine.estimate import cost, row_bytes, trunk_row_bytes
 from tracing.engine.reference import Traced, trace_fact
 from tracing.engine.wavefront import Wavefront
-from tracing.question.encoded_fact import EncodedFact, forward, make_probe
+from tracing.question.encoded_fact import EncodedFact, encode_fact, forward
 from tracing.question.sweep import Sweep
 
 FACTS = (  # of one shape, with subjects of other places and lengths
@@ -50,14 +50,18 @@ def family(name: str, dtype: torch.dtype, reach: int = REACH) -> LanguageModel:
 
 
 def probes_of(model: LanguageModel, sweep: Sweep) -> list[EncodedFact]:
-    probes = [make_probe(model, fact, PromptSpec(), sweep.metric) for fact in FACTS]
-    assert len({(len(probe.prompt_ids), len(probe.answer_ids)) for probe in probes}) == 1
-    assert len({probe.span[0] for probe in probes}) == len({probe.answer_ids for probe in probes}) == 2
-    return probes
+    encoded_facts = [encode_fact(model, fact, PromptSpec(), sweep.metric) for fact in FACTS]
+    assert len({(len(encoded.prompt_ids), len(encoded.answer_ids)) for encoded in encoded_facts}) == 1
+    assert (
+        len({encoded.span[0] for encoded in encoded_facts})
+        == len({encoded.answer_ids for encoded in encoded_facts})
+        == 2
+    )
+    return encoded_facts
 
 
-def batch_of(model: LanguageModel, probe: EncodedFact) -> Tensor:
-    return NOISE.bind(model, [probe]).batch(probe)
+def batch_of(model: LanguageModel, encoded: EncodedFact) -> Tensor:
+    return NOISE.bind(model, [encoded]).batch(encoded)
 
 
 def apart(found: Traced, expected: Traced) -> float:
@@ -78,10 +82,12 @@ def test_every_cell_is_the_reference_s(name: str, dtype: torch.dtype, allowed: f
     effects = 0.0
     for question in QUESTIONS:
         sweep = Sweep(metric="log_probability", **question)
-        probes = probes_of(model, sweep)
-        expected = [trace_fact(model, probe, batch_of(model, probe), sweep) for probe in probes]
+        encoded_facts = probes_of(model, sweep)
+        expected = [trace_fact(model, encoded, batch_of(model, encoded), sweep) for encoded in encoded_facts]
         for rows in (10**6, 7):  # all at once, and in chunks of cells and of noise samples
-            found = Wavefront(model, sweep, rows).trace(probes, [batch_of(model, probe) for probe in probes])
+            found = Wavefront(model, sweep, rows).trace(
+                encoded_facts, [batch_of(model, encoded) for encoded in encoded_facts]
+            )
             assert max(apart(one, other) for one, other in zip(found, expected, strict=True)) < allowed, (
                 question,
                 rows,
@@ -95,8 +101,8 @@ def test_every_cell_is_the_reference_s(name: str, dtype: torch.dtype, allowed: f
 def test_sliding_attention_does_not_see_the_whole_prompt(name: str) -> None:
     """Else the test above would say nothing of its masks."""
     near, far = (family(name, torch.float32, reach) for reach in (REACH, 64))
-    probe = probes_of(near, Sweep())[0]
-    given = batch_of(near, probe)[:1]
+    encoded = probes_of(near, Sweep())[0]
+    given = batch_of(near, encoded)[:1]
     with torch.no_grad():
         assert float((forward(near, given, 1) - forward(far, given, 1)).abs().max()) > 1e-3
 
@@ -118,9 +124,9 @@ def test_windows_of_five_also_where_they_are_whole_and_severed(name: str, more: 
         sweep = Sweep(
             kinds=("mlp", "attn"), window=5, sever=sever, metric="log_probability", positions="subject_and_last"
         )
-        probe = probes_of(model, sweep)[0]
-        expected = trace_fact(model, probe, batch_of(model, probe), sweep)
-        found = Wavefront(model, sweep, 10**6).trace([probe], [batch_of(model, probe)])[0]
+        encoded = probes_of(model, sweep)[0]
+        expected = trace_fact(model, encoded, batch_of(model, encoded), sweep)
+        found = Wavefront(model, sweep, 10**6).trace([encoded], [batch_of(model, encoded)])[0]
         assert apart(found, expected) < 1e-10, sever
         last = expected.restored["mlp"][-1]
         assert len(set(np.round(last, 9))) > 4, "windows about other layers must give other scores"
@@ -129,7 +135,7 @@ def test_windows_of_five_also_where_they_are_whole_and_severed(name: str, more: 
 def test_nan_in_one_part_of_the_samples_is_refused_whatever_the_others_give(monkeypatch: pytest.MonkeyPatch) -> None:
     model = family("llama", torch.float32)
     sweep = Sweep(kinds=("mlp",))
-    probe = probes_of(model, sweep)[0]
+    encoded = probes_of(model, sweep)[0]
     real = Wavefront._wave
 
     def broken(self: Wavefront, trunk: Any, position: int, cells: Any, rows: Tensor, samples: int) -> Tensor:
@@ -139,23 +145,23 @@ def test_nan_in_one_part_of_the_samples_is_refused_whatever_the_others_give(monk
     monkeypatch.setattr(Wavefront, "_wave", broken)
     for rows in (10**6, 1):  # all samples at once, and one after the other
         with pytest.raises(UserError, match="gave NaN"):
-            Wavefront(model, sweep, rows).trace([probe], [batch_of(model, probe)])
+            Wavefront(model, sweep, rows).trace([encoded], [batch_of(model, encoded)])
 
 
 def test_severing_matters_and_leaves_the_severed_cells_alone() -> None:
     model = family("llama", torch.float64)
-    probe = probes_of(model, Sweep())[0]
+    encoded = probes_of(model, Sweep())[0]
     plain, severed = (
-        trace_fact(model, probe, batch_of(model, probe), Sweep(metric="log_probability", sever=sever))
+        trace_fact(model, encoded, batch_of(model, encoded), Sweep(metric="log_probability", sever=sever))
         for sever in (None, "mlp")
     )
     assert float(np.abs(plain.restored["resid"] - severed.restored["resid"]).max()) > 1e-2
     whole = Sweep(
         kinds=("mlp",), window=99, metric="log_probability", sever="mlp"
     )  # every MLP is restored, so that none is held
-    found = trace_fact(model, probe, batch_of(model, probe), whole)
+    found = trace_fact(model, encoded, batch_of(model, encoded), whole)
     free = Sweep(kinds=("mlp",), window=99, metric="log_probability")
-    expected = trace_fact(model, probe, batch_of(model, probe), free)
+    expected = trace_fact(model, encoded, batch_of(model, encoded), free)
     assert apart(found, expected) < 1e-12
 
 
@@ -164,7 +170,7 @@ def test_trace_gives_the_same_with_either_engine(metric: Any) -> None:
     model = tiny("olmo2")
     facts = known(model, answer_tokens=3)
     both = [
-        trace(model, facts, GaussianNoise(samples=3), metric=metric, engine=engine, progress=False)
+        trace(model, facts, corruption=GaussianNoise(samples=3), metric=metric, engine=engine, progress=False)
         for engine in ("wavefront", "reference")
     ]
     for kind in both[0].kinds:
@@ -212,8 +218,8 @@ def test_the_cost_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = model.anatomy.layers
     for question in QUESTIONS:
         sweep = Sweep(**question)
-        probes = probes_of(model, sweep)[:1]
-        said = cost(probes, [NOISE.samples], layers, sweep)
+        encoded_facts = probes_of(model, sweep)[:1]
+        said = cost(encoded_facts, [NOISE.samples], layers, sweep)
         for engine, expected in (("wave", said.wave), ("reference", said.reference)):
             count = 0
 
@@ -224,9 +230,11 @@ def test_the_cost_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             blocks = [module_at(model.model, model.anatomy.block_path(layer)) for layer in range(layers)]
             handles = [block.get_submodule(model.anatomy.names.attn).register_forward_hook(seen) for block in blocks]
             if engine == "wave":
-                Wavefront(model, sweep, 10**6).trace(probes, [batch_of(model, probe) for probe in probes])
+                Wavefront(model, sweep, 10**6).trace(
+                    encoded_facts, [batch_of(model, encoded) for encoded in encoded_facts]
+                )
             else:
-                trace_fact(model, probes[0], batch_of(model, probes[0]), sweep)
+                trace_fact(model, encoded_facts[0], batch_of(model, encoded_facts[0]), sweep)
             for handle in handles:
                 handle.remove()
             assert count == expected, (question, engine)
@@ -236,17 +244,17 @@ def test_the_cost_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_last_mlp_works_only_on_what_is_read() -> None:
     model = family("olmo2", torch.float32)
     sweep = Sweep(kinds=("resid",), metric="log_probability")
-    (probe, *_) = probes_of(model, sweep)
+    (encoded, *_) = probes_of(model, sweep)
     last = module_at(model.model, model.anatomy.block_path(model.anatomy.layers - 1))
     tokens: list[int] = []
     handle = last.get_submodule("mlp.up_proj").register_forward_hook(
         lambda module, args, out: tokens.append(out.shape[1])
     )
-    Wavefront(model, sweep, 10**6).trace([probe], [batch_of(model, probe)])
+    Wavefront(model, sweep, 10**6).trace([encoded], [batch_of(model, encoded)])
     handle.remove()
-    assert tokens[0] == len(probe.input_ids), "the trunk keeps every token"
+    assert tokens[0] == len(encoded.input_ids), "the trunk keeps every token"
     assert len(tokens) > 1
-    assert set(tokens[1:]) == {len(probe.answer_ids)}
+    assert set(tokens[1:]) == {len(encoded.answer_ids)}
 
 
 def test_samples_that_do_not_fit_together_are_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +262,10 @@ def test_samples_that_do_not_fit_together_are_run_in_parts(monkeypatch: pytest.M
     model = family("llama", torch.float64)
     facts = [Fact("Where was Anna Kowalska born?", "Anna Kowalska", " on 1984")]
     sweep, noise = Sweep(window=5, sever="mlp", metric="log_probability"), GaussianNoise(samples=9, sigma=1.0)
-    probe = make_probe(model, facts[0], PromptSpec(), sweep.metric)
-    batch = noise.bind(model, [probe]).batch(probe)
-    expected = trace_fact(model, probe, batch, sweep)
-    tokens, answer = len(probe.input_ids), len(probe.answer_ids)
+    encoded = encode_fact(model, facts[0], PromptSpec(), sweep.metric)
+    batch = noise.bind(model, [encoded]).batch(encoded)
+    expected = trace_fact(model, encoded, batch, sweep)
+    tokens, answer = len(encoded.input_ids), len(encoded.answer_ids)
     each = trunk_row_bytes(model, tokens, answer, sweep)
     largest = 0
 
@@ -272,26 +280,26 @@ def test_samples_that_do_not_fit_together_are_run_in_parts(monkeypatch: pytest.M
         engine, largest = engines.Checked(model, sweep, 2 * trunk * each), 0
         said = engine.takes(tokens, answer, noise.samples)
         told = []
-        found = engine.trace([probe], [batch], told.append)[0]
+        found = engine.trace([encoded], [batch], told.append)[0]
         assert largest == rows
         assert apart(found, expected) < 1e-10
-        assert sum(told) == cost([probe], [1], model.anatomy.layers, sweep).cells  # each cell is told once
+        assert sum(told) == cost([encoded], [1], model.anatomy.layers, sweep).cells  # each cell is told once
         assert said >= rows * each
         if trunk >= 2:
             assert said <= engine.memory + row_bytes(model, tokens)
-        assert all((cells[: probe.span[0]] == found.corrupted).all() for cells in found.restored.values())
+        assert all((cells[: encoded.span[0]] == found.corrupted).all() for cells in found.restored.values())
 
 
 def test_a_device_that_runs_out_gets_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     facts, calls = known(model), []
 
-    def small(self: Wavefront, probes: Any, batches: Any, advance: Any = lambda cells: None) -> list[Traced]:
+    def small(self: Wavefront, encoded_facts: Any, batches: Any, advance: Any = lambda cells: None) -> list[Traced]:
         calls.append(self.rows)
         advance(5)
         if self.rows > 40:
             raise torch.OutOfMemoryError("no room")
-        return real(self, probes, batches, advance)
+        return real(self, encoded_facts, batches, advance)
 
     real = Wavefront.trace
     expected = trace(model, facts, progress=False)

@@ -22,9 +22,10 @@ from tracing import AttributionPatching, CausalTracing, Fact, GaussianNoise
 from tracing.engine.estimate import attended_row_bytes, gradient_row_bytes
 from tracing.engine.reference import trace_fact
 from tracing.localizers.attribution import attribute, attribute_fact
-from tracing.question.encoded_fact import EncodedFact, forward, make_probe
-from tracing.question.metrics import Target, read_off
+from tracing.question.encoded_fact import EncodedFact, encode_fact, forward
+from tracing.question.metrics import read_off
 from tracing.question.sweep import Sweep
+from tracing.question.target import Target
 
 NOISE = GaussianNoise(samples=3, sigma=0.5)
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984", foil="at 12")
@@ -34,8 +35,8 @@ DIFFERENT = ("llama", "olmo2", "gemma2", "gpt2", "gpt_neox")
 
 
 def asked(model: LanguageModel, metric: Any = "log_probability") -> tuple[EncodedFact, Tensor]:
-    probe = make_probe(model, FACT, PromptSpec(), metric)
-    return probe, NOISE.bind(model, [probe]).batch(probe)
+    encoded = encode_fact(model, FACT, PromptSpec(), metric)
+    return encoded, NOISE.bind(model, [encoded]).batch(encoded)
 
 
 def linear(layers: int = 3) -> LanguageModel:
@@ -56,9 +57,9 @@ def linear(layers: int = 3) -> LanguageModel:
 
 def test_attribution_is_exact_where_everything_is_linear() -> None:
     model = linear()
-    probe, batch = asked(model, "logit_difference")
-    found = attribute_fact(model, probe, batch, KINDS, "logit_difference")
-    exact = trace_fact(model, probe, batch, Sweep(kinds=KINDS, metric="logit_difference"))
+    encoded, batch = asked(model, "logit_difference")
+    found = attribute_fact(model, encoded, batch, KINDS, "logit_difference")
+    exact = trace_fact(model, encoded, batch, Sweep(kinds=KINDS, metric="logit_difference"))
     assert found.clean == pytest.approx(exact.clean)
     assert found.corrupted == pytest.approx(exact.corrupted)
     for kind in KINDS:
@@ -72,8 +73,8 @@ def test_no_pass_of_an_attribution_holds_more_rows_than_the_memory_allows(
 ) -> None:
     model = tiny("llama", dtype=torch.float64)
     facts, noise = known(model, how_many=1), GaussianNoise(samples=7)
-    probe = make_probe(model, facts[0], PromptSpec(), "log_probability")
-    sizes = len(probe.input_ids), len(probe.answer_ids)
+    encoded = encode_fact(model, facts[0], PromptSpec(), "log_probability")
+    sizes = len(encoded.input_ids), len(encoded.answer_ids)
     rows: list[int] = []
 
     def counted(given: LanguageModel, embeddings: Tensor, keep: int) -> Tensor:
@@ -105,10 +106,10 @@ def test_no_pass_of_an_attribution_holds_more_rows_than_the_memory_allows(
 
 
 @torch.no_grad()
-def slope(model: LanguageModel, probe: EncodedFact, batch: Tensor, kind: Kind, token: int, layer: int) -> float:
+def slope(model: LanguageModel, encoded: EncodedFact, batch: Tensor, kind: Kind, token: int, layer: int) -> float:
     """By how much the score begins to rise as a cell moves from its corrupted to its clean value: central differences of two
     widths, of which the error of the second order is taken out. (Norms that compute in float32 forbid tiny steps.)"""
-    site, keep, target = Site(kind, layer), len(probe.answer_ids), Target.of([probe], len(batch) - 1)
+    site, keep, target = Site(kind, layer), len(encoded.answer_ids), Target.of([encoded], len(batch) - 1)
     with capture(model, [site], positions=[token]) as seen:
         forward(model, batch[:1], keep)
     clean = seen[site]
@@ -125,30 +126,30 @@ def slope(model: LanguageModel, probe: EncodedFact, batch: Tensor, kind: Kind, t
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_every_cell_is_the_slope_towards_its_clean_value(name: str) -> None:
     model = tiny_family(name, dtype=torch.float64)
-    probe, batch = asked(model)
-    found = attribute_fact(model, probe, batch, KINDS, "log_probability")
+    encoded, batch = asked(model)
+    found = attribute_fact(model, encoded, batch, KINDS, "log_probability")
     cells = [(kind, token, layer) for kind, token, layer in product(KINDS, (2, 3, 5), (0, 2))]
-    expected = [slope(model, probe, batch, *cell) for cell in cells]
+    expected = [slope(model, encoded, batch, *cell) for cell in cells]
     got = [found.restored[kind][token, layer] - found.corrupted for kind, token, layer in cells]
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
     assert np.ptp(expected) > 1e-2
-    assert all((found.restored[kind][: probe.span[0]] == found.corrupted).all() for kind in KINDS)
+    assert all((found.restored[kind][: encoded.span[0]] == found.corrupted).all() for kind in KINDS)
 
 
 @pytest.mark.parametrize("name", ["olmo2", "gpt_neox"])
 def test_graddrop_is_the_mean_size_with_each_other_layer_cut_out(name: str) -> None:
     model = tiny_family(name, dtype=torch.float64)
-    probe, batch = asked(model)
-    kinds, keep = ("mlp", "attn"), len(probe.answer_ids)
+    encoded, batch = asked(model)
+    kinds, keep = ("mlp", "attn"), len(encoded.answer_ids)
     sites = [Site(kind, layer) for kind in kinds for layer in range(3)]
-    found = attribute_fact(model, probe, batch, kinds, "log_probability", graddrop=True)
+    found = attribute_fact(model, encoded, batch, kinds, "log_probability", graddrop=True)
     with torch.no_grad(), capture(model, sites) as clean:
         forward(model, batch[:1], keep)
     sizes: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for dropped in range(3):
         cut = [Edit(site=Site(kind, dropped), value=lambda old: old.detach()) for kind in ("mlp", "attn")]
         with capture(model, sites, detach=False) as seen, patch(model, cut, allow_unchanged=True):
-            scores = read_off(forward(model, batch[1:], keep), Target.of([probe], 3), "log_probability")
+            scores = read_off(forward(model, batch[1:], keep), Target.of([encoded], 3), "log_probability")
         others = [site for site in sites if site.layer != dropped]
         gradients = torch.autograd.grad(scores.sum(), [seen[site] for site in others])
         for site, gradient in zip(others, gradients, strict=True):
@@ -156,14 +157,14 @@ def test_graddrop_is_the_mean_size_with_each_other_layer_cut_out(name: str) -> N
             sizes[site].append((step * gradient).sum(2).mean(0).abs())
     for site, parts in sizes.items():
         expected = torch.stack(parts).sum(0) / 2
-        expected[: probe.span[0]] = 0
+        expected[: encoded.span[0]] = 0
         got = found.restored[site.kind][:, site.layer] - found.corrupted
-        np.testing.assert_allclose(got, expected[: len(probe.prompt_ids)].numpy(), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(got, expected[: len(encoded.prompt_ids)].numpy(), rtol=0, atol=1e-10)
         assert got.max() > 1e-3
     single = tiny_family(name, dtype=torch.float64, num_hidden_layers=1)
-    probe, batch = asked(single)
+    encoded, batch = asked(single)
     plain, alone = (
-        attribute_fact(single, probe, batch, ["mlp"], "probability", graddrop=drop) for drop in (False, True)
+        attribute_fact(single, encoded, batch, ["mlp"], "probability", graddrop=drop) for drop in (False, True)
     )
     np.testing.assert_allclose(
         np.abs(plain.restored["mlp"] - plain.corrupted), alone.restored["mlp"] - alone.corrupted, rtol=0, atol=1e-15
@@ -173,15 +174,15 @@ def test_graddrop_is_the_mean_size_with_each_other_layer_cut_out(name: str) -> N
 def test_samples_in_parts_and_gradients_of_others_make_no_difference() -> None:
     model = tiny("olmo2")
     facts = known(model)
-    probe = make_probe(model, facts[0], PromptSpec(), "probability")
-    batch = NOISE.bind(model, [probe]).batch(probe)
+    encoded = encode_fact(model, facts[0], PromptSpec(), "probability")
+    batch = NOISE.bind(model, [encoded]).batch(encoded)
     for parameter in model.model.parameters():
         parameter.requires_grad_(False)
     marker = torch.ones(1)
     weight = next(model.model.parameters())
     weight.grad = marker.expand_as(weight).clone()
-    whole = attribute_fact(model, probe, batch, KINDS, "probability", rows=64)
-    parts = attribute_fact(model, probe, batch, KINDS, "probability", rows=2)
+    whole = attribute_fact(model, encoded, batch, KINDS, "probability", rows=64)
+    parts = attribute_fact(model, encoded, batch, KINDS, "probability", rows=2)
     for kind in KINDS:
         np.testing.assert_allclose(whole.restored[kind], parts.restored[kind], rtol=1e-5, atol=1e-8)
     assert bool((weight.grad == 1).all())

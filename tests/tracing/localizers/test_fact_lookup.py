@@ -20,8 +20,9 @@ from lm.prompts import PromptSpec
 from tracing import Fact, FactLookup
 from tracing.localizers.fact_lookup import streams
 from tracing.localizers.readout import folds_of, linear_probe, logit_lens, usable
-from tracing.question.encoded_fact import embed, forward, make_probe
-from tracing.question.metrics import Target, read_off
+from tracing.question.encoded_fact import embed, encode_fact, forward
+from tracing.question.metrics import read_off
+from tracing.question.target import Target
 
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984")
 
@@ -30,23 +31,25 @@ FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_lens_on_the_last_stream_is_the_model_itself(name: str) -> None:
     model = tiny_family(name)
-    probe = make_probe(model, FACT, PromptSpec(), "log_probability")
-    keep = len(probe.answer_ids)
-    says = range(len(probe.prompt_ids) - 1, len(probe.input_ids))
-    states = streams(model, probe, list(says))
+    encoded = encode_fact(model, FACT, PromptSpec(), "log_probability")
+    keep = len(encoded.answer_ids)
+    says = range(len(encoded.prompt_ids) - 1, len(encoded.input_ids))
+    states = streams(model, encoded, list(says))
     assert states.shape == (7, keep, 32)
-    found = logit_lens(model, probe, states, "log_probability")
-    own = read_off(forward(model, embed(model, probe.input_ids)[None], keep), Target.of([probe], 1), "log_probability")
+    found = logit_lens(model, encoded, states, "log_probability")
+    own = read_off(
+        forward(model, embed(model, encoded.input_ids)[None], keep), Target.of([encoded], 1), "log_probability"
+    )
     assert found[-1] == pytest.approx(float(own), rel=1e-4)
     assert np.ptp(found) > 0.1
-    alone = streams(model, probe, [3])
+    alone = streams(model, encoded, [3])
     assert alone.shape == (7, 1, 32)
     assert not torch.allclose(alone[1], alone[0])
     logits = model.model.get_output_embeddings()(model.model.get_submodule(model.anatomy.norm)(alone[4, 0]))
     if cap := getattr(model.model.config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
-    expected = float(logits.float().log_softmax(-1)[list(probe.answer_ids)].sum())
-    assert logit_lens(model, probe, alone, "log_probability")[4] == pytest.approx(expected, rel=1e-4)
+    expected = float(logits.float().log_softmax(-1)[list(encoded.answer_ids)].sum())
+    assert logit_lens(model, encoded, alone, "log_probability")[4] == pytest.approx(expected, rel=1e-4)
 
 
 def test_rises_add_up_to_the_curve() -> None:
@@ -59,9 +62,9 @@ def test_rises_add_up_to_the_curve() -> None:
         np.testing.assert_allclose(found.mean("resid"), np.diff(curve), atol=1e-9)
         np.testing.assert_allclose(found.of("mlp") + found.of("attn"), found.of("resid"), atol=1e-9)
         assert found.total is None
-    probe = make_probe(model, facts[0], PromptSpec(), "log_probability")
-    last = len(probe.prompt_ids) - 1
-    curves = logit_lens(model, probe, streams(model, probe, [last, last + 1]), "log_probability")
+    encoded = encode_fact(model, facts[0], PromptSpec(), "log_probability")
+    last = len(encoded.prompt_ids) - 1
+    curves = logit_lens(model, encoded, streams(model, encoded, [last, last + 1]), "log_probability")
     at_last = FactLookup(position="last").localize(model, facts[:1], progress=False)
     assert at_last.of("mlp")[0, 1] == pytest.approx(curves[4] - curves[3])
     assert at_last.of("attn")[0, 1] == pytest.approx(curves[3] - curves[2])
@@ -162,10 +165,10 @@ def test_what_cannot_be_probed_is_left_out_or_refused() -> None:
     assert found.facts == tuple(facts)
     assert found.details["left_out"] == {"alone": "no other subject with its answer is asked this question"}
     with pytest.raises(
-        UserError, match=r"none of the 3 facts can be probed: .* answers .*; use classes: first_token, or"
+        UserError, match=r"none of the 3 facts can be probed: .* answers .*: use classes: first_token, or"
     ):
         FactLookup(readout="linear_probe").localize(model, facts[:3], progress=False)
-    with pytest.raises(UserError, match=r"two first tokens that .*; use readout: logit_lens"):
+    with pytest.raises(UserError, match=r"two first tokens that .*: use readout: logit_lens"):
         FactLookup(readout="linear_probe", classes="first_token").localize(model, facts[:3], progress=False)
     tokens = FactLookup(readout="linear_probe", classes="first_token").localize(model, facts, progress=False)
     np.testing.assert_array_equal(tokens.of("mlp"), found.of("mlp"))
@@ -182,7 +185,7 @@ def test_facts_without_a_foil_are_left_out_of_a_logit_difference() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"readout": "lens"}, "readout is 'lens'; use logit_lens or linear_probe"),
+        ({"readout": "lens"}, "readout is 'lens': use logit_lens or linear_probe"),
         ({"position": "first"}, "position is 'first'"),
         ({"classes": "letters"}, "classes is 'letters'"),
         ({"metric": "loss"}, "metric 'loss' is unknown"),

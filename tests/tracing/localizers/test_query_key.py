@@ -19,15 +19,15 @@ from lm.prompts import PromptSpec
 from tracing import AttributionPatching, Fact, GaussianNoise
 from tracing.localizers.attention import Attended, watched
 from tracing.localizers.query_key import Part, attention_nodes, changed_columns, changed_rows, exact_node, summary
-from tracing.question.encoded_fact import EncodedFact, make_probe
+from tracing.question.encoded_fact import EncodedFact, encode_fact
 
 NOISE = GaussianNoise(samples=3, sigma=0.5)
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984", foil="at 12")
 
 
 def asked(model: LanguageModel, metric: Any = "log_probability") -> tuple[EncodedFact, Tensor]:
-    probe = make_probe(model, FACT, PromptSpec(), metric)
-    return probe, NOISE.bind(model, [probe]).batch(probe)
+    encoded = encode_fact(model, FACT, PromptSpec(), metric)
+    return encoded, NOISE.bind(model, [encoded]).batch(encoded)
 
 
 @torch.no_grad()
@@ -117,14 +117,14 @@ def linear_after_the_last_attention(name: str) -> LanguageModel:
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma2", "gpt2", "qwen3"])
 def test_the_correction_is_exact_where_only_the_softmax_bends(name: str) -> None:
     model = linear_after_the_last_attention(name)
-    probe, batch = asked(model, "logit_difference")
-    nodes = attention_nodes(model, probe, batch, "logit_difference")
+    encoded, batch = asked(model, "logit_difference")
+    nodes = attention_nodes(model, encoded, batch, "logit_difference")
     parts: tuple[tuple[Part, Any, Any], ...] = (
         ("query", nodes.query, nodes.query_corrected),
         ("key", nodes.key, nodes.key_corrected),
     )
     for part, plain, corrected in parts:
-        exact = [exact_node(model, probe, batch, "logit_difference", part, token, 2) for token in range(2, 6)]
+        exact = [exact_node(model, encoded, batch, "logit_difference", part, token, 2) for token in range(2, 6)]
         assert np.ptp(exact) > 1e-4
         np.testing.assert_allclose(corrected[2:, 2], exact, rtol=1e-5, atol=1e-7)
         assert np.abs(plain[2:, 2] - exact).max() > 1e-3 * np.ptp(exact)
@@ -141,9 +141,9 @@ def test_where_attention_is_saturated_only_the_correction_sees_the_effect(name: 
             if path in parameters:
                 weight = parameters[path]
                 weight[..., : weight.shape[-1] // (3 if "c_attn" in path else 1)] *= 300
-    probe, batch = asked(model, "logit_difference")
-    nodes = attention_nodes(model, probe, batch, "logit_difference")
-    exact = exact_node(model, probe, batch, "logit_difference", "query", 5, 2)
+    encoded, batch = asked(model, "logit_difference")
+    nodes = attention_nodes(model, encoded, batch, "logit_difference")
+    exact = exact_node(model, encoded, batch, "logit_difference", "query", 5, 2)
     assert abs(exact) > 1e-3
     assert nodes.query_corrected[5, 2] == pytest.approx(exact, rel=1e-6)
     assert abs(nodes.query[5, 2] - exact) > 0.9 * abs(exact)
@@ -151,8 +151,8 @@ def test_where_attention_is_saturated_only_the_correction_sees_the_effect(name: 
 
 def test_parts_of_the_samples_add_up() -> None:
     model = tiny_family("olmo2")
-    probe, batch = asked(model)
-    whole, parts = (attention_nodes(model, probe, batch, "log_probability", rows=rows) for rows in (64, 2))
+    encoded, batch = asked(model)
+    whole, parts = (attention_nodes(model, encoded, batch, "log_probability", rows=rows) for rows in (64, 2))
     np.testing.assert_allclose(whole.key_corrected, parts.key_corrected, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(whole.query, parts.query, rtol=1e-4, atol=1e-7)
 
@@ -164,14 +164,14 @@ def test_the_localizer_tells_of_queries_and_keys_in_its_details() -> None:
     told = asked.localize(model, facts, progress=False).details["queries_and_keys"]
     assert set(told["by_role"]) == {"query", "query_corrected", "key", "key_corrected"}
     assert "before" not in told["by_role"]["key"]
-    probe = make_probe(model, facts[0], PromptSpec(), "log_probability")
-    corruptor = NOISE.bind(model, [probe])
-    alone = summary(model, [probe], corruptor, "log_probability")
-    nodes = attention_nodes(model, probe, corruptor.batch(probe), "log_probability")
-    np.testing.assert_allclose(alone["by_role"]["key"]["last_subject"], nodes.key[probe.span[1] - 1])
+    encoded = encode_fact(model, facts[0], PromptSpec(), "log_probability")
+    corruptor = NOISE.bind(model, [encoded])
+    alone = summary(model, [encoded], corruptor, "log_probability")
+    nodes = attention_nodes(model, encoded, corruptor.batch(encoded), "log_probability")
+    np.testing.assert_allclose(alone["by_role"]["key"]["last_subject"], nodes.key[encoded.span[1] - 1])
     label, part, token, layer, _, corrected, exact = alone["checked"][-1]
     assert (label, part) == ("fact0", "key")
     assert corrected == nodes.key_corrected[token, layer]
-    expected = exact_node(model, probe, corruptor.batch(probe), "log_probability", "key", token, layer)
+    expected = exact_node(model, encoded, corruptor.batch(encoded), "log_probability", "key", token, layer)
     assert exact == pytest.approx(expected)
     assert alone["error"]["corrected"] == pytest.approx(np.mean([abs(row[5] - row[6]) for row in alone["checked"]]))

@@ -25,8 +25,9 @@ from tracing.engine.wavefront import Wavefront
 from tracing.known import evaluating
 from tracing.localizers.attribution import attribute_fact, attributed
 from tracing.localizers.verify import Compared, Verification, _drawn, upper_bound, verify
-from tracing.question.encoded_fact import EncodedFact, make_probe
+from tracing.question.encoded_fact import EncodedFact, encode_fact
 from tracing.question.sweep import Sweep
+from tracing.settings import TraceSettings
 
 NOISE = GaussianNoise(samples=2, sigma=1.0)
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", " in 1984")
@@ -49,10 +50,10 @@ def double(name: str) -> LanguageModel:
 
 
 def probe_of(model: LanguageModel, sweep: Sweep) -> EncodedFact:
-    probe = make_probe(model, FACT, PromptSpec(), sweep.metric)
-    assert probe.span == (2, 4)
-    assert len(probe.prompt_ids) == 6
-    return probe
+    encoded = encode_fact(model, FACT, PromptSpec(), sweep.metric)
+    assert encoded.span == (2, 4)
+    assert len(encoded.prompt_ids) == 6
+    return encoded
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -66,24 +67,24 @@ def test_chosen_cells_are_the_reference_s(name: str) -> None:
     )
     for question in questions:
         sweep = Sweep(metric="log_probability", **question)
-        probe = probe_of(model, sweep)
-        batch = NOISE.bind(model, [probe]).batch(probe)
-        expected = score_cells(model, probe, batch, sweep, ASKED)
+        encoded = probe_of(model, sweep)
+        batch = NOISE.bind(model, [encoded]).batch(encoded)
+        expected = score_cells(model, encoded, batch, sweep, ASKED)
         for rows in (10**6, 3, 1):
-            found = Wavefront(model, sweep, rows).score_cells(probe, batch, ASKED)
+            found = Wavefront(model, sweep, rows).score_cells(encoded, batch, ASKED)
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10, err_msg=f"{question} {rows}")
         assert np.ptp(expected) > 1e-3
 
 
 def test_a_cell_that_does_not_exist_is_refused() -> None:
     model = tiny("llama")
-    probe = make_probe(model, known(model)[0], PromptSpec(), "log_probability")
-    batch = NOISE.bind(model, [probe]).batch(probe)
+    encoded = encode_fact(model, known(model)[0], PromptSpec(), "log_probability")
+    batch = NOISE.bind(model, [encoded]).batch(encoded)
     wave = Wavefront(model, Sweep(kinds=("mlp",)), 100)
     for cell in (("attn", 2, 0), ("mlp", 99, 0), ("mlp", 2, 4)):
         with pytest.raises(UserError, match=r"no cell of .*choose of mlp, \d+ tokens and 4 layers"):
-            wave.score_cells(probe, batch, [cell])  # type: ignore[list-item]
-    assert wave.score_cells(probe, batch, []) == []
+            wave.score_cells(encoded, batch, [cell])  # type: ignore[list-item]
+    assert wave.score_cells(encoded, batch, []) == []
 
 
 KINDS: tuple[Kind, ...] = ("resid", "mlp", "attn")
@@ -92,19 +93,19 @@ KINDS: tuple[Kind, ...] = ("resid", "mlp", "attn")
 @pytest.mark.parametrize("name", ["olmo2", "gemma2", "gpt2"])
 def test_the_largest_and_random_others_are_computed_exactly(name: str) -> None:
     model = double(name)
-    probe = make_probe(model, FACT, PromptSpec(), "log_probability")
-    corruptor = NOISE.bind(model, [probe])
-    batch = corruptor.batch(probe)
+    encoded = encode_fact(model, FACT, PromptSpec(), "log_probability")
+    corruptor = NOISE.bind(model, [encoded])
+    batch = corruptor.batch(encoded)
     with evaluating(model):
-        effects = estimates(model, probe, batch)
-        found = verify(model, [probe], corruptor, effects, top=6, chance=5, seed=3, progress=False)
+        effects = estimates(model, encoded, batch)
+        found = verify(model, [encoded], corruptor, effects, top=6, chance=5, seed=3, progress=False)
     (top,), (chance,) = found.top, found.random
     assert (len(top.cells), len(chance.cells), found.outside.tolist()) == (6, 5, [3 * 4 * 3 - 6])
     assert not set(top.cells) & set(chance.cells)
     assert len(set(chance.cells)) == 5
     sweep = Sweep(kinds=KINDS, metric="log_probability")
     for some in (top, chance):
-        exact = np.array(score_cells(model, probe, batch, sweep, some.cells)) - effects.corrupted[0]
+        exact = np.array(score_cells(model, encoded, batch, sweep, some.cells)) - effects.corrupted[0]
         np.testing.assert_allclose(some.exact, exact, rtol=0, atol=1e-9)
     guess = {cell: effects.indirect(cell[0])[0][cell[1], cell[2]] for cell in (*top.cells, *chance.cells)}
     assert min(abs(guess[cell]) for cell in top.cells) >= max(abs(guess[cell]) for cell in chance.cells)
@@ -115,15 +116,15 @@ def test_the_largest_and_random_others_are_computed_exactly(name: str) -> None:
     assert changed <= 11
 
 
-def estimates(model: LanguageModel, probe: EncodedFact, batch: torch.Tensor) -> Effects:
-    found = attribute_fact(model, probe, batch, KINDS, "log_probability")
+def estimates(model: LanguageModel, encoded: EncodedFact, batch: torch.Tensor) -> Effects:
+    found = attribute_fact(model, encoded, batch, KINDS, "log_probability")
     return Effects(
-        facts=(probe.fact,),
+        facts=(encoded.fact,),
         clean=np.array([found.clean]),
         corrupted=np.array([found.corrupted]),
         restored={kind: [cells] for kind, cells in found.restored.items()},
-        tokens=(probe.tokens,),
-        subject_spans=(probe.span,),
+        tokens=(encoded.tokens,),
+        subject_spans=(encoded.span,),
         sigma=1.0,
         metric="log_probability",
         window=1,
@@ -132,8 +133,8 @@ def estimates(model: LanguageModel, probe: EncodedFact, batch: torch.Tensor) -> 
 
 def test_no_pass_of_a_verification_holds_more_rows_than_the_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = double("llama")
-    probe = make_probe(model, FACT, PromptSpec(), "log_probability")
-    corruptor = GaussianNoise(samples=9, sigma=1.0).bind(model, [probe])
+    encoded = encode_fact(model, FACT, PromptSpec(), "log_probability")
+    corruptor = GaussianNoise(samples=9, sigma=1.0).bind(model, [encoded])
     rows: dict[str, list[int]] = {"ordinary": [], "wave": []}
 
     def counting(name: str, of: str, place: int) -> None:
@@ -149,15 +150,15 @@ def test_no_pass_of_a_verification_holds_more_rows_than_the_memory_allows(monkey
     counting("tracing.engine.wavefront.block_replay.trunk", "ordinary", 1)
     counting("tracing.engine.reference.forward", "ordinary", 1)
     counting("tracing.engine.wavefront.Wavefront._wave", "wave", 0)
-    tokens = len(probe.input_ids)
-    each = trunk_row_bytes(model, tokens, len(probe.answer_ids), Sweep(kinds=KINDS, metric="log_probability"))
+    tokens = len(encoded.input_ids)
+    each = trunk_row_bytes(model, tokens, len(encoded.answer_ids), Sweep(kinds=KINDS, metric="log_probability"))
     found = {}
     with evaluating(model):
-        effects = estimates(model, probe, corruptor.batch(probe))
+        effects = estimates(model, encoded, corruptor.batch(encoded))
         for memory in (2.0, 8 * each / 1e9, 1e-9):
             for told in rows.values():
                 told.clear()
-            found[memory] = verify(model, [probe], corruptor, effects, top=6, chance=5, memory=memory, progress=False)
+            found[memory] = verify(model, [encoded], corruptor, effects, top=6, chance=5, memory=memory, progress=False)
             half = memory * 1e9 / 2
             assert 2 <= max(rows["ordinary"]) <= max(2, min(10, half // each)), memory
             assert max(rows["wave"]) <= max(1, half // row_bytes(model, tokens)), memory
@@ -177,17 +178,21 @@ def _owner(name: str) -> tuple[Any, str]:
 def test_only_the_roles_that_count_are_looked_at() -> None:
     model = tiny("llama")
     with evaluating(model):
-        effects, probes, corruptor = attributed(
-            model, known(model), NOISE, ("mlp",), "log_probability", False, PromptSpec(), 2.0, False
+        effects, encoded_facts, corruptor = attributed(
+            model,
+            known(model),
+            TraceSettings(corruption=NOISE, kinds=("mlp",), metric="log_probability", progress=False),
         )
-        found = verify(model, probes, corruptor, effects, roles=["last_subject", "before"], top=3, progress=False)
-        for some, probe in zip(found.top + found.random, probes * 2, strict=True):
-            assert {token for _, token, _ in some.cells} <= {probe.span[1] - 1}
+        found = verify(
+            model, encoded_facts, corruptor, effects, roles=["last_subject", "before"], top=3, progress=False
+        )
+        for some, encoded in zip(found.top + found.random, encoded_facts * 2, strict=True):
+            assert {token for _, token, _ in some.cells} <= {encoded.span[1] - 1}
         assert found.outside.tolist() == [1, 1, 1]
         with pytest.raises(UserError, match="other facts"):
-            verify(model, probes[1:], corruptor, effects, progress=False)
+            verify(model, encoded_facts[1:], corruptor, effects, progress=False)
         with pytest.raises(UserError, match="windows of 3 layers"):
-            verify(model, probes, corruptor, replace(effects, window=3), progress=False)
+            verify(model, encoded_facts, corruptor, replace(effects, window=3), progress=False)
 
 
 def test_every_cell_outside_the_top_is_as_likely_to_be_drawn() -> None:

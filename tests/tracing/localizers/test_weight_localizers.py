@@ -19,19 +19,19 @@ from tracing import Fact, GradientOverlap, WeightAttribution
 from tracing.localizers.gradient_overlap import unexplained
 from tracing.localizers.gradients import answer_gradient, answer_loss, differentiable, module_weights, zeroing_effects
 from tracing.localizers.weight_attribution import weight_effects, weight_shares
-from tracing.question.encoded_fact import EncodedFact, make_probe
+from tracing.question.encoded_fact import EncodedFact, encode_fact
 
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984")
 
 
 def probe_of(model: LanguageModel, fact: Fact = FACT) -> EncodedFact:
-    return make_probe(model, fact, PromptSpec(), "log_probability")
+    return encode_fact(model, fact, PromptSpec(), "log_probability")
 
 
-def trained_gradient(model: LanguageModel, probe: EncodedFact) -> dict[str, Tensor]:
+def trained_gradient(model: LanguageModel, encoded: EncodedFact) -> dict[str, Tensor]:
     """What `loss.backward()` of the transformers library leaves, with only the answer supervised."""
-    labels = [-100] * len(probe.prompt_ids) + list(probe.answer_ids)
-    ids = torch.tensor([[*probe.prompt_ids, *probe.answer_ids]])
+    labels = [-100] * len(encoded.prompt_ids) + list(encoded.answer_ids)
+    ids = torch.tensor([[*encoded.prompt_ids, *encoded.answer_ids]])
     model.model.zero_grad()
     model.model(ids, labels=torch.tensor([labels])).loss.backward()
     found = {name: weight.grad.clone() for name, weight in model.model.named_parameters() if weight.grad is not None}
@@ -49,10 +49,10 @@ def test_weights_belong_to_one_module_and_gradients_are_those_of_training(name: 
     matrices = [key for key, weight in model.model.named_parameters() if weight.ndim > 1]
     outside = [key for key in matrices if key not in every]
     assert all(any(word in key for word in ("embed", "wte", "wpe", "lm_head")) for key in outside)
-    probe = probe_of(model)
-    expected = trained_gradient(model, probe)
+    encoded = probe_of(model)
+    expected = trained_gradient(model, encoded)
     with differentiable(list(every.values())):
-        found = answer_gradient(model, probe, every)
+        found = answer_gradient(model, encoded, every)
     for key in every:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5)
     assert all(weight.grad is None for weight in every.values())
@@ -124,10 +124,10 @@ def test_what_is_unexplained_by_hand() -> None:
 
 def test_a_weight_s_effect_is_the_slope_of_the_loss_as_it_goes_to_zero() -> None:
     model = tiny("llama", dtype=torch.float64)
-    probe = probe_of(model, known(model)[0])
+    encoded = probe_of(model, known(model)[0])
     weights = module_weights(model, ("mlp",))["mlp", 1]
     with differentiable(list(weights.values())):
-        effects = zeroing_effects(weights, answer_gradient(model, probe, weights))
+        effects = zeroing_effects(weights, answer_gradient(model, encoded, weights))
     for name, weight in weights.items():
         place = (1, 2)
         before = float(weight.detach()[place])
@@ -135,7 +135,7 @@ def test_a_weight_s_effect_is_the_slope_of_the_loss_as_it_goes_to_zero() -> None
         for scale in (1 - 1e-2, 1 + 1e-2):
             with torch.no_grad():
                 weight[place] = before * scale
-                losses.append(float(answer_loss(model, probe)))
+                losses.append(float(answer_loss(model, encoded)))
         with torch.no_grad():
             weight[place] = before
         assert float(effects[name][place]) == pytest.approx(abs(losses[0] - losses[1]) / 2e-2, rel=1e-3, abs=1e-7)

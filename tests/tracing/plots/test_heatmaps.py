@@ -107,7 +107,7 @@ def test_pictures_for_a_notebook(tmp_path: Path) -> None:
     assert plot(effects, 0).png != plot(effects, 1).png
     plot(effects, 2).save(tmp_path / "fact.png")
     assert (tmp_path / "fact.png").read_bytes() == plot(effects, 2).png
-    with pytest.raises(UserError, match="there is no fact 3; these effects hold 0 to 2"):
+    with pytest.raises(UserError, match="there is no fact 3: these effects hold 0 to 2"):
         plot(effects, 3)
 
 

@@ -13,12 +13,16 @@ import torch
 from tiny_tracing import known, say, tiny
 
 from lm import UserError
+from lm.old_configs import subclasses
 from lm.prompts import PromptSpec
-from tracing import Fact, GaussianNoise, trace
-from tracing.question.encoded_fact import make_probe
+from tracing import Fact, GaussianNoise, plot, trace
+from tracing.question import metrics
+from tracing.question.encoded_fact import encode_fact
 from tracing.question.facts import with_foils
-from tracing.question.metrics import Metric, Target, distinguishing, first_difference, read_off
+from tracing.question.metrics import Metric, MetricName, beside_clean, metric_label, metric_of, read_off
+from tracing.question.target import Target, distinguishing, first_difference
 
+ROOT = Path(__file__).resolve().parents[3]
 LOGITS = torch.tensor([[[1.0, 3.0, 2.0, 0.0], [0.0, 1.0, 5.0, 5.0]], [[0.0, 0.0, 0.0, 0.0], [4.0, 1.0, 2.0, 3.0]]])
 
 
@@ -45,7 +49,7 @@ def test_each_metric_by_hand() -> None:
     assert telling == pytest.approx([math.log(p[0][1]), math.log(whole[1])])
     foils = target(place=torch.tensor([0, 1]), foil=torch.tensor([2, 0]))
     assert read_off(LOGITS, foils, "logit_difference").tolist() == [3 - 2, 3 - 4]
-    clean = replace(target(), fact=torch.tensor([0, 0])).beside(LOGITS[:1], ["negative_kl"])
+    clean = replace(target(), fact=torch.tensor([0, 0])).beside(LOGITS[:1])
     mine, other = (rows.double().softmax(-1) for rows in LOGITS)
     divergence = float((mine * (mine / other).log()).sum())
     assert read_off(LOGITS, clean, "negative_kl").tolist() == pytest.approx([0, -divergence], abs=1e-6)
@@ -58,9 +62,9 @@ def test_each_metric_by_hand() -> None:
 def test_nan_stays_nan_and_types_are_wide() -> None:
     bad = LOGITS.clone()
     bad[1, :, 3] = torch.nan
-    for metric in get_args(Metric):
+    for metric in get_args(MetricName):
         foils = target(place=torch.tensor([1, 1]), foil=torch.tensor([0, 0]), fact=torch.tensor([0, 0]))
-        foils = foils.beside(LOGITS[:1], [metric])
+        foils = beside_clean(foils, LOGITS[:1], [metric])
         found = read_off(bad.bfloat16(), foils, metric)
         assert found.dtype == torch.float64
         assert found.isnan().tolist() == [False, True], metric
@@ -95,14 +99,14 @@ def test_foils_are_other_answers_to_the_same_question() -> None:
     assert all(fact.foil != fact.answer for fact in with_foils(many))
 
 
-@pytest.mark.parametrize("metric", get_args(Metric))
+@pytest.mark.parametrize("metric", get_args(MetricName))
 def test_both_engines_read_the_same(metric: Any) -> None:
     model = tiny("olmo2")
     facts = known(model, answer_tokens=3)
     if metric == "logit_difference":
         facts = [Fact(f.prompt, f.subject, f.answer, f.id, foil=f"{f.answer.split()[0]} w40 w41") for f in facts]
     both = [
-        trace(model, facts, GaussianNoise(samples=3), metric=metric, engine=engine, progress=False)
+        trace(model, facts, corruption=GaussianNoise(samples=3), metric=metric, engine=engine, progress=False)
         for engine in ("wavefront", "reference")
     ]
     for kind in both[0].kinds:
@@ -114,7 +118,7 @@ def test_both_engines_read_the_same(metric: Any) -> None:
     assert both[0].clean == pytest.approx(both[1].clean)
 
 
-EVERY: tuple[Metric, ...] = get_args(Metric)
+EVERY: tuple[MetricName, ...] = get_args(MetricName)
 
 
 @pytest.mark.parametrize("engine", ["wavefront", "reference"])
@@ -131,10 +135,10 @@ def test_several_metrics_of_one_sweep_are_those_of_sweeps_of_their_own(engine: A
         "progress": False,
     }  # in parts
     noise = GaussianNoise(samples=3)
-    together = trace(model, facts, noise, metric=EVERY[0], also_metrics=EVERY[1:], cache=tmp_path, **how)
+    together = trace(model, facts, corruption=noise, metric=EVERY[0], also_metrics=EVERY[1:], cache=tmp_path, **how)
     assert tuple(together.also) == EVERY[1:]
     for metric in EVERY:
-        alone = trace(model, facts, noise, metric=metric, **how)
+        alone = trace(model, facts, corruption=noise, metric=metric, **how)
         found = together.also.get(metric, together)
         assert (found.metric, found.facts) == (metric, alone.facts)
         np.testing.assert_allclose(found.clean, alone.clean, rtol=1e-4, atol=1e-5)
@@ -145,7 +149,7 @@ def test_several_metrics_of_one_sweep_are_those_of_sweeps_of_their_own(engine: A
         cells = np.concatenate([each.ravel() for each in found.restored["resid"]])
         assert np.nanmax(cells) - np.nanmin(cells) > 1e-6
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    again = trace(model, facts, noise, metric=EVERY[0], also_metrics=EVERY[1:3], cache=tmp_path, **how)
+    again = trace(model, facts, corruption=noise, metric=EVERY[0], also_metrics=EVERY[1:3], cache=tmp_path, **how)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files  # nothing was computed again
     np.testing.assert_array_equal(again.also[EVERY[2]].restored["mlp"][1], together.also[EVERY[2]].restored["mlp"][1])
     assert "also log_probability" in repr(again.some([0]))
@@ -184,7 +188,7 @@ def test_a_difference_of_logits_is_that_of_the_model() -> None:
     with torch.no_grad():
         logits = model.model(torch.tensor([[*model.tokenizer.encode(fact.prompt), answer[0]]])).logits[0, -1]
     assert effects.clean[0] == pytest.approx(float(logits[answer[1]] - logits[foil[1]]), abs=1e-4)
-    assert make_probe(model, fact, PromptSpec(), "logit_difference").foil == (1, foil[1])
+    assert encode_fact(model, fact, PromptSpec(), "logit_difference").foil == (1, foil[1])
 
 
 def test_effects_as_shares_of_what_was_lost() -> None:
@@ -222,18 +226,55 @@ def test_distinguishing_tokens_are_read_off_alone_by_both_engines() -> None:
     )
     words = say(model, prompt, 4).split()
     fact = Fact(prompt, "ada", " ".join(words))
-    probe = make_probe(model, fact, PromptSpec(), "distinguishing_log_probability")
+    encoded = encode_fact(model, fact, PromptSpec(), "distinguishing_log_probability")
     counted = [place for place, word in enumerate(words) if word[1:].isdigit() and word not in prompt.split()]
-    assert list(probe.counted or ()) == counted
+    assert list(encoded.counted or ()) == counted
     assert 0 < len(counted) < 4
     found = [
         trace(model, [fact], metric="distinguishing_log_probability", engine=engine, kinds=["mlp"], progress=False)
         for engine in ("wavefront", "reference")
     ]
     assert np.allclose(found[0].restored["mlp"][0], found[1].restored["mlp"][0], atol=1e-5)
-    ids = [*probe.prompt_ids, *probe.answer_ids]
+    ids = [*encoded.prompt_ids, *encoded.answer_ids]
     with torch.no_grad():
         logs = model.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    start = len(probe.prompt_ids)
+    start = len(encoded.prompt_ids)
     by_hand = sum(float(logs[start + place - 1, ids[start + place]]) for place in counted)
     assert found[0].clean[0] == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_each_name_is_a_class_of_the_one_file_that_knows_it() -> None:
+    own = {cls.name: cls for cls in subclasses(Metric).values() if cls.__module__ == metrics.__name__}
+    assert sorted(own) == sorted(get_args(MetricName))
+    with pytest.raises(UserError, match="the metric 'loss' is unknown: use one of probability, log_probability"):
+        metric_of("loss")
+    others = [path for path in (ROOT / "tracing").rglob("*.py") if path.name != "metrics.py"]
+    assert [path.name for path in others if "negative_kl" in path.read_text()] == []
+
+
+class Margin(Metric):
+    """Of a notebook: by how much the answer's first token leads all others."""
+
+    name = "margin"
+    label = "lead of the answer's first token"
+    first_token = True
+
+    def read(self, logits: torch.Tensor, target: Target) -> torch.Tensor:
+        own = logits[:, 0].gather(1, target.answer.to(logits.device)[:, :1]).squeeze(1)
+        return (own - logits[:, 0].mean(-1)).double()
+
+    def tolerance(self, nats: float, size: float) -> float:
+        return nats
+
+
+def test_a_metric_of_a_notebook_is_traced_and_drawn_as_any_other() -> None:
+    model = tiny("olmo2")
+    both = [
+        trace(model, known(model), metric=Margin.name, engine=engine, kinds=["mlp"], progress=False)  # type: ignore[arg-type]
+        for engine in ("wavefront", "reference")
+    ]
+    for mine, theirs in zip(both[0].restored["mlp"], both[1].restored["mlp"], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert both[0].metric == "margin"
+    assert metric_label("margin") == Margin.label
+    assert plot(both[0]).png.startswith(b"\x89PNG")

@@ -35,7 +35,7 @@ from tracing import (
     compare_all,
     trace,
 )
-from tracing.localizers.base import Localizer
+from tracing.localizers.base import Localization, Localizer
 from tracing.plan.choose import PlanKind
 from tracing.plots.localizers import overview
 from tracing.question.fact_source import FactSource
@@ -133,7 +133,9 @@ def test_subjects_are_replaced_by_those_of_all_facts_not_only_of_the_located(con
     assert len(asked) == 2
     assert [fact.id for fact in found["foils"].facts] == [fact.id for fact in asked]
     expected, alone = (
-        trace(model, given, swap, ("mlp",), metric="log_probability", only=asked, progress=False).scores()
+        trace(
+            model, given, corruption=swap, kinds=("mlp",), metric="log_probability", only=asked, progress=False
+        ).scores()
         for given in ([*asked, *(fact for fact in facts if fact not in asked)], asked)
     )
     for name in ("tracing", "attribution"):
@@ -207,7 +209,7 @@ def test_impossible_plans_are_refused_at_once(settings: dict[str, Any], message:
 def test_what_cannot_be_traced_is_refused_by_the_localizer() -> None:
     with pytest.raises(UserError, match="window is 0"):
         CausalTracing(window=0)
-    with pytest.raises(UserError, match="roles further are not traced with positions: subject_and_last"):
+    with pytest.raises(UserError, match="roles further are not traced with positions subject_and_last"):
         CausalTracing(roles=("further",))
 
 
@@ -302,7 +304,7 @@ def test_the_script_localizes_rows(config: LocalizeConfig, tmp_path: Path) -> No
 class Refusing(WeightAttribution):
     """A way that cannot work with any facts."""
 
-    def localize(self, *_: Any, **__: Any) -> LayerScores:
+    def locate(self, asked: Localization) -> LayerScores:
         raise UserError("no class is met twice; give more facts.")
 
 

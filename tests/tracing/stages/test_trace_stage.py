@@ -20,10 +20,10 @@ from lm.errors import UserError
 from lm.model import LanguageModel, ModelSpec
 from tests.forked import run_forked
 from tracing import Effects, Fact, GaussianNoise, LayerPlan, TokenReplacement, interaction, trace
-from tracing.causal_tracing import Workers
 from tracing.plan import sequential
 from tracing.plan.sequential import looks
 from tracing.question.fact_source import FactSource
+from tracing.settings import Workers
 from tracing.stages.trace.config import PlanConfig, TraceConfig
 from tracing.stages.trace.stage import run_trace
 
@@ -144,7 +144,7 @@ def test_other_corruptions_of_the_same_facts_are_traced_beside(model_folder: Pat
     swapped = Effects.load(tmp_path / "run" / "effects-TokenReplacement.npz")
     assert [fact.id for fact in swapped.facts] == names[:4]
     assert "no other subject of 1 token" in swapped.skipped[0].reason
-    alone = trace(model, facts, TokenReplacement(samples=2), kinds=["mlp"], progress=False)
+    alone = trace(model, facts, corruption=TokenReplacement(samples=2), kinds=["mlp"], progress=False)
     for one, other in zip(alone.restored["mlp"], swapped.restored["mlp"], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-9)
     said = LayerPlan.load(tmp_path / "run" / "plan.json").evidence["also"]
@@ -289,7 +289,7 @@ def test_the_script_traces_rows(model_folder: Path, tmp_path: Path) -> None:
     done = run_forked(ROOT / "scripts" / "trace.py", *words)
     assert done.returncode == 0, done.stderr
     assert "traced 6 facts, left out 0" in done.stdout
-    assert "GaussianNoise: On 6 facts the corruption takes " in done.stdout
+    assert "GaussianNoise: The corruption lowers " in done.stdout
     assert "The evidence " in done.stdout
     assert LayerPlan.load(tmp_path / "run" / "plan.json").provenance["window"] == 2
 

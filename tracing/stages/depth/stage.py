@@ -45,12 +45,12 @@ def run_depth(config: DepthConfig, facts: Sequence[Fact] | None = None) -> Depth
     ]
     lost = np.stack(
         [
-            lost_with(original, probe, given, config.metric, config.scope)
-            for probe, *given in zip(known, *sources, strict=True)
+            lost_with(original, encoded, given, config.metric, config.scope)
+            for encoded, *given in zip(known, *sources, strict=True)
         ]
     )
     report = DepthReport(
-        facts=tuple(probe.fact for probe in known),
+        facts=tuple(encoded.fact for encoded in known),
         retain_model=lost[:, 0],
         changed=lost[:, 1],
         threshold=config.threshold,

@@ -12,7 +12,8 @@ from lm.model import ModelSpec
 from lm.prompts import PromptSpec
 from tracing.bootstrap import check_confidence
 from tracing.localizers.attribution_patching import AttributionPatching
-from tracing.localizers.base import CausalTracing, Localizer
+from tracing.localizers.base import Localizer
+from tracing.localizers.by_tracing import CausalTracing
 from tracing.localizers.fact_lookup import FactLookup
 from tracing.localizers.gradient_overlap import GradientOverlap
 from tracing.localizers.weight_attribution import WeightAttribution
@@ -56,9 +57,9 @@ class CombinedPlanConfig:
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
         if self.size is not None and self.size < 1:
-            raise UserError(f"plan.size is {self.size}; give at least 1, or null")
+            raise UserError(f"plan.size is {self.size}: give at least 1, or null")
         if not 0 < self.stability <= 1:
-            raise UserError(f"plan.stability is {self.stability}; give a share above 0 and up to 1 (0.9 is usual)")
+            raise UserError(f"plan.stability is {self.stability}: give a share above 0 and up to 1 (0.9 is usual)")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -100,19 +101,19 @@ class LocalizeConfig:
         if self.facts.max_facts is not None and self.facts.max_facts < 2:
             raise UserError(f"facts.max_facts is {self.facts.max_facts}: give at least 2, or null")
         if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; give 0 or more")
+            raise UserError(f"seed is {self.seed}: give 0 or more")
         if len(self.localizers) < 2:
             raise UserError(
-                f"localizers names {len(self.localizers)}; give at least two to compare, or use the stage trace"
+                f"localizers names {len(self.localizers)}: give at least two to compare, or use the stage trace"
             )
         for name, one in self.localizers.items():
             if not _NAME.fullmatch(name):
-                raise UserError(f"the localizer's name {name!r} is no file name; use small letters, digits, _ and -")
+                raise UserError(f"the localizer's name {name!r} is no file name: use small letters, digits, _ and -")
             if one.needs_retain and not self.retain:
                 raise UserError(
-                    f"the localizer {name} compares with facts that must stay; name their sources in retain"
+                    f"the localizer {name} compares with facts that must stay: name their sources in retain"
                 )
             if missing := [kind for kind in self.plan.kinds if kind not in one.scored]:
                 raise UserError(
-                    f"plan.kind is {self.plan.kind} but the localizer {name} does not score {', '.join(missing)}; use what all do"
+                    f"plan.kind is {self.plan.kind} but the localizer {name} does not score {', '.join(missing)}: use what all do"
                 )

@@ -14,8 +14,10 @@ from lm.model import LanguageModel
 from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
 from tracing.effects.layer_scores import LayerScores
 from tracing.known import known_facts
+from tracing.localizers.base import Localization
 from tracing.plan.combined import Agreements, combined_plan, compare_all
 from tracing.plan.layer_plan import LayerPlan
+from tracing.plan.verdict import verdict_without
 from tracing.plots.pictures import plot_localizers
 from tracing.question.facts import Fact, drawn, facts_hash
 from tracing.stages.localize.config import LocalizeConfig
@@ -71,20 +73,21 @@ def run_localize(
     run = RunFolder(config.out, main=acc.is_main_process)
     asked, left_out = known_of(model, facts, config)
     kept, unkept = known_of(model, retain, config) if retain else ([], {})
+    localization = Localization(
+        model=model,
+        facts=asked,
+        retain=kept,
+        others=facts,
+        prompt=config.prompt,
+        cache=run.path / "facts",
+        progress=acc.is_main_process,
+    )
     for name in list(config.localizers)[acc.process_index :: acc.num_processes]:
         path = run.path / f"{name}.npz"
         if not path.exists():
             told = refusal(run.path, name)
             try:
-                found = config.localizers[name].localize(
-                    model,
-                    asked,
-                    retain=kept,
-                    others=facts,
-                    prompt=config.prompt,
-                    cache=run.path / "facts",
-                    progress=acc.is_main_process,
-                )
+                found = config.localizers[name].locate(localization)
             except NotWritten:
                 raise
             except UserError as error:
@@ -116,8 +119,9 @@ def run_localize(
         stability=config.plan.stability,
     )
     if refused:
-        said = f"{plan.verdict} Without {' and '.join(refused)}, which gave no scores."
-        plan = replace(plan, verdict=said, evidence={**plan.evidence, "refused": refused})
+        plan = replace(
+            plan, verdict=verdict_without(plan, list(refused)), evidence={**plan.evidence, "refused": refused}
+        )
     result = LocalizeResult(
         scores=scores, agreements=agreements, plan=plan, seconds=time.monotonic() - started, refused=refused
     )
@@ -157,7 +161,7 @@ def known_of(model: LanguageModel, facts: Sequence[Fact], config: LocalizeConfig
     known, skipped = known_facts(
         model, drawn(facts, config.facts.max_facts, config.seed), config.prompt, max_facts=config.facts.max_facts
     )
-    return [probe.fact for probe in known], {one.fact.label: one.reason for one in skipped}
+    return [encoded.fact for encoded in known], {one.fact.label: one.reason for one in skipped}
 
 
 def write_result(result: LocalizeResult, folder: Path, *, confidence: float = 0.95, seed: int = 0) -> None:

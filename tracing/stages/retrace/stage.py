@@ -7,11 +7,11 @@ from pathlib import Path
 
 from lm.devices import accelerator, launch_facts, load_here, together
 from lm.run_folder import RunFolder, peak_memory_bytes, write_json
-from tracing.causal_tracing import Workers
 from tracing.effects.before_after import Difference, difference
 from tracing.effects.effects import Effects
 from tracing.plots.pictures import plot_difference
 from tracing.retracing import retrace
+from tracing.settings import Workers
 from tracing.stages.retrace.config import RetraceConfig
 from tracing.stages.trace.stage import readable_tables
 

@@ -16,7 +16,7 @@ from tracing.engine.engines import EngineName
 from tracing.plan.choose import PlanKind
 from tracing.plan.rules import RuleName, check_rule
 from tracing.question.fact_source import OLD_KEYS, SHORT_KEYS, FactSource
-from tracing.question.metrics import Metric
+from tracing.question.metrics import MetricName
 from tracing.question.sweep import Positions, Severed, Sweep
 
 HELP = """Where is it stored? Trace facts through a model, and choose the layers to train from what comes back.
@@ -59,12 +59,12 @@ class PlanConfig:
         check_roles(self.roles)
         check_confidence(self.confidence)
         if self.size is not None and self.size < 1:
-            raise UserError(f"plan.size is {self.size}; give at least 1, or null")
+            raise UserError(f"plan.size is {self.size}: give at least 1, or null")
         check_rule(self.rule, self.size, self.share)
         if not 0 < self.stability <= 1:
-            raise UserError(f"plan.stability is {self.stability}; give a share above 0 and up to 1 (0.9 is usual)")
+            raise UserError(f"plan.stability is {self.stability}: give a share above 0 and up to 1 (0.9 is usual)")
         if not 0 <= self.least_share < 1:
-            raise UserError(f"plan.least_share is {self.least_share}; give a share from 0 to below 1 (0.05 is usual)")
+            raise UserError(f"plan.least_share is {self.least_share}: give a share from 0 to below 1 (0.05 is usual)")
 
     def layers(self, model_layers: int) -> int | None:
         """How many layers to choose of a model that has `model_layers`; None where the rule finds that itself."""
@@ -101,11 +101,10 @@ class TraceConfig:
     what windows bring back beyond them is reported."""
     positions: Positions = "all"
     """Which prompt tokens are restored: all, subject_and_after, or subject_and_last (the cheapest)."""
-    metric: Metric = "probability"
-    """What is read off: probability (of the whole answer), log_probability, first_token_probability (as in the published
-    script), distinguishing_log_probability (of names and numbers), logit_difference (from a foil), reciprocal_rank, or
-    negative_kl (minus the divergence from the clean distribution)."""
-    also_metrics: tuple[Metric, ...] = ()
+    metric: MetricName = "probability"
+    """What is read off the model's answer; tracing/question/metrics.py says what each is. The usual ones are probability (of the
+    whole answer) and log_probability."""
+    also_metrics: tuple[MetricName, ...] = ()
     """Further metrics, read off the same passes at next to no cost and written beside: effects-METRIC.npz. The plan is drawn from
     `metric` alone."""
     sever: Severed | None = None
@@ -135,12 +134,12 @@ class TraceConfig:
             also=self.also_metrics,
         )
         if self.least_total is not None and not self.least_total >= 0:
-            raise UserError(f"least_total is {self.least_total}; give 0 or more in units of the metric, or null")
+            raise UserError(f"least_total is {self.least_total}: give 0 or more in units of the metric, or null")
         if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; give 0 or more")
+            raise UserError(f"seed is {self.seed}: give 0 or more")
         wanted = {"both": {"mlp", "attn"}}.get(self.plan.kind, {self.plan.kind})
         if missing := sorted(wanted - set(self.kinds)):
-            raise UserError(f"plan.kind is {self.plan.kind} but kinds leaves out {', '.join(missing)}; add it to kinds")
+            raise UserError(f"plan.kind is {self.plan.kind} but kinds leaves out {', '.join(missing)}: add it to kinds")
         check_reached(self.plan.roles, self.positions)
 
     @property

@@ -15,7 +15,7 @@ from lm.devices import accelerator, launch_facts, load_here, together
 from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
-from tracing.causal_tracing import Workers, trace
+from tracing.causal_tracing import trace
 from tracing.corruption.noise import Corruption
 from tracing.effects.agreement import Agreement
 from tracing.effects.effects import Effects
@@ -29,6 +29,7 @@ from tracing.plan.layer_plan import LayerPlan
 from tracing.plan.sequential import trace_until_apart
 from tracing.plots.heatmaps import figure, heatmap
 from tracing.question.facts import Fact, drawn, facts_hash
+from tracing.settings import TraceSettings, Workers
 from tracing.stages.trace.config import TraceConfig
 
 
@@ -165,10 +166,8 @@ class _Asking:
         kinds: Sequence[Kind] | None = None,
     ) -> Effects:
         asked = self.config
-        return trace(
-            self.model,
-            self.facts,
-            corruption,
+        settings = TraceSettings(
+            corruption=corruption,
             kinds=asked.kinds if kinds is None else kinds,
             window=asked.window if window is None else window,
             metric=asked.metric,
@@ -185,6 +184,7 @@ class _Asking:
             cache=self.cache,
             workers=self.workers,
         )
+        return trace(self.model, self.facts, settings)
 
 
 def describe(config: TraceConfig, result: TraceResult) -> str:
