@@ -165,7 +165,7 @@ def trace(
         },
     )
     also: dict[str, Effects] = {
-        other: replace(effects, metric=other, **_scores([one.also[other] for one in traced], sweep.kinds))
+        other: replace(effects, metric=other, **_scores([fact.also[other] for fact in traced], sweep.kinds))
         for other in sweep.also
     }
     return replace(effects, also=also)
@@ -276,9 +276,9 @@ def estimate(
 def _scores(traced: Sequence[Traced], kinds: Sequence[Kind]) -> dict[str, Any]:
     """The scores of all facts, as `Effects` has them."""
     return {
-        "clean": np.array([one.clean for one in traced]),
-        "corrupted": np.array([one.corrupted for one in traced]),
-        "restored": {kind: [one.restored[kind] for one in traced] for kind in kinds},
+        "clean": np.array([fact.clean for fact in traced]),
+        "corrupted": np.array([fact.corrupted for fact in traced]),
+        "restored": {kind: [fact.restored[kind] for fact in traced] for kind in kinds},
     }
 
 
@@ -294,27 +294,27 @@ def _trace_all(model: LanguageModel, begun: _Begun, show: bool) -> list[Traced]:
         begun.cache,
         begun.workers,
     )
-    found = list(begun.finished)
+    results = list(begun.finished)
     mine = begun.groups()[workers.index :: workers.count]
     cells = {
         index: count_cells(encoded_facts[index], model.anatomy.layers, begun.sweep) for group in mine for index in group
     }
-    done = sum(count for index, count in cells.items() if found[index] is not None)
+    done = sum(count for index, count in cells.items() if results[index] is not None)
     with progress_bar(sum(cells.values()), label="trace", unit="cells", done=done, enabled=show) as advance:
         for group in mine:
-            missing = [index for index in group if found[index] is None]
+            missing = [index for index in group if results[index] is None]
             if not missing:
                 continue
             batches = [corruptor.batch(encoded_facts[index]) for index in missing]
             fresh = engine.trace([encoded_facts[index] for index in missing], batches, advance)
-            for index, one in zip(missing, fresh, strict=True):
-                cache.store(encoded_facts[index], one)
-                found[index] = one
+            for index, result in zip(missing, fresh, strict=True):
+                cache.store(encoded_facts[index], result)
+                results[index] = result
     workers.wait()
-    traced = [one or cache.load(encoded) for one, encoded in zip(found, encoded_facts, strict=True)]
-    lost = [encoded.fact.label for encoded, one in zip(encoded_facts, traced, strict=True) if one is None]
+    traced = [result or cache.load(encoded) for result, encoded in zip(results, encoded_facts, strict=True)]
+    lost = [encoded.fact.label for encoded, result in zip(encoded_facts, traced, strict=True) if result is None]
     if lost:
         raise UserError(
             f"another process did not leave fact {lost[0]!r} in {cache.folder}: give a folder that all can see"
         )
-    return [one for one in traced if one is not None]
+    return [result for result in traced if result is not None]

@@ -39,7 +39,7 @@ def prepare(
         facts = with_foils(facts)
     encoded_facts = [encode_fact(model, fact, settings.prompt, *metrics) for fact in facts]
     corruptor = settings.corruption.bind(model, encoded_facts)
-    asked = None if only is None else Counter(only)
+    wanted = None if only is None else Counter(only)
 
     def why_small(encoded: EncodedFact) -> str | None:
         if least_total is None:
@@ -52,9 +52,9 @@ def prepare(
 
     def why_not(encoded: EncodedFact) -> str | None:
         without = why_too_long(model, encoded) or corruptor.why_not(encoded) or why_unscored(encoded, metrics)
-        return without or (why_unknown(model, encoded) if asked is None else None) or why_small(encoded)
+        return without or (why_unknown(model, encoded) if wanted is None else None) or why_small(encoded)
 
-    kept, skipped = _sort_out(model, encoded_facts, why_not, settings.max_facts, settings.show, asked, settings.seed)
+    kept, skipped = _sort_out(model, encoded_facts, why_not, settings.max_facts, settings.show, wanted, settings.seed)
     return kept, skipped, corruptor
 
 
@@ -92,34 +92,34 @@ def _sort_out(
     why_not: Callable[[EncodedFact], str | None],
     max_facts: int | None,
     show: bool,
-    asked: Counter[Fact] | None = None,
+    wanted: Counter[Fact] | None = None,
     seed: int | None = None,
 ) -> tuple[list[EncodedFact], list[Skipped]]:
-    """The facts (only those `asked` for, each as often as it is) against which there is nothing to say, up to `max_facts` (the
+    """The facts (only those `wanted`, each as often as it is) against which there is nothing to say, up to `max_facts` (the
     first, or drawn in turn by `seed`); all others with reasons. Both in the order given."""
     reasons: dict[int, str | None] = {}
     order: Sequence[int] = range(len(encoded_facts))
-    still = Counter(asked or ())
+    wanted_still = Counter(wanted or ())
     if max_facts is not None and seed is not None:
         order = in_turn([encoded.fact for encoded in encoded_facts], seed)
     known = 0
     with progress_bar(len(encoded_facts), label="known facts", unit="facts", enabled=show) as advance:
-        for place in order:
+        for index in order:
             if max_facts is not None and known >= max_facts:
                 reason: str | None = f"not needed: max_facts is {max_facts}"
-            elif asked is not None and not still[encoded_facts[place].fact]:
+            elif wanted is not None and not wanted_still[encoded_facts[index].fact]:
                 reason = "not one of the facts asked for"
             else:
-                reason = why_not(encoded_facts[place])
-                still[encoded_facts[place].fact] -= 1
-            reasons[place] = reason
+                reason = why_not(encoded_facts[index])
+                wanted_still[encoded_facts[index].fact] -= 1
+            reasons[index] = reason
             known += reason is None
             advance(1)
-    told = [(encoded, reasons[place]) for place, encoded in enumerate(encoded_facts)]
-    skipped = [Skipped(fact=encoded.fact, reason=reason) for encoded, reason in told if reason is not None]
+    reasoned = [(encoded, reasons[index]) for index, encoded in enumerate(encoded_facts)]
+    skipped = [Skipped(fact=encoded.fact, reason=reason) for encoded, reason in reasoned if reason is not None]
     if not known:
-        first = next((one for one in skipped if asked is None or one.fact in asked), skipped[0])
-        if asked is not None:
+        first = next((skip for skip in skipped if wanted is None or skip.fact in wanted), skipped[0])
+        if wanted is not None:
             raise NothingToTrace(
                 f"none of the facts asked for can be traced (the first, {first.fact.label!r}: {first.reason})"
             )
@@ -128,7 +128,7 @@ def _sort_out(
             f"{first.reason}): give facts that it answers word for word, in the prompt format it was trained on, and that the "
             "corruption fits"
         )
-    return [encoded for encoded, reason in told if reason is None], skipped
+    return [encoded for encoded, reason in reasoned if reason is None], skipped
 
 
 @contextmanager

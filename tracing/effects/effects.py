@@ -37,11 +37,11 @@ class Effects(Cells):
         window = f", windows of {self.window}" if self.window > 1 else ""
         left = f", {len(self.skipped)} left out" if self.skipped else ""
         traced = f"{', '.join(self.kinds)} of {self.layers} layers{window}"
-        found = "nothing"
+        what = "nothing"
         if len(self.facts):
-            found = f"mean total effect {self.total.mean():.3g}, {brought_back(self)}"
+            what = f"mean total effect {self.total.mean():.3g}, {brought_back(self)}"
         also = f"; also {', '.join(self.also)}" if self.also else ""
-        return f"Effects({len(self.facts)} facts{left}; {traced}; {self.metric}, {how}; {found}{also})"
+        return f"Effects({len(self.facts)} facts{left}; {traced}; {self.metric}, {how}; {what}{also})"
 
     def scores(self, roles: Sequence[str] = SUBJECT_ROLES, aggregation: Aggregation = "fixed") -> LayerScores:
         """For each fact, kind and layer the mean indirect effect over the `roles` that the fact has, each over its tokens.
@@ -51,7 +51,7 @@ class Effects(Cells):
         values: dict[Kind, Array] = {}
         for kind in self.kinds:
             by_role = self.by_role(kind, roles, aggregation)
-            values[kind] = np.stack([mean_over_facts(one) for one in by_role])
+            values[kind] = np.stack([mean_over_facts(of_fact) for of_fact in by_role])
             if np.isnan(values[kind]).all():
                 raise UserError(
                     f"no fact has traced tokens in the roles {', '.join(roles)}: choose other roles or positions"
@@ -72,7 +72,7 @@ class Effects(Cells):
                 "sigma": self.sigma,
                 "roles": list(roles),
                 "aggregation": aggregation,
-                "left_out": {one.fact.label: one.reason for one in self.skipped},
+                "left_out": {skip.fact.label: skip.reason for skip in self.skipped},
             },
             provenance=self.provenance,
         )

@@ -56,15 +56,15 @@ def peak(kind: Kind, roles: Sequence[str], values: Array) -> tuple[int, int] | N
 
 def brought_back(effects: Cells) -> str:
     """The largest share that one restored activation brings back, of all kinds and token roles (`peak`), in a few words."""
-    found = []
+    peaks = []
     for kind in effects.kinds:
         share = _share(effects, kind)
-        place = peak(kind, ROLES, share)
-        if place is not None:
-            found.append((float(share[place]), kind, place))
-    if not found:
+        cell = peak(kind, ROLES, share)
+        if cell is not None:
+            peaks.append((float(share[cell]), kind, cell))
+    if not peaks:
         return "no shares: it is not above zero"
-    most, kind, (row, layer) = max(found, key=lambda one: one[0])
+    most, kind, (row, layer) = max(peaks, key=lambda cell_of_kind: cell_of_kind[0])
     return f"at most {_percent(most)} brought back ({kind} {layer}, {ROLES[row].replace('_', ' ')})"
 
 
@@ -86,10 +86,10 @@ def sentences(effects: Cells, *, confidence: float = 0.95, seed: int = 0) -> lis
     ]
     for kind in effects.kinds:
         table = effects.table(kind, confidence=confidence, seed=seed)
-        place = peak(kind, table.roles, table.mean)
-        if place is None:
+        cell = peak(kind, table.roles, table.mean)
+        if cell is None:
             continue
-        row, layer = place
+        row, layer = cell
         share, low, high = (float(one[row, layer]) for one in (table.share, table.share_low, table.share_high))
         spread = f" ({confidence:.0%} interval {_percent(low)} to {_percent(high)})" if not np.isnan(low) else ""
         part = f", {_percent(share)}{spread} of what the corruption took" if not np.isnan(share) else ""
@@ -100,11 +100,11 @@ def sentences(effects: Cells, *, confidence: float = 0.95, seed: int = 0) -> lis
 def _cut(table: EffectTable) -> list[str]:
     """That windows at the ends hold fewer layers, and what comes back per layer; nothing where all are whole."""
     layers = table.mean.shape[1]
-    cut, place = cut_windows(table.window, layers, table.kind), peak(table.kind, table.roles, table.per_layer)
-    if not cut or place is None:
+    cut, cell = cut_windows(table.window, layers, table.kind), peak(table.kind, table.roles, table.per_layer)
+    if not cut or cell is None:
         return []
-    row, layer = place
-    held = ", ".join(f"{table.layers_restored[one]} about layer {one}" for one in cut)
+    row, layer = cell
+    held = ", ".join(f"{table.layers_restored[layer_at]} about layer {layer_at}" for layer_at in cut)
     return [
         f"  Windows of {table.window} are cut short by the ends of the model ({held}). Per layer restored, "
         f"most comes back from {named(table, row, layer)}: {table.per_layer[row, layer]:.3g} each."

@@ -96,8 +96,8 @@ class Checked:
         trunk, rows = self._rows(tokens, answer)
         cells = len(self.sweep.kinds) * self.model.anatomy.layers * facts * samples
         first = min(max(2, trunk), facts * (1 + samples)) * trunk_row_bytes(self.model, tokens, answer, self.sweep)
-        given = facts * (1 + samples) * embedded_row_bytes(self.model, tokens)
-        return given + first + min(rows, cells) * row_bytes(self.model, tokens)
+        embedded = facts * (1 + samples) * embedded_row_bytes(self.model, tokens)
+        return embedded + first + min(rows, cells) * row_bytes(self.model, tokens)
 
     def passes(self, encoded_facts: Sequence[EncodedFact], samples: int) -> Passes:
         tokens, layers = len(encoded_facts[0].input_ids), self.model.anatomy.layers
@@ -109,42 +109,42 @@ class Checked:
             share = min(samples, max(1, trunk - 1))
             parts = [min(share, samples - start) for start in range(0, samples, share)]
             together = [([encoded], part) for encoded in encoded_facts for part in parts]
-        ordinary = [len(some) * (1 + part) for some, part in together]
-        waves = [size for some, part in together for size in wave.sizes(some, part)]
-        again = sum(ordinary) - len(encoded_facts) * (1 + samples)  # clean rows that other parts had, too
+        ordinary = [len(group) * (1 + part) for group, part in together]
+        waves = [size for group, part in together for size in wave.sizes(group, part)]
+        repeated_rows = sum(ordinary) - len(encoded_facts) * (1 + samples)  # clean rows that other parts had, too
         least = cost(encoded_facts, [samples] * len(encoded_facts), layers, self.sweep).wave
         return Passes(
             count=len(ordinary) + len(waves),
             rows=max(*ordinary, *waves, 0),
-            token_blocks=least + again * tokens * layers,
+            token_blocks=least + repeated_rows * tokens * layers,
         )
 
     def trace(
         self, encoded_facts: Sequence[EncodedFact], batches: Sequence[Tensor], advance: Advance = lambda cells: None
     ) -> list[Traced]:
-        found = self._within_memory(encoded_facts, batches, advance)
+        traced = self._within_memory(encoded_facts, batches, advance)
         if not self._checked:
             check(
                 self.model,
                 encoded_facts[0],
                 batches[0],
                 self.sweep,
-                found[0],
+                traced[0],
                 rows=self.ordinary_rows(encoded_facts[0]),
             )
             self._checked = True
-        return found
+        return traced
 
     def ordinary_rows(self, encoded: EncodedFact) -> int:
         """How many rows of a fact an ordinary pass may have; a clean and a corrupted one are the least there is."""
         return max(2, self._rows(len(encoded.input_ids), len(encoded.answer_ids))[0])
 
-    def score_cells(self, encoded: EncodedFact, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
+    def score_cells(self, encoded: EncodedFact, batch: Tensor, wanted: Sequence[tuple[Kind, int, int]]) -> list[float]:
         """The scores of chosen cells, as `Wavefront.score_cells` gives them. Raises UserError for what that refuses."""
         wave = Wavefront(self.model, self.sweep, self._rows(len(encoded.input_ids), len(encoded.answer_ids))[1])
         return _mean(
             [
-                (share, wave.score_cells(encoded, part, asked))
+                (share, wave.score_cells(encoded, part, wanted))
                 for share, part in in_parts(batch, self.ordinary_rows(encoded))
             ]
         )
@@ -184,16 +184,16 @@ class Checked:
         wave = Wavefront(self.model, self.sweep, rows)
         if sum(map(len, batches)) <= trunk:
             return wave.trace(encoded_facts, batches, advance)
-        found = []
+        traced = []
         for encoded, batch in zip(encoded_facts, batches, strict=True):
             parts = in_parts(batch, trunk)
             last = len(parts) - 1
-            some = [
-                (share, wave.trace([encoded], [part], *([advance] if place == last else []))[0])
-                for place, (share, part) in enumerate(parts)
+            joined = [
+                (share, wave.trace([encoded], [part], *([advance] if index == last else []))[0])
+                for index, (share, part) in enumerate(parts)
             ]
-            found.append(_joined(some))
-        return found
+            traced.append(_joined(joined))
+        return traced
 
 
 def _joined(parts: Sequence[tuple[float, Traced]]) -> Traced:
@@ -201,12 +201,12 @@ def _joined(parts: Sequence[tuple[float, Traced]]) -> Traced:
     kinds, also = parts[0][1].restored, parts[0][1].also
     return Traced(
         clean=parts[0][1].clean,
-        corrupted=sum(share * one.corrupted for share, one in parts),
+        corrupted=sum(share * part.corrupted for share, part in parts),
         restored={
-            kind: np.sum([share * one.restored[kind] for share, one in parts], axis=0, dtype=np.float64)
+            kind: np.sum([share * part.restored[kind] for share, part in parts], axis=0, dtype=np.float64)
             for kind in kinds
         },
-        also={metric: _joined([(share, one.also[metric]) for share, one in parts]) for metric in also},
+        also={metric: _joined([(share, part.also[metric]) for share, part in parts]) for metric in also},
     )
 
 
@@ -230,7 +230,7 @@ def check_engine(name: str) -> None:
 
 
 def check(
-    model: LanguageModel, encoded: EncodedFact, batch: Tensor, sweep: Sweep, found: Traced, few: int = 3, *, rows: int
+    model: LanguageModel, encoded: EncodedFact, batch: Tensor, sweep: Sweep, traced: Traced, few: int = 3, *, rows: int
 ) -> None:
     """Raise UserError unless the reference gives the same for the cell with the largest effect, for the first layer's at the
     last subject token (where a restoration that does nothing would show), and for `few` random ones."""
@@ -238,11 +238,11 @@ def check(
         p for p in swept_positions(len(encoded.prompt_ids), encoded.span, sweep.positions) if p >= encoded.span[0]
     ]
     cells = [(kind, p, layer) for kind in sweep.kinds for p in positions for layer in range(model.anatomy.layers)]
-    largest = max(cells, key=lambda cell: abs(_value(found, cell) - found.corrupted))
+    largest = max(cells, key=lambda cell: abs(_value(traced, cell) - traced.corrupted))
     telling: list[tuple[Kind, int, int]] = [(kind, encoded.span[1] - 1, 0) for kind in sweep.kinds]
     chance = random.Random(0).sample(cells, min(few, len(cells)))
-    asked = list(dict.fromkeys([largest, *telling, *chance]))
-    compare(model, encoded, batch, sweep, {cell: _value(found, cell) for cell in asked}, found.corrupted, rows=rows)
+    wanted = list(dict.fromkeys([largest, *telling, *chance]))
+    compare(model, encoded, batch, sweep, {cell: _value(traced, cell) for cell in wanted}, traced.corrupted, rows=rows)
 
 
 def compare(
@@ -250,7 +250,7 @@ def compare(
     encoded: EncodedFact,
     batch: Tensor,
     sweep: Sweep,
-    found: Mapping[tuple[Kind, int, int], float],
+    scores: Mapping[tuple[Kind, int, int], float],
     corrupted: float,
     *,
     rows: int,
@@ -258,9 +258,9 @@ def compare(
     """Raise UserError unless the reference, at most `rows` rows at a time, gives the same scores for these cells
     `(kind, position, layer)`."""
     parts = in_parts(batch, rows)
-    expected = _mean([(share, score_cells(model, encoded, part, sweep, list(found))) for share, part in parts])
+    expected = _mean([(share, score_cells(model, encoded, part, sweep, list(scores))) for share, part in parts])
     nats = _rounding(next(model.model.parameters()).dtype, len(encoded.answer_ids))
-    for (cell, got), value in zip(found.items(), expected, strict=True):
+    for (cell, got), value in zip(scores.items(), expected, strict=True):
         if abs(got - value) > metric_of(sweep.metric).tolerance(nats, max(abs(value), abs(corrupted))):
             kind, position, layer = cell
             raise UserError(
@@ -269,9 +269,9 @@ def compare(
             )
 
 
-def _value(found: Traced, cell: tuple[Kind, int, int]) -> float:
+def _value(traced: Traced, cell: tuple[Kind, int, int]) -> float:
     kind, position, layer = cell
-    return float(found.restored[kind][position, layer])
+    return float(traced.restored[kind][position, layer])
 
 
 def _rounding(dtype: torch.dtype, tokens: int) -> float:

@@ -112,16 +112,16 @@ class Wavefront:
         sums = {kind: np.full(shape, np.nan) for kind in self.sweep.kinds}
         swept = [swept_positions(tokens, encoded.span, self.sweep.positions) for encoded in encoded_facts]
         for position in range(tokens):
-            asked = [fact for fact, positions in enumerate(swept) if position in positions]
-            facts = [fact for fact in asked if position >= encoded_facts[fact].span[0]]
+            swept_facts = [fact for fact, positions in enumerate(swept) if position in positions]
+            facts = [fact for fact in swept_facts if position >= encoded_facts[fact].span[0]]
             for cells_of_kind in sums.values():
                 cells_of_kind[facts, position] = 0.0
             for cells, rows in self._waves(self.cells, facts, samples):
-                found = self._wave(trunk, position, cells, rows, samples).cpu()
-                for cell, values in zip(cells, found, strict=True):
-                    here = sums[cell.kind][:, position, cell.layer]
-                    np.add.at(here, (rows // samples).numpy(), values.numpy() / samples)
-            advance(len(asked) * len(self.cells))
+                scores = self._wave(trunk, position, cells, rows, samples).cpu()
+                for cell, values in zip(cells, scores, strict=True):
+                    cells_here = sums[cell.kind][:, position, cell.layer]
+                    np.add.at(cells_here, (rows // samples).numpy(), values.numpy() / samples)
+            advance(len(swept_facts) * len(self.cells))
         return [
             self._traced(encoded, trunk.scores[fact], {kind: cells[fact] for kind, cells in sums.items()})
             for fact, encoded in enumerate(encoded_facts)
@@ -129,21 +129,23 @@ class Wavefront:
 
     def sizes(self, encoded_facts: Sequence[EncodedFact], samples: int) -> list[int]:
         """How many rows each wave of `trace` has, in order, for facts of one shape with so many corrupted rows each."""
-        tokens, found = len(encoded_facts[0].prompt_ids), []
+        tokens, sizes = len(encoded_facts[0].prompt_ids), []
         swept = [swept_positions(tokens, encoded.span, self.sweep.positions) for encoded in encoded_facts]
-        at: dict[int, list[int]] = {}  # number of facts -> the sizes
+        sizes_of: dict[int, list[int]] = {}  # number of facts -> the sizes
         for position in range(tokens):
             facts = sum(
                 position in places and position >= encoded.span[0]
                 for encoded, places in zip(encoded_facts, swept, strict=True)
             )
-            if facts not in at:
-                at[facts] = [len(some) * len(rows) for some, rows in self._waves(self.cells, range(facts), samples)]
-            found += at[facts]
-        return found
+            if facts not in sizes_of:
+                sizes_of[facts] = [
+                    len(some) * len(rows) for some, rows in self._waves(self.cells, range(facts), samples)
+                ]
+            sizes += sizes_of[facts]
+        return sizes
 
     @torch.inference_mode()
-    def score_cells(self, encoded: EncodedFact, batch: Tensor, asked: Sequence[tuple[Kind, int, int]]) -> list[float]:
+    def score_cells(self, encoded: EncodedFact, batch: Tensor, wanted: Sequence[tuple[Kind, int, int]]) -> list[float]:
         """The scores of chosen cells `(kind, position, layer)` of one fact by the sweep's metric, in their order: those of
         `tracing.engine.reference.score_cells`.
 
@@ -151,7 +153,7 @@ class Wavefront:
             UserError: a cell that does not exist or whose kind the sweep does not have; NaN.
         """
         tokens, layers, samples = len(encoded.prompt_ids), self.model.anatomy.layers, len(batch) - 1
-        for kind, position, layer in asked:
+        for kind, position, layer in wanted:
             if kind not in self.sweep.kinds or not (0 <= position < tokens and 0 <= layer < layers):
                 raise UserError(
                     f"there is no cell of {kind} at token {position}, layer {layer}: choose of {', '.join(self.sweep.kinds)}, "
@@ -159,15 +161,15 @@ class Wavefront:
                 )
         trunk = self._trunk([encoded], batch, 1 + samples)
         corrupted = float(trunk.scores[0, 1, 0])
-        found = {cell: corrupted if cell[1] < encoded.span[0] else 0.0 for cell in asked}
-        for position in sorted({position for _, position, _ in found if position >= encoded.span[0]}):
-            chosen = [cell for cell in self.cells if (cell.kind, position, cell.layer) in found]
+        scores = {cell: corrupted if cell[1] < encoded.span[0] else 0.0 for cell in wanted}
+        for position in sorted({position for _, position, _ in scores if position >= encoded.span[0]}):
+            chosen = [cell for cell in self.cells if (cell.kind, position, cell.layer) in scores]
             for cells, rows in self._waves(chosen, [0], samples):
                 values = self._wave(trunk, position, cells, rows, samples).cpu()[..., 0].sum(1) / samples
                 for cell, value in zip(cells, values.tolist(), strict=True):
-                    found[cell.kind, position, cell.layer] += value
-        refuse_nan(self.model, encoded, trunk.scores[0], [np.array(list(found.values()))])
-        return [found[cell] for cell in asked]
+                    scores[cell.kind, position, cell.layer] += value
+        refuse_nan(self.model, encoded, trunk.scores[0], [np.array(list(scores.values()))])
+        return [scores[cell] for cell in wanted]
 
     def _traced(self, encoded: EncodedFact, scores: Array, cells: dict[Kind, Array]) -> Traced:
         for values in cells.values():
@@ -187,13 +189,13 @@ class Wavefront:
             slice(facts, None),
         )  # of rows in this order: views, so that nothing is kept twice
         with capture(self.model, sites) as seen:
-            found, past = block_replay.trunk(self.model, batch[order.to(batch.device)], keep)
+            logits, past = block_replay.trunk(self.model, batch[order.to(batch.device)], keep)
 
         def of(site: Site, rows: slice) -> Tensor:
             return seen[site][rows]
 
-        target = beside_clean(Target.of(encoded_facts, each).rows(order), found[clean], self.sweep.metrics)
-        scored = read_all(found, target, self.sweep.metrics).cpu()
+        target = beside_clean(Target.of(encoded_facts, each).rows(order), logits[clean], self.sweep.metrics)
+        scored = read_all(logits, target, self.sweep.metrics).cpu()
         corrupted = reduce(scored[noisy], "(facts samples) metrics -> facts metrics", "mean", facts=facts)
         return Trunk(
             stream=[of(EMBEDDING, noisy), *(of(Site("resid", layer), noisy) for layer in layers)],

@@ -83,34 +83,34 @@ def choose_layers(
     Raises:
         UserError: a size that does not fit the model or the rule, a kind that was not traced, roles that no fact has.
     """
-    given = found if isinstance(found, LayerScores) else found.scores(roles, aggregation)
-    layers = given.layers
+    layer_scores = found if isinstance(found, LayerScores) else found.scores(roles, aggregation)
+    layers = layer_scores.layers
     _check(kind, confidence, stability)
     picks = make_rule(rule, size=size, share=share, layers=layers)
-    parts = {one: given.of(one) for one in _parts(kind)}
+    parts = {part_kind: layer_scores.of(part_kind) for part_kind in _parts(kind)}
     scores = np.sum(list(parts.values()), axis=0)
-    counts = resample_counts(given.groups, resamples, seed)
+    counts = resample_counts(layer_scores.groups, resamples, seed)
     means = mean_over_facts(scores)
     drawn = weighted_means(scores, counts)
     drawn, counts = drawn[~np.isnan(drawn).any(axis=1)], counts[~np.isnan(drawn).any(axis=1)]
     required = Required(confidence=confidence, stability=stability)
     if picks is None:
-        judged = judge_by_permutation(scores, given.groups, counts, required, seed)
+        judged = judge_by_permutation(scores, layer_scores.groups, counts, required, seed)
     else:
-        judged = judge(picks, scores, given.groups, counts, required, seed)
+        judged = judge(picks, scores, layer_scores.groups, counts, required, seed)
     chosen = judged.layers
-    taken = None if given.total is None else float(given.total.mean())
+    taken = None if layer_scores.total is None else float(layer_scores.total.mean())
     best = float(means[list(chosen)].max())
     part = None if taken is None else best / taken if taken > 0 else 0.0
     against = [*judged.against, *too_little(part, least_share)]
-    window = int(given.details.get("window", 1)) if kind != "resid" else 1
+    window = int(layer_scores.details.get("window", 1)) if kind != "resid" else 1
     low, high = interval(drawn, confidence)
     evidence = {
         "kind": kind,
         "rule": rule,
-        "source": given.source,
-        "unit": given.unit,
-        "roles": list(given.details.get("roles", ())),
+        "source": layer_scores.source,
+        "unit": layer_scores.unit,
+        "roles": list(layer_scores.details.get("roles", ())),
         "layer_scores": _floats(means),
         "layer_low": _floats(low),
         "layer_high": _floats(high),
@@ -118,21 +118,24 @@ def choose_layers(
         "stability_asked": stability,
         "least_share_asked": least_share,
         **({"mass_asked": share} if rule == "mass" else {}),
-        "aggregation": given.details.get("aggregation"),
+        "aggregation": layer_scores.details.get("aggregation"),
         **judged.numbers,
         **({} if part is None else {"share_of_total": part}),
         **(_bands(picks, means, drawn, confidence) if isinstance(picks, Band) else {}),
         "other_kinds_in_band": {
-            one: float(np.sum(given.mean(one)[list(chosen)])) for one in given.kinds if one not in parts
+            part_kind: float(np.sum(layer_scores.mean(part_kind)[list(chosen)]))
+            for part_kind in layer_scores.kinds
+            if part_kind not in parts
         },
         "mean_total_effect": taken,
-        "caveats": _caveats(given, len(chosen), window),
+        "caveats": _caveats(layer_scores, len(chosen), window),
     }
     return LayerPlan(
         layers=chosen,
         modules=_modules(kind, parts, counts, chosen, confidence),
         rule=(
-            f"{_said(picks, layers)} mean {given.unit} of {'mlp and attn' if kind == 'both' else kind} ({given.source})"
+            f"{_said(picks, layers)} mean {layer_scores.unit} of {'mlp and attn' if kind == 'both' else kind} "
+            f"({layer_scores.source})"
         ),
         singled_out=not against,
         verdict=verdict(
@@ -141,17 +144,21 @@ def choose_layers(
             judged.favor,
             part=part,
             restored=_restored(kind, window),
-            roles=given.details.get("roles", ()),
+            roles=layer_scores.details.get("roles", ()),
         ),
         evidence=evidence,
         controls=control_layers(chosen, means, seed),
         provenance={
-            **given.provenance,
+            **layer_scores.provenance,
             "model_layers": layers,
-            **{name: given.details[name] for name in ("sigma", "metric", "window") if name in given.details},
-            "facts_used": [fact.label for fact in given.facts],
-            "facts_sha256": facts_hash(given.facts),
-            "facts_left_out": given.details.get("left_out", {}),
+            **{
+                name: layer_scores.details[name]
+                for name in ("sigma", "metric", "window")
+                if name in layer_scores.details
+            },
+            "facts_used": [fact.label for fact in layer_scores.facts],
+            "facts_sha256": facts_hash(layer_scores.facts),
+            "facts_left_out": layer_scores.details.get("left_out", {}),
             "resamples": resamples,
             "seed": seed,
         },
@@ -197,13 +204,13 @@ def _modules(
         return ("all",)
     if kind != "both":
         return (kind,)
-    sums = {one: scores[:, list(chosen)].sum(axis=1) for one, scores in parts.items()}
-    carried = [one for one, values in sums.items() if interval(weighted_means(values, counts), confidence)[0] > 0]
-    largest = max(sums, key=lambda one: float(mean_over_facts(sums[one])))
+    sums = {module: scores[:, list(chosen)].sum(axis=1) for module, scores in parts.items()}
+    carried = [module for module, values in sums.items() if interval(weighted_means(values, counts), confidence)[0] > 0]
+    largest = max(sums, key=lambda module: float(mean_over_facts(sums[module])))
     return tuple(carried or [largest])
 
 
-def _caveats(given: LayerScores, size: int, window: int) -> list[str]:
+def _caveats(layer_scores: LayerScores, size: int, window: int) -> list[str]:
     caveats = ["Localizing shows where an answer is carried, not where training works best: compare with the controls."]
     if window > 1:
         caveats.append(
@@ -211,8 +218,8 @@ def _caveats(given: LayerScores, size: int, window: int) -> list[str]:
             + (f", and are wider than the plan of {size}" if window > size else "")
             + "; those at the edges hold fewer layers."
         )
-    if left := given.details.get("left_out"):
-        caveats.append(f"{len(left)} of {len(left) + len(given.facts)} facts were left out.")
+    if left := layer_scores.details.get("left_out"):
+        caveats.append(f"{len(left)} of {len(left) + len(layer_scores.facts)} facts were left out.")
     return caveats
 
 

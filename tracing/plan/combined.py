@@ -38,11 +38,11 @@ class Agreements:
 
     def matrix(self, kind: Kind) -> Array:
         """(localizers, localizers) rank correlations, 1 on the diagonal; NaN where there is none."""
-        found = np.eye(len(self.names))
+        correlations = np.eye(len(self.names))
         for (one, other), value in self.pairs[kind].items():
-            place = self.names.index(one), self.names.index(other)
-            found[place] = found[place[::-1]] = value.correlation
-        return found
+            cell = self.names.index(one), self.names.index(other)
+            correlations[cell] = correlations[cell[::-1]] = value.correlation
+        return correlations
 
     def apart(self, kinds: Sequence[Kind]) -> dict[tuple[str, str], Agreement]:
         """The pairs that are not shown to agree on some of these kinds, each with its least agreement, the least first."""
@@ -85,27 +85,27 @@ class Agreements:
 
 
 def compare_all(
-    found: Mapping[str, LayerScores], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+    scores: Mapping[str, LayerScores], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Agreements:
     """Every pair of localizers, on the kinds that all of them score and the facts that the pair has in common.
 
     Raises:
         UserError: fewer than two localizers, other weights, no kind in common, or what `tracing.agreement` refuses.
     """
-    _require_several(found)
+    _require_several(scores)
     pairs: dict[Kind, dict[tuple[str, str], Agreement]] = {
         kind: {
             (one, other): agreement(
-                found[one], found[other], kind, confidence=confidence, resamples=resamples, seed=seed
+                scores[one], scores[other], kind, confidence=confidence, resamples=resamples, seed=seed
             )
-            for one, other in combinations(found, 2)
+            for one, other in combinations(scores, 2)
         }
-        for kind in shared_kinds(found)
+        for kind in shared_kinds(scores)
     }
-    return Agreements(names=tuple(found), pairs=pairs)
+    return Agreements(names=tuple(scores), pairs=pairs)
 
 
-def combine(found: Mapping[str, LayerScores]) -> LayerScores:
+def combine(scores: Mapping[str, LayerScores]) -> LayerScores:
     """The mean over localizers of each layer's rank, a fact at a time, on the facts that all have.
 
     A fact's layers are ranked by each localizer's score, 0 the lowest and 1 the highest, ties sharing the mean; the ranks are
@@ -117,20 +117,22 @@ def combine(found: Mapping[str, LayerScores]) -> LayerScores:
         UserError: fewer than two localizers, other weights, no kind in common, fewer than two facts in common, other numbers
             of layers.
     """
-    _require_several(found)
-    common = in_common(list(found.values()))
+    _require_several(scores)
+    common = in_common(list(scores.values()))
     return LayerScores(
-        source=f"{len(found)} localizers together ({', '.join(found)})",
+        source=f"{len(scores)} localizers together ({', '.join(scores)})",
         unit="rank of the layer (0 the lowest, 1 the highest), the mean over localizers",
         facts=common[0].facts,
-        values={kind: np.mean([layer_ranks(one.of(kind)) for one in common], axis=0) for kind in shared_kinds(found)},
-        details={"localizers": {name: one.source for name, one in found.items()}},
-        provenance={"localizers": {name: dict(one.provenance) for name, one in found.items()}},
+        values={
+            kind: np.mean([layer_ranks(each.of(kind)) for each in common], axis=0) for kind in shared_kinds(scores)
+        },
+        details={"localizers": {name: localizer.source for name, localizer in scores.items()}},
+        provenance={"localizers": {name: dict(localizer.provenance) for name, localizer in scores.items()}},
     )
 
 
 def combined_plan(
-    found: Mapping[str, LayerScores],
+    scores: Mapping[str, LayerScores],
     agreements: Agreements,
     *,
     size: int,
@@ -153,7 +155,7 @@ def combined_plan(
         UserError: what `combine` and `choose_layers` refuse.
     """
     plan = choose_layers(
-        combine(found),
+        combine(scores),
         size=size,
         kind=kind,
         seed=seed,
@@ -166,7 +168,7 @@ def combined_plan(
     evidence = {**plan.evidence, "agreement": agreements.to_json(), "apart": [list(pair) for pair in apart]}
     if not apart:
         return replace(plan, evidence=evidence)
-    pairs = len(found) * (len(found) - 1) // 2
+    pairs = len(scores) * (len(scores) - 1) // 2
     disagreements = [f"{one} and {other} ({value})" for (one, other), value in apart.items()]
     verdict = verdict_of_localizers(plan, disagreements, pairs)
     return replace(plan, singled_out=False, verdict=verdict, evidence=evidence)
@@ -178,19 +180,25 @@ def layer_ranks(scores: Array) -> Array:
     return np.where(np.isnan(scores).any(axis=1, keepdims=True), np.nan, ranks)
 
 
-def shared_kinds(found: Mapping[str, LayerScores]) -> list[Kind]:
+def shared_kinds(scores: Mapping[str, LayerScores]) -> list[Kind]:
     """The kinds that all localizers score, in the order of the first. Raises UserError if there is none."""
-    kinds = [kind for kind in next(iter(found.values())).kinds if all(kind in one.kinds for one in found.values())]
+    kinds = [
+        kind
+        for kind in next(iter(scores.values())).kinds
+        if all(kind in localizer.kinds for localizer in scores.values())
+    ]
     if not kinds:
-        said = "; ".join(f"{name}: {', '.join(one.kinds)}" for name, one in found.items())
-        raise UserError(f"the localizers score no kind in common ({said}): give them one, such as mlp")
+        listed = "; ".join(f"{name}: {', '.join(localizer.kinds)}" for name, localizer in scores.items())
+        raise UserError(f"the localizers score no kind in common ({listed}): give them one, such as mlp")
     return kinds
 
 
-def _require_several(found: Mapping[str, LayerScores]) -> None:
-    if len(found) < 2:
-        raise UserError(f"{len(found)} localizer cannot be compared or combined: give at least two")
-    weights = sorted({str(one.provenance["weights"]) for one in found.values() if "weights" in one.provenance})
+def _require_several(scores: Mapping[str, LayerScores]) -> None:
+    if len(scores) < 2:
+        raise UserError(f"{len(scores)} localizer cannot be compared or combined: give at least two")
+    weights = sorted(
+        {str(localizer.provenance["weights"]) for localizer in scores.values() if "weights" in localizer.provenance}
+    )
     if len(weights) > 1:
         raise UserError(
             f"the localizers asked models of other weights ({' and '.join(weights)}): run all of them on the same model"
@@ -202,8 +210,8 @@ def _order(value: Agreement) -> float:
 
 
 def _cell(value: Agreement) -> str:
-    said = f"{value.correlation:.2f} ({value.low:.2f} to {value.high:.2f})"
-    return f"**{said}**" if value.shown else said
+    text = f"{value.correlation:.2f} ({value.low:.2f} to {value.high:.2f})"
+    return f"**{text}**" if value.shown else text
 
 
 def _plain(value: Any) -> Any:

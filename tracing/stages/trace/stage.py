@@ -84,9 +84,9 @@ def run_trace(config: TraceConfig, facts: Sequence[Fact] | None = None) -> Trace
         plan = asking.plan(effects, config.plan.confidence)
     others, lacking = asking.others(effects)
     if config.others:
-        asked = config.plan
+        chosen = config.plan
         plan = confirm(
-            plan, effects, others, lacking, roles=asked.roles, aggregation=asked.aggregation, seed=config.seed
+            plan, effects, others, lacking, roles=chosen.roles, aggregation=chosen.aggregation, seed=config.seed
         )
     beyond = asking.interaction(effects)
     if beyond is not None:
@@ -121,14 +121,14 @@ class _Asking:
 
     def others(self, effects: Effects) -> tuple[dict[str, Effects], dict[str, str]]:
         """The effects of the same facts under every other corruption, by name; and why one has none."""
-        found: dict[str, Effects] = {}
+        traced: dict[str, Effects] = {}
         lacking: dict[str, str] = {}
         for name, corruption in self.config.others.items():
             try:
-                found[name] = self._trace(corruption, only=effects.facts)
+                traced[name] = self._trace(corruption, only=effects.facts)
             except NothingToTrace as error:  # no reason to lose what was traced
                 lacking[name] = str(error)
-        return found, lacking
+        return traced, lacking
 
     def interaction(self, effects: Effects) -> Interaction | None:
         """Single layers of the same facts beside windows of them; None where there are no windows."""
@@ -140,19 +140,19 @@ class _Asking:
 
     def plan(self, effects: Effects, confidence: float) -> LayerPlan:
         """The plan that the effects give at a confidence."""
-        asked = self.config.plan
+        plan = self.config.plan
         return choose_layers(
             effects,
             size=self.size,
-            rule=asked.rule,
-            share=asked.share,
-            kind=asked.kind,
-            roles=asked.roles,
+            rule=plan.rule,
+            share=plan.share,
+            kind=plan.kind,
+            roles=plan.roles,
             seed=self.config.seed,
             confidence=confidence,
-            stability=asked.stability,
-            least_share=asked.least_share,
-            aggregation=asked.aggregation,
+            stability=plan.stability,
+            least_share=plan.least_share,
+            aggregation=plan.aggregation,
         )
 
     def _trace(
@@ -165,18 +165,18 @@ class _Asking:
         window: int | None = None,
         kinds: Sequence[Kind] | None = None,
     ) -> Effects:
-        asked = self.config
+        config = self.config
         settings = TraceSettings(
             corruption=corruption,
-            kinds=asked.kinds if kinds is None else kinds,
-            window=asked.window if window is None else window,
-            metric=asked.metric,
-            also_metrics=asked.also_metrics,
-            engine=asked.engine,
-            prompt=asked.prompt,
-            positions=asked.positions,
-            sever=asked.sever,
-            memory=asked.memory,
+            kinds=config.kinds if kinds is None else kinds,
+            window=config.window if window is None else window,
+            metric=config.metric,
+            also_metrics=config.also_metrics,
+            engine=config.engine,
+            prompt=config.prompt,
+            positions=config.positions,
+            sever=config.sever,
+            memory=config.memory,
             max_facts=max_facts,
             seed=None,  # they are drawn
             least_total=least_total,
@@ -223,7 +223,7 @@ def write_result(
     write_atomic(folder / "effects.png", figure(tables, band=plan.layers, band_kinds=kinds, tentative=tentative))
     beside: dict[str, Effects] = dict(effects.also)
     for name, other in result.others.items():
-        beside |= {name: other, **{f"{name}-{metric}": found for metric, found in other.also.items()}}
+        beside |= {name: other, **{f"{name}-{metric}": by_metric for metric, by_metric in other.also.items()}}
     if result.interaction is not None:
         beside["single"] = result.interaction.single
         beyond = result.interaction.to_json(plan.evidence["roles"], confidence=confidence, seed=seed)
@@ -242,11 +242,12 @@ def write_result(
 
 def _with_interaction(plan: LayerPlan, beyond: Interaction, config: TraceConfig) -> LayerPlan:
     """The plan with what windows bring back beyond their layers among its caveats."""
-    asked = config.plan
-    said = [
-        beyond.sentence(kind, roles=asked.roles, confidence=asked.confidence, seed=config.seed) for kind in beyond.kinds
+    chosen = config.plan
+    sentences = [
+        beyond.sentence(kind, roles=chosen.roles, confidence=chosen.confidence, seed=config.seed)
+        for kind in beyond.kinds
     ]
-    evidence = {**plan.evidence, "windows": said, "caveats": [*plan.evidence["caveats"], *said]}
+    evidence = {**plan.evidence, "windows": sentences, "caveats": [*plan.evidence["caveats"], *sentences]}
     return replace(plan, evidence=evidence)
 
 
