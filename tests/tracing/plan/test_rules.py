@@ -136,7 +136,7 @@ def test_a_plan_states_its_rule_and_what_was_asked() -> None:
     ("settings", "message"),
     [
         ({"rule": "bend", "size": 2}, r"rule 'bend' is unknown \(did you mean 'band'\?\)"),
-        ({"rule": "elbow", "size": 2}, "rule elbow finds how many layers there are; leave size"),
+        ({"rule": "elbow", "size": 2}, "rule elbow finds how many layers there are: leave size"),
         ({"rule": "top"}, "rule top has no size"),
         ({"rule": "top", "size": 9}, "size is 9 but the model has 8 layers"),
         ({"rule": "mass", "share": 0}, "share is 0"),
