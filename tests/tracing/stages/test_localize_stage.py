@@ -344,7 +344,7 @@ def test_a_localizer_that_refused_is_asked_again_and_one_alone_is_not_compared(
     assert (folder / "weights.npz").exists()
     assert not (folder / "plan.json").exists()
     assert not (folder / "agreement.json").exists()
-    monkeypatch.setattr(Refusing, "localize", WeightAttribution.localize)
+    monkeypatch.setattr(Refusing, "locate", WeightAttribution.locate)
     again = run_localize(replace(config, resume=True), facts)
     assert not again.refused
     assert list(again.scores) == ["odd", "weights"]
