@@ -99,8 +99,8 @@ def test_a_run_writes_everything_and_goes_on_when_resumed(
     def never(*_: Any, **__: Any) -> LayerScores:
         raise AssertionError("a finished localizer ran again")
 
-    monkeypatch.setattr(CausalTracing, "localize", never)
-    monkeypatch.setattr(GradientOverlap, "localize", never)
+    monkeypatch.setattr(CausalTracing, "locate", never)
+    monkeypatch.setattr(GradientOverlap, "locate", never)
     resumed = run_localize(again, [*facts[:4], wrong], facts[4:])
     assert resumed.plan == result.plan
 
