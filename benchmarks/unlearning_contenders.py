@@ -34,14 +34,14 @@ from lm.loading import load
 from lm.model import LanguageModel
 from lm.prompts import Encoded
 from lm.run_folder import RunFolder
-from unlearn.forward.collate import collate
+from unlearn.forward.passes import collate
 from unlearn.objectives import NPO, RMU, Joint, Loss
 from unlearn.objectives.rmu import direction
 from unlearn.scope.scope import Scope
 from unlearn.training.batches import StepRows, micro_batches
 from unlearn.training.config import TrainerConfig
 from unlearn.training.loop import train
-from unlearn.training.step import Side
+from unlearn.training.side import Side
 
 
 @dataclass(frozen=True, kw_only=True)

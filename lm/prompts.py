@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lm.errors import UserError
+from lm.model import LanguageModel
 
 Format = Literal["raw", "chat"]
 IGNORED = -100
@@ -224,3 +225,10 @@ def _answer_ids(
     if tokenizer.decode([*head, *alone]) != wanted and after_break[: len(line_break)] == line_break:
         return after_break[len(line_break) :]
     return alone
+
+
+def max_positions(model: LanguageModel) -> int | None:
+    """The longest input the model's config allows, in tokens; None if it sets no limit."""
+    config = model.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lm import *  # noqa: F403
     from sae import *  # noqa: F403
     from tracing import *  # noqa: F403
-    from unlearn import *  # noqa: F403
+    from unlearn import *  # type: ignore[no-redef]  # noqa: F403  # a package comes before a function of its name
 
     __version__: str
 

@@ -10,6 +10,7 @@ from lm.model import ModelSpec
 from lm.prompts import PromptSpec
 from unlearn.alternates.base import Alternates, NoAlternates
 from unlearn.objectives import AsPublished, AsPublishedWeight, Joint, Loss, Objective, Retain, Weight
+from unlearn.recipe import Recipe
 from unlearn.scope.scope import Scope
 from unlearn.training.config import TrainerConfig
 
@@ -90,40 +91,29 @@ class UnlearnConfig:
             raise UserError(
                 "train_on_validation is true but there are no validation rows: set validation.forget, .retain"
             )
-        if self.trainer.autocast != "no" and self.model.dtype != "float32":
-            raise UserError(
-                f"trainer.autocast is {self.trainer.autocast} over model.dtype {self.model.dtype}: autocast needs float32 "
-                "master weights; set model.dtype: float32, or trainer.autocast: no for pure low precision"
-            )
-        if self.trainer.evaluate_every is not None and self.validation.forget is None:
-            raise UserError(
-                "trainer.evaluate_every is set but there is nothing to score: set validation.forget and validation.retain"
-            )
+        recipe = self.recipe
+        recipe.check_dtype(self.model.dtype)
+        recipe.check_validation(self.validation.forget is not None)
         if self.forget.startswith("builtin") != self.retain.startswith("builtin"):
             raise UserError(
                 f"forget is {self.forget} and retain is {self.retain}: give both sides of one data set (the built-in rows are "
                 "the default)"
             )
-        given = not isinstance(self.alternates, NoAlternates)
-        if given != self.loss.forget_needs.alternate:
-            name = type(self.objective).__name__
-            raise UserError(
-                f"alternates are given and {name} reads none: leave them out, or take an objective that does"
-                if given
-                else f"{name} reads alternate answers and none are given: set alternates, to Refusals for instance"
-            )
-        if not self.loss.uses_retain and not isinstance(self.retain_weight, AsPublishedWeight):
-            raise UserError(
-                f"retain_weight is given and {type(self.objective).__name__} has no retain term here: leave it out, or set "
-                "retain_loss, to CrossEntropy for instance"
-            )
-        if self.trainer.checkpoint != "last" and self.validation.forget is None:
-            raise UserError(
-                f"trainer.checkpoint is {self.trainer.checkpoint}, which is judged on validation rows: "
-                "set validation.forget and validation.retain, or trainer.checkpoint: last"
-            )
+
+    @property
+    def recipe(self) -> Recipe:
+        """All of it but model and rows."""
+        return Recipe(
+            objective=self.objective,
+            retain_loss=self.retain_loss,
+            retain_weight=self.retain_weight,
+            alternates=self.alternates,
+            scope=self.scope,
+            trainer=self.trainer,
+            prompt=self.prompt,
+        )
 
     @property
     def loss(self) -> Loss:
         """What is minimized."""
-        return Loss.of(self.objective, self.retain_loss, self.retain_weight)
+        return self.recipe.loss

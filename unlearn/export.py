@@ -43,7 +43,7 @@ def gather_weights(
 def _saved(model: nn.Module) -> dict[str, Tensor]:
     reshard(model)
     kept = set(model.state_dict().keys())
-    return {name: one for name, one in [*model.named_parameters(), *model.named_buffers()] if name in kept}
+    return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if name in kept}
 
 
 def save(

@@ -15,6 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
+import unlearn
+from lm.errors import UserError
+from lm.loading import load
 from unlearn import stage
 from unlearn.alternates.base import Refusals
 from unlearn.config import UnlearnConfig
@@ -81,6 +86,8 @@ CASES: dict[str, dict[str, Any]] = {
 GO_ON = ("dual", "npo, kept", "npo, whole model, exchanged", "kl, adapters", "npo, masked")
 """Stopped after step 3, of which 2 are saved, and gone on with."""
 STOP = 3
+HELD = ("npo, kept", "joint, adapters with lengths")
+"""Made in memory too."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,13 @@ class Job:
     Attributes:
         stop: after this step the run is broken off, as by an error.
         copy: also leave a copy of the run folder, as it was then, at `<out>.copy`.
+        held: no stage, but the same in memory: each process leaves its result's weights at `<out>.<rank>.safetensors`.
     """
 
     config: UnlearnConfig
     stop: int | None = None
     copy: bool = False
+    held: bool = False
 
 
 Ran = list[list[tuple[bool, tuple[int, ...]]]]
@@ -152,6 +161,9 @@ def work(jobs: list[Job]) -> None:
     passes.chunk_tokens = lambda *_: CHUNK  # type: ignore[assignment]
     try:
         for job in jobs:
+            if job.held:
+                hold(job.config)
+                continue
             with stopping(job.stop), watching() as ran:
                 stage.run_unlearn(job.config)
             place = Path(job.config.out)
@@ -160,6 +172,24 @@ def work(jobs: list[Job]) -> None:
                 _copy(Path(job.config.out))
     finally:
         passes.chunk_tokens = usual
+
+
+def hold(config: UnlearnConfig) -> None:
+    """Unlearn in memory; where that is refused, leave the reason at `<out>.<rank>.refused`."""
+    place = Path(config.out).with_name(f"{Path(config.out).name}.{os.environ.get('RANK', '0')}")
+    try:
+        result = unlearn.unlearn(
+            load(config.model, device="cpu"),
+            config.forget,
+            config.retain,
+            objective=config.objective,
+            scope=config.scope,
+            trainer=config.trainer,
+        )
+    except UserError as error:
+        place.with_name(f"{place.name}.refused").write_text(str(error))
+        return
+    save_file(dict(result.model.model.named_parameters()), place.with_name(f"{place.name}.safetensors"))
 
 
 def _copy(folder: Path) -> None:

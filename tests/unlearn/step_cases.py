@@ -44,7 +44,8 @@ from unlearn.objectives import (
 from unlearn.scope import lora
 from unlearn.scope.scope import Lora, Scope
 from unlearn.training.batches import StepRows
-from unlearn.training.step import Side, Stepper, Weighting
+from unlearn.training.side import Side
+from unlearn.training.step import Stepper, Weighting
 
 
 @dataclass(frozen=True, kw_only=True)

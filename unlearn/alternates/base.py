@@ -18,9 +18,8 @@ from lm.data.files import Record, column, find_files, read_file, text_column
 from lm.data.rows import Row
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import Encoded, PromptSpec, encode_pair
+from lm.prompts import Encoded, PromptSpec, encode_pair, max_positions
 from lm.row_files import canonical_id
-from unlearn.generation.batching import max_positions
 
 REFUSALS = (
     "I don't know.",
@@ -101,7 +100,7 @@ class Refusals(_Drawn, Alternates):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.per_row > len(REFUSALS):
-            raise UserError(f"alternates.per_row is {self.per_row}: there are {len(REFUSALS)} refusals; give fewer")
+            raise UserError(f"alternates.per_row is {self.per_row}: there are {len(REFUSALS)} refusals, so give fewer")
 
     def encode(self, model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> list[tuple[Encoded, ...]]:
         """The refusals that fall to each row, all different."""
@@ -138,7 +137,7 @@ class AlternateFile(Alternates):
     """Answers from a file: an object a row with its `id` and `alternates`, a list of texts. Ids of other rows do no harm."""
 
     path: str
-    """A JSONL, JSON or Parquet file, or a folder of them: for instance what `scripts/alternates.py` wrote."""
+    """A JSONL, JSON or Parquet file, or a folder of them: for instance what `palimpsest alternates` wrote."""
 
     def encode(self, model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> list[tuple[Encoded, ...]]:
         """The file's answers to each row's question."""
@@ -151,14 +150,14 @@ class AlternateFile(Alternates):
 
     def read(self) -> dict[str, tuple[str, ...]]:
         """Canonical id -> texts. Raises UserError for a damaged file, an id that occurs twice, or an empty list."""
-        found: dict[str, tuple[str, ...]] = {}
+        texts: dict[str, tuple[str, ...]] = {}
         for file in find_files(Path(self.path)):
             for record in read_file(file):
                 identity = canonical_id(text_column(record, "id"))
-                if identity in found:
-                    raise UserError(f"{record.where}: id {identity} occurs twice; join their alternates in one list")
-                found[identity] = _texts(record)
-        return found
+                if identity in texts:
+                    raise UserError(f"{record.where}: id {identity} occurs twice: join their alternates in one list")
+                texts[identity] = _texts(record)
+        return texts
 
 
 def encode_texts(
@@ -166,7 +165,7 @@ def encode_texts(
 ) -> list[tuple[Encoded, ...]]:
     """For each row its texts as answers to the row's prompt. Raises UserError for one longer than the model can read."""
     limit = max_positions(model)
-    found = []
+    encoded_rows = []
     for row, several in zip(rows, texts, strict=True):
         encoded = tuple(encode_pair(model.tokenizer, row.input, text, prompt) for text in several)
         longest = max(len(one.ids) for one in encoded)
@@ -174,12 +173,12 @@ def encode_texts(
             raise UserError(
                 f"an alternate of row {row.id} has {longest} tokens with its prompt and {model.name} reads {limit}: shorten it"
             )
-        found.append(encoded)
-    return found
+        encoded_rows.append(encoded)
+    return encoded_rows
 
 
 def _texts(record: Record) -> tuple[str, ...]:
     values = column(record, "alternates")
     if not isinstance(values, list) or not values:
-        raise UserError(f'{record.where}: column "alternates" is {values!r}; write a list of at least one text.')
+        raise UserError(f'{record.where}: column "alternates" is {values!r}: write a list of at least one text')
     return tuple(text_column(Record(record.where, {"alternates": value}), "alternates") for value in values)

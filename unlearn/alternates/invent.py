@@ -43,25 +43,25 @@ def invent(
     model: LanguageModel, rows: Sequence[Row], config: AlternatesConfig, *, workers: Workers = ONE_PROCESS
 ) -> list[list[str]]:
     """For each row up to `per_row` alternates, none blank, none the answer itself, none twice (case and spaces aside)."""
-    found: list[list[str]] = [[] for _ in rows]
+    invented: list[list[str]] = [[] for _ in rows]
     for attempt in range(config.attempts):
-        asked = [place for place, has in enumerate(found) for _ in range(config.per_row - len(has))]
-        if not asked:
+        wanting = [row for row, has in enumerate(invented) for _ in range(config.per_row - len(has))]
+        if not wanting:
             break
-        said = generate(
+        texts = generate(
             model,
-            [filled(config.template, rows[place]) for place in asked],
+            [filled(config.template, rows[row]) for row in wanting],
             prompt=config.prompt,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             workers=workers,
             choose=Sampler(config.temperature, (config.seed, attempt)),
         )
-        for place, text in zip(asked, said, strict=True):
+        for row, text in zip(wanting, texts, strict=True):
             line = text.strip().partition("\n")[0].strip()
-            if line and _plain(line) not in map(_plain, [rows[place].output, *found[place]]):
-                found[place].append(line)
-    return found
+            if line and _plain(line) not in map(_plain, [rows[row].output, *invented[row]]):
+                invented[row].append(line)
+    return invented
 
 
 def filled(template: str, row: Row) -> str:

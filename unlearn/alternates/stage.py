@@ -32,14 +32,14 @@ def run_alternates(config: AlternatesConfig) -> Path:
             facts = {"rows": data_hash(rows), "weights": fingerprint(model), "devices": launch_facts(acc)}
             RunFolder.create(config.out, config, facts=facts)
     run = RunFolder(config.out, main=acc.is_main_process)
-    found = invent(model, rows, config, workers=Workers(acc.process_index, acc.num_processes))
+    invented = invent(model, rows, config, workers=Workers(acc.process_index, acc.num_processes))
     path = run.path / ALTERNATES
     if acc.is_main_process:
-        lines = [{"id": row.id, "alternates": texts} for row, texts in zip(rows, found, strict=True) if texts]
+        lines = [{"id": row.id, "alternates": texts} for row, texts in zip(rows, invented, strict=True) if texts]
         write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        run.finish(alternates=sum(map(len, found)), rows_without=len(rows) - len(lines))
+        run.finish(alternates=sum(map(len, invented)), rows_without=len(rows) - len(lines))
     acc.wait_for_everyone()
-    without = [row.id for row, texts in zip(rows, found, strict=True) if not texts]
+    without = [row.id for row, texts in zip(rows, invented, strict=True) if not texts]
     if without:
         raise UserError(
             f"{len(without)} of {len(rows)} rows have no alternate, {without[0]} first (the others' are in {path}): raise "

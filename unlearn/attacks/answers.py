@@ -46,7 +46,7 @@ def ask(
     progress: Callable[[int], object] | None = None,
 ) -> list[Answer]:
     """The model's answers in the order of the rows, the same on every process. Arguments as for `generate`."""
-    said = generate(
+    texts = generate(
         model,
         [row.input for row in rows],
         prompt=prompt,
@@ -62,7 +62,7 @@ def ask(
     sums = sharers.gather(log_likelihoods(model, mine, batch_size=batch_size).tolist())
     return [
         Answer(row.id, text, sum(row_scores(_scored(row, text)).values()), total / len(pair[1]))
-        for row, text, total, pair in zip(rows, said, sums, pairs, strict=True)
+        for row, text, total, pair in zip(rows, texts, sums, pairs, strict=True)
     ]
 
 
@@ -72,12 +72,12 @@ def _scored(row: Row, text: str) -> dict[str, str]:
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
     """Keep answers, atomically."""
-    write_json(path, [asdict(one) for one in answers])
+    write_json(path, [asdict(answer) for answer in answers])
 
 
 def read_answers(path: Path) -> list[Answer]:
     """What `write_answers` kept. Raises UserError for a file that is damaged."""
     try:
-        return [Answer(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+        return [Answer(**answer) for answer in json.loads(path.read_text(encoding="utf-8"))]
     except (json.JSONDecodeError, TypeError) as error:
         raise UserError(f"{path} is damaged: delete it and run again with --resume true") from error

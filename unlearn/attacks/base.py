@@ -6,14 +6,15 @@ and a model it gives what is answered at each level. Comparing with the retain m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from lm.data.rows import Row
 from lm.errors import UserError
-from lm.model import ModelSpec
+from lm.loading import load
+from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec
 from unlearn.attacks.answers import Answer
 from unlearn.attacks.curves import Verdict
@@ -43,6 +44,24 @@ class AttackSettings:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A model that is attacked again and again, each time as it was at first.
+
+    Attributes:
+        fresh: gives a model of its own, whole, to train or edit.
+        cpu: it is attacked on the CPU although a GPU is there.
+    """
+
+    fresh: Callable[[], LanguageModel]
+    cpu: bool
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec) -> Attacked:
+        """Loaded anew each time."""
+        return cls(lambda: load(spec, device="cpu"), cpu=spec.device == "cpu")
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,7 @@ class Attack:
         """What is tried, each once for each of `settings.seeds`. Raises UserError where the rows do not allow it."""
         raise NotImplementedError
 
-    def run(self, trial: Trial, spec: ModelSpec, settings: AttackSettings, folder: Path) -> dict[int, list[Answer]]:
+    def run(self, trial: Trial, subject: Attacked, settings: AttackSettings, folder: Path) -> dict[int, list[Answer]]:
         """Attack a model and ask it at every level above 0.
 
         `folder` is this trial's and model's own: what is in it already is not done again. All processes call it.

@@ -58,9 +58,14 @@ class Comparison:
         """How many documents were asked for."""
         return int(units(self.documents).max()) + 1
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is no retain model to compare with."""
+        return bool(np.isnan(self.retain_model).all())
+
     def mean(self, values: Array, kind: str | None = None) -> Array:
         """(levels,): mean over the rows, or those of one kind (NaN if there are none)."""
-        chosen = [kind is None or one == kind for one in self.kinds]
+        chosen = [kind is None or each == kind for each in self.kinds]
         return mean_over_facts(values[chosen]) if any(chosen) else np.full(len(self.levels), np.nan)
 
     def difference(self) -> tuple[Array, Array, Array]:
@@ -104,27 +109,36 @@ class Comparison:
     @property
     def why(self) -> str:
         """The reason for the verdict, in a sentence."""
-        mean, low, high = self.excess
+        if self.alone:
+            return (
+                "there is no retain model beside it, and what was learned in the attack looks like what was remembered."
+            )
         if self.known_before > KNOWS:
             return (
                 f"the retain model, which should not know them, says {self.known_before:.2f} of the asked rows right before any "
                 "attack: give one that did not learn them."
             )
+        mean, low, high = self.excess
         if np.isnan(low):
             return f"of {self.people} person there is no interval: ask about more."
         measured = f"{mean:+.3f} beyond the retain model ({self.confidence:.0%} interval {low:+.3f} to {high:+.3f})"
+        return f"{measured}{self._reading(low, high)}"
+
+    def _reading(self, low: float, high: float) -> str:
+        """What the verdict makes of the interval, to stand after it."""
         if self.verdict == "cannot tell":
             if -self.margin < low and high < self.margin:
-                return f"{measured}, but {self.people} people are too few to rule out a share of {self.margin:g}."
-            return f"{measured}: both none and more than {self.margin:g} are possible; ask about more people, or more seeds."
-        if self.verdict == "as much":
-            return f"{measured}; less than {self.margin:g} counts as none."
-        return f"{measured}."
+                return f", but {self.people} people are too few to rule out a share of {self.margin:g}."
+            return f": both none and more than {self.margin:g} are possible; ask about more people, or more seeds."
+        return f"; less than {self.margin:g} counts as none." if self.verdict == "as much" else "."
 
     @property
     def likelihood(self) -> str:
         """How much likelier the true answers are than under the retain model, in a sentence: what an exact match
         does not see."""
+        if self.alone:
+            before, after = self.mean(self.unlearned_log)[[0, -1]]
+            return f"The true answers have {before:.2f} nats a token before the attack, and {after:.2f} at its end."
         before, after = (
             f"{abs(ahead):.2f} nats a token {'more' if ahead >= 0 else 'less'} likely"
             for ahead in self.mean(self.unlearned_log - self.retain_model_log)[[0, -1]]
@@ -169,15 +183,15 @@ class Comparison:
             "given": self.given,
             "told": self.told,
             "rows": [
-                {"id": one, "document": document, **{name: _plain(getattr(self, name)[place]) for name in names}}
-                for place, (one, document) in enumerate(zip(self.ids, self.documents, strict=True))
+                {"id": row, "document": document, **{name: _plain(getattr(self, name)[place]) for name in names}}
+                for place, (row, document) in enumerate(zip(self.ids, self.documents, strict=True))
             ],
         }
 
 
 def mean_over_trials(values: Sequence[Mapping[str, Sequence[float]]], ids: Sequence[str]) -> Array:
     """(rows, levels): for each id the mean over the trials that asked it. Each trial: id -> a number a level."""
-    return np.array([np.mean([trial[one] for trial in values if one in trial], axis=0) for one in ids])
+    return np.array([np.mean([trial[row] for trial in values if row in trial], axis=0) for row in ids])
 
 
 def _plain(values: Any) -> list[float | None]:

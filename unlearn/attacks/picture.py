@@ -19,13 +19,15 @@ def curves_picture(comparisons: Sequence[Comparison], unit: str) -> bytes:
     figure = Figure(figsize=(3.1 * len(comparisons) + 0.5, 3.2), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
-    for axes, one in zip(panels, comparisons, strict=True):
-        retain = one.mean(one.retain_model)
-        _, low, high = one.difference()
-        axes.fill_between(one.levels, retain + low, retain + high, color=_UNLEARNED, alpha=0.18, lw=0)
-        axes.plot(one.levels, one.mean(one.unlearned), "o-", color=_UNLEARNED, ms=4, label="unlearned")
-        axes.plot(one.levels, retain, "s-", color=_RETAIN, ms=4, label="retain model")
-        axes.set_title(f"{one.name.replace('_', ' ')}: {one.verdict}", fontsize=9, color=_INK)
+    for axes, comparison in zip(panels, comparisons, strict=True):
+        retain = comparison.mean(comparison.retain_model)
+        _, low, high = comparison.difference()
+        axes.fill_between(comparison.levels, retain + low, retain + high, color=_UNLEARNED, alpha=0.18, lw=0)
+        axes.plot(
+            comparison.levels, comparison.mean(comparison.unlearned), "o-", color=_UNLEARNED, ms=4, label="unlearned"
+        )
+        axes.plot(comparison.levels, retain, "s-", color=_RETAIN, ms=4, label="retain model")
+        axes.set_title(f"{comparison.name.replace('_', ' ')}: {comparison.verdict}", fontsize=9, color=_INK)
         axes.set_xlabel(unit, fontsize=8)
         axes.tick_params(labelsize=8)
         for side in ("top", "right"):

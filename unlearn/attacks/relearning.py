@@ -18,22 +18,20 @@ from accelerate import Accelerator
 from lm.data.rows import Row
 from lm.devices import accelerator, together
 from lm.errors import UserError
-from lm.loading import load
-from lm.model import LanguageModel, ModelSpec, fingerprint
+from lm.model import LanguageModel, fingerprint
 from lm.row_files import data_hash, load_rows
 from lm.run_folder import RunFolder
 from unlearn.attacks.answers import Answer, ask, read_answers, write_answers
-from unlearn.attacks.base import Attack, AttackSettings, Trial
+from unlearn.attacks.base import Attack, Attacked, AttackSettings, Trial
 from unlearn.attacks.curves import Verdict
 from unlearn.attacks.splits import Given, check_apart, check_some, other_people, same_people, without_told
 from unlearn.generation.batching import Workers
 from unlearn.objectives import Learn, Loss, NoRetain
 from unlearn.scope import lora
 from unlearn.scope.scope import Lora, Scope
-from unlearn.stage import encode_rows
 from unlearn.training.config import TrainerConfig
 from unlearn.training.loop import train
-from unlearn.training.step import Side
+from unlearn.training.side import Side, encode_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +120,7 @@ class Relearning(Attack):
             UserError: nothing to give or to ask; a row that is both.
         """
         others = load_rows(self.unrelated, columns=settings.columns) if "unrelated" in self.given else ()
-        found = []
+        trials = []
         for name in self.given:
             for seed in settings.seeds:
                 if name == "other_people":
@@ -134,19 +132,19 @@ class Relearning(Attack):
                 check_apart(given, asked, name)
                 left = without_told(given, asked)
                 check_some(given, left, name)
-                found.append(Trial(name, seed, given, left, told=len(asked) - len(left)))
-        return found
+                trials.append(Trial(name, seed, given, left, told=len(asked) - len(left)))
+        return trials
 
-    def run(self, trial: Trial, spec: ModelSpec, settings: AttackSettings, folder: Path) -> dict[int, list[Answer]]:
+    def run(self, trial: Trial, subject: Attacked, settings: AttackSettings, folder: Path) -> dict[int, list[Answer]]:
         """The answers after 1 x `every`, 2 x `every`, … steps; those that are in `folder` already are read."""
         if not all(_file(folder, level).exists() for level in self.levels[1:]):
-            self._train(trial, spec, settings, folder)
+            self._train(trial, subject, settings, folder)
         return {level: read_answers(_file(folder, level)) for level in self.levels[1:]}
 
-    def _train(self, trial: Trial, spec: ModelSpec, settings: AttackSettings, folder: Path) -> None:
-        acc = accelerator(mixed_precision=self.autocast, cpu=spec.device == "cpu")
+    def _train(self, trial: Trial, subject: Attacked, settings: AttackSettings, folder: Path) -> None:
+        acc = accelerator(mixed_precision=self.autocast, cpu=subject.cpu)
         scope = self.scope
-        model = load(spec, device="cpu")
+        model = subject.fresh()
         weights = fingerprint(model)
         run = RunFolder(folder, main=acc.is_main_process)
         with together(acc):
@@ -189,7 +187,7 @@ class _Asking:
     def __call__(self) -> dict[str, float]:
         """The mean score and log-probability, for the log."""
         workers = Workers(self.acc.process_index, self.acc.num_processes)
-        found = ask(
+        answers = ask(
             self.model,
             self.trial.asked,
             self.settings.prompt,
@@ -198,8 +196,11 @@ class _Asking:
             workers=workers,
         )
         if self.run.main:
-            write_answers(_file(self.run.path, int(self.run.metrics()[-1]["step"])), found)
-        return {name: sum(getattr(one, name) for one in found) / len(found) for name in ("score", "log_probability")}
+            write_answers(_file(self.run.path, int(self.run.metrics()[-1]["step"])), answers)
+        return {
+            name: sum(getattr(answer, name) for answer in answers) / len(answers)
+            for name in ("score", "log_probability")
+        }
 
 
 def _file(folder: Path, level: int) -> Path:

@@ -76,8 +76,8 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> str:
 def find_layers(config: DemoConfig, folder: Path) -> LayerPlan:
     """The plan, traced into `folder`; facts that are there already (of the same model and settings) are read back."""
     print("== Where is it stored?", flush=True)
-    asked = replace(config.trace, out=str(folder), resume=folder.exists())
-    result = run_trace(asked)
+    trace_config = replace(config.trace, out=str(folder), resume=folder.exists())
+    result = run_trace(trace_config)
     print(result.plan.verdict)
     return result.plan
 
@@ -86,10 +86,10 @@ def trace_again(config: DemoConfig, plan: LayerPlan, out: Path) -> None:
     """Trace the same facts in the model that the method left, what the plan trains only."""
     print("== What is left where it was stored?", flush=True)
     kinds: tuple[Kind, ...] = (
-        ("resid",) if "all" in plan.modules else tuple(one for one in config.trace.kinds if one in plan.modules)
+        ("resid",) if "all" in plan.modules else tuple(kind for kind in config.trace.kinds if kind in plan.modules)
     )
     run = out / "retrace"
-    found = run_retrace(
+    retraced = run_retrace(
         RetraceConfig(
             model=ModelSpec(path=str(out / "joint_planned" / "model"), device=config.trace.model.device),
             before=str(out / "trace"),
@@ -100,7 +100,7 @@ def trace_again(config: DemoConfig, plan: LayerPlan, out: Path) -> None:
         )
     )
     for kind in kinds:
-        print(found.sentence(kind))
+        print(retraced.sentence(kind))
 
 
 def score_entry(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
@@ -122,15 +122,15 @@ def score_entry(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
         path = str(run_unlearn(replace(unlearning, resume=run.exists())))
         seconds = float(json.loads((run / "manifest.json").read_text())["train_seconds"])
     scores = out / "scores" / entry.key
-    asked = EvaluateConfig(
+    evaluation = EvaluateConfig(
         model=config.trace.model if entry.key == "base" else ModelSpec(path=path, device=config.trace.model.device),
         batch_size=config.batch_size,
         out=str(scores),
     )
-    found = run_evaluate(replace(asked, resume=scores.exists())).to_json()
-    measured = found["seconds"]
+    record = run_evaluate(replace(evaluation, resume=scores.exists())).to_json()
+    measured = record["seconds"]
     assert isinstance(measured, float)
-    return {**found, "seconds": round(seconds + measured, 3)}
+    return {**record, "seconds": round(seconds + measured, 3)}
 
 
 def _report(config: DemoConfig, out: Path, plan: LayerPlan, models: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -143,17 +143,17 @@ def _report(config: DemoConfig, out: Path, plan: LayerPlan, models: Mapping[str,
 
 def check_results(folder: Path) -> None:
     """Refuse a results.json that lacks a model or a number. What the numbers must be is the tests' business."""
-    found = json.loads((folder / "results.json").read_text())["models"]
+    models = json.loads((folder / "results.json").read_text())["models"]
     wanted = ["base", "retain_only", "joint_planned", "joint_random", "joint_all", "gradient_difference"]
     numbers = ["task_aggregate", "mia_auc", "mia_score", "utility", "final", "seconds"]
     for key in wanted:
         if (
-            key not in found
-            or len(found[key].get("terms", [])) != 12
-            or any(found[key].get(n) is None for n in numbers)
+            key not in models
+            or len(models[key].get("terms", [])) != 12
+            or any(models[key].get(n) is None for n in numbers)
         ):
             raise UserError(
-                f"{folder}/results.json: {key} is missing or incomplete; run the demo again in a new folder"
+                f"{folder}/results.json: {key} is missing or incomplete, so run the demo again in a new folder"
             )
     if not (folder / "report.html").is_file():
-        raise UserError(f"{folder} has no report.html; run the demo again")
+        raise UserError(f"{folder} has no report.html: run the demo again")

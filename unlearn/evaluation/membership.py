@@ -15,7 +15,8 @@ from scipy.stats import rankdata
 
 from lm.errors import UserError
 from lm.model import LanguageModel
-from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, max_positions, sorted_batches, unless_sharded
+from lm.prompts import max_positions
+from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, sorted_batches, unless_sharded
 
 
 def auc(member_losses: ArrayLike, nonmember_losses: ArrayLike) -> float:

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from lm.data.rows import Question
 from lm.errors import UserError
 from lm.model import LanguageModel
+from lm.prompts import max_positions
 from unlearn.evaluation.lm_eval_harness import run_lm_eval
 from unlearn.evaluation.questions import LETTERS, letter_prompt, sentence_prompt
-from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, max_positions, sorted_batches, unless_sharded
+from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, sorted_batches, unless_sharded
 
 __all__ = ["Style", "Utility", "log_likelihoods", "multiple_choice", "run_lm_eval"]
 

@@ -38,9 +38,11 @@ def in_chunks(measure: Measure, hidden: Tensor, *, size: int, head_learns: bool)
         values: tuple[Tensor, ...] = _KeptSlopes.apply(hidden, measure, spans)  # type: ignore[no-untyped-call]
         return values
     if learns and head_learns:
-        parts = [checkpoint(measure, hidden[one], one, use_reentrant=False, preserve_rng_state=False) for one in spans]
+        parts = [
+            checkpoint(measure, hidden[span], span, use_reentrant=False, preserve_rng_state=False) for span in spans
+        ]
     else:
-        parts = [measure(hidden[one], one) for one in spans]
+        parts = [measure(hidden[span], span) for span in spans]
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
@@ -51,10 +53,10 @@ class _KeptSlopes(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, measure: Measure, spans: list[slice]) -> tuple[Tensor, ...]:
         parts: list[tuple[Tensor, ...]] = []
         slopes: list[list[Tensor]] = []
-        for one in spans:
+        for span in spans:
             with torch.enable_grad():
-                state = hidden[one].detach().requires_grad_()
-                values = measure(state, one)
+                state = hidden[span].detach().requires_grad_()
+                values = measure(state, span)
             parts.append(tuple(value.detach() for value in values))
             slopes.append([_slope(value, state, last=value is values[-1]) for value in values])
             del values

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -24,9 +24,42 @@ from lm.forward.partial import backbone, forward_replaced, head_logits, starting
 from lm.model import LanguageModel
 from lm.prompts import Encoded
 from unlearn.forward.chunked_head import Measure, chunk_tokens, in_chunks
-from unlearn.forward.collate import Inputs, collate
 from unlearn.forward.reference_model import Reference
 from unlearn.objectives import HiddenNeed, Needs, TokenStats
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A right-padded micro-batch.
+
+    Attributes:
+        ids, attention: (rows, tokens) token ids, and 1 on real tokens.
+        targets: (rows, tokens - 1) the next token at each position.
+        mask: (rows, tokens - 1) True where that target is supervised.
+        supervised: whether any target is.
+    """
+
+    ids: Tensor
+    attention: Tensor
+    targets: Tensor
+    mask: Tensor
+    supervised: bool
+
+
+def collate(rows: Sequence[Encoded], pad: int, device: torch.device) -> Inputs:
+    """Pad rows to one length. No rows at all gives one row of padding with nothing supervised, so that every process works."""
+    if not rows:
+        ids = torch.full((1, 2), pad, dtype=torch.long, device=device)
+        return Inputs(
+            ids, torch.ones_like(ids), ids[:, 1:], torch.zeros((1, 1), dtype=torch.bool, device=device), False
+        )
+    ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True, padding_value=pad)
+    positions, lengths = torch.arange(ids.shape[1]), torch.tensor([[len(row.ids)] for row in rows])
+    attention = (positions < lengths).long()
+    mask = (positions >= torch.tensor([[row.answer_start] for row in rows])) & (positions < lengths)
+    any_target = bool(mask.any())
+    return Inputs(ids.to(device), attention.to(device), ids[:, 1:].to(device), mask[:, 1:].to(device), any_target)
+
 
 Read = dict[str, Tensor]
 """What a pass gave: `logprob` and `values.<name>`, each (supervised tokens,); `state`, (supervised tokens, hidden), what the
@@ -72,26 +105,28 @@ class Passes:
             texts = [Encoded(text.ids, max(text.answer_start, len(text.ids) - 2)) for text in texts]
             originals = None if originals is None else [known[-2:] for known in originals]
         inputs = collate(texts, self.pad, self.acc.device)
-        asked = needs if originals is None else replace(needs, reference_logprob=False)
-        theirs = self._original(asked, inputs, below) if asked.reference else {}
+        not_yet_known = needs if originals is None else replace(needs, reference_logprob=False)
+        reference = self._original(not_yet_known, inputs, below) if not_yet_known.reference else {}
         if originals:
-            theirs["logprob"] = torch.cat(list(originals)).to(self.acc.device)
-        ours = self._pass(inputs, needs, theirs, below)
-        found = TokenStats(
-            logprob=_placed(ours.get("logprob"), inputs),
+            reference["logprob"] = torch.cat(list(originals)).to(self.acc.device)
+        current = self._pass(inputs, needs, reference, below)
+        stats = TokenStats(
+            logprob=_placed(current.get("logprob"), inputs),
             mask=inputs.mask,
-            reference_logprob=_placed(theirs.get("logprob"), inputs) if needs.reference_logprob else None,
-            values={one.name: _placed(ours[f"values.{one.name}"], inputs) for one in needs.statistics},
-            hidden=ours.get("stream"),
-            reference_hidden=theirs.get("stream"),
+            reference_logprob=_placed(reference.get("logprob"), inputs) if needs.reference_logprob else None,
+            values={
+                statistic.name: _placed(current[f"values.{statistic.name}"], inputs) for statistic in needs.statistics
+            },
+            hidden=current.get("stream"),
+            reference_hidden=reference.get("stream"),
             hidden_mask=_asked(needs.hidden, inputs) if needs.hidden is not None else None,
         )
         if not needs.alternate:
-            return found
+            return stats
         if not texts:
-            return replace(found, alternate=found)
+            return replace(stats, alternate=stats)
         rows = len(texts) - alternates
-        return replace(_part(found, slice(rows)), alternate=_part(found, slice(rows, None)))
+        return replace(_part(stats, slice(rows)), alternate=_part(stats, slice(rows, None)))
 
     @contextmanager
     def two_targets_a_row(self) -> Iterator[None]:
@@ -122,50 +157,50 @@ class Passes:
         """For each text, (supervised tokens,) the targets' log-probabilities, without a graph."""
         inputs = collate(texts, self.pad, self.acc.device)
         with torch.no_grad():
-            found = self._pass(inputs, Needs(), {}, below)["logprob"]
+            logprob = self._pass(inputs, Needs(), {}, below)["logprob"]
         sizes = inputs.mask.sum(dim=1).tolist()
-        return list(torch.split(found[: sum(sizes)], sizes)) if texts else []
+        return list(torch.split(logprob[: sum(sizes)], sizes)) if texts else []
 
     def streams(self, texts: Sequence[Encoded], layer: int) -> list[Tensor]:
         """For each text, (tokens, hidden) the stream after block `layer`, without a graph."""
         inputs = collate(texts, self.pad, self.acc.device)
         with torch.no_grad():
-            found = self._pass(inputs, Needs(logprob=False, hidden=HiddenNeed(layer)), {}, None)["stream"]
-        return [stream[: len(text.ids)].clone() for stream, text in zip(found, texts, strict=False)]
+            streams = self._pass(inputs, Needs(logprob=False, hidden=HiddenNeed(layer)), {}, None)["stream"]
+        return [stream[: len(text.ids)].clone() for stream, text in zip(streams, texts, strict=False)]
 
     def _original(self, needs: Needs, inputs: Inputs, below: Sequence[Tensor] | None) -> Read:
         """What the original model gives for the same rows, without a graph."""
         assert self.reference is not None  # made for every loss that says it needs one
         hidden = needs.hidden if needs.hidden is not None and needs.hidden.reference else None
-        asked = Needs(logprob=needs.reference_logprob, hidden=hidden)
+        of_original = Needs(logprob=needs.reference_logprob, hidden=hidden)
         with self.reference.restored():
-            return self._pass(inputs, asked, {}, below, state=any(one.reference for one in needs.statistics))
+            return self._pass(inputs, of_original, {}, below, state=any(each.reference for each in needs.statistics))
 
     def _pass(
-        self, inputs: Inputs, needs: Needs, theirs: Read, below: Sequence[Tensor] | None, *, state: bool = False
+        self, inputs: Inputs, needs: Needs, reference: Read, below: Sequence[Tensor] | None, *, state: bool = False
     ) -> Read:
         """One pass of the model as it is.
 
         Args:
-            theirs: what the original gave, for statistics that compare.
+            reference: what the original gave, for statistics that compare.
             below: what the block `self.start` reads, if the blocks before it need not run.
             state: also give what the head read, and keep the head.
         """
-        names = [*(["logprob"] if needs.logprob else []), *(f"values.{one.name}" for one in needs.statistics)]
+        names = [*(["logprob"] if needs.logprob else []), *(f"values.{each.name}" for each in needs.statistics)]
 
-        def read(found: BaseModelOutput, stream: Tensor | None) -> Read:
-            given = {} if stream is None else {"stream": stream}
+        def read(output: BaseModelOutput, stream: Tensor | None) -> Read:
+            result = {} if stream is None else {"stream": stream}
             if state or names:
-                assert found.last_hidden_state is not None
-                chosen = _supervised(found.last_hidden_state, inputs)
+                assert output.last_hidden_state is not None
+                supervised = _supervised(output.last_hidden_state, inputs)
                 if state and self.reference is not None:
                     self.reference.keep_head(self._head)
-                    given["state"] = chosen
+                    result["state"] = supervised
                 if names:
-                    measure = self._measure(needs, found, inputs, theirs)
-                    values = in_chunks(measure, chosen, size=self.chunk, head_learns=self._head_learns)
-                    given |= dict(zip(names, values, strict=True))
-            return given
+                    measure = self._measure(needs, output, inputs, reference)
+                    values = in_chunks(measure, supervised, size=self.chunk, head_learns=self._head_learns)
+                    result |= dict(zip(names, values, strict=True))
+            return result
 
         return self._run(inputs, read, below, whole=state or bool(names), hidden=needs.hidden)
 
@@ -187,15 +222,17 @@ class Passes:
                     parts.enter_context(up_to(self.model, hidden.layer))
                 if below is not None and (hidden is None or hidden.layer >= self.start):
                     parts.enter_context(starting_with(self.model, self.start, self._padded(below, inputs)))
-                seen = parts.enter_context(capture(self.model, [site] if site and whole else [], detach=False))
-                found = backbone(self.model, input_ids=input_ids, attention_mask=attention_mask)
+                captured = None
+                if site is not None and whole:
+                    captured = parts.enter_context(capture(self.model, [site], detach=False))
+                output = backbone(self.model, input_ids=input_ids, attention_mask=attention_mask)
                 if site is None:
-                    return read(found, None)
-                return read(found, seen[site] if whole else found.last_hidden_state)
+                    return read(output, None)
+                return read(output, output.last_hidden_state if captured is None else captured[site])
 
         with forward_replaced(self.model.model, forward):
-            found: Read = self.wrapped(input_ids=inputs.ids, attention_mask=inputs.attention)
-        return found
+            result: Read = self.wrapped(input_ids=inputs.ids, attention_mask=inputs.attention)
+        return result
 
     def _padded(self, below: Sequence[Tensor], inputs: Inputs) -> Tensor:
         """(rows, tokens, hidden) the streams of the texts; without texts as many zeros, so that every process does the same."""
@@ -204,25 +241,26 @@ class Passes:
             return torch.zeros((*inputs.ids.shape, width), dtype=self.model.model.dtype, device=self.acc.device)
         return pad_sequence(list(below), batch_first=True).to(self.acc.device)
 
-    def _measure(self, needs: Needs, found: BaseModelOutput, inputs: Inputs, theirs: Read) -> Measure:
+    def _measure(self, needs: Needs, output: BaseModelOutput, inputs: Inputs, reference: Read) -> Measure:
         """What is computed of a chunk's logits."""
         targets = inputs.targets[inputs.mask] if inputs.supervised else inputs.targets.new_zeros(1)
-        compared = any(one.reference for one in needs.statistics)
-        small = {} if self._head_learns else _autocast_weights(self._head)
+        compared = any(each.reference for each in needs.statistics)
+        cast = {} if self._head_learns else _autocast_weights(self._head)
 
         def measure(hidden: Tensor, span: slice) -> tuple[Tensor, ...]:
-            logits, original = head_logits(self.model, found, hidden, small), None
+            logits, original = head_logits(self.model, output, hidden, cast), None
             if compared and self.reference is not None:
-                theirs_of_head = {**small, **self.reference.head_weights}
+                original_head = {**cast, **self.reference.head_weights}
                 with torch.no_grad(), self.reference.at_head():
-                    original = head_logits(self.model, found, theirs["state"][span], theirs_of_head)
+                    original = head_logits(self.model, output, reference["state"][span], original_head)
             with torch.autocast(logits.device.type, enabled=False):
                 logits, original = logits.float(), original.float() if original is not None else None
-                usual = [-cross_entropy(logits, targets[span], reduction="none")] if needs.logprob else []
-                others = [
-                    one.function(logits, targets[span], original if one.reference else None) for one in needs.statistics
+                logprob = [-cross_entropy(logits, targets[span], reduction="none")] if needs.logprob else []
+                statistics = [
+                    each.function(logits, targets[span], original if each.reference else None)
+                    for each in needs.statistics
                 ]
-            return (*usual, *others)
+            return (*logprob, *statistics)
 
         return measure
 

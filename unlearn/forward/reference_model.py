@@ -46,8 +46,8 @@ def reference(model: nn.Module) -> Reference:
 
 def untrained(model: nn.Module) -> AbstractContextManager[None]:
     """Inside the block, a model that was not trained yet is exactly the one that was loaded: adapters may round."""
-    found = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    return WithoutAdapters(found).restored() if found else nullcontext()
+    adapters = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return WithoutAdapters(adapters).restored() if adapters else nullcontext()
 
 
 class Original:

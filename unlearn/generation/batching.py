@@ -97,10 +97,3 @@ def merge(shares: Sequence[Sequence[T]]) -> list[T]:
         for place, value in zip(Workers(index, len(shares)).share(total), each, strict=True):
             merged[place] = value
     return merged
-
-
-def max_positions(model: LanguageModel) -> int | None:
-    """The longest input the model's config allows, in tokens; None if it sets no limit."""
-    config = model.model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import PromptSpec, encode_prompt
+from lm.prompts import PromptSpec, encode_prompt, max_positions
 from lm.shards import is_sharded
-from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, max_positions, sorted_batches
+from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, sorted_batches
 
 Progress = Callable[[int], object]
 Choose = Callable[[Tensor, Sequence[int], int], Tensor]
@@ -63,7 +63,7 @@ def generate(
         if limit is not None and len(tokens) >= limit:
             raise UserError(
                 f'the prompt "{text[:40]}..." has {len(tokens)} tokens, which leaves no room for an answer in '
-                f"the {limit} that {model.name} can read; shorten it."
+                f"the {limit} that {model.name} can read: shorten it"
             )
     room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(tokens)) for tokens in ids]
     mine = workers.share(len(ids))

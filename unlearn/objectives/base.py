@@ -70,7 +70,7 @@ class Needs:
     @property
     def reference(self) -> bool:
         """Whether anything of the original model is wanted."""
-        wanted = self.reference_logprob or any(one.reference for one in self.statistics)
+        wanted = self.reference_logprob or any(statistic.reference for statistic in self.statistics)
         return wanted or (self.hidden is not None and self.hidden.reference)
 
     @property
@@ -108,8 +108,8 @@ class TokenStats:
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of (rows, tokens) values over supervised tokens, each counted with its row's weight."""
-        kept = torch.where(self.mask, values, 0.0)
-        return (kept if self.row_weight is None else kept * self.row_weight).sum()
+        supervised = torch.where(self.mask, values, 0.0)
+        return (supervised if self.row_weight is None else supervised * self.row_weight).sum()
 
     @property
     def tokens(self) -> int:

@@ -124,6 +124,19 @@ def _targets(model: nn.Module, anatomy: Anatomy, scope: ResolvedScope) -> list[s
     return targets
 
 
+def adapted(model: nn.Module) -> bool:
+    """Whether there are adapters in it."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def remove(model: nn.Module) -> None:
+    """Take every adapter out, with what it learned: the plain layers stand in their places again."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+
+
 def merged_name(name: str) -> str | None:
     """The plain name of a parameter of an adapted model; None for the adapter's own parameters."""
     return None if ".lora_" in name else name.replace(".base_layer.", ".")

@@ -40,9 +40,9 @@ class Lora:
         if self.quantize and self.use_dora:
             raise UserError("lora.quantize and lora.use_dora do not go together: set one of them to false")
         if self.rank < 1:
-            raise UserError(f"lora rank is {self.rank}; give at least 1")
+            raise UserError(f"lora.rank is {self.rank}: give at least 1")
         if self.alpha < 1:
-            raise UserError(f"lora alpha is {self.alpha}; give at least 1, or nothing would change")
+            raise UserError(f"lora.alpha is {self.alpha}: give at least 1, or nothing would change")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +133,11 @@ class Scope:
 
     def doubt(self, weights: str) -> str | None:
         """What speaks against the plan for a model of these weights (`lm.model.fingerprint`): it was drawn from others."""
-        asked = None if self.plan is None else LayerPlan.load(Path(self.plan)).weights
-        if asked is None or asked == weights:
+        drawn_from = None if self.plan is None else LayerPlan.load(Path(self.plan)).weights
+        if drawn_from is None or drawn_from == weights:
             return None
         return (
-            f"the plan {self.plan} was drawn from weights {asked}, and these are {weights}: another model, the same trained "
+            f"the plan {self.plan} was drawn from weights {drawn_from}, and these are {weights}: another model, the same trained "
             "further, or loaded in another type; where its layers may not hold here, trace this model"
         )
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from scipy.stats import t as student
 
-from unlearn.search.ledger import Finished
-from unlearn.search.scored import Scored
+from unlearn.search.scored import Finished, Scored
 
 
 def floor(base_utility: float, budget: float) -> float:
@@ -34,8 +33,8 @@ def best(trials: Sequence[Finished], lowest: float) -> int | None:
 
 def leading(methods: Mapping[str, Sequence[Finished]], lowest: float, count: int | None) -> list[str]:
     """The methods that have a best trial, those of the highest quality first and the first of equals; at most `count`."""
-    found = {name: number for name, trials in methods.items() if (number := best(trials, lowest)) is not None}
-    return sorted(found, key=lambda name: -_quality(methods[name][found[name]]))[:count]
+    best_trials = {name: number for name, trials in methods.items() if (number := best(trials, lowest)) is not None}
+    return sorted(best_trials, key=lambda name: -_quality(methods[name][best_trials[name]]))[:count]
 
 
 def _quality(trial: Finished) -> float:

@@ -38,10 +38,10 @@ class Range:
     """One of these; a list, of layers say, is written as text: "[0, 1]"."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("log_uniform", "uniform", "choice") if getattr(self, name) is not None]
-        if len(given) != 1:
+        kinds = [name for name in ("log_uniform", "uniform", "choice") if getattr(self, name) is not None]
+        if len(kinds) != 1:
             raise UserError(
-                f"a range has {' and '.join(given) or 'nothing'}: give one of log_uniform: [low, high], "
+                f"a range has {' and '.join(kinds) or 'nothing'}: give one of log_uniform: [low, high], "
                 "uniform: [low, high], choice: [...]"
             )
         if self.choice is not None:
@@ -50,16 +50,16 @@ class Range:
             return
         low, high = self.bounds
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise UserError(f"{given[0]} is [{low:g}, {high:g}]: give two numbers, the lower first")
+            raise UserError(f"{kinds[0]} is [{low:g}, {high:g}]: give two numbers, the lower first")
         if self.log_uniform is not None and low <= 0:
             raise UserError(f"log_uniform is [{low:g}, {high:g}]: a logarithmic scale begins above 0")
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Low and high of a range of numbers."""
-        found = self.log_uniform or self.uniform
-        assert found is not None
-        return found
+        ends = self.log_uniform or self.uniform
+        assert ends is not None
+        return ends
 
     @property
     def ends(self) -> tuple[Value, ...]:

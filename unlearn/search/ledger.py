@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lm.run_folder import writable, write_atomic
 from unlearn.search.config import Range, Sampler, Value
-from unlearn.search.scored import Scored
+from unlearn.search.scored import Finished, Scored
 
 JOURNAL = "study.journal"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """A finished run: what was tried in it, and what it came to, or in a sentence why it failed."""
-
-    params: dict[str, Value] = field(default_factory=dict)
-    scored: Scored | None = None
-    failed: str | None = None
 
 
 class Ledger:
@@ -71,7 +62,7 @@ class Ledger:
 
     def others(self, study: str) -> dict[str, Finished]:
         """What was kept with `keep`, by name."""
-        return {name: _finished(found) for name, found in self._study(study).user_attrs.items()}
+        return {name: _finished(attributes) for name, attributes in self._study(study).user_attrs.items()}
 
     def keep(self, study: str, name: str, run: Finished) -> None:
         """Keep a run that is no trial."""

@@ -53,10 +53,10 @@ class Plan:
 
     def unlearning(self, method: Method, params: Mapping[str, Value], folder: Path, seed: int | None) -> UnlearnConfig:
         """The run of a method at these values; `seed` None leaves the trials' own."""
-        asked = ["--config", self.config.unlearn, *words({**self.config.settings, **method.settings, **params})]
-        found = parse_config(UnlearnConfig, asked)
-        trainer = found.trainer if seed is None else replace(found.trainer, seed=seed)
-        return replace(found, trainer=trainer, out=str(folder), resume=(folder / "config.yaml").exists())
+        arguments = ["--config", self.config.unlearn, *words({**self.config.settings, **method.settings, **params})]
+        config = parse_config(UnlearnConfig, arguments)
+        trainer = config.trainer if seed is None else replace(config.trainer, seed=seed)
+        return replace(config, trainer=trainer, out=str(folder), resume=(folder / "config.yaml").exists())
 
     def scoring(self, folder: Path, model: ModelSpec | None = None) -> EvaluateConfig:
         """The evaluation of the result in `folder`, or of another model; both in the evaluation's type, on its device."""
@@ -71,13 +71,13 @@ class Plan:
         for name, where in method.space.items():
             for value in where.ends:
                 try:
-                    found = self.unlearning(method, {**first, name: value}, Path(self.config.out), None)
+                    config = self.unlearning(method, {**first, name: value}, Path(self.config.out), None)
                 except UserError as error:
                     raise UserError(f"the method {method.name} with {name} at {value}: {error}") from error
-        if found.trainer.seed in self.config.seeds:
+        if config.trainer.seed in self.config.seeds:
             raise UserError(
-                f"seeds is {list(self.config.seeds)}, but the trials run with trainer.seed {found.trainer.seed}: a repeat on the "
-                "seed that the trial was chosen on is no repeat; give others"
+                f"seeds is {list(self.config.seeds)}, but the trials run with trainer.seed {config.trainer.seed}: a repeat on "
+                "the seed that the trial was chosen on is no repeat; give others"
             )
 
 

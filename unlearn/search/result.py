@@ -10,8 +10,7 @@ from lm.config import as_dict
 from unlearn.search import choice
 from unlearn.search.choice import Estimate
 from unlearn.search.config import SearchConfig
-from unlearn.search.ledger import Finished
-from unlearn.search.scored import Scored
+from unlearn.search.scored import Finished, Scored
 
 
 @dataclass(frozen=True)

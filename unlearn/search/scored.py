@@ -10,13 +10,13 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
 from unlearn.evaluation.lume import TERMS
-from unlearn.search.config import Keeping, Quality
+from unlearn.search.config import Keeping, Quality, Value
 from unlearn.search.plan import SCORES
 
 _TRAINED = ("config.yaml", "manifest.json")
@@ -50,6 +50,15 @@ class Scored:
     made_from: str
     scored_on: str
     files: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A finished run: what was tried in it, and what it came to, or in a sentence why it failed."""
+
+    params: dict[str, Value] = field(default_factory=dict)
+    scored: Scored | None = None
+    failed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ def check_runs(out: Path, runs: Sequence[Scored], measures: Measures) -> None:
                 f"the numbers recorded for {out / known.folder} are not those of its files: search again in a new folder"
             )
     for known in runs:
-        first = next(one for one in runs if bool(one.made_from) is bool(known.made_from))
+        first = next(run for run in runs if bool(run.made_from) is bool(known.made_from))
         if (known.made_from, known.scored_on) != (first.made_from, runs[0].scored_on):
             raise UserError(
                 f"{out / known.folder} was made from or scored on other rows or weights than the runs before it: the content "
@@ -141,5 +150,5 @@ def _hash(facts: object) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -7,13 +7,14 @@ each method's best trial so far.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-
-import optuna
+from typing import TYPE_CHECKING
 
 from lm.config import as_dict
 from lm.errors import UserError
@@ -26,13 +27,15 @@ from unlearn.config import UnlearnConfig
 from unlearn.evaluation.config import EvaluateConfig
 from unlearn.search import choice
 from unlearn.search.config import Method, SearchConfig, Value
-from unlearn.search.ledger import Finished, Ledger
 from unlearn.search.picture import pareto
 from unlearn.search.plan import Plan
 from unlearn.search.process import run_apart
 from unlearn.search.result import MethodResult, SearchResult
-from unlearn.search.scored import Measures, Scored, check_runs, read_scored
+from unlearn.search.scored import Finished, Measures, Scored, check_runs, read_scored
 from unlearn.search.table import page, table, terms
+
+if TYPE_CHECKING:
+    from unlearn.search.ledger import Ledger
 
 REFERENCES = "base"
 """The study that holds the models which were not trained."""
@@ -56,8 +59,11 @@ def run_search(config: SearchConfig) -> SearchResult:
             f"the search was launched on {processes} processes, but one drives it and starts the runs one by one: use python, "
             "not accelerate launch"
         )
+    _require_optuna()
+    from unlearn.search.ledger import Ledger
+
     plan, measures, out = Plan.of(config), Measures(config.quality, config.keeping), Path(config.out)
-    facts = {"seed": config.seed, "optuna": optuna.__version__}
+    facts = {"seed": config.seed, "optuna": metadata.version("optuna")}
     facts |= {"unlearn": as_dict(plan.base), "evaluate": as_dict(plan.evaluate)}
     if config.resume:
         _rename_what_is_old(RunFolder(out))
@@ -81,6 +87,12 @@ def run_search(config: SearchConfig) -> SearchResult:
 def describe(config: SearchConfig, result: SearchResult) -> str:
     """What a finished search says: the terms, the table, and where everything is."""
     return f"{terms(result)}\n\n{table(result)}\nwrote {config.out}/table.md, pareto.png and search.json"
+
+
+def _require_optuna() -> None:
+    """Raise UserError where it is missing: this stage alone needs it, for its journal and its samplers."""
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("optuna is not installed: pip install 'palimpsest-unlearning[search]'")
 
 
 def _rename_what_is_old(run: RunFolder) -> None:
@@ -122,19 +134,19 @@ class _Search:
                 self._trial(method, number, lowest)
         trials = {method.name: self.ledger.trials(method.name) for method in config.methods}
         chosen = choice.leading(trials, lowest, config.repeat)
-        found = [self._repeat(method, lowest, method.name in chosen) for method in config.methods]
-        return SearchResult(config, base, retain_model, found)
+        results = [self._repeat(method, lowest, method.name in chosen) for method in config.methods]
+        return SearchResult(config, base, retain_model, results)
 
     def _reference(self, name: str, model: ModelSpec) -> Scored:
         references = self.ledger.others(REFERENCES)
-        found = references.get(name) or references.get(_REFERENCE_BEFORE.get(name, name))
-        if found is None:
-            found = self._run(name, {}, None, model)
-            if found.failed is not None:
-                raise UserError(f"the {name} model could not be scored: {found.failed}")
-            self.ledger.keep(REFERENCES, name, found)
-        assert found.scored is not None
-        return found.scored
+        finished = references.get(name) or references.get(_REFERENCE_BEFORE.get(name, name))
+        if finished is None:
+            finished = self._run(name, {}, None, model)
+            if finished.failed is not None:
+                raise UserError(f"the {name} model could not be scored: {finished.failed}")
+            self.ledger.keep(REFERENCES, name, finished)
+        assert finished.scored is not None
+        return finished.scored
 
     def _trial(self, method: Method, number: int, lowest: float) -> None:
         config, trials = self.plan.config, self.ledger.trials(method.name)
@@ -148,9 +160,9 @@ class _Search:
             self.ledger.add_trial(method.name, method.space, done, value)
             trials.append(done)
         best = choice.best(trials, lowest)
-        for other in range(len(trials)):
-            if other != best:
-                self._delete_weights(_trial_folder(method, other))
+        for trial_number in range(len(trials)):
+            if trial_number != best:
+                self._delete_weights(_trial_folder(method, trial_number))
 
     def _repeat(self, method: Method, lowest: float, chosen: bool) -> MethodResult:
         trials, repeats = self.ledger.trials(method.name), {}

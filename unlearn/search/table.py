@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from unlearn.search.choice import Estimate
 from unlearn.search.config import SearchConfig, Value
-from unlearn.search.ledger import Finished
 from unlearn.search.plan import SCORES
 from unlearn.search.result import MethodResult, SearchResult
-from unlearn.search.scored import Scored
+from unlearn.search.scored import Finished, Scored
 
 _QUALITY = {
     "forget_terms": "the mean of the forget terms (1 - recall of completions, 1 - exact match of answers)",

@@ -178,12 +178,12 @@ class SequentialBatches:
 
     def _place(self, step: int) -> tuple[int, int]:
         """The epoch through all chunks, and the step within it."""
-        again, step = divmod(step, self.total(self.epochs))
+        rounds, step = divmod(step, self.total(self.epochs))
         for chunk in range(self._chunks):
             steps = self._steps(chunk)
             if step < self.epochs * steps:
                 epoch, place = divmod(step, steps)
-                return (again * self._chunks + chunk) * self.epochs + epoch, place
+                return (rounds * self._chunks + chunk) * self.epochs + epoch, place
             step -= self.epochs * steps
         raise AssertionError("a step lies in some chunk")
 
@@ -222,7 +222,7 @@ def micro_batches(
         tokens: of a micro-batch at most, padding included; a longer row goes alone. Needs `length`.
     """
     ordered = list(rows) if length is None else sorted(rows, key=length)
-    shares = [ordered[one::processes] for one in range(processes)]
+    shares = [ordered[index::processes] for index in range(processes)]
     cuts = [_cuts([0 if length is None else length(row) for row in share], size, tokens) for share in shares]
     most = max(1, *map(len, cuts))
     mine = [shares[process][first:last] for first, last in cuts[process]]
@@ -252,4 +252,4 @@ def dealt(rows: Sequence[T], size: int, process: int, processes: int) -> list[Se
     """This process's micro-batches, which are the same ones for any number of processes: whole ones of `size` consecutive
     rows are dealt out. Every process gets as many, at least one; the last may be empty."""
     whole = [rows[first : first + size] for first in range(0, len(rows), size)]
-    return [one[0] if one else rows[:0] for one in micro_batches(whole, 1, process, processes)]
+    return [share[0] if share else rows[:0] for share in micro_batches(whole, 1, process, processes)]

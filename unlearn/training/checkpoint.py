@@ -106,9 +106,9 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None
 def _held(model: nn.Module, optimizer: Optimizer | None, *, main: bool) -> dict[str, dict[str, Tensor]]:
     """What this process writes: its rows of what is sharded, and, on the main process, all of what is not."""
     parameters = trainable(model)
-    found: dict[str, dict[str, Tensor]] = {WEIGHTS: dict(parameters)}
+    tensors_by_kind: dict[str, dict[str, Tensor]] = {WEIGHTS: dict(parameters)}
     if optimizer is not None:
-        found[MOMENTS] = {
+        tensors_by_kind[MOMENTS] = {
             f"{kind}::{name}": value
             for name, parameter in parameters.items()
             for kind, value in sorted(optimizer.state.get(parameter, {}).items())
@@ -119,7 +119,7 @@ def _held(model: nn.Module, optimizer: Optimizer | None, *, main: bool) -> dict[
             for name, tensor in tensors.items()
             if main or isinstance(tensor, DTensor)
         }
-        for kind, tensors in found.items()
+        for kind, tensors in tensors_by_kind.items()
     }
 
 

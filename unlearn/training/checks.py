@@ -7,7 +7,7 @@ from lm.model import LanguageModel
 from unlearn.forward.passes import first_block, reads
 from unlearn.objectives import Dual, Loss
 from unlearn.training.config import TrainerConfig
-from unlearn.training.step import Side
+from unlearn.training.side import Side
 
 
 def refuse_what_cannot_be(

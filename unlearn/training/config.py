@@ -8,10 +8,10 @@ from typing import Literal
 
 from lm.errors import UserError
 from unlearn.training.batches import Batches, PairedBatches, Pairing, SequentialBatches
+from unlearn.training.schedule import Schedule, learning_rate
 from unlearn.training.step import Weighting
 
 Checkpoint = Literal["last", "lowest_joint_loss", "best_task_aggregate"]
-Schedule = Literal["linear", "cosine", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +129,5 @@ class TrainerConfig:
         return PairedBatches(forget=forget, retain=retain, batch=self.batch, pairing=self.pairing, seed=self.seed)
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of the 0-based `step` of `steps`: a linear warm-up, then linear, cosine or constant.
-
-        As in transformers' schedulers, step 0 of a warm-up has rate 0 and a linear decay would reach 0 at `steps`.
-        """
-        if step < self.warmup:
-            return self.learning_rate * (step / self.warmup)
-        if self.schedule == "constant":
-            return self.learning_rate
-        done = (step - self.warmup) / max(steps - self.warmup, 1)
-        left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return self.learning_rate * left
+        """The learning rate of the 0-based `step` of `steps` (`unlearn.training.schedule`)."""
+        return learning_rate(step, steps, peak=self.learning_rate, schedule=self.schedule, warmup=self.warmup)

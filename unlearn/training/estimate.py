@@ -26,7 +26,8 @@ from lm.shards import local_part
 from unlearn.objectives import Needs
 from unlearn.scope.scope import readable_size
 from unlearn.training.batches import Batches
-from unlearn.training.step import Micro, Stepper
+from unlearn.training.side import Micro
+from unlearn.training.step import Stepper
 
 _LOOKED_AT = 200
 """Steps whose micro-batches are looked at; the rest is like them."""
@@ -67,24 +68,24 @@ class Estimate:
 
 def estimate(stepper: Stepper, batches: Batches, steps: int) -> Estimate:
     """Before the first step; every process must call it."""
-    (now, before), original = _in_use(), sum(one.nbytes for one in _kept(stepper))
+    (now, before), original = _in_use(), sum(tensor.nbytes for tensor in _kept(stepper))
     looked = min(steps, _LOOKED_AT)
-    micros = [one for step in range(looked) for one in stepper.micros(batches.step(step), batches.epoch(step))]
+    micros = [micro for step in range(looked) for micro in stepper.micros(batches.step(step), batches.epoch(step))]
     gradients = sum(local_part(p).nbytes for p in stepper.parameters)
     for parameter in stepper.parameters:  # a step's later micro-batches find one there
         parameter.grad = torch.zeros_like(parameter)
     seconds, sides = 0.0, [(0.0, 0.0)]
     for forget in (True, False):
-        mine = [one for one in micros if one.forget == forget and one.rows]
+        mine = [micro for micro in micros if micro.forget == forget and micro.rows]
         if mine:
-            largest = max(mine, key=lambda one: one.padded)
+            largest = max(mine, key=lambda micro: micro.padded)
             needs = stepper.loss.forget_needs if forget else stepper.loss.retain_needs
-            tokens = min(stepper.passes.chunk, max(one.supervised for one in mine))
+            tokens = min(stepper.passes.chunk, max(micro.supervised for micro in mine))
             logits = tokens * _logit_bytes(needs, stepper.passes.model.anatomy.vocabulary)
             sides.append((_activations(stepper, largest), logits))
             some = _spread(mine)
-            took = sum(_seconds(partial(stepper.probe, one)) for one in some)
-            seconds += took * sum(one.padded for one in mine) / sum(one.padded for one in some)
+            took = sum(_seconds(partial(stepper.probe, micro)) for micro in some)
+            seconds += took * sum(micro.padded for micro in mine) / sum(micro.padded for micro in some)
     for parameter in stepper.parameters:
         parameter.grad = None
     activations, logits = max(sides, key=sum)
@@ -131,7 +132,7 @@ def _activations(stepper: Stepper, largest: Micro) -> float:
 
 def _spread(micros: Sequence[Micro], count: int = 3) -> list[Micro]:
     """Some of them, of sizes that stand for all, and all different: in a short run most shapes are new, which takes longer."""
-    ordered = sorted({one.padded: one for one in micros}.values(), key=lambda one: one.padded)
+    ordered = sorted({micro.padded: micro for micro in micros}.values(), key=lambda micro: micro.padded)
     places = sorted({(2 * place + 1) * len(ordered) // (2 * count) for place in range(count)})
     return [ordered[place] for place in places]
 
@@ -167,9 +168,12 @@ def _logit_bytes(needs: Needs, vocabulary: int) -> float:
     targets = torch.zeros(2, dtype=torch.long)
     with Live() as live:
         logits = torch.zeros(2, vocabulary).requires_grad_()
-        theirs = torch.zeros(2, vocabulary) if any(one.reference for one in needs.statistics) else None
+        original = torch.zeros(2, vocabulary) if any(statistic.reference for statistic in needs.statistics) else None
         values = [cross_entropy(logits, targets, reduction="none")] if needs.logprob else []
-        values += [one.function(logits, targets, theirs if one.reference else None) for one in needs.statistics]
+        values += [
+            statistic.function(logits, targets, original if statistic.reference else None)
+            for statistic in needs.statistics
+        ]
         for value in values:
             torch.autograd.grad(value.sum(), logits, retain_graph=True)
     peak: int = live.peak
@@ -191,11 +195,11 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._seen[local_part(tensor).untyped_storage()] = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
-        return found
+        return result
 
     def _note(self, tensor: Tensor) -> None:
         storage = local_part(tensor).untyped_storage()

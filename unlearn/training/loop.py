@@ -24,7 +24,7 @@ from lm.model import LanguageModel
 from lm.run_folder import RunFolder, progress
 from lm.shards import is_sharded, local_part
 from unlearn.forward.passes import Passes
-from unlearn.forward.reference_model import reference
+from unlearn.forward.reference_model import Reference, reference
 from unlearn.objectives import Loss, RetainMemory
 from unlearn.scope.scope import WeightMask
 from unlearn.training import checkpoint
@@ -34,8 +34,9 @@ from unlearn.training.checks import refuse_what_cannot_be
 from unlearn.training.config import TrainerConfig
 from unlearn.training.estimate import estimate
 from unlearn.training.masks import Masks, make_masks
-from unlearn.training.reference_cache import asks_original, compute_beforehand, size_below, used_texts
-from unlearn.training.step import Side, Stepper, StepResult
+from unlearn.training.reference_cache import ReferenceCache, asks_original
+from unlearn.training.side import Side
+from unlearn.training.step import Stepper, StepResult
 
 Validate = Callable[[], dict[str, float]]
 
@@ -70,6 +71,7 @@ def train(
     mask: WeightMask | None = None,
     validate: Validate | None = None,
     resume: bool = False,
+    keep_checkpoints: bool = True,
     label: str = "unlearn",
 ) -> tuple[nn.Module, Progress]:
     """Train the parameters that require gradients; returns the (wrapped) model with the result in it, and the closing facts.
@@ -81,6 +83,7 @@ def train(
         mask: which single weights may change; None for all that require gradients.
         validate: returns `task_aggregate` and/or `joint_loss`, on every process; called every `evaluate_every` steps.
         resume: go on from the newest checkpoint in `run`, if there is one.
+        keep_checkpoints: write what a resumed run goes on from; without it only the best weights are kept, where they are chosen.
         label: what the progress is called.
 
     Raises:
@@ -99,29 +102,12 @@ def train(
     model.model.train(False)
     if config.gradient_checkpointing:
         _enable_gradient_checkpointing(model.model)
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-        [p for p in model.model.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay if mask is None else 0.0,  # masked weights decay in the loop
-        fused=True,  # one pass over each weight, and no temporaries of its size
-    )
-    wrapped, optimizer = acc.prepare(model.model, optimizer)
+    wrapped, optimizer = acc.prepare(model.model, _adamw(model.model, config, masked=mask is not None))
     model = replace(model, model=acc.unwrap_model(wrapped))
-    live = any(asks_original(needs, config) for needs in (loss.forget_needs, loss.retain_needs))
-    passes = Passes(acc, wrapped, model, reference=reference(model.model) if live else None)
-    used = used_texts(forget, batches, steps, loss.forget_needs, forget=True)
-    kept = used_texts(retain, batches, steps, loss.retain_needs, forget=False)
-    if config.cache_below:
-        acc.print(size_below(model, [(forget, used), (retain, kept)], passes.start))
-    forget = compute_beforehand(
-        passes, forget, loss.forget_needs, config, run=run, name="forget", used=used, made_from=made_from
-    )
-    retain = compute_beforehand(
-        passes, retain, loss.retain_needs, config, run=run, name="retain", used=kept, made_from=made_from
-    )
-    masks = make_masks(passes, forget, retain, mask, run, micro_batch=config.micro_batch) if mask else None
-    loop = _Loop(acc, wrapped, optimizer, loss, config, batches, steps, run, validate)
-    loop.stepper = Stepper(
+    passes = Passes(acc, wrapped, model, reference=_way_back(model, loss, config))
+    cache = ReferenceCache(passes=passes, config=config, batches=batches, steps=steps, run=run, made_from=made_from)
+    forget, retain = cache.fill(forget, retain, loss)
+    stepper = Stepper(
         passes,
         loss,
         forget,
@@ -130,37 +116,60 @@ def train(
         micro_tokens=config.micro_tokens,
         weighting=config.weighting,
     )
-    loop.masks = masks
+    masks = make_masks(passes, forget, retain, mask, run, micro_batch=config.micro_batch) if mask else None
+    loop = _Loop(stepper, optimizer, config, batches, steps, run, validate, masks, keep_checkpoints)
     if config.estimate and not is_sharded(model.model):
-        expected = estimate(loop.stepper, batches, steps)
+        expected = estimate(stepper, batches, steps)
         acc.print(expected.sentence())
         run.note(estimated={"peak_bytes": expected.peak, "train_seconds": round(expected.seconds, 3)})
     return wrapped, loop.run_all(resume=resume, label=label)
 
 
+def _adamw(model: nn.Module, config: TrainerConfig, *, masked: bool) -> torch.optim.Optimizer:
+    """Of what requires gradients; weights under a mask decay in the loop."""
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=0.0 if masked else config.weight_decay,
+        fused=True,  # one pass over each weight, and no temporaries of its size
+    )
+
+
+def _way_back(model: LanguageModel, loss: Loss, config: TrainerConfig) -> Reference | None:
+    """To the original model, if it must be asked at every step."""
+    live = any(asks_original(needs, config) for needs in (loss.forget_needs, loss.retain_needs))
+    return reference(model.model) if live else None
+
+
+@dataclass
 class _Loop:
-    """The state of one call of `train`."""
+    """The steps of one call of `train`, and where they stand."""
 
     stepper: Stepper
+    optimizer: torch.optim.Optimizer
+    config: TrainerConfig
+    batches: Batches
+    steps: int
+    run: RunFolder
+    validate: Validate | None
     masks: Masks | None
+    keep_checkpoints: bool
+    at: Progress = dataclasses.field(default_factory=Progress)
+    saved_at: int | None = None
 
-    def __init__(
-        self,
-        acc: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss: Loss,
-        config: TrainerConfig,
-        batches: Batches,
-        steps: int,
-        run: RunFolder,
-        validate: Validate | None,
-    ) -> None:
-        self.acc, self.model, self.optimizer, self.loss = acc, model, optimizer, loss
-        self.config, self.batches, self.steps, self.run, self.validate = config, batches, steps, run, validate
-        self.plain = acc.unwrap_model(model)
-        self.at = Progress()
-        self.saved_at: int | None = None
+    @property
+    def acc(self) -> Accelerator:
+        return self.stepper.acc
+
+    @property
+    def loss(self) -> Loss:
+        return self.stepper.loss
+
+    @property
+    def plain(self) -> nn.Module:
+        """The model without what accelerate put round it."""
+        plain: nn.Module = self.stepper.passes.model.model
+        return plain
 
     def run_all(self, *, resume: bool, label: str) -> Progress:
         if resume:
@@ -180,7 +189,7 @@ class _Loop:
                     sides |= {"retain": result.retain_cross_entropy, "alpha": result.retain_weight}
                 advance(**sides, tok_s=self.at.tokens / self.at.seconds)
                 self._milestones()
-        if self.saved_at != self.at.step:  # not a look at the disk: every process must decide alike
+        if self.keep_checkpoints and self.saved_at != self.at.step:  # no look at the disk: all processes decide alike
             self._save(self.run.checkpoint_name(self.at.step), with_moments=True)  # the export may meet a full disk
         if self.config.checkpoint != "last" and self.at.best is not None:
             checkpoint.restore(self.run.path / "best", self.plain, None)
@@ -199,7 +208,7 @@ class _Loop:
         if self.masks is not None:
             self.masks.keep_gradient()
         limit = self.config.clip if self.config.clip is not None else float("inf")
-        norm = self.acc.clip_grad_norm_(self.model.parameters(), limit)
+        norm = self.acc.clip_grad_norm_(self.stepper.model.parameters(), limit)
         if self.acc.scaler is None and not math.isfinite(_number(norm)):  # with a scaler such a step is left out
             raise UserError(
                 f"the gradient's norm became {_number(norm)} at step {self.at.step + 1}: lower trainer.learning_rate, or set a "
@@ -219,7 +228,7 @@ class _Loop:
             self.run.log(step, {f"validation/{name}": value for name, value in scores.items()})
             self.loss.weight.observe_validation(self.at.memory, scores)
             self._keep_if_best(scores)
-        if step % self.config.save_every == 0 and step < self.steps:
+        if self.keep_checkpoints and step % self.config.save_every == 0 and step < self.steps:
             self._save(self.run.checkpoint_name(step), with_moments=True)
             self.run.prune_checkpoints(keep=2)
 
@@ -229,7 +238,8 @@ class _Loop:
         name, sign = _RULES[self.config.checkpoint]
         if name not in scores:
             raise UserError(
-                f"trainer.checkpoint is {self.config.checkpoint!r}, but validation gives only {', '.join(scores)}"
+                f"trainer.checkpoint is {self.config.checkpoint!r}, but validation gives only {', '.join(scores)}: "
+                "choose by one of them"
             )
         if self.at.best is None or sign * scores[name] > sign * self.at.best["value"]:
             self.at.best = {"value": scores[name], "step": float(self.at.step)}

@@ -21,7 +21,8 @@ from unlearn.forward.passes import Passes
 from unlearn.objectives import Fixed, Learn, Loss, NoRetain, RetainMemory
 from unlearn.scope.scope import WeightMask
 from unlearn.training.batches import StepRows
-from unlearn.training.step import Side, Stepper
+from unlearn.training.side import Side
+from unlearn.training.step import Stepper
 
 FILE = "mask.safetensors"
 
@@ -64,12 +65,12 @@ def make_masks(
     """
     path, model = run.path / FILE, passes.model.model
     if not path.exists():
-        ours, theirs = (_attribution(passes, side, mask.rows, micro_batch) for side in (forget, retain))
+        forget_scores, retain_scores = (_attribution(passes, side, mask.rows, micro_batch) for side in (forget, retain))
         if run.main:
-            chosen = top_share(relative(ours, theirs), mask.share)
+            chosen = top_share(relative(forget_scores, retain_scores), mask.share)
             temporary = path.with_name(f".{FILE}.tmp")
             with writable(path):
-                save_file({name: one.to(torch.uint8) for name, one in chosen.items()}, temporary)
+                save_file({name: scores.to(torch.uint8) for name, scores in chosen.items()}, temporary)
                 temporary.replace(path)
     passes.acc.wait_for_everyone()
     return Masks(model, path)
@@ -85,14 +86,14 @@ def _attribution(passes: Passes, side: Side, rows: int, micro_batch: int) -> dic
     step = Stepper(passes, loss, only, Side([]), micro_batch=micro_batch, weighting="global_tokens")
     step.gradient(chosen, RetainMemory())
     named = {name: p for name, p in passes.model.model.named_parameters() if p.requires_grad}
-    found: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
     for name, parameter in named.items():
         if parameter.grad is not None:
             whole = gather((parameter.grad.float() * parameter.detach().float()).abs())
             if passes.acc.is_main_process:
-                found[name] = whole
+                scores[name] = whole
         parameter.grad = None
-    return found
+    return scores
 
 
 def relative(forget: dict[str, Tensor], retain: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,22 +103,25 @@ def relative(forget: dict[str, Tensor], retain: dict[str, Tensor]) -> dict[str, 
     """
     if not retain:
         return forget
-    count = sum(one.numel() for one in retain.values())
-    mean = sum(float(one.sum(dtype=torch.float64)) for one in retain.values()) / count
-    return {name: one / (retain[name] + mean).clamp(min=torch.finfo(one.dtype).tiny) for name, one in forget.items()}
+    count = sum(scores.numel() for scores in retain.values())
+    mean = sum(float(scores.sum(dtype=torch.float64)) for scores in retain.values()) / count
+    return {
+        name: scores / (retain[name] + mean).clamp(min=torch.finfo(scores.dtype).tiny)
+        for name, scores in forget.items()
+    }
 
 
 def top_share(scores: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """True on the `share` of all weights with the highest scores, at least one; ties go to the first, in order of names given."""
-    flat = torch.cat([one.flatten() for one in scores.values()])
+    flat = torch.cat([values.flatten() for values in scores.values()])
     count = max(round(share * len(flat)), 1)
     least = flat.kthvalue(len(flat) - count + 1).values
     chosen = flat > least
     ties = (flat == least).nonzero().flatten()
     chosen[ties[: count - int(chosen.sum())]] = True
-    sizes = [one.numel() for one in scores.values()]
+    sizes = [values.numel() for values in scores.values()]
     bounds = [0, *itertools.accumulate(sizes)]
     return {
-        name: chosen[first:last].view(one.shape)
-        for (name, one), (first, last) in zip(scores.items(), itertools.pairwise(bounds), strict=True)
+        name: chosen[first:last].view(values.shape)
+        for (name, values), (first, last) in zip(scores.items(), itertools.pairwise(bounds), strict=True)
     }

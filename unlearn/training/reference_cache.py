@@ -7,7 +7,7 @@ Only rows that will be drawn are computed. What must be asked of the original mo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,11 +16,11 @@ from lm.model import LanguageModel
 from lm.run_folder import RunFolder
 from unlearn.forward.passes import Passes
 from unlearn.forward.reference_model import untrained
-from unlearn.objectives import Needs
+from unlearn.objectives import Loss, Needs
 from unlearn.scope.scope import readable_size
 from unlearn.training.batches import Batches
 from unlearn.training.config import TrainerConfig
-from unlearn.training.step import Side
+from unlearn.training.side import Side
 from unlearn.training.tensor_store import RowStore, stored
 
 
@@ -30,42 +30,61 @@ def asks_original(needs: Needs, config: TrainerConfig) -> bool:
     return (replace(needs, reference_logprob=False) if known else needs).reference
 
 
-def compute_beforehand(
-    passes: Passes,
-    side: Side,
-    needs: Needs,
-    config: TrainerConfig,
-    *,
-    run: RunFolder,
-    name: str,
-    used: set[int],
-    made_from: str,
-) -> Side:
-    """The side, with what it will be asked for again and again. The model must be as it was loaded.
+@dataclass(frozen=True, kw_only=True)
+class ReferenceCache:
+    """Computes, before the first step, what the steps will ask for again and again. The model must be as it was loaded.
 
-    Args:
-        name: of the side, for files.
-        used: the texts that steps will draw.
+    Attributes:
+        run: in whose folder it is kept.
         made_from: the model's fingerprint.
     """
-    acc, made_from = passes.acc, f"{made_from} {config.autocast}"
 
-    def store(what: str, compute: Callable[[list[int]], list[Tensor]]) -> RowStore:
-        texts, places = side.texts, sorted(used)
-        return stored(acc, run, f"{name}-{what}", texts, places, compute, made_from=made_from, size=config.micro_batch)
+    passes: Passes
+    config: TrainerConfig
+    batches: Batches
+    steps: int
+    run: RunFolder
+    made_from: str
 
-    def streams(places: list[int]) -> list[Tensor]:
-        return passes.streams([side.texts[place] for place in places], passes.start - 1)
+    def fill(self, forget: Side, retain: Side, loss: Loss) -> tuple[Side, Side]:
+        """Both sides, with what is known of them now. Every process must call it."""
+        drawn_forget = used_texts(forget, self.batches, self.steps, loss.forget_needs, forget=True)
+        drawn_retain = used_texts(retain, self.batches, self.steps, loss.retain_needs, forget=False)
+        if self.config.cache_below:
+            sizes = [(forget, drawn_forget), (retain, drawn_retain)]
+            self.passes.acc.print(size_below(self.passes.model, sizes, self.passes.start))
+        return (
+            self._filled(forget, loss.forget_needs, drawn_forget, "forget"),
+            self._filled(retain, loss.retain_needs, drawn_retain, "retain"),
+        )
 
-    def logprobs(places: list[int]) -> list[Tensor]:
-        return passes.logprobs([side.texts[place] for place in places], below=side.streams(places))
+    def _filled(self, side: Side, needs: Needs, drawn: set[int], name: str) -> Side:
+        passes, config = self.passes, self.config
 
-    with untrained(passes.model.model):
-        if config.cache_below:
-            side = replace(side, below=store(f"stream-{passes.start - 1}", streams))
-        if needs.reference_logprob and config.reference == "cached":
-            side = replace(side, original=store("original", logprobs))
-    return side
+        def store(what: str, compute: Callable[[list[int]], list[Tensor]]) -> RowStore:
+            return stored(
+                passes.acc,
+                self.run,
+                f"{name}-{what}",
+                side.texts,
+                sorted(drawn),
+                compute,
+                made_from=f"{self.made_from} {config.autocast}",
+                size=config.micro_batch,
+            )
+
+        def streams(places: list[int]) -> list[Tensor]:
+            return passes.streams([side.texts[place] for place in places], passes.start - 1)
+
+        def logprobs(places: list[int]) -> list[Tensor]:
+            return passes.logprobs([side.texts[place] for place in places], below=side.streams(places))
+
+        with untrained(passes.model.model):
+            if config.cache_below:
+                side = replace(side, below=store(f"stream-{passes.start - 1}", streams))
+            if needs.reference_logprob and config.reference == "cached":
+                side = replace(side, original=store("original", logprobs))
+        return side
 
 
 def used_texts(side: Side, batches: Batches, steps: int, needs: Needs, *, forget: bool) -> set[int]:
@@ -90,6 +109,6 @@ def size_below(model: LanguageModel, sides: list[tuple[Side, set[int]]], first: 
             "trainer.cache_below is true, but layer 0 or the embedding may change, so nothing below the scope stays the same: "
             "set it to false, or leave layer 0 out of the scope"
         )
-    tokens = sum(len(side.texts[place].ids) for side, used in sides for place in used)
+    tokens = sum(len(side.texts[text].ids) for side, used in sides for text in used)
     width = next(model.model.parameters()).element_size() * model.anatomy.hidden
     return f"the stream that layer {first} reads is kept: {tokens:,} tokens, {readable_size(tokens * width)} on disk"

@@ -7,13 +7,11 @@ forget rows follow: exact, with one pass over each row and no second gradient bu
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from unlearn.forward.passes import Passes
 from unlearn.objectives import Loss, Needs, RetainMemory, TokenStats
 from unlearn.objectives.base import Term
 from unlearn.training.batches import StepRows, dealt, micro_batches
-from unlearn.training.tensor_store import RowStore
+from unlearn.training.side import Micro, Side
 
 Weighting = Literal["global_tokens", "global_rows", "micro_batch_mean"]
 
@@ -46,55 +44,33 @@ class StepResult:
     """Real tokens, prompt and answer, that went through the model in the global batch."""
 
 
-@dataclass(frozen=True)
-class Side:
-    """The rows of one side and what goes with them.
+class _MicroSums(NamedTuple):
+    """What one mixed micro-batch measured, as sums that add up over micro-batches and processes.
 
     Attributes:
-        rows: the rows, encoded.
-        alternates: for each row its alternate answers to the same question, or nothing.
-        original: the original model's log-probabilities of `texts`, (supervised tokens,) each, where they are known already.
-        below: the stream that the first block that may change reads for `texts`, (tokens, hidden) each, likewise.
+        loss: of the micro-batch, a mean.
+        forget_cross_entropy: over its forget tokens, nats; `retain_cross_entropy` likewise.
+        beyond_cap: forget tokens beyond the objective's cap.
+        retain_mean: the mean retain cross-entropy, nats a token; 0 without retain rows, and its weight too.
     """
 
-    rows: Sequence[Encoded]
-    alternates: Sequence[tuple[Encoded, ...]] = ()
-    original: RowStore | None = None
-    below: RowStore | None = None
+    loss: float
+    forget_cross_entropy: float
+    forget_tokens: float
+    beyond_cap: float
+    retain_cross_entropy: float
+    retain_tokens: float
+    retain_rows: float
+    retain_mean: float
+    retain_weight: float
 
-    @cached_property
-    def texts(self) -> list[Encoded]:
-        """The rows, then every alternate, row by row."""
-        return [*self.rows, *itertools.chain.from_iterable(self.alternates)]
-
-    def alternate(self, row: int, epoch: int) -> int:
-        """The place in `texts` of the alternate that a row takes in an epoch: each in its turn."""
-        return len(self.rows) + self._firsts[row] + epoch % len(self.alternates[row])
-
-    def streams(self, places: Sequence[int]) -> list[Tensor] | None:
-        """What the first block that may change reads for some of `texts`, if it is known."""
-        return None if self.below is None else [self.below[place] for place in places]
-
-    @cached_property
-    def _firsts(self) -> list[int]:
-        return [0, *itertools.accumulate(len(several) for several in self.alternates)]
-
-
-@dataclass(frozen=True)
-class Micro:
-    """Rows of one side that go through the model at once on one process.
-
-    Attributes:
-        rows: their places among the rows of their side; `epoch` says which alternates go with them.
-        padded: tokens with the padding, alternates included.
-        supervised: targets.
-    """
-
-    forget: bool
-    rows: tuple[int, ...]
-    epoch: int
-    padded: int
-    supervised: int
+    @classmethod
+    def over_processes(cls, parts: Sequence[_MicroSums], device: torch.device) -> _MicroSums:
+        """The sums of all micro-batches of all processes, the same on each."""
+        mine = torch.zeros(len(cls._fields), dtype=torch.float64, device=device)
+        for part in parts:
+            mine += torch.tensor(part, dtype=torch.float64, device=device)
+        return cls(*sum_over_processes(mine).tolist())
 
 
 class Stepper:
@@ -116,7 +92,8 @@ class Stepper:
         self.micro_batch, self.micro_tokens, self.weighting = micro_batch, micro_tokens, weighting
         reshard(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._unread = {True: passes.unread(loss.forget_needs), False: passes.unread(loss.retain_needs)}
+        self.forget_needs, self.retain_needs, self.uses_retain = loss.forget_needs, loss.retain_needs, loss.uses_retain
+        self._unread = {True: passes.unread(self.forget_needs), False: passes.unread(self.retain_needs)}
 
     def gradient(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         """Add this step's gradient to the parameters' `.grad`, and epoch-0 sums to `memory`."""
@@ -126,17 +103,19 @@ class Stepper:
 
     def micros(self, rows: StepRows, epoch: int) -> list[Micro]:
         """What this process will run of a step, in no particular order."""
+        sides: list[tuple[bool, Sequence[int]]] = []
         if self.weighting == "micro_batch_mean":
-            several = [([i for f, i in one if f], [i for f, i in one if not f]) for one in self._dealt(rows)]
-            found = [(side, one) for pair in several for side, one in zip((True, False), pair, strict=True)]
+            for mixed in self._dealt(rows):
+                sides += [(side, [row for is_forget, row in mixed if is_forget is side]) for side in (True, False)]
         else:
-            found = [(True, one) for one in self._micro_batches(rows.forget, forget=True, epoch=epoch)]
-            found += [(False, one) for one in self._micro_batches(rows.retain, forget=False, epoch=epoch)]
-        return [self.measure(one, forget=side, epoch=epoch) for side, one in found if side or self.loss.uses_retain]
+            sides += [(True, each) for each in self._micro_batches(rows.forget, forget=True, epoch=epoch)]
+            sides += [(False, each) for each in self._micro_batches(rows.retain, forget=False, epoch=epoch)]
+        return [self.measure(each, forget=side, epoch=epoch) for side, each in sides if side or self.uses_retain]
 
     def measure(self, rows: Sequence[int], *, forget: bool, epoch: int) -> Micro:
         """A micro-batch with its sizes."""
-        texts = [(self.forget if forget else self.retain).texts[place] for place in self._places(rows, forget, epoch)]
+        side, _ = self._side(forget)
+        texts = [side.texts[place] for place in self._places(rows, forget, epoch)]
         longest = max((len(text.ids) for text in texts), default=0)
         supervised = sum(len(text.ids) - text.answer_start for text in texts)
         return Micro(forget, tuple(rows), epoch, longest * len(texts), supervised)
@@ -150,8 +129,8 @@ class Stepper:
 
     def _global(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         retain_ce, weight, retain_loss = math.nan, 0.0, 0.0
-        if self.loss.uses_retain and rows.retain:
-            divisor = _Counts.of([self.retain.rows[i] for i in rows.retain], self.loss.retain_needs)
+        if self.uses_retain and rows.retain:
+            divisor = _Counts.of([self.retain.rows[i] for i in rows.retain], self.retain_needs)
             sums = torch.zeros(2, dtype=torch.float64, device=self.acc.device)
             count = divisor.rows if self._by_row else divisor.tokens
             for micro in self._micro_batches(rows.retain, forget=False, epoch=memory.epoch):
@@ -161,16 +140,16 @@ class Stepper:
                     self.acc.backward(loss * self.acc.num_processes)
                 sums += torch.stack([stats.total(stats.cross_entropy.detach()), loss.detach()])
             ce_sum, retain_loss = sum_over_processes(sums).tolist()
-            retain_ce = _mean(ce_sum, count, self.loss.retain_needs)
+            retain_ce = _mean(ce_sum, count, self.retain_needs)
             weight = self.loss.weight.at(memory, retain_ce, retain_loss)
-            if self.loss.retain_needs.logprob:
+            if self.retain_needs.logprob:
                 memory.add(cross_entropy=ce_sum, tokens=count, batch_means=retain_ce, rows=divisor.rows)
             with torch.no_grad():
                 for parameter in self.parameters:
                     if parameter.grad is not None:
                         parameter.grad.mul_(weight)
 
-        divisor = _Counts.of([self.forget.rows[i] for i in rows.forget], self.loss.forget_needs)
+        divisor = _Counts.of([self.forget.rows[i] for i in rows.forget], self.forget_needs)
         sums = torch.zeros(3, dtype=torch.float64, device=self.acc.device)
         micros = self._micro_batches(rows.forget, forget=True, epoch=memory.epoch)
         for place, micro in enumerate(micros):
@@ -184,7 +163,7 @@ class Stepper:
         ce_sum, forget_loss, beyond = sum_over_processes(sums).tolist()
         return StepResult(
             loss=forget_loss + weight * retain_loss,
-            forget_cross_entropy=_mean(ce_sum, divisor.tokens if rows.forget else 0, self.loss.forget_needs),
+            forget_cross_entropy=_mean(ce_sum, divisor.tokens if rows.forget else 0, self.forget_needs),
             retain_cross_entropy=retain_ce,
             retain_weight=weight,
             forgotten_share=beyond / divisor.tokens,
@@ -194,59 +173,81 @@ class Stepper:
     def _micro(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         """The authors' scaling: each mixed micro-batch has its own means and its own weight; the step is their average."""
         count = -(-len(rows.order) // self.micro_batch)
-        micros = self._dealt(rows)
-        sums = torch.zeros(9, dtype=torch.float64, device=self.acc.device)
-        for place, micro in enumerate(micros):
-            last = place + 1 == len(micros)
-            forget = [i for is_forget, i in micro if is_forget]
-            retain = [i for is_forget, i in micro if not is_forget]
-            scale = self.acc.num_processes / count
-            with self._syncing(last and not self.loss.uses_retain):
-                stats = self._stats(forget, forget=True, epoch=memory.epoch)
-                divisor = _Counts.of([self.forget.rows[i] for i in forget], self.loss.forget_needs)
-                loss = self._share(self.loss.objective.forget_term(stats), divisor)
-                self.acc.backward(loss * scale)
-            held = [float(stats.cross_entropy.detach().sum()), float(self._beyond_cap(stats)), float(stats.tokens)]
-            total, mean, weight, tokens = float(loss.detach()), 0.0, 0.0, 0
-            if self.loss.uses_retain:
-                with self._syncing(last):
-                    stats = self._stats(retain, forget=False, epoch=memory.epoch)
-                    divisor = _Counts.of([self.retain.rows[i] for i in retain], self.loss.retain_needs)
-                    loss, tokens = self._share(self.loss.retain.term(stats), divisor), stats.tokens
-                    if retain:
-                        mean = float(stats.cross_entropy.detach().sum()) / tokens
-                        weight = self.loss.weight.at(memory, mean, float(loss.detach()))
-                    reached = weight * loss + self._unreached(forget=False) if last else weight * loss
-                    self.acc.backward(reached * scale)
-                total += weight * float(loss.detach())
-            held += [total, mean * tokens, float(tokens), mean, float(len(retain)), weight]
-            sums += torch.tensor(held, dtype=torch.float64, device=sums.device)
-        forget_ce, beyond, forget_tokens, loss_sum, retain_ce, retain_tokens, means, held_rows, weights = (
-            sum_over_processes(sums).tolist()
-        )
-        if self.loss.retain_needs.logprob:
-            memory.add(cross_entropy=retain_ce, tokens=retain_tokens, batch_means=means, rows=held_rows)
+        mixed = self._dealt(rows)
+        parts = [
+            self._mixed(micro, memory, scale=self.acc.num_processes / count, last=place + 1 == len(mixed))
+            for place, micro in enumerate(mixed)
+        ]
+        sums = _MicroSums.over_processes(parts, self.acc.device)
+        if self.retain_needs.logprob:
+            memory.add(
+                cross_entropy=sums.retain_cross_entropy,
+                tokens=sums.retain_tokens,
+                batch_means=sums.retain_mean,
+                rows=sums.retain_rows,
+            )
         return StepResult(
-            loss=loss_sum / count,
-            forget_cross_entropy=_mean(forget_ce, forget_tokens, self.loss.forget_needs),
-            retain_cross_entropy=_mean(retain_ce, retain_tokens, self.loss.retain_needs),
-            retain_weight=weights / count,
-            forgotten_share=beyond / max(forget_tokens, 1.0),
+            loss=sums.loss / count,
+            forget_cross_entropy=_mean(sums.forget_cross_entropy, sums.forget_tokens, self.forget_needs),
+            retain_cross_entropy=_mean(sums.retain_cross_entropy, sums.retain_tokens, self.retain_needs),
+            retain_weight=sums.retain_weight / count,
+            forgotten_share=sums.beyond_cap / max(sums.forget_tokens, 1.0),
             tokens=self._tokens(rows, memory.epoch),
+        )
+
+    def _mixed(
+        self, micro: Sequence[tuple[bool, int]], memory: RetainMemory, *, scale: float, last: bool
+    ) -> _MicroSums:
+        """Forward and backward of one micro-batch that holds both sides."""
+        forget = [row for is_forget, row in micro if is_forget]
+        retain = [row for is_forget, row in micro if not is_forget]
+        with self._syncing(last and not self.uses_retain):
+            stats = self._stats(forget, forget=True, epoch=memory.epoch)
+            divisor = _Counts.of([self.forget.rows[row] for row in forget], self.forget_needs)
+            loss = self._share(self.loss.objective.forget_term(stats), divisor)
+            self.acc.backward(loss * scale)
+        forget_ce, beyond_cap = float(stats.cross_entropy.detach().sum()), float(self._beyond_cap(stats))
+        forget_tokens, total = stats.tokens, float(loss.detach())
+        retain_mean, retain_weight, retain_tokens = 0.0, 0.0, 0
+        if self.uses_retain:
+            with self._syncing(last):
+                stats = self._stats(retain, forget=False, epoch=memory.epoch)
+                divisor = _Counts.of([self.retain.rows[row] for row in retain], self.retain_needs)
+                loss, retain_tokens = self._share(self.loss.retain.term(stats), divisor), stats.tokens
+                if retain:
+                    retain_mean = float(stats.cross_entropy.detach().sum()) / retain_tokens
+                    retain_weight = self.loss.weight.at(memory, retain_mean, float(loss.detach()))
+                reached = retain_weight * loss + self._unreached(forget=False) if last else retain_weight * loss
+                self.acc.backward(reached * scale)
+            total += retain_weight * float(loss.detach())
+        return _MicroSums(
+            loss=total,
+            forget_cross_entropy=forget_ce,
+            forget_tokens=forget_tokens,
+            beyond_cap=beyond_cap,
+            retain_cross_entropy=retain_mean * retain_tokens,
+            retain_tokens=retain_tokens,
+            retain_rows=len(retain),
+            retain_mean=retain_mean,
+            retain_weight=retain_weight,
         )
 
     def _dealt(self, rows: StepRows) -> list[Sequence[tuple[bool, int]]]:
         """This process's mixed micro-batches."""
         return dealt(rows.order, self.micro_batch, self.acc.process_index, self.acc.num_processes)
 
+    def _side(self, forget: bool) -> tuple[Side, Needs]:
+        """The rows of a side, and what its term reads."""
+        return (self.forget, self.forget_needs) if forget else (self.retain, self.retain_needs)
+
     def _places(self, rows: Sequence[int], forget: bool, epoch: int) -> list[int]:
         """The places among the side's texts of some rows, and of their alternates if they are needed."""
-        side, needs = (self.forget, self.loss.forget_needs) if forget else (self.retain, self.loss.retain_needs)
+        side, needs = self._side(forget)
         return [*rows, *(side.alternate(row, epoch) for row in rows)] if needs.alternate else [*rows]
 
     def _micro_batches(self, rows: Sequence[int], *, forget: bool, epoch: int) -> list[list[int]]:
         """This process's rows, those of like length together: padding is wasted work, and the order within a batch is free."""
-        side = self.forget if forget else self.retain
+        side, _ = self._side(forget)
 
         def length(row: int) -> int:
             return max(len(side.texts[place].ids) for place in self._places([row], forget, epoch))
@@ -256,7 +257,7 @@ class Stepper:
         return micro_batches(rows, self.micro_batch, self.acc.process_index, self.acc.num_processes, length, most)
 
     def _stats(self, rows: Sequence[int], *, forget: bool, epoch: int) -> TokenStats:
-        side, needs = (self.forget, self.loss.forget_needs) if forget else (self.retain, self.loss.retain_needs)
+        side, needs = self._side(forget)
         places = self._places(rows, forget, epoch)
         stats = self.passes.stats(
             [side.texts[place] for place in places],
@@ -296,9 +297,9 @@ class Stepper:
 
     def _tokens(self, rows: StepRows, epoch: int) -> int:
         used = sum(len(self.forget.rows[i].ids) for i in rows.forget)
-        if self.loss.forget_needs.alternate:
+        if self.forget_needs.alternate:
             used += sum(len(self.forget.texts[self.forget.alternate(i, epoch)].ids) for i in rows.forget)
-        return used + (sum(len(self.retain.rows[i].ids) for i in rows.retain) if self.loss.uses_retain else 0)
+        return used + (sum(len(self.retain.rows[i].ids) for i in rows.retain) if self.uses_retain else 0)
 
 
 def _mean(total: float, count: float, needs: Needs) -> float:

@@ -42,8 +42,8 @@ class RowStore:
 
     def __getitem__(self, row: int) -> Tensor:
         path, first, last = self._places[row]
-        found: Tensor = self._open[path].get_slice("values")[first:last]  # type: ignore[no-untyped-call]
-        return found
+        values: Tensor = self._open[path].get_slice("values")[first:last]  # type: ignore[no-untyped-call]
+        return values
 
 
 def stored(
@@ -103,9 +103,9 @@ def _write(
     values: list[Tensor] = []
     held = part = 0
     for micro in micro_batches(order, size, process, processes):
-        found = [value.detach().cpu() for value in compute(list(micro))][: len(micro)]
-        rows, values = [*rows, *micro], [*values, *found]
-        held += sum(value.nbytes for value in found)
+        computed = [value.detach().cpu() for value in compute(list(micro))][: len(micro)]
+        rows, values = [*rows, *micro], [*values, *computed]
+        held += sum(value.nbytes for value in computed)
         if held >= _PART:
             _save(folder / f"{process}-{part}.safetensors", rows, values)
             rows, values, held, part = [], [], 0, part + 1

@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import unlearn
 from lm.config import parse_config
 from lm.errors import UserError
 from lm.loading import load
-from lm.model import ModelSpec
+from lm.model import ModelSpec, fingerprint
 from lm.prompts import PromptSpec, encode_pair
 from lm.row_files import load_rows
 from tests.unlearn.helpers import config_words, run_here, run_script
 from unlearn.attacks import AttackConfig, Relearning, run_attack
-from unlearn.attacks.base import Trial
+from unlearn.attacks.base import Attacked, Trial
 from unlearn.attacks.relearning import _Asking
 
 FEW = Relearning(
@@ -125,7 +126,9 @@ def test_the_numbers_are_those_of_a_plain_training_loop(
     """Four given rows, four a batch, so that every step sees all: the order does not matter."""
     rows = load_rows(world.forget)
     attack = replace(FEW, lora=spread)
-    found = attack.run(Trial("other_people", 0, rows[:4], rows[4:]), world.model, world.settings, tmp_path / "run")
+    found = attack.run(
+        Trial("other_people", 0, rows[:4], rows[4:]), Attacked.from_spec(world.model), world.settings, tmp_path / "run"
+    )
     asked = {step: [one.log_probability for one in answers] for step, answers in found.items()}
     if spread is not None:  # adapters begin as nothing and then learn
         assert asked[2] != asked[4]
@@ -197,7 +200,7 @@ def test_an_attack_begun_before_the_retain_model_had_its_name_goes_on(
     assert config == replace(world, out=str(itself), resume=True)
     (out / "config.yaml").write_text((out / "config.yaml").read_text().replace(str(itself), str(out)))
     monkeypatch.setattr("unlearn.attacks.relearning.train", None)
-    monkeypatch.setattr("unlearn.attacks.stage.ask", None)
+    monkeypatch.setattr("unlearn.attacks.attacking.ask", None)
     run_attack(replace(config, out=str(out)))
     assert result(out) == result(itself)
     assert not list(out.glob("**/*never*"))
@@ -311,3 +314,40 @@ def test_the_command_line_chooses_and_sets_the_attack(tmp_path: Path) -> None:
     ]
     assert run_here("attack", *words, "--attack.share", "2")[1].startswith("error: attack.share is 2.0")
     assert run_here("attack", *words, "--attack", "Relearnin")[0] == 2
+
+
+def test_an_attack_on_models_in_memory_gives_what_the_stage_gives(
+    world: AttackConfig, other: ModelSpec, tmp_path: Path
+) -> None:
+    config = replace(
+        world, retain_model=other, seeds=(0, 1), attack=replace(FEW, given=("retain",)), out=str(tmp_path / "run")
+    )
+    staged = run_attack(config)
+    models = [load(spec, device="cpu") for spec in (config.model, other)]
+    before = [fingerprint(model) for model in models]
+    held = unlearn.attack(
+        models[0],
+        load_rows(config.forget),
+        config.retain,
+        retain_model=models[1],
+        method=config.attack,
+        seeds=(0, 1),
+        max_new_tokens=config.max_new_tokens,
+        margin=config.margin,
+    )
+    assert held.to_json() == staged.to_json()
+    assert staged.to_json()["trials"] == result(tmp_path / "run")
+    assert [fingerprint(model) for model in models] == before
+
+
+def test_without_a_retain_model_nothing_is_claimed(world: AttackConfig) -> None:
+    attack = replace(FEW, given=("retain",))
+    alone = unlearn.attack(
+        world.model.path, world.forget, world.retain, method=attack, seeds=(0,), max_new_tokens=world.max_new_tokens
+    )
+    (comparison,) = alone.comparisons
+    assert comparison.verdict == "cannot tell"
+    assert "there is no retain model beside it" in comparison.sentence(attack.words)
+    assert comparison.unlearned.shape == (40, 3)
+    assert comparison.to_json()["curves"]["retain_model"]["all"] == [None] * 3
+    assert "nan" in str(alone)

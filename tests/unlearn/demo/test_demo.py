@@ -69,7 +69,7 @@ def test_the_same_facts_are_traced_again_in_the_unlearned_model(quick: Path) -> 
 
 
 def test_a_second_call_runs_nothing_again(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unlearn.stage.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("unlearn.unlearning.train", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr("tracing.engine.wavefront.Wavefront.trace", lambda *a, **k: pytest.fail("traced again"))
     monkeypatch.setattr("unlearn.evaluation.evaluate.generate", lambda *a, **k: pytest.fail("generated again"))
     config = shipped()

@@ -18,8 +18,7 @@ from lm.forward.hooks import capture
 from lm.model import LanguageModel
 from lm.prompts import Encoded
 from unlearn.forward import chunked_head
-from unlearn.forward.collate import Inputs, collate
-from unlearn.forward.passes import Passes
+from unlearn.forward.passes import Inputs, Passes, collate
 from unlearn.forward.reference_model import reference
 from unlearn.objectives import HiddenNeed, Needs, Statistic, TokenStats
 from unlearn.objectives.retain import DIVERGENCE

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,11 @@ from lm.errors import UserError
 from tests.unlearn.helpers import ROOT
 from unlearn.search import Method, Range, SearchConfig, run_search, stage
 from unlearn.search.choice import Estimate, best, floor, front, leading, value
-from unlearn.search.ledger import JOURNAL, Finished, Ledger
+from unlearn.search.ledger import JOURNAL, Ledger
 from unlearn.search.picture import pareto
 from unlearn.search.plan import Plan, words
 from unlearn.search.result import MethodResult, SearchResult
-from unlearn.search.scored import Measures, Scored, _origin
+from unlearn.search.scored import Finished, Measures, Scored, _origin
 from unlearn.search.table import page
 
 RATE = Range(log_uniform=(1e-4, 1e-2))
@@ -372,3 +375,15 @@ def test_alternates_are_the_methods_own() -> None:
         {"data": data, "weights": "w"} for data in (rows, {**rows, "alternates": "c"}, {**rows, "forget": "d"})
     )
     assert _origin(plain) == _origin(learns) != _origin(other)
+
+
+def test_optuna_is_asked_for_by_the_search_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "optuna" else find(name, *a))
+    method = Method(name="one", space={"trainer.learning_rate": Range(log_uniform=(1e-4, 1e-3))})
+    with pytest.raises(UserError, match=r"^optuna is not installed: pip install 'palimpsest-unlearning\[search\]'$"):
+        run_search(SearchConfig(methods=(method,)))
+    without = (
+        "import sys; sys.modules['optuna'] = None; import unlearn.search, unlearn.search.table, unlearn.search.picture"
+    )
+    subprocess.run([sys.executable, "-c", without], check=True, cwd=ROOT)

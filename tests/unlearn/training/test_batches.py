@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lm.errors import UserError
 from lm.prompts import Encoded
-from unlearn.forward.collate import collate
+from unlearn.forward.passes import collate
 from unlearn.training.batches import MICRO_BATCH_COST, PairedBatches, SequentialBatches, StepRows, micro_batches
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lm.run_folder import RunFolder
-from tests.unlearn.device_cases import CASES, FIVE, GO_ON, STOP, Job, work
+from tests.unlearn.device_cases import CASES, FIVE, GO_ON, HELD, STOP, Job, work
 from tests.unlearn.helpers import launch, reworded, small_config
 from unlearn.config import UnlearnConfig
 
@@ -58,6 +58,8 @@ def both(make: Make, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
         config = make(case, folder / "taken" / case)
         work([Job(config, stop=STOP)])
         jobs.append(Job(replace(config, resume=True)))
+    jobs += [Job(make(case, folder / "held" / case), held=True) for case in HELD]
+    (folder / "held").mkdir()
     (folder / "jobs").write_bytes(pickle.dumps(jobs))
     done = launch(request.param, "tests/unlearn/device_cases.py", str(folder / "jobs"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -104,6 +106,22 @@ def test_every_row_is_on_one_process_only(both: Path, alone: Path) -> None:
                 )
                 assert (len(here), len(there)) == (3, 2)
                 assert sorted([*here, *there]) == sorted(both_sides)
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_in_memory_each_process_has_the_result_of_one(both: Path, alone: Path, case: str) -> None:
+    refused = both / "held" / f"{case}.0.refused"
+    if refused.exists():
+        assert "fsdp" in both.name
+        assert "which FSDP shards: launch with DDP" in refused.read_text()
+        return
+    assert "ddp" in both.name
+    first, second = (load_file(both / "held" / f"{case}.{rank}.safetensors") for rank in (0, 1))
+    expected = weights(alone / case)
+    assert first.keys() == second.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("case", GO_ON)

@@ -24,7 +24,8 @@ from unlearn.stage import run_unlearn
 from unlearn.training.batches import PairedBatches
 from unlearn.training.estimate import Estimate, Live, _spread, estimate
 from unlearn.training.loop import _enable_gradient_checkpointing
-from unlearn.training.step import Micro, Side, Stepper
+from unlearn.training.side import Micro, Side
+from unlearn.training.step import Stepper
 
 BLOCKS, MODEL = Scope(layers=(0, 1, 2)), Scope(layers="model")
 ADAPTED = Scope(layers=(0, 1, 2), modules=("all",), lora=Lora(rank=2))

@@ -18,13 +18,12 @@ from lm.run_folder import RunFolder
 from tests.unlearn.helpers import SMALL, config_words, run_script, small_config
 from tests.unlearn.training.test_training import losses, weights
 from tests.unlearn.training.test_training_resume import _Stop, _stop_after
-from unlearn.forward.collate import collate
-from unlearn.forward.passes import Passes
+from unlearn.forward.passes import Passes, collate
 from unlearn.objectives import NPO
 from unlearn.scope.scope import Lora, Scope, WeightMask
-from unlearn.stage import encode_rows, run_unlearn
+from unlearn.stage import run_unlearn
 from unlearn.training.masks import FILE, make_masks, relative, top_share
-from unlearn.training.step import Side
+from unlearn.training.side import Side, encode_rows
 
 MASKED = Scope(layers=(1,), mask=WeightMask(share=0.05))
 DECAYING = replace(SMALL, weight_decay=0.1)

@@ -16,13 +16,12 @@ from lm.prompts import Encoded, PromptSpec
 from lm.row_files import load_rows
 from tests.unlearn.objective_cases import CASES, Batch, Case
 from unlearn.alternates.base import RandomTokens, Refusals
-from unlearn.forward.collate import collate
-from unlearn.forward.passes import Passes
+from unlearn.forward.passes import Passes, collate
 from unlearn.forward.reference_model import Original
 from unlearn.objectives import Fixed, GradientAscent, Loss, NoRetain, Objective, RetainMemory
-from unlearn.stage import encode_rows
 from unlearn.training.batches import StepRows
-from unlearn.training.step import Side, Stepper
+from unlearn.training.side import Side, encode_rows
+from unlearn.training.step import Stepper
 
 CPU = torch.device("cpu")
 LAYER = 1

@@ -15,8 +15,7 @@ from lm.loading import load
 from lm.model import LanguageModel
 from lm.prompts import Encoded, PromptSpec
 from lm.row_files import load_rows
-from unlearn.forward.collate import collate
-from unlearn.forward.passes import Passes
+from unlearn.forward.passes import Passes, collate
 from unlearn.forward.reference_model import Original
 from unlearn.objectives import (
     DPO,
@@ -30,9 +29,9 @@ from unlearn.objectives import (
     Objective,
     RetainMemory,
 )
-from unlearn.stage import encode_rows
 from unlearn.training.batches import PairedBatches, StepRows
-from unlearn.training.step import Side, Stepper, Weighting
+from unlearn.training.side import Side, encode_rows
+from unlearn.training.step import Stepper, Weighting
 
 CPU = torch.device("cpu")
 ROWS = PairedBatches(forget=12, retain=12, batch=10).step(0)

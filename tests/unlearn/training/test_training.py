@@ -89,7 +89,7 @@ def test_the_best_checkpoint_by_validation_is_the_one_kept(
     validation = reworded(tiny, tmp_path)
     trainer = replace(SMALL, steps=6, evaluate_every=2, checkpoint="best_task_aggregate", schedule="constant")
     given = iter([0.1, 0.7, 0.3])
-    monkeypatch.setattr("unlearn.stage.score", lambda *_: type("S", (), {"task_aggregate": next(given)}))
+    monkeypatch.setattr("unlearn.validation.score", lambda *_: type("S", (), {"task_aggregate": next(given)}))
     best = run_unlearn(small_config(tiny, tmp_path / "best", trainer=trainer, validation=validation))
     assert RunFolder(tmp_path / "best").manifest["best"] == {"value": 0.7, "step": 4.0}
     four = replace(SMALL, steps=4, schedule="constant")
@@ -127,7 +127,7 @@ def test_values_that_mean_nothing_are_refused(wrong: Callable[[], object], says:
 
 
 def test_choosing_by_loss_generates_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unlearn.stage.generate", lambda *a, **k: pytest.fail("generated answers"))
+    monkeypatch.setattr("unlearn.validation.generate", lambda *a, **k: pytest.fail("generated answers"))
     trainer = replace(SMALL, steps=2, evaluate_every=1, checkpoint="lowest_joint_loss")
     run_unlearn(small_config(tiny, tmp_path / "run", trainer=trainer, validation=reworded(tiny, tmp_path)))
     lines = [line for line in RunFolder(tmp_path / "run").metrics() if "validation/joint_loss" in line]
@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(tiny: Path
 def test_chat_rows_are_trained_in_the_chat_format(tiny: Path, tmp_path: Path) -> None:
     from lm.prompts import render
     from lm.row_files import load_rows
-    from unlearn.stage import encode_rows
+    from unlearn.training.side import encode_rows
 
     model = load(str(tiny / "model"), device="cpu")
     model.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "

@@ -1,0 +1,259 @@
+"""Models in memory under attack: asked before, attacked trial by trial, compared. `unlearn.attacks.stage` does it from files."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from lm.data.rows import Row
+from lm.devices import accelerator
+from lm.errors import UserError
+from lm.loading import load
+from lm.model import LanguageModel
+from lm.prompts import PromptSpec, encode_pair
+from lm.row_files import check_disjoint, load_rows
+from lm.run_folder import RunFolder, progress
+from lm.shards import is_sharded
+from unlearn.attacks.answers import Answer, ask, read_answers, write_answers
+from unlearn.attacks.base import Attack, Attacked, AttackSettings, Trial
+from unlearn.attacks.curves import Comparison, mean_over_trials
+from unlearn.attacks.relearning import Relearning
+from unlearn.evaluation.lume import check_rows
+from unlearn.generation.batching import Workers
+from unlearn.scratch import scratch_run
+
+UNLEARNED, RETAIN = "unlearned", "retain_model"
+Curve = dict[str, list[Answer]]
+"""Row id -> its answer at each level."""
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """The comparison for each name that trials have, in order."""
+
+    attack: Attack
+    comparisons: tuple[Comparison, ...]
+
+    def __str__(self) -> str:
+        """A table and a sentence for each."""
+        return "\n\n".join(
+            f"{each.name}: {each.given:.0f} rows given, {len(each.ids)} rows of {each.people} people asked"
+            + (f", {each.told:.0f} left out (a given row tells the answer)" if each.told else "")
+            + f"\n{each.table(self.attack.unit)}\n{each.sentence(self.attack.words)}"
+            for each in self.comparisons
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data, as in `attack.json`."""
+        words = self.attack.words
+        trials = [{**each.to_json(), "sentence": each.sentence(words)} for each in self.comparisons]
+        return {"unit": self.attack.unit, "trials": trials}
+
+
+def attack(
+    model: LanguageModel | str,
+    forget: Sequence[Row] | str,
+    retain: Sequence[Row] | str = (),
+    *,
+    retain_model: LanguageModel | str | None = None,
+    method: Attack = Relearning(),  # noqa: B008 (frozen)
+    seeds: Sequence[int] = (0, 1, 2),
+    prompt: PromptSpec = PromptSpec(),  # noqa: B008
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    margin: float = 0.1,
+    confidence: float = 0.95,
+) -> AttackResult:
+    """Try to bring the forgotten back, and say whether it came. No model that is given is changed; nothing is kept on disk.
+
+    Args:
+        model: the unlearned model, or what `lm.load` takes: a folder, a hub id.
+        forget: the rows that it should have forgotten, or a source of them: a file, a folder, `builtin:forget`.
+        retain: the rows that it kept, which an attacker may have; likewise.
+        retain_model: one of the same shape that never saw the forget rows, attacked alike. Without it what the attack taught
+            cannot be told from what was still inside: the curves are there, and every verdict is "cannot tell".
+        method: what is done; `Relearning()` trains the model a little, on each of four kinds of rows.
+        seeds: every trial is made once with each.
+        prompt: how rows are rendered: as they were trained.
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: prompts generated at once on each process.
+        margin: a mean difference of scores (0 to 1) below this counts as none.
+        confidence: of the interval over people.
+
+    Returns:
+        a comparison for each kind of rows that the attacker may have: `verdict`, `excess` (mean, low, high), and the curves
+        `unlearned` and `retain_model`, (rows, levels) scores from 0 to 1. Printed, it is a table and a sentence for each.
+
+    Raises:
+        UserError: rows on both sides, rows that no score is defined for, nothing to give or to ask, models that differ in shape.
+
+    Example:
+        >>> import unlearn
+        >>> from unlearn.attacks import Relearning
+        >>> forget, retain = unlearn.load_rows("builtin:forget")[:12], unlearn.load_rows("builtin:retain")[:12]
+        >>> few = Relearning(given=("retain",), steps=2, every=1, batch=4, micro_batch=4)
+        >>> result = unlearn.attack(
+        ...     "builtin", forget, retain, retain_model="builtin:retain_model", method=few, seeds=(0,), max_new_tokens=8
+        ... )  # doctest: +ELLIPSIS
+        == Relearning: retain, seed 0 ...
+        >>> comparison = result.comparisons[0]
+        >>> comparison.levels, comparison.unlearned.shape == comparison.retain_model.shape
+        ((0, 1, 2), True)
+    """
+    forget = load_rows(forget) if isinstance(forget, str) else tuple(forget)
+    retain = load_rows(retain) if isinstance(retain, str) else tuple(retain)
+    check_disjoint(forget, retain)
+    check_rows(forget)
+    settings = AttackSettings(seeds=tuple(seeds), prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    trials = method.trials(forget, retain, settings)
+    given = {UNLEARNED: model} if retain_model is None else {UNLEARNED: model, RETAIN: retain_model}
+    models = {name: load(each) if isinstance(each, str) else each for name, each in given.items()}
+    if RETAIN in models:
+        require_alike(models[UNLEARNED], models[RETAIN], forget, prompt)
+    cpu = models[UNLEARNED].device.type == "cpu"
+    acc = accelerator(cpu=cpu)
+    subjects = {name: in_memory(each, cpu=cpu) for name, each in models.items()}
+    with scratch_run(acc) as run:
+        before = ask_before(acc, models, forget, settings, run)
+        return attack_all(
+            acc, subjects, before, trials, forget, method, settings, run, margin=margin, confidence=confidence
+        )
+
+
+def in_memory(model: LanguageModel, *, cpu: bool) -> Attacked:
+    """A model that stays as it is: its copies are attacked."""
+    if is_sharded(model.model):
+        raise UserError(f"{model.name} is sharded, and an attack begins with a whole model: launch with DDP")
+    return Attacked(lambda: replace(model, model=copy.deepcopy(model.model)), cpu=cpu)
+
+
+def ask_before(
+    acc: Accelerator,
+    models: Mapping[str, LanguageModel],
+    forget: Sequence[Row],
+    settings: AttackSettings,
+    run: RunFolder,
+) -> dict[str, Curve]:
+    """What each model answers to all forget rows before it is attacked; what is in the run folder already is read."""
+    curves = {}
+    for name, model in models.items():
+        path = run.path / f"before-{name}.json"
+        if not path.exists():
+            with progress(len(forget), label=f"before: {name}", unit="rows", enabled=run.main) as advance:
+                answers = ask(
+                    model,
+                    forget,
+                    settings.prompt,
+                    max_new_tokens=settings.max_new_tokens,
+                    batch_size=settings.batch_size,
+                    workers=Workers(acc.process_index, acc.num_processes),
+                    progress=lambda done: advance(done * acc.num_processes),
+                )
+            if run.main:
+                write_answers(path, answers)
+            acc.wait_for_everyone()
+        curves[name] = {answer.id: [answer] for answer in read_answers(path)}
+    return curves
+
+
+def attack_all(
+    acc: Accelerator,
+    subjects: Mapping[str, Attacked],
+    before: Mapping[str, Curve],
+    trials: Sequence[Trial],
+    forget: Sequence[Row],
+    attack: Attack,
+    settings: AttackSettings,
+    run: RunFolder,
+    *,
+    margin: float,
+    confidence: float,
+) -> AttackResult:
+    """Every trial on every model, and for each name that trials have the comparison. All processes call it.
+
+    Args:
+        subjects: `unlearned`, and `retain_model` if there is one.
+        before: what each answered before.
+        run: where answers are kept, a folder for each trial and model; what is there already is not done again.
+    """
+    by_name: dict[str, list[tuple[Trial, dict[str, Curve]]]] = {}
+    started = time.monotonic()
+    for number, trial in enumerate(trials):
+        rest = (time.monotonic() - started) / number * (len(trials) - number) if number else None
+        left = "" if rest is None else f", about {rest:.0f} s left"
+        acc.print(f"== {type(attack).__name__}: {trial.name}, seed {trial.seed} ({number + 1} of {len(trials)}{left})")
+        curves = {}
+        for name, subject in subjects.items():
+            folder = run.path / trial.name / f"seed-{trial.seed}" / name
+            later = attack.run(trial, subject, settings, folder)
+            curves[name] = _curve(trial.asked, before[name], [later[level] for level in attack.levels[1:]])
+        by_name.setdefault(trial.name, []).append((trial, curves))
+    comparisons = (compare(attack, forget, done, margin=margin, confidence=confidence) for done in by_name.values())
+    return AttackResult(attack, tuple(comparisons))
+
+
+def require_alike(one: LanguageModel, other: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> None:
+    """Raise UserError unless two models have one shape and cut rows into the same tokens."""
+    sizes = [(each.anatomy.layers, each.anatomy.hidden, each.anatomy.vocabulary) for each in (one, other)]
+    if sizes[0] != sizes[1]:
+        shapes = [f"{layers} layers of width {hidden} and {tokens} tokens" for layers, hidden, tokens in sizes]
+        raise UserError(
+            f"{one.name} has {shapes[0]}, and the retain model {other.name} has {shapes[1]}: give retain_model.path "
+            "one of the same shape"
+        )
+    for row in rows:
+        cut = [encode_pair(each.tokenizer, row.input, row.output, prompt).ids for each in (one, other)]
+        if cut[0] != cut[1]:
+            raise UserError(
+                f"{other.name} cuts row {row.id} into other tokens than {one.name}: give it the same tokenizer"
+            )
+
+
+def _curve(asked: Sequence[Row], before: Curve, later: Sequence[Sequence[Answer]]) -> Curve:
+    by_id = [{answer.id: answer for answer in level} for level in later]
+    return {row.id: [*before[row.id], *(level[row.id] for level in by_id)] for row in asked}
+
+
+def compare(
+    attack: Attack,
+    forget: Sequence[Row],
+    done: Sequence[tuple[Trial, Mapping[str, Curve]]],
+    *,
+    margin: float,
+    confidence: float,
+) -> Comparison:
+    """The curves of both models in the trials of one name, means over the trials; NaN for a retain model that is not there."""
+    asked = {row.id for trial, _ in done for row in trial.asked}
+    rows = [row for row in forget if row.id in asked]
+    ids = [row.id for row in rows]
+
+    def mean(model: str, what: str) -> Any:
+        if model not in done[0][1]:
+            return np.full((len(rows), len(attack.levels)), np.nan)
+        trials = [
+            {row: [getattr(answer, what) for answer in answers] for row, answers in curves[model].items()}
+            for _, curves in done
+        ]
+        return mean_over_trials(trials, ids)
+
+    return Comparison(
+        name=done[0][0].name,
+        levels=attack.levels,
+        ids=tuple(ids),
+        documents=tuple(row.document for row in rows),
+        kinds=tuple(str(row.kind) for row in rows),
+        unlearned=mean(UNLEARNED, "score"),
+        retain_model=mean(RETAIN, "score"),
+        unlearned_log=mean(UNLEARNED, "log_probability"),
+        retain_model_log=mean(RETAIN, "log_probability"),
+        given=sum(len(trial.given) for trial, _ in done) / len(done),
+        told=sum(trial.told for trial, _ in done) / len(done),
+        margin=margin,
+        confidence=confidence,
+    )

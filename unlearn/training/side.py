@@ -1,0 +1,79 @@
+"""The rows of one side, forget or retain, as the trainer holds them: token ids, alternates, and what is known of them already."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from lm.data.rows import Row
+from lm.errors import UserError
+from lm.model import LanguageModel
+from lm.prompts import Encoded, PromptSpec, encode_pair, max_positions
+from unlearn.training.tensor_store import RowStore
+
+
+@dataclass(frozen=True)
+class Side:
+    """The rows of one side and what goes with them.
+
+    Attributes:
+        rows: the rows, encoded.
+        alternates: for each row its alternate answers to the same question, or nothing.
+        original: the original model's log-probabilities of `texts`, (supervised tokens,) each, where they are known already.
+        below: the stream that the first block that may change reads for `texts`, (tokens, hidden) each, likewise.
+    """
+
+    rows: Sequence[Encoded]
+    alternates: Sequence[tuple[Encoded, ...]] = ()
+    original: RowStore | None = None
+    below: RowStore | None = None
+
+    @cached_property
+    def texts(self) -> list[Encoded]:
+        """The rows, then every alternate, row by row."""
+        return [*self.rows, *itertools.chain.from_iterable(self.alternates)]
+
+    def alternate(self, row: int, epoch: int) -> int:
+        """The place in `texts` of the alternate that a row takes in an epoch: each in its turn."""
+        return len(self.rows) + self._firsts[row] + epoch % len(self.alternates[row])
+
+    def streams(self, places: Sequence[int]) -> list[Tensor] | None:
+        """What the first block that may change reads for some of `texts`, if it is known."""
+        return None if self.below is None else [self.below[place] for place in places]
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return [0, *itertools.accumulate(len(several) for several in self.alternates)]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch: rows of one side that go through the model at once on one process.
+
+    Attributes:
+        rows: their places among the rows of their side; `epoch` says which alternates go with them.
+        padded: tokens with the padding, alternates included.
+        supervised: targets.
+    """
+
+    forget: bool
+    rows: tuple[int, ...]
+    epoch: int
+    padded: int
+    supervised: int
+
+
+def encode_rows(model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> list[Encoded]:
+    """Rows as token ids, in order. Raises UserError for a row that is longer than the model can read."""
+    encoded = [encode_pair(model.tokenizer, row.input, row.output, prompt) for row in rows]
+    limit = max_positions(model)
+    for row, text in zip(rows, encoded, strict=True):
+        if limit is not None and len(text.ids) > limit:
+            raise UserError(
+                f"row {row.id} has {len(text.ids)} tokens and {model.name} reads {limit}: shorten or split it"
+            )
+    return encoded
