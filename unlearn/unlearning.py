@@ -122,10 +122,11 @@ def unlearn(
     check_disjoint(forget, retain)
     if validation is not None:
         check_validation_rows(validation, (*forget, *retain))
+    cpu = not isinstance(model, str) and model.device.type == "cpu"
     if isinstance(model, str):
-        model, in_place = load(model), True  # nobody else has it
+        model, in_place = load(model, device="cpu"), True  # nobody else has it
     recipe.check_dtype(str(model.model.dtype).removeprefix("torch."))
-    acc = devices(recipe, cpu=model.device.type == "cpu")
+    acc = devices(recipe, cpu=cpu)
     if acc.distributed_type == DistributedType.FSDP:
         raise UserError(
             "unlearn() gives back a whole model, which FSDP shards: launch with DDP, or use palimpsest unlearn"

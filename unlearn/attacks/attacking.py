@@ -12,10 +12,9 @@ import numpy as np
 from accelerate import Accelerator
 
 from lm.data.rows import Row
-from lm.devices import accelerator
+from lm.devices import accelerator, load_here
 from lm.errors import UserError
-from lm.loading import load
-from lm.model import LanguageModel
+from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec, encode_pair
 from lm.row_files import check_disjoint, load_rows
 from lm.run_folder import RunFolder, progress
@@ -112,18 +111,23 @@ def attack(
     check_rows(forget)
     settings = AttackSettings(seeds=tuple(seeds), prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size)
     trials = method.trials(forget, retain, settings)
-    given = {UNLEARNED: model} if retain_model is None else {UNLEARNED: model, RETAIN: retain_model}
-    models = {name: load(each) if isinstance(each, str) else each for name, each in given.items()}
+    cpu = not isinstance(model, str) and model.device.type == "cpu"
+    acc = accelerator(cpu=cpu)
+    models = {UNLEARNED: _loaded(acc, model)}
+    if retain_model is not None:
+        models[RETAIN] = _loaded(acc, retain_model)
     if RETAIN in models:
         require_alike(models[UNLEARNED], models[RETAIN], forget, prompt)
-    cpu = models[UNLEARNED].device.type == "cpu"
-    acc = accelerator(cpu=cpu)
     subjects = {name: in_memory(each, cpu=cpu) for name, each in models.items()}
     with scratch_run(acc) as run:
         before = ask_before(acc, models, forget, settings, run)
         return attack_all(
             acc, subjects, before, trials, forget, method, settings, run, margin=margin, confidence=confidence
         )
+
+
+def _loaded(acc: Accelerator, model: LanguageModel | str) -> LanguageModel:
+    return load_here(acc, ModelSpec(path=model)) if isinstance(model, str) else model
 
 
 def in_memory(model: LanguageModel, *, cpu: bool) -> Attacked:

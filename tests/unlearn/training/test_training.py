@@ -37,7 +37,6 @@ from unlearn.objectives import (
 )
 from unlearn.scope.scope import Lora, Scope
 from unlearn.stage import run_unlearn
-from unlearn.training.config import Schedule, TrainerConfig
 
 OBJECTIVES: list[Objective] = [Joint(), GradientAscent(), GradientDifference(), KLMinimization(), NPO()]
 
@@ -289,16 +288,6 @@ def test_a_warm_up_longer_than_the_epochs_is_refused(tiny: Path, tmp_path: Path)
         run_unlearn(small_config(tiny, tmp_path / "run", trainer=trainer))
     run_unlearn(small_config(tiny, tmp_path / "fewer", trainer=replace(trainer, warmup=2)))
     assert [line["lr"] for line in RunFolder(tmp_path / "fewer").metrics()] == pytest.approx([0.0, 1.5e-3, 3e-3])
-
-
-def test_schedules() -> None:
-    def rates(steps: range, of: int, schedule: Schedule, warmup: int = 0) -> list[float]:
-        config = TrainerConfig(learning_rate=2.0, schedule=schedule, warmup=warmup)
-        return [config.rate(step, of) for step in steps]
-
-    assert rates(range(4), 4, "linear") == [2.0, 1.5, 1.0, 0.5]
-    assert rates(range(4), 4, "constant", 2) == [0.0, 1.0, 2.0, 2.0]
-    assert rates(range(2, 3), 4, "cosine") == pytest.approx([1.0])
 
 
 def test_the_default_config_is_complete() -> None:
