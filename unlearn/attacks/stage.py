@@ -14,7 +14,7 @@ from lm.data.rows import Row
 from lm.devices import accelerator, launch_facts, together
 from lm.errors import UserError
 from lm.loading import load
-from lm.model import LanguageModel
+from lm.model import LanguageModel, fingerprint
 from lm.row_files import check_disjoint, data_hash, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
 from unlearn.attacks.attacking import RETAIN, UNLEARNED, AttackResult, ask_before, attack_all, require_alike

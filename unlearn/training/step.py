@@ -44,6 +44,14 @@ class StepResult:
     """Real tokens, prompt and answer, that went through the model in the global batch."""
 
 
+class _Held(NamedTuple):
+    """What the retain rows of a step measured: mean cross-entropy (nats a token), mean loss, and its weight."""
+
+    cross_entropy: float = math.nan
+    loss: float = 0.0
+    weight: float = 0.0
+
+
 class _MicroSums(NamedTuple):
     """What one mixed micro-batch measured, as sums that add up over micro-batches and processes.
 
@@ -128,47 +136,50 @@ class Stepper:
             self.acc.backward(term.total * 0.0)
 
     def _global(self, rows: StepRows, memory: RetainMemory) -> StepResult:
-        retain_ce, weight, retain_loss = math.nan, 0.0, 0.0
-        if self.uses_retain and rows.retain:
-            divisor = _Counts.of([self.retain.rows[i] for i in rows.retain], self.retain_needs)
-            sums = torch.zeros(2, dtype=torch.float64, device=self.acc.device)
-            count = divisor.rows if self._by_row else divisor.tokens
-            for micro in self._micro_batches(rows.retain, forget=False, epoch=memory.epoch):
-                with self._syncing(False):
-                    stats = self._stats(micro, forget=False, epoch=memory.epoch)
-                    loss = self._share(self.loss.retain.term(stats), divisor)
-                    self.acc.backward(loss * self.acc.num_processes)
-                sums += torch.stack([stats.total(stats.cross_entropy.detach()), loss.detach()])
-            ce_sum, retain_loss = sum_over_processes(sums).tolist()
-            retain_ce = _mean(ce_sum, count, self.retain_needs)
-            weight = self.loss.weight.at(memory, retain_ce, retain_loss)
-            if self.retain_needs.logprob:
-                memory.add(cross_entropy=ce_sum, tokens=count, batch_means=retain_ce, rows=divisor.rows)
-            with torch.no_grad():
-                for parameter in self.parameters:
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(weight)
-
-        divisor = _Counts.of([self.forget.rows[i] for i in rows.forget], self.forget_needs)
+        """Means over the global batch: the retain rows first, their gradient scaled by the weight, then the forget rows."""
+        held = self._hold(rows.retain, memory) if self.uses_retain and rows.retain else _Held()
+        divisor = _Counts.of([self.forget.rows[row] for row in rows.forget], self.forget_needs)
         sums = torch.zeros(3, dtype=torch.float64, device=self.acc.device)
         micros = self._micro_batches(rows.forget, forget=True, epoch=memory.epoch)
-        for place, micro in enumerate(micros):
-            last = place + 1 == len(micros)
+        for number, micro in enumerate(micros, start=1):
+            last = number == len(micros)
             with self._syncing(last):
                 stats = self._stats(micro, forget=True, epoch=memory.epoch)
                 loss = self._share(self.loss.objective.forget_term(stats), divisor)
                 reached = loss + self._unreached(forget=True) if last else loss
                 self.acc.backward(reached * self.acc.num_processes)
             sums += torch.stack([stats.cross_entropy.detach().sum(), loss.detach(), self._beyond_cap(stats)])
-        ce_sum, forget_loss, beyond = sum_over_processes(sums).tolist()
+        cross_entropy, forget_loss, beyond_cap = sum_over_processes(sums).tolist()
         return StepResult(
-            loss=forget_loss + weight * retain_loss,
-            forget_cross_entropy=_mean(ce_sum, divisor.tokens if rows.forget else 0, self.forget_needs),
-            retain_cross_entropy=retain_ce,
-            retain_weight=weight,
-            forgotten_share=beyond / divisor.tokens,
+            loss=forget_loss + held.weight * held.loss,
+            forget_cross_entropy=_mean(cross_entropy, divisor.tokens if rows.forget else 0, self.forget_needs),
+            retain_cross_entropy=held.cross_entropy,
+            retain_weight=held.weight,
+            forgotten_share=beyond_cap / divisor.tokens,
             tokens=self._tokens(rows, memory.epoch),
         )
+
+    def _hold(self, rows: Sequence[int], memory: RetainMemory) -> _Held:
+        """The gradient of some retain rows, times the weight that their own loss asks for."""
+        divisor = _Counts.of([self.retain.rows[row] for row in rows], self.retain_needs)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.acc.device)
+        for micro in self._micro_batches(rows, forget=False, epoch=memory.epoch):
+            with self._syncing(False):
+                stats = self._stats(micro, forget=False, epoch=memory.epoch)
+                loss = self._share(self.loss.retain.term(stats), divisor)
+                self.acc.backward(loss * self.acc.num_processes)
+            sums += torch.stack([stats.total(stats.cross_entropy.detach()), loss.detach()])
+        cross_entropy, retain_loss = sum_over_processes(sums).tolist()
+        count = divisor.rows if self._by_row else divisor.tokens
+        mean = _mean(cross_entropy, count, self.retain_needs)
+        weight = self.loss.weight.at(memory, mean, retain_loss)
+        if self.retain_needs.logprob:
+            memory.add(cross_entropy=cross_entropy, tokens=count, batch_means=mean, rows=divisor.rows)
+        with torch.no_grad():
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(weight)
+        return _Held(cross_entropy=mean, loss=retain_loss, weight=weight)
 
     def _micro(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         """The authors' scaling: each mixed micro-batch has its own means and its own weight; the step is their average."""
