@@ -1,10 +1,11 @@
 """Look inside: sparse autoencoders on the activations of a language model, from the maths to files other tools read.
 
 Which token-feature matches are active (`allocate`, `budgets`, `thresholds`), which losses train them (`auxiliary`,
-`baselines`, `recipe`), the sparse code that all of it speaks (`code`), the module with its file (`model`). In packages of
-their own: `kernels` (encode-select-decode as one sparse autograd node), `activations` (harvest, shuffle, cache),
-`sharding` (a mesh of processes), `trainer` (the loop), `metrics`, `formats` (SAELens and four other tools), `synthetic`
-(worlds whose features are known) and `features` (what one means).
+`baselines`, `gao_recipe`), what is counted on the way (`dead_features`, `moving_average`), the sparse code that all of it
+speaks (`sparse_code`), the module and its config (`model`, `model_config`). In packages of their own: `kernels`
+(encode-select-decode as one sparse autograd node), `activations` (harvest, shuffle, cache), `sharding` (a mesh of processes),
+`trainer` (the loop), `metrics`, `formats` (SAELens and four other tools), `synthetic` (worlds whose features are known) and
+`features` (what one means).
 """
 
 from sae.allocate import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice
@@ -38,17 +39,11 @@ from sae.budgets import (
     uniform_budgets,
     zipf_budgets,
 )
-from sae.gao_recipe import (
-    Firings,
-    MovingAverage,
-    geometric_median,
-    input_variance,
-    reconstruction_loss,
-    unit_rows,
-    without_parallel,
-)
+from sae.dead_features import Firings
+from sae.gao_recipe import geometric_median, input_variance, reconstruction_loss, unit_rows, without_parallel
 from sae.model import SparseAutoencoder, fold_scale, load_autoencoder, save_autoencoder
 from sae.model_config import Choice, InputNorm, Rule, SparseAutoencoderConfig
+from sae.moving_average import MovingAverage
 from sae.sparse_code import FeatureView, SparseCode, decode
 from sae.thresholds import RunningThreshold, calibrate_features, calibrate_mutual, smallest_chosen
 

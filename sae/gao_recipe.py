@@ -1,19 +1,18 @@
-"""What the recipe of Gao et al. needs beside its losses: start values, unit-norm decoder, fixed normalizer, counts, EMA.
+"""What the recipe of Gao et al. needs beside its auxiliary loss: start values, unit-norm decoder, fixed normalizer.
 
-Source: arXiv 2406.04093 and its released code. Pure functions and values, so that a trainer, a sharded trainer and a
-test use the same ones; nothing here owns parameters or steps an optimizer.
+Source: arXiv 2406.04093 and its released code. Pure functions, so that a trainer, a sharded trainer and a test use the
+same ones; nothing here owns parameters or steps an optimizer. Its counts of dead features are in `dead_features`, its
+average of the weights in `moving_average`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from sae.sparse_code import SparseCode
 
 
 def geometric_median(points: Tensor, *, tolerance: float = 1e-8, iterations: int = 1000) -> Tensor:
@@ -76,91 +75,3 @@ def without_parallel(gradient: Tensor, w_dec: Tensor) -> Tensor:
     squared = w_dec.square().sum(1, keepdim=True)
     along = (gradient * w_dec).sum(1, keepdim=True) / torch.where(squared > 0, squared, 1.0)
     return gradient - along * w_dec
-
-
-@dataclass(frozen=True, eq=False)
-class Firings:
-    """Which features are alive, counted in *tokens* of the global batch, and how often each fires in a moving window.
-
-    A feature fires on a token if its activation exceeds `least` (1e-3 in the released code). Dead: not one firing in
-    the last `window` tokens (10 million there). Density is the firing rate over an exponential window of the same
-    number of tokens, corrected for its start. Returned anew by `update`: looking at it changes nothing.
-    """
-
-    silent: Tensor
-    """(features,) int64: tokens since the last batch in which the feature fired."""
-    rate: Tensor
-    """(features,) float64: the uncorrected moving average of firings a token."""
-    tokens: int
-    """Tokens seen."""
-    weight: float
-    """What the average's weights sum up to so far: the correction of its start."""
-
-    @classmethod
-    def start(cls, features: int) -> Firings:
-        """Nothing seen: nothing is dead."""
-        return cls(torch.zeros(features, dtype=torch.int64), torch.zeros(features, dtype=torch.float64), 0, 0.0)
-
-    def update(self, code: SparseCode, *, window: int = 10_000_000, least: float = 1e-3) -> Firings:
-        """After one global batch. `least` compares with the activations, in units of the autoencoder's input."""
-        if window < 1:
-            raise UserError(f"a window of {window} tokens: give 1 or more")
-        fired = code.indices[code.values.detach() > least]
-        counts = torch.bincount(fired, minlength=code.features).to(self.silent.device)
-        return self.add(counts, code.tokens, window=window)
-
-    def add(self, counts: Tensor, tokens: int, *, window: int) -> Firings:
-        """The same from (features,) firing counts, as a sum over processes gives them, and their number of tokens."""
-        if counts.shape != self.silent.shape:
-            raise UserError(f"{len(counts)} firing counts met {len(self.silent)} features: start the counts anew")
-        if tokens == 0:
-            return self
-        kept = math.exp(-tokens / window)
-        return Firings(
-            silent=torch.where(counts > 0, 0, self.silent + tokens),
-            rate=self.rate * kept + (1 - kept) * counts.double() / tokens,
-            tokens=self.tokens + tokens,
-            weight=self.weight * kept + (1 - kept),
-        )
-
-    def dead(self, *, window: int = 10_000_000) -> Tensor:
-        """(features,) boolean: silent for more than `window` tokens."""
-        return self.silent > window
-
-    def density(self) -> Tensor:
-        """(features,) float64: the share of tokens on which each feature fires; 0 before the first batch."""
-        return self.rate / self.weight if self.weight else self.rate
-
-
-@dataclass(frozen=True, eq=False)
-class MovingAverage:
-    """An exponential average of weights, corrected for its start: `m <- d m + (1 - d) w`, read as `m / (1 - d^t)`.
-
-    Badge: **faithful** but for its place: it is updated after the optimizer's step (the released loop does it before).
-    """
-
-    total: dict[str, Tensor]
-    """The uncorrected averages, by name."""
-    steps: int
-    decay: float
-
-    @classmethod
-    def start(cls, weights: dict[str, Tensor], *, decay: float = 0.999) -> MovingAverage:
-        """All zero; `value` needs one update first."""
-        if not 0 <= decay < 1:
-            raise UserError(f"the decay {decay} of the weight average must be from 0 to below 1: 0.999 is usual")
-        return cls({name: torch.zeros_like(w.detach()) for name, w in weights.items()}, 0, decay)
-
-    def update(self, weights: dict[str, Tensor]) -> MovingAverage:
-        """One step further; the weights are read, not kept."""
-        if weights.keys() != self.total.keys():
-            raise UserError(f"the average holds {sorted(self.total)}, not {sorted(weights)}: start it anew")
-        with torch.no_grad():
-            total = {name: old.lerp(weights[name].detach(), 1 - self.decay) for name, old in self.total.items()}
-        return MovingAverage(total, self.steps + 1, self.decay)
-
-    def value(self) -> dict[str, Tensor]:
-        """The averaged weights; a decoder among them is no longer of unit norm."""
-        if not self.steps:
-            raise UserError("the weight average is empty: update it once before reading it")
-        return {name: total / (1 - self.decay**self.steps) for name, total in self.total.items()}

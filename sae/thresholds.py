@@ -2,7 +2,8 @@
 
 Mutual choice is a single threshold, feature choice one a feature: `by_threshold` applies them, and they are what a
 JumpReLU file stores. Two ways to get them: a running average of the smallest chosen activations during training (as
-published for BatchTopK) or a calibration on a sample of tokens, which meets the wanted L0 on that sample exactly.
+published for BatchTopK) or a calibration on a sample of tokens, which meets the wanted L0 on that sample exactly. The rules
+are here, on plain tensors; `sae.trainer.set_thresholds` is where a training sets those of its result.
 Everything is float64: sums of many small steps. State is a value that is returned, never changed in place.
 """
 

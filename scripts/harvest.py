@@ -9,7 +9,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from lm.config import script
-from sae.activations.stage import HarvestConfig, run_harvest
+from sae.activations.config import HarvestConfig
+from sae.activations.stage import describe, run_harvest
+
+
+def main(config: HarvestConfig) -> None:
+    print(describe(config, run_harvest(config)))
+
 
 if __name__ == "__main__":
-    script(run_harvest, HarvestConfig, description=__doc__)
+    script(main, HarvestConfig, description=__doc__)

@@ -1,9 +1,8 @@
 """Activations for training and reading autoencoders: harvested from any sites of any model, shuffled, cached on disk.
 
-Text (`sources`) becomes `contexts`; the model runs as far as the deepest site (`cut`), unfit tokens are left out
-(`harvest`), and rows are mixed in a buffer (`live`) or on disk (`writer`, `cache`, `reading`). Whatever the way, a
-trainer reads an `ActivationStream`: the same global batches for any number of processes, and a state that resumes
-exactly.
+Text (`sources`) becomes `contexts`; the model runs as far as the deepest site (`early_exit`), unfit tokens are left out
+(`harvesting`), and rows are mixed in a buffer (`live`) or on disk (`cache`). Whatever the way, a trainer reads an
+`ActivationStream`: the same global batches for any number of processes, and a state that resumes exactly.
 """
 
 from sae.activations.batch import ActivationBatch, ActivationStream, State, parse_site, site_name

@@ -1,4 +1,4 @@
-"""The decoder's unit norm without temporaries: the in-place twins of `without_parallel` and `unit_rows` in `sae.gao_recipe`.
+"""The decoder's unit norm without temporaries: the in-place forms of `without_parallel` and `unit_rows` in `sae.gao_recipe`.
 
 Same numbers up to rounding; each reads and writes a weight-sized tensor once. A row of zeros stays. Not for tensors
 that autograd is watching.

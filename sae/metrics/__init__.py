@@ -6,9 +6,9 @@
 """
 
 from sae.metrics.decoder import DecoderCosines, decoder_cosines
-from sae.metrics.loss_recovered import Recovered, RecoveredResult, recovered_on
+from sae.metrics.feature_usage import DensityHistogram, Usage, UsageResult, density_histogram, fitted_densities
+from sae.metrics.loss_recovered import Recovered, RecoveredResult, recovered_on, recovered_over
 from sae.metrics.reconstruction import Moments, Reconstruction, ReconstructionResult
-from sae.metrics.usage import DensityHistogram, Usage, UsageResult, density_histogram, fitted_densities
 
 __all__ = [
     "DecoderCosines",
@@ -24,4 +24,5 @@ __all__ = [
     "density_histogram",
     "fitted_densities",
     "recovered_on",
+    "recovered_over",
 ]

@@ -28,12 +28,12 @@ class DecoderCosines:
     """The largest absolute cosine of any pair: 1 if a feature is there twice."""
     mean_nearest: float
     """Mean over features of their largest absolute cosine with another."""
-    twins: float
-    """Share of features with an absolute cosine above `twin` with another."""
+    near_duplicates: float
+    """Share of features with an absolute cosine above `near` with another."""
 
 
 @torch.no_grad()
-def decoder_cosines(w_dec: Tensor, *, twin: float = 0.9) -> DecoderCosines:
+def decoder_cosines(w_dec: Tensor, *, near: float = 0.9) -> DecoderCosines:
     """Of a decoder (features, hidden); rows need not be of unit length. In float32, summed up in float64."""
     if w_dec.ndim != 2 or len(w_dec) < 2 or not bool(w_dec.isfinite().all()):
         raise UserError(
@@ -61,5 +61,5 @@ def decoder_cosines(w_dec: Tensor, *, twin: float = 0.9) -> DecoderCosines:
         mean=signed / pairs,
         largest=float(nearest.max()),
         mean_nearest=float(nearest.double().mean()),
-        twins=float((nearest > twin).double().mean()),
+        near_duplicates=float((nearest > near).double().mean()),
     )

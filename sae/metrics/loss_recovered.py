@@ -2,14 +2,17 @@
 
 Three forward passes: as it is, with the reconstruction, with zero. Only the positions that training saw are replaced, and only
 predictions made from them are counted. `Recovered` takes logits from anywhere; `recovered_on` runs the passes of one batch
-through `lm.patch`. Source: "loss recovered" as in Gao et al. (2024) and SAEBench, with zero ablation as the floor.
+through `lm.patch`, `recovered_over` those of a text. Source: "loss recovered" as in Gao et al. (2024) and SAEBench, with zero
+ablation as the floor.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,7 +21,9 @@ from lm.anatomy import Site
 from lm.errors import UserError
 from lm.forward.hooks import Edit, patch
 from lm.model import LanguageModel
+from sae.activations import Contexts, HarvestSpec, TextSource
 from sae.metrics.sums import sum_everywhere
+from sae.model import SparseAutoencoder
 
 _CHUNK = 1 << 22
 """Logits looked at together."""
@@ -170,6 +175,40 @@ def recovered_on(
         ids[:, 1:],
         mask=seen[:, :-1] & real[:, 1:],
     )
+
+
+@torch.no_grad()
+def recovered_over(
+    model: LanguageModel,
+    source: TextSource,
+    site: Site,
+    autoencoder: SparseAutoencoder,
+    harvest: HarvestSpec,
+    *,
+    contexts: int,
+    largest_norm: float | None = None,
+) -> RecoveredResult:
+    """Over the first `contexts` contexts of a source, unshuffled; tokens that training masks are neither replaced nor counted,
+    and activations beyond `largest_norm`, training's limit of outliers, are not replaced."""
+    spec = replace(harvest.context, shuffle=False, epochs=1)
+    walk = islice(Contexts(source.open(model.tokenizer), model.tokenizer, spec), contexts)
+    reader = copy.deepcopy(autoencoder).to(model.device).eval()
+    special = torch.tensor(sorted({int(one) for one in model.tokenizer.all_special_ids}))
+    found = Recovered()
+    while batch := list(islice(walk, harvest.forward_contexts)):
+        width = max(len(context.ids) for context in batch)
+        ids = torch.full((len(batch), width), int(model.tokenizer.pad_token_id or 0))
+        real = torch.zeros(len(batch), width, dtype=torch.bool)
+        for row, context in enumerate(batch):
+            ids[row, : len(context.ids)] = torch.from_numpy(context.ids)
+            real[row, : len(context.ids)] = True
+        seen = real & ~(torch.isin(ids, special) if harvest.masks.special else torch.zeros_like(real))
+        seen[:, : harvest.masks.first] = False
+        if bool(seen.any()):
+            found = found.merge(
+                recovered_on(model, site, reader, ids, attention_mask=real, mask=seen, largest_norm=largest_norm)
+            )
+    return found.result()
 
 
 def _require_boolean(mask: Tensor) -> None:

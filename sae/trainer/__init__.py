@@ -1,6 +1,6 @@
 """Training sparse autoencoders: several at several sites from one stream of activations, on one process or a mesh.
 
-`train` is the loop (activations in, `Trained` autoencoders out), `run_train_sae` the stage from a config to files. The
+`train_on_stream` is the loop (activations in, `Trained` autoencoders out), `run_train_sae` the stage from a config to files. The
 maths is `sae`'s; nothing here chooses matches or defines a loss.
 """
 
@@ -15,24 +15,24 @@ from sae.trainer.config import (
     named,
 )
 from sae.trainer.evaluation import evaluate
-from sae.trainer.exporting import Trained
-from sae.trainer.loop import train
+from sae.trainer.loop import train_on_stream
+from sae.trainer.results import Trained
 from sae.trainer.stage import run_train_sae
-from sae.trainer.training_sae import Member, Recipe
+from sae.trainer.training_sae import Recipe, TrainingSae
 
 __all__ = [
     "AutoencoderSpec",
     "AuxiliarySpec",
-    "Member",
     "NoSource",
     "Recipe",
     "TrainSaeConfig",
     "Trained",
     "TrainerConfig",
+    "TrainingSae",
     "ZipfSpec",
     "crossed",
     "evaluate",
     "named",
     "run_train_sae",
-    "train",
+    "train_on_stream",
 ]

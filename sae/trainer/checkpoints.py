@@ -19,18 +19,18 @@ from lm.errors import UserError
 from lm.run_folder import RunFolder, writable, write_json
 from sae.activations import ActivationStream, merge_states, read_state, save_state
 from sae.sharding import Mesh
-from sae.trainer import state
-from sae.trainer.training_sae import Member
+from sae.trainer import training_state
+from sae.trainer.training_sae import TrainingSae
 
 FACTS = "state.json"
 KEPT = 2
 
 
 def save(
-    run: RunFolder, mesh: Mesh, members: Sequence[Member], stream: ActivationStream, *, step: int, seconds: float
+    run: RunFolder, mesh: Mesh, members: Sequence[TrainingSae], stream: ActivationStream, *, step: int, seconds: float
 ) -> None:
     """Write `checkpoints/step-*` and drop all but the newest. Every process must call it; raises UserError on all."""
-    collected = [state.collect(member) for member in members]
+    collected = [training_state.collect(member) for member in members]
     names = [member.name for member in members]
     facts = {
         "step": step,
@@ -44,7 +44,7 @@ def save(
     def main_files() -> None:
         writing.__enter__()
         for name, (tensors, _) in zip(names, collected, strict=True):
-            state.write(folder, name, tensors)
+            training_state.write(folder, name, tensors)
         write_json(folder / FACTS, facts)
 
     problem = _problem(main_files) if mesh.is_main else None
@@ -61,7 +61,7 @@ def save(
 
 
 def load_newest(
-    run: RunFolder, mesh: Mesh, members: Sequence[Member], stream: ActivationStream
+    run: RunFolder, mesh: Mesh, members: Sequence[TrainingSae], stream: ActivationStream
 ) -> dict[str, Any] | None:
     """Set members and stream from the newest checkpoint and return its facts; None if there is none."""
     saved = run.checkpoints()
@@ -75,7 +75,7 @@ def load_newest(
         for member in members:
             if member.name not in facts["members"]:
                 raise UserError(f"{folder} holds no {member.name}: give the same autoencoders, or another folder")
-            state.restore(folder, member, facts["members"][member.name])
+            training_state.restore(folder, member, facts["members"][member.name])
         states = [read_state(file) for file in sorted(folder.glob("stream-*"))]
         stream.load_state_dict(states[0] if len(states) == 1 else merge_states(states))
 
@@ -111,7 +111,7 @@ def _first(problems: Sequence[str | None]) -> str | None:
     return next((one for one in problems if one is not None), None)
 
 
-def refresh_totals(member: Member) -> None:
+def refresh_totals(member: TrainingSae) -> None:
     """How many features are idle and dead over all shards. One collective."""
     idle, _ = member.idle()
     dead = member.firings.dead(window=member.recipe.auxiliary.window)

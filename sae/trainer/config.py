@@ -18,6 +18,11 @@ from sae.synthetic import Synthetic  # noqa: F401 - a source that a config may n
 AuxiliaryLoss = Literal["none", "aux_k", "aux_zipf"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 Backend = Literal["auto", "cpu", "torch", "dense"]
+HELP = """Look inside: train sparse autoencoders on the activations of a language model.
+
+palimpsest train-sae --config builtin --out runs/sae
+accelerate launch --config_file configs/accelerate/cpu2_ddp.yaml -m palimpsest train-sae --config builtin --out runs/sae
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from torch import Tensor
 from lm.errors import UserError
 from sae.metrics import Moments, Reconstruction, Usage
 from sae.sharding import Mesh
-from sae.trainer.selecting import Selecting, by_threshold
-from sae.trainer.training_sae import Member
+from sae.trainer.training_choice import TrainingChoice, by_threshold
+from sae.trainer.training_sae import TrainingSae
 
 
 @torch.no_grad()
 def evaluate(
-    member: Member, weights: Mapping[str, Tensor], threshold: Tensor | None, held_out: Tensor
+    member: TrainingSae, weights: Mapping[str, Tensor], threshold: Tensor | None, held_out: Tensor
 ) -> tuple[dict[str, float], Tensor]:
     """(measures, (features,) float64 densities by the exported rule) on held-out (tokens, hidden), the same everywhere.
 
@@ -66,7 +66,7 @@ def evaluate(
     return measures, whole[2].double() / tokens
 
 
-def _as_in_training(member: Member, batch: int, number: int) -> Selecting:
+def _as_in_training(member: TrainingSae, batch: int, number: int) -> TrainingChoice:
     """The selection of training for a batch, from 0; of a smaller batch than in training, with budgets scaled and rounded."""
     budgets = None
     if member.spec.choice == "feature":
@@ -75,7 +75,7 @@ def _as_in_training(member: Member, batch: int, number: int) -> Selecting:
             assert member.law.budgets is not None
             scaled = member.law.budgets.double().mean(0) * batch / member.recipe.trainer.batch_tokens
             budgets = scaled.round().long().clamp(1, batch)
-    return Selecting(
+    return TrainingChoice(
         mesh=member.mesh,
         choice=member.spec.choice,
         k=member.spec.k,

@@ -25,15 +25,16 @@ from sae.sharding import Mesh
 from sae.trainer import checkpoints
 from sae.trainer.config import AutoencoderSpec, Precision
 from sae.trainer.evaluation import evaluate
-from sae.trainer.exporting import Trained, finished, needs_sample, parted, running
+from sae.trainer.results import Trained, finished
+from sae.trainer.set_thresholds import needs_calibration, running_threshold, split_held_out
 from sae.trainer.step import learning_rate, train_step
 from sae.trainer.timing import Phases
-from sae.trainer.training_sae import Member, Recipe
+from sae.trainer.training_sae import Recipe, TrainingSae
 
 Log = Callable[[int, dict[str, float]], None]
 
 
-def train(
+def train_on_stream(
     stream: ActivationStream,
     autoencoders: Mapping[str, tuple[Site, AutoencoderSpec]],
     recipe: Recipe,
@@ -51,7 +52,7 @@ def train(
 
     Args:
         stream: gives this process rows `mesh.stream_rank::world` of global batches of `recipe.trainer.batch_tokens`.
-        mesh: the processes; every process calls `train` alike. None: made from the process group, if there is one.
+        mesh: the processes; every process calls it alike. None: made from the process group, if there is one.
         run: where metrics and checkpoints go; None keeps nothing.
         held_out: (tokens, hidden) of each site, the same on every process.
         resume: go on from the newest checkpoint in `run`, if there is one.
@@ -66,7 +67,9 @@ def train(
         stream, autoencoders, recipe, mesh or Mesh(features=recipe.trainer.feature_shards), torch.device(device)
     )
     loop.run, loop.report = run, log
-    loop.sample, loop.held_out = parted(held_out or {}, recipe.trainer, [spec for _, spec in autoencoders.values()])
+    loop.sample, loop.held_out = split_held_out(
+        held_out or {}, recipe.trainer, [spec for _, spec in autoencoders.values()]
+    )
     for site, _ in autoencoders.values():
         if held_out and site not in held_out:
             raise UserError(f"held_out lacks {site}: give tokens for every site, or none at all")
@@ -75,7 +78,7 @@ def train(
 
 
 class Loop:
-    """The state of one call of `train`."""
+    """The state of one call of `train_on_stream`."""
 
     run: RunFolder | None = None
     held_out: Mapping[Site, Tensor]
@@ -110,7 +113,7 @@ class Loop:
             if spec.features < mesh.sizes["features"]:
                 raise UserError(f"{spec.features} features cannot be dealt over {mesh.sizes['features']} shards")
         self.members = [
-            Member(name, site, spec, recipe, mesh, hidden=stream.hidden, device=device)
+            TrainingSae(name, site, spec, recipe, mesh, hidden=stream.hidden, device=device)
             for name, (site, spec) in autoencoders.items()
         ]
         self.clock = Phases(device)
@@ -257,7 +260,7 @@ class Loop:
             self._write(shown | laws | speed | times)
         if trainer.evaluate_every is not None and self.held_out and step % trainer.evaluate_every == 0:
             for member in self.members:
-                measures, _ = evaluate(member, member.named(), running(member), self.held_out[member.site])
+                measures, _ = evaluate(member, member.named(), running_threshold(member), self.held_out[member.site])
                 self._write({f"{member.name}/held_out/{name}": value for name, value in measures.items()})
         late = False
         if trainer.max_seconds is not None:
@@ -280,7 +283,7 @@ class Loop:
 
     def _results(self) -> list[Trained]:
         fresh = {site: values.to(self.device) for site, values in self.sample.items()}
-        if not fresh and needs_sample(self.trainer, [member.spec for member in self.members]):
+        if not fresh and needs_calibration(self.trainer, [member.spec for member in self.members]):
             try:
                 fresh = self._sample(self.trainer.calibrate_tokens)
             except _Ended:
@@ -329,7 +332,7 @@ class _Ended(Exception):
     """The stream has no further batch."""
 
 
-def _few(shown: dict[str, float], members: list[Member]) -> dict[str, float]:
+def _few(shown: dict[str, float], members: list[TrainingSae]) -> dict[str, float]:
     """What stands beside the bar: of one autoencoder its error and L0, of several the errors."""
     if len(members) == 1:
         return {name: shown[f"{members[0].name}/{name}"] for name in ("nmse", "l0", "dead")}

@@ -39,15 +39,18 @@ from sae.activations import (
     site_name,
 )
 from sae.formats import Provenance
+from sae.metrics import recovered_over
 from sae.model import save_autoencoder
 from sae.sharding import Mesh
 from sae.trainer.config import NoSource, TrainSaeConfig, crossed, named
-from sae.trainer.exporting import Trained, needs_sample
-from sae.trainer.loop import train
-from sae.trainer.loss_recovered import recovered
+from sae.trainer.loop import train_on_stream
+from sae.trainer.results import Trained
+from sae.trainer.set_thresholds import needs_calibration
 from sae.trainer.training_sae import Recipe
 
 RESULTS = "results.json"
+SHOWN = ("fvu", "l0", "fvu_exported", "l0_exported", "dead", "ce_recovered")
+"""The measures that the command prints."""
 FREE = ("trainer.max_seconds", "trainer.save_every", "trainer.log_every", "trainer.feature_shards")
 """Settings that may change when a run goes on."""
 
@@ -79,7 +82,7 @@ def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
         return folders
     if config.trackers:
         acc.init_trackers("sae", config={"config": str(as_dict(config))})
-    results = train(
+    results = train_on_stream(
         stream,
         members,
         Recipe(trainer=config.trainer, auxiliary=config.auxiliary, zipf=config.zipf),
@@ -93,7 +96,6 @@ def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
     for tracker in acc.trackers:
         tracker.finish()
     if results is None:
-        acc.print(f"stopped after trainer.max_seconds: the same command with --resume true goes on in {out}")
         return {}
     activations = _facts_of_all(stream)
     with together(acc):
@@ -115,17 +117,29 @@ def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
     return folders
 
 
+def describe(config: TrainSaeConfig, folders: Mapping[str, Path]) -> str:
+    """What the command prints at the end: a line an autoencoder, with its measures on held-out tokens."""
+    if not folders:
+        return f"stopped after trainer.max_seconds: the same command with --resume true goes on in {config.out}"
+    results = json.loads((Path(config.out) / RESULTS).read_text())
+    lines = []
+    for name, folder in folders.items():
+        measures = ", ".join(f"{key} {results[name][key]:.4g}" for key in SHOWN if key in results[name])
+        lines.append(f"wrote {folder}" + (f": on held-out tokens {measures}" if measures else ""))
+    return "\n".join(lines)
+
+
 def held_out_tokens(
     source: Source, sites: Sequence[Site], model: LanguageModel | None, config: TrainSaeConfig
 ) -> dict[Site, Tensor]:
     """(tokens, hidden) of each site, the same on every process, documents in an order drawn by `harvest.seed`.
 
-    `trainer.held_out_tokens` at most, and before them those that thresholds are calibrated on (`parted`).
+    `trainer.held_out_tokens` at most, and before them those that thresholds are calibrated on (`split_held_out`).
     """
     if isinstance(source, NoSource):
         return {}
     wanted = config.trainer.held_out_tokens
-    if config.trainer.calibrate_on == "held_out" and needs_sample(config.trainer, config.autoencoders):
+    if config.trainer.calibrate_on == "held_out" and needs_calibration(config.trainer, config.autoencoders):
         wanted += config.trainer.calibrate_tokens
     parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
     seen = 0
@@ -189,7 +203,7 @@ def _with_behavior(
     contexts = config.trainer.recovered_contexts
     if not contexts or model is None or not isinstance(config.held_out, TextSource):
         return result
-    found = recovered(
+    found = recovered_over(
         model,
         config.held_out,
         result.site,

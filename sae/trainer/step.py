@@ -19,16 +19,16 @@ from lm.errors import UserError
 from sae.auxiliary import residual_loss
 from sae.kernels import take_parallel_, unit_rows_
 from sae.sharding import Mesh
-from sae.trainer.selecting import Selecting
 from sae.trainer.timing import Phases
-from sae.trainer.training_sae import WEIGHTS, Member
+from sae.trainer.training_choice import TrainingChoice
+from sae.trainer.training_sae import WEIGHTS, TrainingSae
 
 FIRES = 1e-3
 """A feature fires if its activation exceeds this, in units of the scaled input (Gao et al.'s released code)."""
 MULTI = 1 / 8
 
 
-def train_step(member: Member, x: Tensor, *, step: int, rate: float, clock: Phases) -> dict[str, float]:
+def train_step(member: TrainingSae, x: Tensor, *, step: int, rate: float, clock: Phases) -> dict[str, float]:
     """Train on the own rows x (rows, hidden) of the global batch number `step` (from 0); returns what the log shows.
 
     Raises UserError, on every process and before a weight has changed, if the gradient is not finite.
@@ -61,7 +61,7 @@ def train_step(member: Member, x: Tensor, *, step: int, rate: float, clock: Phas
     return shown
 
 
-def _auxiliary(member: Member, residual: Tensor, aux_hat: Tensor) -> Tensor:
+def _auxiliary(member: TrainingSae, residual: Tensor, aux_hat: Tensor) -> Tensor:
     aux = member.recipe.auxiliary
     share = min(member.idle_total / aux.k_aux, 1.0) if aux.scale_by_count else None
     variance = residual_variance(residual, member.mesh)
@@ -80,7 +80,7 @@ def residual_variance(residual: Tensor, mesh: Mesh) -> Tensor:
 
 
 def _reduced(
-    member: Member, counts: Tensor, demand: Tensor | None, sums: Tensor
+    member: TrainingSae, counts: Tensor, demand: Tensor | None, sums: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients, firing counts, demand and sums, each summed over data ranks: one collective."""
     if member.mesh.sizes["data"] == 1:
@@ -103,7 +103,7 @@ def _reduced(
     return rest[0].round().long(), None if demand is None else rest[1].round().long(), rest[-1]
 
 
-def _update(member: Member, counts: Tensor, sums: Tensor, *, step: int, rate: float) -> dict[str, float]:
+def _update(member: TrainingSae, counts: Tensor, sums: Tensor, *, step: int, rate: float) -> dict[str, float]:
     trainer, aux = member.recipe.trainer, member.recipe.auxiliary
     member.firings = member.firings.add(counts, trainer.batch_tokens, window=aux.window)
     w_dec = member.weights["w_dec"]
@@ -146,7 +146,7 @@ def _update(member: Member, counts: Tensor, sums: Tensor, *, step: int, rate: fl
     return {**shown, "nmse_wider": wider} if member.spec.multi_topk else shown
 
 
-def _observe(member: Member, choose: Selecting, demand: Tensor | None) -> None:
+def _observe(member: TrainingSae, choose: TrainingChoice, demand: Tensor | None) -> None:
     if choose.choice == "mutual" and choose.smallest is not None:
         member.last = float(choose.smallest)
     if choose.choice == member.spec.choice and choose.smallest is not None:

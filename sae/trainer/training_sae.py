@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 from lm.anatomy import Site
 from sae.auxiliary import under_use
-from sae.gao_recipe import Firings, MovingAverage, geometric_median, input_variance
+from sae.dead_features import Firings
+from sae.gao_recipe import geometric_median, input_variance
 from sae.kernels import Backend, Choose, Splits, choose_backend, encode_decode
 from sae.model import SparseAutoencoder
 from sae.model_config import SparseAutoencoderConfig
+from sae.moving_average import MovingAverage
 from sae.sharding import Mesh, copy_to_shards, sum_of_shards
 from sae.sparse_code import SparseCode, decode
 from sae.thresholds import RunningThreshold
 from sae.trainer.config import AutoencoderSpec, AuxiliarySpec, TrainerConfig, ZipfSpec
-from sae.trainer.selecting import Selecting
 from sae.trainer.timing import Phases
+from sae.trainer.training_choice import TrainingChoice
 from sae.trainer.zipf import Law, moved
 
 WEIGHTS = ("w_enc", "b_enc", "w_dec", "b_dec")
@@ -51,7 +53,7 @@ class Forward(NamedTuple):
     """Without `b_dec`."""
 
 
-class Member:
+class TrainingSae:
     """One autoencoder at one site, on one process of the mesh. Weights are in units of `scale`."""
 
     def __init__(
@@ -154,13 +156,13 @@ class Member:
         use = torch.where(dead, 1.0, use)  # it generalizes aux_k: the dead are always among them
         return use > 0, use.float()
 
-    def selecting(self, step: int, clock: Phases | None) -> Selecting:
+    def selecting(self, step: int, clock: Phases | None) -> TrainingChoice:
         """The choice of the training step number `step`, from 0."""
         aux = self.recipe.auxiliary
         mutual = self.spec.choice == "feature" and step < self.law.mutual_steps
         used = self.spec.loss != "none" and aux.coefficient > 0 and self.idle_total > 0
         idle, use = self.idle() if used else (None, None)
-        return Selecting(
+        return TrainingChoice(
             mesh=self.mesh,
             choice="mutual" if mutual else self.spec.choice,
             k=self.spec.k,

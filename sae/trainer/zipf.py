@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lm.errors import UserError
 from sae.budgets import ZipfLaw, by_density, carried_budgets, fit_zipf, zipf_budgets
-from sae.gao_recipe import Firings
+from sae.dead_features import Firings
 from sae.sharding import Mesh
 from sae.trainer.config import AutoencoderSpec, ZipfSpec
 

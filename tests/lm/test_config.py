@@ -177,7 +177,7 @@ def test_every_setting_has_a_sentence() -> None:
 
 
 def test_every_shipped_config_is_read_by_its_script() -> None:
-    from sae.activations.stage import HarvestConfig
+    from sae.activations.config import HarvestConfig
     from sae.trainer import TrainSaeConfig
     from tracing.stages.localize.config import LocalizeConfig
     from tracing.stages.trace.config import TraceConfig

@@ -1,4 +1,4 @@
-"""The recipe's pieces: the median against scipy's minimizer, the decoder's norm under steps, counts against a plain loop."""
+"""The recipe's pieces: the median against scipy's minimizer, the normalizer, the decoder's norm under steps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from scipy.optimize import minimize
 
 from lm import UserError
 from sae import (
-    Firings,
-    MovingAverage,
-    SparseCode,
     geometric_median,
     input_variance,
     reconstruction_loss,
@@ -69,52 +66,3 @@ def test_unit_rows_and_projected_gradients() -> None:
         part = gradient - left
         torch.testing.assert_close(part.norm(dim=1) * rows.norm(dim=1), (part * rows).sum(1).abs())
     assert torch.equal(without_parallel(gradient, w)[2], gradient[2])
-
-
-def test_firings_are_counted_in_tokens_and_do_not_depend_on_the_batch_split() -> None:
-    dense = noise(0, 24, 5).relu() * torch.tensor([1.0, 1, 0, 1e-3, 1]).double()
-    dense[6:, 4] = 0
-    whole = Firings.start(5).update(SparseCode.from_dense(dense), window=10)
-    split = Firings.start(5)
-    for part in dense.split(6):
-        split = split.update(SparseCode.from_dense(part), window=10)
-    assert split.tokens == whole.tokens == 24
-    assert split.silent[[0, 1, 2, 4]].tolist() == [0, 0, 24, 18]
-    assert split.dead(window=17).tolist()[2:5:2] == [True, True]
-    assert split.dead(window=18).tolist()[2:5:2] == [True, False]
-    assert not Firings.start(5).dead(window=0).any()
-    expected = (dense > 1e-3).double().mean(0)
-    torch.testing.assert_close(whole.density(), expected)
-    long = Firings.start(5)
-    for part in dense.split(6):
-        long = long.update(SparseCode.from_dense(part), window=10**9)
-    torch.testing.assert_close(long.density(), expected)
-
-
-def test_density_forgets_what_lies_far_beyond_its_window() -> None:
-    firings = Firings.start(1).add(torch.tensor([100]), 100, window=100)
-    assert float(firings.density()) == 1
-    later = firings.add(torch.tensor([0]), 100, window=100)
-    assert float(later.density()) == pytest.approx(math.exp(-1) / (1 + math.exp(-1)))
-    assert float(later.add(torch.tensor([0]), 2000, window=100).density()) < 1e-8
-    assert torch.equal(firings.add(torch.tensor([0]), 0, window=100).density(), firings.density())
-    with pytest.raises(UserError, match="start the counts anew"):
-        firings.add(torch.zeros(2), 1, window=100)
-
-
-def test_the_weight_average_is_corrected_for_its_start() -> None:
-    weights = [noise(seed, 3) for seed in range(4)]
-    average = MovingAverage.start({"w": weights[0]}, decay=0.9)
-    with pytest.raises(UserError, match="empty"):
-        average.value()
-    total = torch.zeros(3).double()
-    for step, w in enumerate(weights, start=1):
-        average = average.update({"w": w})
-        total = 0.9 * total + 0.1 * w
-        torch.testing.assert_close(average.value()["w"], total / (1 - 0.9**step))
-    constant = MovingAverage.start({"w": weights[0]}).update({"w": weights[0]})
-    torch.testing.assert_close(constant.value()["w"], weights[0])
-    with pytest.raises(UserError, match="start it anew"):
-        average.update({"v": weights[0]})
-    with pytest.raises(UserError, match="decay"):
-        MovingAverage.start({}, decay=1.0)

@@ -34,7 +34,8 @@ from sae.activations import (
     write_cache,
 )
 from sae.activations.cache import staging
-from sae.activations.stage import HarvestConfig, run_harvest
+from sae.activations.config import HarvestConfig
+from sae.activations.stage import describe, run_harvest
 
 HARVEST = HarvestSpec(context=ContextSpec(length=16, epochs=1), forward_contexts=3)
 TOKENS = 450
@@ -324,7 +325,7 @@ def test_plain_files_of_activations_are_read(tmp_path: Path, cache: ActivationCa
     assert set(shard) == {"resid.1", "mlp.0", "token_ids", "documents", "positions"}
 
 
-def test_the_harvesting_stage_writes_a_cache_that_opens(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_harvesting_stage_writes_a_cache_that_opens(tiny: Path, tmp_path: Path) -> None:
     asked = HarvestConfig(
         model=ModelSpec(path=str(tiny / "model"), device="cpu"),
         source=TextFiles(path=str(tiny / "forget.jsonl"), column="output"),
@@ -333,11 +334,11 @@ def test_the_harvesting_stage_writes_a_cache_that_opens(tiny: Path, tmp_path: Pa
         cache=CacheSpec(tokens=60, shard_tokens=30),
         out=str(tmp_path / "cache"),
     )
-    run_harvest(asked)
+    said = describe(asked, run_harvest(asked))
     cache = open_cache(tmp_path / "cache")
     assert cache.tokens == 60
     assert set(cache.sites) == {Site("resid", 0), Site("mlp", 1)}
-    assert "60 tokens at resid.0, mlp.1" in capsys.readouterr().out
+    assert said == f"wrote {tmp_path / 'cache'}: 60 tokens at resid.0, mlp.1"
     for wrong, says in (
         ({"sites": ()}, "sites is empty"),
         ({"source": ActivationFiles(path="x")}, "harvested from text"),

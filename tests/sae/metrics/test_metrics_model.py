@@ -134,19 +134,24 @@ def test_decoder_cosines_are_those_of_the_whole_table_in_any_blocks(monkeypatch:
     nearest = table.abs().amax(1)
     for chunk in (1 << 24, 50 * 7, 1):
         monkeypatch.setattr(decoder, "_CHUNK", chunk)
-        found = decoder_cosines(w_dec, twin=0.8)
+        found = decoder_cosines(w_dec, near=0.8)
         assert found.c_dec == pytest.approx(float(pairs.abs().mean()), rel=1e-6)
         assert found.mean == pytest.approx(float(pairs.mean()), rel=1e-5)
         assert found.largest == pytest.approx(float(nearest.max()), rel=1e-6)
         assert found.mean_nearest == pytest.approx(float(nearest.mean()), rel=1e-6)
-        assert found.twins == pytest.approx(float((nearest > 0.8).double().mean()))
+        assert found.near_duplicates == pytest.approx(float((nearest > 0.8).double().mean()))
 
 
-def test_an_orthonormal_decoder_has_none_and_twins_are_seen() -> None:
+def test_an_orthonormal_decoder_has_no_near_duplicates_and_they_are_seen() -> None:
     found = decoder_cosines(torch.eye(6, 9) * 3)
-    assert (found.c_dec, found.mean, found.largest, found.mean_nearest, found.twins) == (0, 0, 0, 0, 0)
+    assert (found.c_dec, found.mean, found.largest, found.mean_nearest, found.near_duplicates) == (0, 0, 0, 0, 0)
     twice = decoder_cosines(torch.cat([torch.eye(4, 9), -2 * torch.eye(1, 9)]))
-    assert (twice.c_dec, twice.mean, twice.largest, twice.twins) == (pytest.approx(0.1), pytest.approx(-0.1), 1, 0.4)
+    assert (twice.c_dec, twice.mean, twice.largest, twice.near_duplicates) == (
+        pytest.approx(0.1),
+        pytest.approx(-0.1),
+        1,
+        0.4,
+    )
     assert decoder_cosines(torch.cat([torch.eye(4, 9), torch.zeros(1, 9)])).c_dec == 0
     for bad in (torch.full((3, 2), math.nan), torch.ones(1, 2), torch.ones(4)):
         with pytest.raises(UserError, match="decoder"):

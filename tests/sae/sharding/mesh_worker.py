@@ -27,7 +27,16 @@ from lm.run_folder import RunFolder
 from sae import allocate, idle_choice, smallest_chosen
 from sae.sharding import Mesh, RowCuts, copy_to_shards, feature_choice, mutual_choice, sum_of_shards
 from sae.sparse_code import SparseCode
-from sae.trainer import AutoencoderSpec, AuxiliarySpec, Recipe, TrainerConfig, ZipfSpec, checkpoints, named, train
+from sae.trainer import (
+    AutoencoderSpec,
+    AuxiliarySpec,
+    Recipe,
+    TrainerConfig,
+    ZipfSpec,
+    checkpoints,
+    named,
+    train_on_stream,
+)
 from sae.trainer.loop import Loop
 
 BATCH, FEATURES, K = 22, 26, 3
@@ -174,7 +183,7 @@ def trained(world: int) -> dict[str, Any]:
     for mesh in meshes(world):
         stream = Made(rank=mesh.stream_rank, world=world, batch=BATCH)
         held_out = {SITE: next(Made(seed=0, batch=2 * BATCH + 5)).values}
-        results = train(stream, named(SPECS, [SITE]), recipe(), mesh=mesh, held_out=held_out, show=False)
+        results = train_on_stream(stream, named(SPECS, [SITE]), recipe(), mesh=mesh, held_out=held_out, show=False)
         assert results is not None
         out[f"{mesh.sizes['data']}x{mesh.sizes['features']}"] = {
             one.name: (one.autoencoder.state_dict(), one.measures, one.fitted) for one in results
@@ -209,7 +218,7 @@ def problems(world: int) -> dict[str, str]:
             ("end", Made(rank=mesh.stream_rank, world=world, length=5 if last else 99)),
         ):
             try:
-                train(stream, named(SPECS[:1], [SITE]), recipe(), mesh=mesh, show=False)
+                train_on_stream(stream, named(SPECS[:1], [SITE]), recipe(), mesh=mesh, show=False)
             except UserError as error:
                 said[f"{name} {mesh.sizes['features']}"] = str(error)
     return said
@@ -222,7 +231,9 @@ def saved(world: int) -> Any:
         mesh = Mesh(features=2)
         stream = Made(rank=mesh.stream_rank, world=2)
         members = named(SPECS, [SITE])
-        assert train(stream, members, recipe(), mesh=mesh, run=RunFolder(folder), stop_at=3, show=False) is None
+        assert (
+            train_on_stream(stream, members, recipe(), mesh=mesh, run=RunFolder(folder), stop_at=3, show=False) is None
+        )
     if world == 2:
         dist.barrier()
     mesh = Mesh(features=2 if world == 4 else 1)
@@ -234,7 +245,7 @@ def saved(world: int) -> Any:
         shutil.copytree(folder, run.path)
     if world > 1:
         dist.barrier()
-    results = train(stream, named(SPECS, [SITE]), recipe(), mesh=mesh, run=run, resume=True, show=False)
+    results = train_on_stream(stream, named(SPECS, [SITE]), recipe(), mesh=mesh, run=run, resume=True, show=False)
     assert results is not None
     return {one.name: one.autoencoder.state_dict() for one in results}
 
@@ -271,7 +282,7 @@ def full_disk(world: int) -> dict[str, str]:
     folder = FOLDER / f"full-{world}"
     folder.mkdir(exist_ok=True)
     try:
-        train(
+        train_on_stream(
             Made(rank=mesh.stream_rank, world=world),
             named(SPECS[:1], [SITE]),
             recipe(),

@@ -21,7 +21,7 @@ from sae.trainer import (
     ZipfSpec,
     crossed,
     named,
-    train,
+    train_on_stream,
 )
 from sae.trainer.loop import Loop
 from sae.trainer.step import learning_rate
@@ -47,7 +47,9 @@ def test_a_few_steps_equal_the_recipe_written_out() -> None:
         clip=0.5,
         start_tokens=60,
     )
-    (found,) = train(Made(batch=BATCH), named([spec("token", multi_topk=True)], [SITE]), settings, show=False) or []
+    (found,) = (
+        train_on_stream(Made(batch=BATCH), named([spec("token", multi_topk=True)], [SITE]), settings, show=False) or []
+    )
 
     stream = Made(batch=BATCH)
     sample = torch.cat([next(stream).values, next(stream).values])
@@ -107,10 +109,14 @@ def test_twenty_steps_equal_ten_and_ten(tmp_path: Path, stop: int) -> None:
         run.path.mkdir()
         if name == "parts":
             stream = Made(batch=BATCH, sites=(SITE, OTHER))
-            assert train(stream, members, settings, run=run, held_out=held_out, stop_at=stop, show=False) is None
+            assert (
+                train_on_stream(stream, members, settings, run=run, held_out=held_out, stop_at=stop, show=False) is None
+            )
             run.log(stop + 1, {"lost": 1.0})  # what an interrupted run may have written after its checkpoint
         stream = Made(batch=BATCH, sites=(SITE, OTHER))
-        runs[name] = train(stream, members, settings, run=run, held_out=held_out, resume=name == "parts", show=False)
+        runs[name] = train_on_stream(
+            stream, members, settings, run=run, held_out=held_out, resume=name == "parts", show=False
+        )
     assert runs["whole"] is not None
     assert runs["parts"] is not None
     for one, other in zip(runs["whole"], runs["parts"], strict=True):
@@ -125,19 +131,23 @@ def test_twenty_steps_equal_ten_and_ten(tmp_path: Path, stop: int) -> None:
 
 
 def test_many_at_once_equal_one_at_a_time() -> None:
-    together = train(Made(batch=BATCH, sites=(SITE, OTHER)), named(ALL, [SITE, OTHER]), recipe(steps=8), show=False)
+    together = train_on_stream(
+        Made(batch=BATCH, sites=(SITE, OTHER)), named(ALL, [SITE, OTHER]), recipe(steps=8), show=False
+    )
     assert together is not None
     for one in together:
         stream = Made(batch=BATCH, sites=(SITE, OTHER))
-        (alone,) = train(stream, {one.name: (one.site, one.spec)}, recipe(steps=8), show=False) or []
+        (alone,) = train_on_stream(stream, {one.name: (one.site, one.spec)}, recipe(steps=8), show=False) or []
         equal(one, alone)
 
 
 def test_evaluation_leaves_training_alone() -> None:
     held_out = {SITE: next(Made(batch=70, seed=3)).values}
     members, fixed = named(ALL, [SITE]), {"steps": 8, "calibrate_on": "training"}
-    without = train(Made(batch=BATCH), members, recipe(**fixed), show=False)
-    often = train(Made(batch=BATCH), members, recipe(**fixed, evaluate_every=1), held_out=held_out, show=False)
+    without = train_on_stream(Made(batch=BATCH), members, recipe(**fixed), show=False)
+    often = train_on_stream(
+        Made(batch=BATCH), members, recipe(**fixed, evaluate_every=1), held_out=held_out, show=False
+    )
     assert without is not None
     assert often is not None
     for one, other in zip(without, often, strict=True):
@@ -170,7 +180,7 @@ def test_zipf_budgets_follow_demand() -> None:
 
 
 def test_times_of_all_phases_are_logged(tmp_path: Path) -> None:
-    train(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(steps=5), run=RunFolder(tmp_path), show=False)
+    train_on_stream(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(steps=5), run=RunFolder(tmp_path), show=False)
     (entry,) = RunFolder(tmp_path).metrics()
     phases = {name.removeprefix("ms/"): value for name, value in entry.items() if name.startswith("ms/")}
     assert set(phases) == {"harvest", "encode", "select", "decode", "loss", "backward", "optimizer"}
@@ -184,7 +194,7 @@ def test_bad_data_end_in_one_sentence(tmp_path: Path) -> None:
     def run(stream: Any, **settings: Any) -> None:
         folder = RunFolder(tmp_path / str(len(list(tmp_path.iterdir()))))
         folder.path.mkdir()
-        train(stream, members, recipe(**settings), run=folder, show=False)
+        train_on_stream(stream, members, recipe(**settings), run=folder, show=False)
 
     with pytest.raises(
         UserError, match=r"resid.* hold NaN, infinity or numbers beyond float32 in the batch after step 3"
@@ -198,11 +208,11 @@ def test_bad_data_end_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"64 tokens a batch and trainer.batch_tokens is 32"):
         run(Made(batch=64))
     with pytest.raises(UserError, match="diverged at step"):
-        train(Made(batch=BATCH), named([spec("token", learning_rate=1e30)], [SITE]), recipe(), show=False)
+        train_on_stream(Made(batch=BATCH), named([spec("token", learning_rate=1e30)], [SITE]), recipe(), show=False)
     with pytest.raises(UserError, match="the stream has no"):
-        train(Made(batch=BATCH), named(ALL[:1], [OTHER]), recipe(), show=False)
+        train_on_stream(Made(batch=BATCH), named(ALL[:1], [OTHER]), recipe(), show=False)
     with pytest.raises(UserError, match="held_out lacks"):
-        train(Made(batch=BATCH), members, recipe(), held_out={OTHER: torch.ones(3, 8)}, show=False)
+        train_on_stream(Made(batch=BATCH), members, recipe(), held_out={OTHER: torch.ones(3, 8)}, show=False)
 
 
 def test_a_log_that_cannot_be_written_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,23 +222,25 @@ def test_a_log_that_cannot_be_written_ends_in_one_sentence(tmp_path: Path, monke
     monkeypatch.setattr(RunFolder, "log", full)
     for steps in (20, 5):  # at the next step, and after the last one
         with pytest.raises(UserError, match="the disk is full"):
-            train(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(steps=steps), run=RunFolder(tmp_path), show=False)
+            train_on_stream(
+                Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(steps=steps), run=RunFolder(tmp_path), show=False
+            )
 
 
 def test_a_checkpoint_of_other_autoencoders_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    train(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(), run=run, stop_at=3, show=False)
+    train_on_stream(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(), run=run, stop_at=3, show=False)
     folder = run.checkpoints()[-1][1]
     with pytest.raises(UserError, match="holds no"):
-        train(Made(batch=BATCH), named(ALL[1:2], [SITE]), recipe(), run=run, resume=True, show=False)
+        train_on_stream(Made(batch=BATCH), named(ALL[1:2], [SITE]), recipe(), run=run, resume=True, show=False)
     facts = json.loads((folder / "state.json").read_text())
     (name,) = facts["members"]
     wider = {name: (SITE, spec("token", features=2 * FEATURES, multi_topk=True))}
     with pytest.raises(UserError, match="another autoencoder"):
-        train(Made(batch=BATCH), wider, recipe(), run=run, resume=True, show=False)
+        train_on_stream(Made(batch=BATCH), wider, recipe(), run=run, resume=True, show=False)
     (folder / f"{name}.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="delete that checkpoint"):
-        train(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(), run=run, resume=True, show=False)
+        train_on_stream(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(), run=run, resume=True, show=False)
 
 
 @pytest.mark.parametrize("choice", ["token", "mutual", "feature"])
@@ -293,4 +305,4 @@ def test_numbers_that_overflow_when_scaled_are_bad_data_too() -> None:
     stream = Huge(batch=BATCH)
     stream.directions *= 1e-3
     with pytest.raises(UserError, match="beyond float32 in the batch after step"):
-        train(stream, named([spec("token")], [SITE]), settings, show=False)
+        train_on_stream(stream, named([spec("token")], [SITE]), settings, show=False)

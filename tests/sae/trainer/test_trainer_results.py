@@ -14,7 +14,7 @@ from sae.activations import ActivationBatch
 from sae.sharding import Mesh
 from sae.trainer import (
     named,
-    train,
+    train_on_stream,
 )
 from sae.trainer.loop import Loop
 
@@ -23,7 +23,7 @@ def test_the_exported_model_is_the_trained_one(tmp_path: Path) -> None:
     """For activations as they are, token by token: the measures again, from the file; L0 within 3 % of k."""
     held_out = {SITE: next(Made(batch=4096, seed=0, length=9)).values}
     settings = recipe(steps=100, batch_tokens=256, calibrate_tokens=8192, start_tokens=512, auxiliary={"window": 5000})
-    results = train(Made(batch=256), named(ALL, [SITE]), settings, held_out=held_out, show=False)
+    results = train_on_stream(Made(batch=256), named(ALL, [SITE]), settings, held_out=held_out, show=False)
     assert results is not None
     x = held_out[SITE][2048:]  # the first half set the thresholds
     for result in results:
@@ -56,7 +56,10 @@ def test_thresholds_from_held_out_tokens_keep_k_where_training_tokens_were_learn
         for where in ("held_out", "training"):
             settings = recipe(steps=400, batch_tokens=64, calibrate_tokens=4096, calibrate_on=where)
             (result,) = (
-                train(Repeated(batch=64), named([spec(choice)], [SITE]), settings, held_out=held_out, show=False) or []
+                train_on_stream(
+                    Repeated(batch=64), named([spec(choice)], [SITE]), settings, held_out=held_out, show=False
+                )
+                or []
             )
             found[choice, where] = result.measures["l0_exported"]
         assert found[choice, "held_out"] == pytest.approx(K, rel=0.03)
@@ -66,7 +69,7 @@ def test_thresholds_from_held_out_tokens_keep_k_where_training_tokens_were_learn
 
 def test_running_thresholds_are_there_too() -> None:
     settings = recipe(steps=60, batch_tokens=256, thresholds="running", threshold_rate=0.1)
-    results = train(Made(batch=256), named([spec("mutual")], [SITE]), settings, show=False)
+    results = train_on_stream(Made(batch=256), named([spec("mutual")], [SITE]), settings, show=False)
     assert results is not None
     x = next(Made(batch=2048, seed=0)).values
     assert results[0].autoencoder.encode(x).matches / len(x) == pytest.approx(K, rel=0.1)
@@ -79,7 +82,9 @@ def test_bfloat16_and_unscaled_train_too(choice: str) -> None:
     for settings in ({}, {"precision": "bfloat16", "backend": "torch"}, {"scale": False}, {"precision": "tf32"}):
         held_out = {SITE: next(Made(batch=512, seed=0)).values}
         one = recipe(steps=40, batch_tokens=128, decay=0.0, **settings)
-        (result,) = train(Made(batch=128), named([spec(choice)], [SITE]), one, held_out=held_out, show=False) or []
+        (result,) = (
+            train_on_stream(Made(batch=128), named([spec(choice)], [SITE]), one, held_out=held_out, show=False) or []
+        )
         assert result.autoencoder.w_dec.dtype == torch.float32
         errors.append(result.measures["fvu_exported"])
     assert errors[1] == pytest.approx(errors[0], abs=0.05)
@@ -93,7 +98,7 @@ def test_aux_zipf_with_tau_0_trains_as_aux_k_does() -> None:
     found = {}
     for loss in ("none", "aux_k", "aux_zipf"):
         settings, one = recipe(steps=40, auxiliary={"tau": 0.0, "window": 64}), spec("mutual", k=1, auxiliary=loss)
-        (found[loss],) = train(Made(batch=BATCH), named([one], [SITE]), settings, show=False) or []
+        (found[loss],) = train_on_stream(Made(batch=BATCH), named([one], [SITE]), settings, show=False) or []
     equal(found["aux_k"], found["aux_zipf"])
     assert not torch.equal(found["aux_k"].autoencoder.w_enc, found["none"].autoencoder.w_enc)
 
@@ -115,10 +120,12 @@ def test_the_dead_are_always_among_the_under_used() -> None:
 def test_thresholds_are_said_to_be_running_ones_where_activations_ended() -> None:
     settings = recipe(steps=4, calibrate_tokens=64)
     with pytest.warns(UserWarning, match="ended before thresholds were calibrated"):
-        results = train(Made(batch=BATCH, length=7), named(ALL, [SITE]), settings, show=False) or []
+        results = train_on_stream(Made(batch=BATCH, length=7), named(ALL, [SITE]), settings, show=False) or []
     assert [one.thresholds for one in results] == ["none", "running", "running"]
     held_out = {SITE: next(Made(batch=80)).values}
-    results = train(Made(batch=BATCH), named(ALL, [SITE]), recipe(steps=2), held_out=held_out, show=False) or []
+    results = (
+        train_on_stream(Made(batch=BATCH), named(ALL, [SITE]), recipe(steps=2), held_out=held_out, show=False) or []
+    )
     assert [one.thresholds for one in results] == ["none", "held_out", "held_out"]
     assert {one.backend for one in results} == {"cpu"}
 
@@ -126,14 +133,16 @@ def test_thresholds_are_said_to_be_running_ones_where_activations_ended() -> Non
 def test_budgets_are_carried_where_a_batch_is_smaller_than_the_dictionary() -> None:
     for budgets in ("uniform", "zipf"):
         settings = recipe(steps=6, batch_tokens=4, zipf={"budgets": budgets, "mutual_share": 0.0})
-        (result,) = train(Made(batch=4), named([spec("feature")], [SITE]), settings, show=False) or []
+        (result,) = train_on_stream(Made(batch=4), named([spec("feature")], [SITE]), settings, show=False) or []
         assert result.autoencoder.w_dec.isfinite().all()
 
 
 def test_measures_in_bfloat16_are_those_of_the_file() -> None:
     held_out = {SITE: next(Made(batch=512, seed=0)).values}
     settings = recipe(steps=30, batch_tokens=64, precision="bfloat16", backend="torch")
-    (result,) = train(Made(batch=64), named([spec("mutual")], [SITE]), settings, held_out=held_out, show=False) or []
+    (result,) = (
+        train_on_stream(Made(batch=64), named([spec("mutual")], [SITE]), settings, held_out=held_out, show=False) or []
+    )
     scored = held_out[SITE][64:]
     used = scored[: len(scored) // 64 * 64]
     assert result.autoencoder.encode(used).matches / len(used) == pytest.approx(

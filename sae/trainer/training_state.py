@@ -14,14 +14,15 @@ from torch import Tensor
 
 from lm.errors import UserError
 from lm.run_folder import write_atomic
-from sae.gao_recipe import Firings, MovingAverage
+from sae.dead_features import Firings
+from sae.moving_average import MovingAverage
 from sae.thresholds import RunningThreshold
-from sae.trainer.training_sae import WEIGHTS, Member
+from sae.trainer.training_sae import WEIGHTS, TrainingSae
 
 _WHOLE = ("b_dec",)
 
 
-def collect(member: Member) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def collect(member: TrainingSae) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Whole tensors on the CPU, and plain numbers. Every process must call it; the tensors are for the main one."""
     mine: dict[str, Tensor] = {}
     for name, parameter in zip(WEIGHTS, member.parameters(), strict=True):
@@ -60,7 +61,7 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
     write_atomic(folder / f"{name}.safetensors", save(tensors))
 
 
-def restore(folder: Path, member: Member, facts: dict[str, Any]) -> None:
+def restore(folder: Path, member: TrainingSae, facts: dict[str, Any]) -> None:
     """Set everything from a checkpoint, in place, on every process (each takes its shard). Then `refresh_totals`."""
     path = folder / f"{member.name}.safetensors"
     try:

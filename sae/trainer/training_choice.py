@@ -24,7 +24,7 @@ WIDER = 4
 
 
 @dataclass
-class Selecting:
+class TrainingChoice:
     """One step's choice on one process; afterwards it says what was found on the way."""
 
     mesh: Mesh
