@@ -46,8 +46,11 @@ from sae.model_config import Choice, InputNorm, Rule, SparseAutoencoderConfig
 from sae.moving_average import MovingAverage
 from sae.sparse_code import FeatureView, SparseCode, decode
 from sae.thresholds import RunningThreshold, calibrate_features, calibrate_mutual, smallest_chosen
+from sae.trainer.config import AutoencoderSpec
+from sae.training import TrainedAutoencoders, train
 
 __all__ = [
+    "AutoencoderSpec",
     "Choice",
     "FeatureView",
     "Firings",
@@ -59,6 +62,7 @@ __all__ = [
     "SparseAutoencoder",
     "SparseAutoencoderConfig",
     "SparseCode",
+    "TrainedAutoencoders",
     "ZipfFit",
     "ZipfLaw",
     "aux_k_loss",
@@ -94,6 +98,7 @@ __all__ = [
     "save_autoencoder",
     "smallest_chosen",
     "token_choice",
+    "train",
     "under_use",
     "uniform_budgets",
     "unit_rows",

@@ -50,6 +50,14 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("threshold", torch.full((config.features,), torch.nan, dtype=torch.float64))
         self.register_buffer("variance", torch.tensor(torch.nan, dtype=torch.float64))
 
+    def __repr__(self) -> str:
+        """Kind, sizes and, where it is known, the site: `SparseAutoencoder(mutual choice, 1024 features, …, at resid.4)`."""
+        rule = "thresholds" if self.config.choice == "threshold" else f"{self.config.choice} choice"
+        k = "" if self.config.choice == "threshold" else f", k {self.config.k}"
+        site = self.metadata.get("site") or self.metadata.get("hook_name")
+        where = f", at {site}" if site else ""
+        return f"SparseAutoencoder({rule}, {self.config.features} features, hidden {self.config.hidden}{k}{where})"
+
     @torch.no_grad()
     def start_from(self, sample: Tensor) -> None:
         """Set the pre-bias to the geometric median of a (tokens, hidden) sample, and the loss's normalizer, once."""

@@ -13,6 +13,8 @@ from sae.activations.cache.writing import write_cache
 from sae.activations.contexts import Context, Contexts, ContextSpec
 from sae.activations.early_exit import forward
 from sae.activations.harvesting import Harvester, HarvestSpec, MaskSpec, harvest
+from sae.activations.held_out import held_out_tokens
+from sae.activations.in_memory import Activations, ActivationsInMemory, as_source, texts_of
 from sae.activations.live import BufferSpec, LiveActivations
 from sae.activations.open import open_activations
 from sae.activations.sources import (
@@ -20,6 +22,7 @@ from sae.activations.sources import (
     Builtin,
     Datasets,
     MadeActivations,
+    NoSource,
     Rows,
     Source,
     TextFiles,
@@ -33,6 +36,8 @@ __all__ = [
     "ActivationCache",
     "ActivationFiles",
     "ActivationStream",
+    "Activations",
+    "ActivationsInMemory",
     "BufferSpec",
     "Builtin",
     "CacheSpec",
@@ -46,6 +51,7 @@ __all__ = [
     "LiveActivations",
     "MadeActivations",
     "MaskSpec",
+    "NoSource",
     "ReadSpec",
     "Rows",
     "Source",
@@ -53,8 +59,10 @@ __all__ = [
     "TextFiles",
     "TextSource",
     "Texts",
+    "as_source",
     "forward",
     "harvest",
+    "held_out_tokens",
     "merge_states",
     "open_activations",
     "open_cache",
@@ -62,5 +70,6 @@ __all__ = [
     "read_state",
     "save_state",
     "site_name",
+    "texts_of",
     "write_cache",
 ]

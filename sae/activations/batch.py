@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class ActivationBatch:
         return ActivationBatch(values, *others)
 
 
+@runtime_checkable
 class ActivationStream(Protocol):
     """What a trainer reads: batches of one size, and a state from which the rest of them follows exactly.
 

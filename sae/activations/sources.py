@@ -41,6 +41,11 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoSource(Source):
+    """No activations: for `held_out`, where nothing is to be evaluated."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextSource(Source, ABC):
     """Something that holds documents."""
 
@@ -153,7 +158,7 @@ class Rows(TextSource):
     def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
         records = [record for file in find_files(Path(self.path).expanduser()) for record in read_file(file)]
         pairs = [(text_column(record, "input"), text_column(record, "output")) for record in records]
-        return _listed(self.path, _joined(pairs, self.format, tokenizer))
+        return _listed(self.path, joined(pairs, self.format, tokenizer))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +185,7 @@ class Builtin(TextSource):
             "all": (*built.forget, *built.retain),
             "general": (),
         }
-        texts = _joined([(row.input, row.output) for row in parts[self.part]], self.format, tokenizer)
+        texts = joined([(row.input, row.output) for row in parts[self.part]], self.format, tokenizer)
         if self.part in ("general", "all"):
             texts += [statement for fact in built.general for statement in fact.statements]
         return _listed(f"builtin:{self.part}", texts)
@@ -245,7 +250,8 @@ def _documents(text: str, new_document: str | None) -> list[str]:
     return [joined for lines in documents if (joined := "\n".join(lines)).strip()]
 
 
-def _joined(pairs: Sequence[tuple[str, str]], form: Format, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def joined(pairs: Sequence[tuple[str, str]], form: Format, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Pairs of a prompt and its output as documents, as a model is trained on them."""
     spec = PromptSpec(format=form)
     return [f"{render(tokenizer, prompt, spec)}{spec.prefix}{output}" for prompt, output in pairs]
 

@@ -4,10 +4,10 @@
 maths is `sae`'s; nothing here chooses matches or defines a loss.
 """
 
+from sae.activations import NoSource
 from sae.trainer.config import (
     AutoencoderSpec,
     AuxiliarySpec,
-    NoSource,
     TrainerConfig,
     TrainSaeConfig,
     ZipfSpec,

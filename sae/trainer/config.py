@@ -11,7 +11,17 @@ from typing import Any, Literal, get_args
 from lm.anatomy import Site
 from lm.errors import UserError
 from lm.model import ModelSpec
-from sae.activations import BufferSpec, Builtin, HarvestSpec, ReadSpec, Source, TextSource, parse_site, site_name
+from sae.activations import (
+    BufferSpec,
+    Builtin,
+    HarvestSpec,
+    NoSource,
+    ReadSpec,
+    Source,
+    TextSource,
+    parse_site,
+    site_name,
+)
 from sae.model_config import Choice
 from sae.synthetic import Synthetic  # noqa: F401 - a source that a config may name
 
@@ -23,11 +33,6 @@ HELP = """Look inside: train sparse autoencoders on the activations of a languag
 palimpsest train-sae --config builtin --out runs/sae
 accelerate launch --config_file configs/accelerate/cpu2_ddp.yaml -m palimpsest train-sae --config builtin --out runs/sae
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoSource(Source):
-    """No activations: for `held_out`, where nothing is to be evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,51 +1,29 @@
 """The training stage from files to files: load the model, open the activations, train, write one folder an autoencoder.
 
-This is wiring; every decision is in the config, every computation in the modules it calls.
+This is wiring; every decision is in the config, every computation in the modules it calls (`sae.train` calls the same).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor
+from accelerate import Accelerator
 
-from lm.anatomy import Site
 from lm.config import as_dict, dump_yaml
 from lm.devices import accelerator, launch_facts, together
-from lm.errors import UserError
 from lm.loading import load
-from lm.model import LanguageModel
 from lm.run_folder import RunFolder, environment, peak_memory_bytes, write_json
-from sae.activations import (
-    ActivationFiles,
-    ActivationStream,
-    ContextSpec,
-    MadeActivations,
-    ReadSpec,
-    Source,
-    TextSource,
-    harvest,
-    open_activations,
-    parse_site,
-    site_name,
-)
-from sae.formats import Provenance
-from sae.metrics import recovered_over
+from sae.activations import TextSource
 from sae.model import save_autoencoder
-from sae.sharding import Mesh
-from sae.trainer.config import NoSource, TrainSaeConfig, crossed, named
-from sae.trainer.loop import train_on_stream
+from sae.trainer.config import TrainSaeConfig, crossed
 from sae.trainer.results import Trained
-from sae.trainer.set_thresholds import needs_calibration
+from sae.trainer.task import Task
 from sae.trainer.training_sae import Recipe
 
 RESULTS = "results.json"
@@ -61,49 +39,28 @@ def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
     Raises:
         UserError: whatever the user can mend, before anything is trained wherever that is possible.
     """
-    sites = [parse_site(site) for site in config.sites]
-    members = named(crossed(config.autoencoders, config.sweep), sites)
+    started = time.perf_counter()
     out = Path(config.out)
     acc = accelerator(trackers=config.trackers, folder=out, cpu=config.model.device == "cpu")
-    mesh = Mesh(features=config.trainer.feature_shards)
-    started = time.perf_counter()
-    model = load(config.model, device=str(acc.device)) if _needs_model(config) else None
-    stream = _stream(config, sites, model, mesh)
-    held_out = held_out_tokens(config.held_out, sites, model, config)
-    settings = json.loads(json.dumps(stream.state_dict()["facts"].get("settings", {})))
-    run = RunFolder(out, main=acc.is_main_process)
-    with together(acc):
-        if acc.is_main_process:
-            facts = {"seed": config.harvest.seed, "data": settings, "devices": launch_facts(acc)}
-            run = RunFolder.create(out, config, resume=config.resume, facts=facts, same=("data",), free=FREE)
-    folders = {name: out / name for name in members}
+    task = _task(config, acc)
+    run = _run_folder(config, acc, task)
+    folders = {name: out / name for name in task.members}
     if (out / RESULTS).exists():
         acc.print(f"already finished: {out}")
         return folders
     if config.trackers:
         acc.init_trackers("sae", config={"config": str(as_dict(config))})
-    results = train_on_stream(
-        stream,
-        members,
-        Recipe(trainer=config.trainer, auxiliary=config.auxiliary, zipf=config.zipf),
-        mesh=mesh,
-        device=acc.device,
-        run=run,
-        held_out=held_out,
-        resume=config.resume,
-        log=(lambda step, values: acc.log(values, step=step)) if acc.trackers else None,
-    )
+    log = (lambda step, values: acc.log(values, step=step)) if acc.trackers else None
+    results = task.train(run=run, resume=config.resume, log=log)
     for tracker in acc.trackers:
         tracker.finish()
     if results is None:
         return {}
-    activations = _facts_of_all(stream)
+    facts = task.facts()
     with together(acc):
         if acc.is_main_process:
-            limits = activations.get("outlier_limits", {})
-            results = [_with_behavior(result, config, model, limits) for result in results]
-            for result in results:
-                _write(result, folders[result.name], config, activations, model)
+            results = [task.with_loss_recovered(result, facts) for result in results]
+            _write(config, task, results, facts)
             run.finish(
                 backends={result.name: result.backend for result in results},
                 wall_seconds=round(time.perf_counter() - started, 3),
@@ -129,126 +86,38 @@ def describe(config: TrainSaeConfig, folders: Mapping[str, Path]) -> str:
     return "\n".join(lines)
 
 
-def held_out_tokens(
-    source: Source, sites: Sequence[Site], model: LanguageModel | None, config: TrainSaeConfig
-) -> dict[Site, Tensor]:
-    """(tokens, hidden) of each site, the same on every process, documents in an order drawn by `harvest.seed`.
-
-    `trainer.held_out_tokens` at most, and before them those that thresholds are calibrated on (`split_held_out`).
-    """
-    if isinstance(source, NoSource):
-        return {}
-    wanted = config.trainer.held_out_tokens
-    if config.trainer.calibrate_on == "held_out" and needs_calibration(config.trainer, config.autoencoders):
-        wanted += config.trainer.calibrate_tokens
-    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    seen = 0
-    if isinstance(source, ActivationFiles):
-        reading = ReadSpec(shuffle=False, epochs=1, keep_last=True)
-        batches = iter(open_activations(source, sites, batch_tokens=min(wanted, 4096), reading=reading))
-    elif isinstance(source, MadeActivations):
-        batches = iter(open_activations(source, sites, batch_tokens=min(wanted, 4096)))
-    else:
-        if model is None or not isinstance(source, TextSource):
-            raise UserError(f"held_out is {type(source).__name__}: name text, activation files, or NoSource")
-        context = dataclasses.replace(config.harvest.context, shuffle=True, epochs=1)
-        batches = harvest(model, source, sites, dataclasses.replace(config.harvest, context=context))
-    for batch in batches:
-        for site in sites:
-            parts[site].append(batch[site][: wanted - seen].float().cpu())
-        seen += min(len(batch), wanted - seen)
-        if seen >= wanted:
-            break
-    if seen < 2:
-        raise UserError("held_out holds less than two tokens that are not masked: give more text, or NoSource")
-    return {site: torch.cat(own) for site, own in parts.items()}
-
-
-def _needs_model(config: TrainSaeConfig) -> bool:
-    return isinstance(config.source, TextSource) or isinstance(config.held_out, TextSource)
-
-
-def _stream(config: TrainSaeConfig, sites: Sequence[Site], model: LanguageModel | None, mesh: Mesh) -> ActivationStream:
-    trainer, batch = config.trainer, config.trainer.batch_tokens
-    text = isinstance(config.source, TextSource)
-    return open_activations(
+def _task(config: TrainSaeConfig, acc: Accelerator) -> Task:
+    """The model, if text is read, the stream, the held-out tokens and the autoencoders."""
+    reads_text = isinstance(config.source, TextSource) or isinstance(config.held_out, TextSource)
+    return Task.of(
         config.source,
-        sites,
-        batch_tokens=batch,
-        model=model,
-        harvest=config.harvest if text else None,
-        buffer=config.buffer if text else None,
-        reading=None if text else config.reading,
-        rank=mesh.stream_rank,
-        world=mesh.sizes["all"],
-        tokens=batch * (trainer.steps + -(-trainer.start_tokens // batch)) if text else None,
+        crossed(config.autoencoders, config.sweep),
+        Recipe(trainer=config.trainer, auxiliary=config.auxiliary, zipf=config.zipf),
+        model=load(config.model, device=str(acc.device)) if reads_text else None,
+        sites=config.sites,
+        held_out=config.held_out,
+        harvest=config.harvest,
+        buffer=config.buffer,
+        reading=config.reading,
+        device=acc.device,
     )
 
 
-def _facts_of_all(stream: ActivationStream) -> dict[str, Any]:
-    """What the stream says of itself, with the counts of masked tokens of all processes."""
-    facts = stream.facts()
-    if "masked" not in facts:
-        return facts
-    total: Counter[str] = Counter()
-    for masked in gather_object([facts["masked"]]):
-        total.update(masked)
-    return {**facts, "masked": dict(total)}
+def _run_folder(config: TrainSaeConfig, acc: Accelerator, task: Task) -> RunFolder:
+    """The run folder, made or gone on with by the main process; other data than those it began with are refused."""
+    run, settings = RunFolder(config.out, main=acc.is_main_process), task.settings()
+    with together(acc):
+        if acc.is_main_process:
+            facts = {"seed": config.harvest.seed, "data": settings, "devices": launch_facts(acc)}
+            run = RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=("data",), free=FREE)
+    return run
 
 
-def _with_behavior(
-    result: Trained, config: TrainSaeConfig, model: LanguageModel | None, limits: Mapping[str, float]
-) -> Trained:
-    """With the cross-entropy and KL recovered among the measures, if they are asked for."""
-    contexts = config.trainer.recovered_contexts
-    if not contexts or model is None or not isinstance(config.held_out, TextSource):
-        return result
-    found = recovered_over(
-        model,
-        config.held_out,
-        result.site,
-        result.autoencoder,
-        config.harvest,
-        contexts=contexts,
-        largest_norm=limits.get(site_name(result.site)),
-    )
-    shown = {**dataclasses.asdict(found), "ce_recovered": found.ce_recovered, "kl_recovered": found.kl_recovered}
-    del shown["tokens"]
-    return dataclasses.replace(result, measures=result.measures | shown)
-
-
-def _write(
-    result: Trained, folder: Path, config: TrainSaeConfig, activations: Mapping[str, Any], model: LanguageModel | None
-) -> None:
-    context: ContextSpec = config.harvest.context
-    text = isinstance(config.source, TextSource)
-    source: Any = config.source
-    measures = result.measures
-    dead = None if result.densities is None else int((result.densities == 0).sum())
-    provenance = Provenance(
-        model_name=model.name if model is not None else None,
-        dataset_path=getattr(source, "path", type(source).__name__),
-        context_size=context.length if text else None,
-        prepend_bos=bool(activations.get("bos")) if text else None,
-        exclude_special_tokens=config.harvest.masks.special if text else None,
-        l0=measures.get("l0_exported"),
-        num_dead_features=dead,
-        training_tokens=config.trainer.steps * config.trainer.batch_tokens,
-        explained_variance=1 - measures["fvu_exported"] if measures else None,
-        git=environment()["git"],
-        config_hash=hashlib.sha256(dump_yaml(config).encode()).hexdigest()[:16],
-    )
-    own = {
-        "site": site_name(result.site),
-        "held_out": measures,
-        "zipf": result.fitted,
-        "backend": result.backend,
-        "thresholds": result.thresholds,
-        "activations": activations,
-        "training": {name: as_dict(getattr(config, name)) for name in ("trainer", "auxiliary", "zipf")}
-        | {"autoencoder": as_dict(result.spec)},
-    }
-    metadata = provenance.metadata(result.site, model.anatomy if model is not None else None)
-    save_autoencoder(
-        result.autoencoder, folder, metadata=metadata | json.loads(json.dumps(own)), densities=result.densities
-    )
+def _write(config: TrainSaeConfig, task: Task, results: Sequence[Trained], facts: Mapping[str, Any]) -> None:
+    """A folder an autoencoder, with what made it."""
+    git, config_hash = environment()["git"], hashlib.sha256(dump_yaml(config).encode()).hexdigest()[:16]
+    for result in results:
+        metadata = task.metadata(result, facts, git=git, config_hash=config_hash)
+        save_autoencoder(
+            result.autoencoder, Path(config.out) / result.name, metadata=metadata, densities=result.densities
+        )
