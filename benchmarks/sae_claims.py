@@ -5,7 +5,7 @@
 
 Same tokens, width, L0 and steps for all, each at the learning rate that its config gives, which runs with --rate chose.
 `synthetic` has known features (`sae.synthetic`); `real` harvests a model's middle layer once, into caches. A seed orders the
-tokens (or makes the world) and starts the autoencoders. Training is scripts/train_sae.py's, with the config of the data;
+tokens (or makes the world) and starts the autoencoders. Training is `palimpsest train-sae`'s, with the config of the data;
 `--change '[--trainer.steps, "20"]'` changes it. What is finished is not run again, and an interrupted run goes on where it was.
 Prints, and writes as table.md, mean (smallest to largest), and the held-out error at every rate that was run; curves.png.
 """

@@ -1,11 +1,11 @@
 """Look inside: sparse autoencoders on the activations of a language model, from the maths to files other tools read.
 
 Which token-feature matches are active (`allocate`, `budgets`, `thresholds`), which losses train them (`auxiliary`,
-`baselines`, `gao_recipe`), what is counted on the way (`dead_features`, `moving_average`), the sparse code that all of it
-speaks (`sparse_code`), the module and its config (`model`, `model_config`). In packages of their own: `kernels`
-(encode-select-decode as one sparse autograd node), `activations` (harvest, shuffle, cache), `sharding` (a mesh of processes),
-`trainer` (the loop), `metrics`, `formats` (SAELens and four other tools), `synthetic` (worlds whose features are known) and
-`features` (what one means).
+`gao_recipe`), what is counted on the way (`dead_features`, `moving_average`), the sparse code that all of it speaks
+(`sparse_code`), the module and its config (`model`, `model_config`), training on objects in memory (`training`), and what a
+feature means (`features`). In rooms of their own: `kernels` (encode-select-decode as one sparse autograd node), `activations`
+(harvest, shuffle, cache), `sharding` (a mesh of processes), `trainer` (the loop and the stage), `metrics`, `formats` (SAELens
+and four other tools) and `synthetic` (worlds whose features are known).
 """
 
 from sae.allocate import batch_topk, by_threshold, feature_choice, mutual_choice, token_choice
@@ -17,17 +17,6 @@ from sae.auxiliary import (
     residual_loss,
     residual_variance,
     under_use,
-)
-from sae.baselines import (
-    Gated,
-    gated,
-    gated_loss,
-    jumprelu,
-    l1_penalty,
-    matryoshka_loss,
-    multi_topk_loss,
-    prefix_reconstructions,
-    prefix_widths,
 )
 from sae.budgets import (
     ZipfFit,
@@ -54,7 +43,6 @@ __all__ = [
     "Choice",
     "FeatureView",
     "Firings",
-    "Gated",
     "InputNorm",
     "MovingAverage",
     "Rule",
@@ -78,19 +66,11 @@ __all__ = [
     "feature_choice",
     "fit_zipf",
     "fold_scale",
-    "gated",
-    "gated_loss",
     "geometric_median",
     "idle_choice",
     "input_variance",
-    "jumprelu",
-    "l1_penalty",
     "load_autoencoder",
-    "matryoshka_loss",
-    "multi_topk_loss",
     "mutual_choice",
-    "prefix_reconstructions",
-    "prefix_widths",
     "ranks_of",
     "reconstruction_loss",
     "residual_loss",

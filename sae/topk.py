@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
 from lm.errors import UserError
@@ -50,7 +51,8 @@ def _best_of_part(part: Tensor, budgets: Tensor) -> Iterator[tuple[Tensor, Tenso
     """
     width = part.shape[1]
     groups = width // _ROW_GROUP
-    maxima = part[:, : groups * _ROW_GROUP].view(len(part), _ROW_GROUP, groups).amax(1) if groups else part[:, :0]
+    whole = part[:, : groups * _ROW_GROUP]
+    maxima = reduce(whole, "rows (inside group) -> rows group", "max", inside=_ROW_GROUP) if groups else whole
     refuse_nan(maxima)
     refuse_nan(part[:, groups * _ROW_GROUP :])
     sizes = torch.where(budgets > 0, (2 * budgets.double() - 1).clamp(min=1).log2().floor().long() + 1, 0)
@@ -90,7 +92,7 @@ def _largest(part: Tensor, maxima: Tensor, members: Tensor, take: int) -> tuple[
         return top.values, top.indices
     chosen = (maxima if everyone else maxima[members]).topk(take, dim=1, sorted=False).indices
     steps = groups * torch.arange(_ROW_GROUP, device=part.device)
-    columns = (chosen.unsqueeze(2) + steps).flatten(1)
+    columns = rearrange(chosen.unsqueeze(2) + steps, "rows group inside -> rows (group inside)")
     rest = torch.arange(groups * _ROW_GROUP, part.shape[1], device=part.device)
     if len(rest):
         columns = torch.cat([columns, rest.expand(len(columns), -1)], dim=1)
@@ -109,7 +111,7 @@ def near_the_top(values: Tensor, budget: int) -> tuple[Tensor, Tensor] | None:
     groups = flat.numel() // _FLAT_GROUP
     if groups < 4 * max(budget, 1):
         return None
-    maxima = flat[: groups * _FLAT_GROUP].view(_FLAT_GROUP, groups).amax(0)
+    maxima = reduce(flat[: groups * _FLAT_GROUP], "(inside group) -> group", "max", inside=_FLAT_GROUP)
     refuse_nan(maxima)
     refuse_nan(flat[groups * _FLAT_GROUP :])
     found = kth_largest(maxima, budget)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lm.anatomy import Site
 from lm.errors import UserError
@@ -132,7 +133,7 @@ class Harvester:
         lengths = torch.tensor([len(context.ids) for context in contexts], device=device)
         real = torch.arange(width, device=device) < lengths[:, None]
         pad = self.model.tokenizer.pad_token_id
-        ids = _padded([context.ids for context in contexts], width, 0 if pad is None else int(pad)).to(device)
+        ids = padded([context.ids for context in contexts], 0 if pad is None else int(pad)).to(device)
         started = time.perf_counter()
         seen = forward(self.model, ids, real.long(), self.sites, cut=self.spec.cut)
         if device.type == "cuda":
@@ -151,8 +152,8 @@ class Harvester:
         for site, limit in limits.items():
             keep = _drop(keep, norms[site] > limit, f"outlier {site_name(site)}", counts)
         counts["kept"] = int(keep.sum())
-        documents = _padded([context.documents for context in contexts], width, -1).to(device)
-        positions = _padded([context.positions for context in contexts], width, -1).to(device)
+        documents = padded([context.documents for context in contexts], -1).to(device)
+        positions = padded([context.positions for context in contexts], -1).to(device)
         values = {site: value[keep] for site, value in seen.items()}
         return ActivationBatch(values, ids[keep], documents[keep], positions[keep]), counts
 
@@ -195,8 +196,7 @@ def _drop(keep: Tensor, unfit: Tensor, reason: str, counts: Counter[str]) -> Ten
     return keep & ~unfit
 
 
-def _padded(rows: Sequence[Any], width: int, fill: int) -> Tensor:
-    out = np.full((len(rows), width), fill, np.int64)
-    for place, row in enumerate(rows):
-        out[place, : len(row)] = row
-    return torch.from_numpy(out)
+def padded(rows: Sequence[Any], fill: int) -> Tensor:
+    """(rows, longest) int64, padded on the right."""
+    tensors = [torch.from_numpy(np.asarray(row, np.int64)) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill)

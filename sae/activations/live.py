@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from lm.anatomy import Site
 from lm.errors import UserError
@@ -134,7 +135,7 @@ class LiveActivations(Iterator[ActivationBatch]):
             parts.append(lane.rows.select(slice(lane.drawn, lane.drawn + self._share)))
             lane.drawn += self._share
         self.batches += 1
-        order = torch.arange(self._share * len(parts)).view(len(parts), self._share).T.reshape(-1)
+        order = rearrange(torch.arange(self._share * len(parts)), "(lanes rows) -> (rows lanes)", lanes=len(parts))
         return concatenate(parts).select(order).to(dtype=torch.float32)
 
     @property

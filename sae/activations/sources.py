@@ -78,8 +78,12 @@ class Datasets(TextSource):
             raise UserError(f"shuffle_block {self.shuffle_block} is too small: give 1 or more documents")
 
     def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
-        import datasets
-
+        try:
+            import datasets
+        except ImportError as problem:
+            missing = (problem.name or "").partition(".")[0] == "datasets"
+            state = "is not installed" if missing else f"cannot be imported ({problem})"
+            raise UserError(f"datasets {state}: pip install 'palimpsest-unlearning[sae]'") from None
         label = f"{self.path} ({self.split})"
         with _said(f"the dataset {self.path}, split {self.split}, cannot be read, check name, split and connection"):
             loaded = self._load(datasets)

@@ -22,6 +22,7 @@ from lm.errors import UserError
 from lm.forward.hooks import Edit, patch
 from lm.model import LanguageModel
 from sae.activations import Contexts, HarvestSpec, TextSource
+from sae.activations.harvesting import padded
 from sae.metrics.sums import sum_everywhere
 from sae.model import SparseAutoencoder
 
@@ -196,12 +197,8 @@ def recovered_over(
     special = torch.tensor(sorted({int(one) for one in model.tokenizer.all_special_ids}))
     found = Recovered()
     while batch := list(islice(walk, harvest.forward_contexts)):
-        width = max(len(context.ids) for context in batch)
-        ids = torch.full((len(batch), width), int(model.tokenizer.pad_token_id or 0))
-        real = torch.zeros(len(batch), width, dtype=torch.bool)
-        for row, context in enumerate(batch):
-            ids[row, : len(context.ids)] = torch.from_numpy(context.ids)
-            real[row, : len(context.ids)] = True
+        ids = padded([context.ids for context in batch], int(model.tokenizer.pad_token_id or 0))
+        real = torch.arange(ids.shape[1]) < torch.tensor([len(context.ids) for context in batch])[:, None]
         seen = real & ~(torch.isin(ids, special) if harvest.masks.special else torch.zeros_like(real))
         seen[:, : harvest.masks.first] = False
         if bool(seen.any()):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 from lm.errors import UserError
@@ -104,7 +105,7 @@ class Mesh:
             return rows
         mine = self.rows(batch)
         parts = self.gather(_padded(rows, -(-mine // shards)), "features", "rows")
-        return parts.transpose(0, 1).flatten(0, 1)[:mine].contiguous()
+        return rearrange(parts, "shards rows hidden -> (rows shards) hidden")[:mine].contiguous()
 
     def whole_batch(self, rows: Tensor, batch: int) -> Tensor:
         """The global batch, in order, from what each process harvested. One gather."""
@@ -115,7 +116,7 @@ class Mesh:
         by_stream = torch.empty_like(parts)
         for rank, part in enumerate(parts):
             by_stream[rank % self.sizes["features"] * self.sizes["data"] + rank // self.sizes["features"]] = part
-        return by_stream.transpose(0, 1).flatten(0, 1)[:batch].contiguous()
+        return rearrange(by_stream, "world rows hidden -> (rows world) hidden")[:batch].contiguous()
 
     def problems(self, problem: str | None) -> list[str | None]:
         """Everybody's problem, in order. One collective."""

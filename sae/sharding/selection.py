@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from lm.errors import UserError
@@ -69,7 +70,7 @@ class RowCuts:
             values = self._values[number]  # (shards, tokens, width)
         else:
             values = _by_row(code, int(code.token_counts().max()) if code.tokens else 0).unsqueeze(0)
-        best = values.transpose(0, 1).flatten(1)
+        best = rearrange(values, "shards tokens width -> tokens (shards width)")
         if bool(best.isnan().any()):
             raise UserError(_NAN)
         width = best.shape[1]
@@ -114,7 +115,7 @@ def feature_choice(mesh: Mesh, affinity: Tensor, budgets: Tensor, *, batch: int)
     smallest = torch.full((len(caps),), torch.inf, dtype=torch.float64, device=caps.device)
     smallest.scatter_reduce_(0, features[kept], values[kept], "amin")
     mine = torch.empty(code.matches, dtype=torch.bool, device=caps.device)
-    mine[view.order] = kept.view(ways, -1)[place][slots]
+    mine[view.order] = rearrange(kept, "(ways slots) -> ways slots", ways=ways)[place][slots]
     return Chosen(code.keep(mine), smallest)
 
 
@@ -236,7 +237,7 @@ def _first_ties(mesh: Mesh, code: SparseCode, found: Kth, batch: int) -> Tensor:
     where = mesh.global_rows(batch, rows.device)
     counts[where, place] = torch.bincount(rows[tied], minlength=code.tokens)
     counts = mesh.sum_(counts, "all", "ties").flatten()
-    before = (counts.cumsum(0) - counts).view(batch, shards)[where, place]
+    before = rearrange(counts.cumsum(0) - counts, "(tokens shards) -> tokens shards", shards=shards)[where, place]
     room = found.wanted - before
     return ~tied | (_place_in_row(tied, code.offsets, rows) < room[rows])
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from lm.errors import UserError
@@ -180,11 +181,14 @@ class Truth:
         else:
             fires = torch.rand(shape, generator=draw) < self.chances.float()
         for upper, lower in _families(self.spec):
-            family = fires[:, lower].reshape(tokens, -1, self.spec.branching) & fires[:, upper].unsqueeze(2)
+            children = rearrange(
+                fires[:, lower], "tokens (parents children) -> tokens parents children", children=self.spec.branching
+            )
+            family = children & fires[:, upper].unsqueeze(2)
             if self.spec.exclusive:
                 drawn = (torch.rand(family.shape, generator=draw) + 1).mul_(family).argmax(2, keepdim=True)
                 family &= torch.zeros_like(family).scatter_(2, drawn, True)
-            fires[:, lower] = family.flatten(1)
+            fires[:, lower] = rearrange(family, "tokens parents children -> tokens (parents children)")
         return fires
 
 

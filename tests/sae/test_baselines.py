@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
-from lm import UserError
-from sae import (
-    SparseCode,
-    feature_choice,
+from baselines import (
     gated,
     gated_loss,
     jumprelu,
     l1_penalty,
     matryoshka_loss,
     multi_topk_loss,
-    mutual_choice,
     prefix_reconstructions,
     prefix_widths,
-    token_choice,
 )
+from torch import Tensor
+
+from lm import UserError
+from sae import SparseCode, feature_choice, mutual_choice, token_choice
 
 
 def normal(seed: int, *shape: int) -> Tensor:

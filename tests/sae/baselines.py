@@ -2,7 +2,8 @@
 
 Pure functions of pre-activations and weights. ReLU, JumpReLU and Gated decide each match by itself, without a budget, so
 their training needs gradients at entries that are not active; they are therefore dense (tokens, features) tensors here,
-turned into a `SparseCode` by `from_dense` where that is wanted. No training loop and no schedule of coefficients.
+turned into a `SparseCode` by `from_dense` where that is wanted. No training loop and no schedule of coefficients: the trainer
+trains none of them, so they stand with the tests, as forms to compare an allocation with.
 """
 
 from __future__ import annotations
