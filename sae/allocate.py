@@ -45,7 +45,7 @@ def feature_choice(affinity: Tensor, budget: int | Tensor) -> SparseCode:
     if isinstance(budget, Tensor):
         if budget.shape != (count,) or budget.is_floating_point() or budget.is_complex() or bool((budget < 0).any()):
             raise UserError(
-                f"feature choice was given budgets of shape {tuple(budget.shape)} and type {budget.dtype}: "
+                f"feature choice with budgets of shape {tuple(budget.shape)} and type {budget.dtype}: "
                 f"give {count} whole numbers, none negative (sae.budgets makes them)"
             )
         budgets = budget.to(values.device, torch.int64)
@@ -62,14 +62,14 @@ def mutual_choice(affinity: Tensor, budget: int) -> SparseCode:
     the numbers' bits, so it is exact and needs no sort. Badge: **faithful** to the constraint.
     """
     values = _checked(affinity)
-    whole = _whole(budget)
-    near = near_the_top(values, whole)
-    if near is not None:
-        return _code(affinity, *cut(*near, whole, width=values.shape[1]))
+    matches = _whole(budget)
+    candidates = near_the_top(values, matches)
+    if candidates is not None:
+        return _code(affinity, *cut(*candidates, matches, width=values.shape[1]))
     refuse_nan(values)
-    found = kth_largest(in_memory_order(values), whole)
-    threshold, ties = found if found is not None else (values.new_zeros(()), 0)
-    picked: list[tuple[Tensor, Tensor]] = []
+    kth = kth_largest(in_memory_order(values), matches)
+    threshold, ties = kth if kth is not None else (values.new_zeros(()), 0)
+    chosen: list[tuple[Tensor, Tensor]] = []
     for start, chunk in row_chunks(values):
         tokens, features = torch.nonzero(chunk >= threshold if ties else chunk > threshold, as_tuple=True)
         if ties:
@@ -78,10 +78,10 @@ def mutual_choice(affinity: Tensor, budget: int) -> SparseCode:
             ties_here = int(tied.sum())
             tokens, features = tokens[keep], features[keep]
             ties = ties - ties_here if ties_here < ties else 0
-        picked.append((tokens + start, features))
+        chosen.append((tokens + start, features))
     nothing = torch.zeros(0, dtype=torch.int64, device=values.device)
-    tokens = torch.cat([nothing, *(pair[0] for pair in picked)])
-    features = torch.cat([nothing, *(pair[1] for pair in picked)])
+    tokens = torch.cat([nothing, *(pair[0] for pair in chosen)])
+    features = torch.cat([nothing, *(pair[1] for pair in chosen)])
     return SparseCode.from_matches(tokens, features, affinity[tokens, features], shape=_shape(affinity))
 
 
@@ -111,10 +111,10 @@ def by_threshold(affinity: Tensor, threshold: Tensor | float) -> SparseCode:
         )
     wide = torch.promote_types(bound.dtype, values.dtype)
     rows = max(1, _CHUNK // max(values.shape[1], 1))
-    found = [torch.nonzero(part.to(wide) > bound.to(wide)) for part in torch.split(values, rows)]
-    starts = torch.arange(len(found), device=values.device) * rows
-    tokens = torch.cat([part[:, 0] + start for part, start in zip(found, starts, strict=True)])
-    features = torch.cat([part[:, 1] for part in found])
+    matches = [torch.nonzero(part.to(wide) > bound.to(wide)) for part in torch.split(values, rows)]
+    starts = torch.arange(len(matches), device=values.device) * rows
+    tokens = torch.cat([part[:, 0] + start for part, start in zip(matches, starts, strict=True)])
+    features = torch.cat([part[:, 1] for part in matches])
     return SparseCode.from_matches(tokens, features, affinity[tokens, features], shape=_shape(affinity))
 
 
@@ -126,8 +126,8 @@ def _checked(affinity: Tensor) -> Tensor:
     """The affinities without their graph; refuses other shapes and other types."""
     if affinity.ndim != 2 or affinity.dtype not in KEYS:
         raise UserError(
-            f"affinities must be a floating-point (tokens, features) tensor, not {affinity.dtype} of shape "
-            f"{tuple(affinity.shape)}: flatten the batch and sequence axes into one"
+            f"affinities of type {affinity.dtype} and shape {tuple(affinity.shape)}: give a floating-point (tokens, features) "
+            "tensor, the batch and sequence axes flattened into one"
         )
     return affinity.detach()
 

@@ -45,7 +45,7 @@ class ZipfLaw:
         if not 1 <= self.k <= self.features:
             raise UserError(f"k = {self.k} active features of {self.features}: give k from 1 to the number of features")
         if not (0 <= self.alpha < math.inf and -1 < self.beta < math.inf):
-            raise UserError(f"a Zipf law needs alpha >= 0 and beta > -1, not alpha = {self.alpha}, beta = {self.beta}")
+            raise UserError(f"a Zipf law of alpha = {self.alpha} and beta = {self.beta}: give alpha >= 0 and beta > -1")
 
     def densities(self) -> Tensor:
         """(features,) float64, never rising; their sum is k. Unit: the share of tokens on which a feature fires."""
@@ -100,7 +100,10 @@ def fit_zipf(
     """
     measured = densities.detach().to("cpu", torch.float64).flatten().sort(descending=True).values
     if not bool(((measured >= 0) & (measured <= 1)).all()):
-        raise UserError("densities must lie between 0 and 1: divide the firing counts by the number of tokens")
+        raise UserError(
+            f"densities from {float(measured.min()):g} to {float(measured.max()):g}: divide the firing counts by the number "
+            "of tokens"
+        )
     if not 0 <= low_end < 1:
         raise UserError(
             f"low_end = {low_end} is not a share: give the part of the live features to leave out, 0 to below 1"
@@ -116,12 +119,12 @@ def fit_zipf(
 
     def line(beta: float) -> tuple[float, float, float]:
         """(squared error, alpha, log C) of the best line for this shift."""
-        place = (ranks[used] + beta).log()
-        centered = place - place.mean()
+        log_ranks = (ranks[used] + beta).log()
+        centered = log_ranks - log_ranks.mean()
         slope = float((centered * logs[used]).sum() / centered.square().sum())
         alpha = max(0.0, -slope)
-        log_scale = float((logs[used] + alpha * place).mean())
-        error = float((logs[used] - log_scale + alpha * place).square().sum())
+        log_scale = float((logs[used] + alpha * log_ranks).mean())
+        error = float((logs[used] - log_scale + alpha * log_ranks).square().sum())
         return error + max(0.0, log_scale - _LARGEST), alpha, log_scale
 
     beta = _best_shift(lambda value: line(value)[0], max_shift) if shift else 0.0
@@ -198,8 +201,8 @@ def carried_budgets(law: ZipfLaw, *, batch: int, micro_batches: int) -> Tensor:
         )
     ends = zipf_budgets(law, batch=batch * micro_batches).cumsum(0)
     steps = torch.arange(micro_batches).unsqueeze(1)
-    places = (torch.cat([ends.new_zeros(1), ends]) + steps) // micro_batches
-    return places.diff(dim=1)
+    cumulative = (torch.cat([ends.new_zeros(1), ends]) + steps) // micro_batches
+    return cumulative.diff(dim=1)
 
 
 def ranks_of(densities: Tensor) -> Tensor:
@@ -247,10 +250,10 @@ def _fill(logs: Tensor, total: float, low: float, high: float) -> Tensor:
 def _best_shift(error: Callable[[float], float], max_shift: float) -> float:
     """The shift in [0, max_shift] of least error: a coarse search over log(1 + shift), then a fine one about its best."""
     grid = torch.linspace(0, math.log1p(max_shift), 65, dtype=torch.float64).tolist()
-    best = min(range(len(grid)), key=lambda place: error(math.expm1(grid[place])))
+    best = min(range(len(grid)), key=lambda index: error(math.expm1(grid[index])))
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
     fine = minimize_scalar(
         lambda value: error(math.expm1(value)), bounds=bounds, method="bounded", options={"xatol": 1e-9}
     )
-    at = min((grid[best], float(fine.x)), key=lambda value: error(math.expm1(value)))
-    return math.expm1(at)
+    least = min((grid[best], float(fine.x)), key=lambda value: error(math.expm1(value)))
+    return math.expm1(least)

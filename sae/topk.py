@@ -114,17 +114,17 @@ def near_the_top(values: Tensor, budget: int) -> tuple[Tensor, Tensor] | None:
     maxima = reduce(flat[: groups * _FLAT_GROUP], "(inside group) -> group", "max", inside=_FLAT_GROUP)
     refuse_nan(maxima)
     refuse_nan(flat[groups * _FLAT_GROUP :])
-    found = kth_largest(maxima, budget)
-    if found is None or not budget:
+    kth = kth_largest(maxima, budget)
+    if kth is None or not budget:
         return None
-    chosen = torch.nonzero(maxima >= found[0]).squeeze(1)
+    chosen = torch.nonzero(maxima >= kth[0]).squeeze(1)
     if len(chosen) > groups // 2:
         return None
     steps = groups * torch.arange(_FLAT_GROUP, device=values.device).unsqueeze(1)
     rest = torch.arange(groups * _FLAT_GROUP, flat.numel(), device=values.device)
     places = torch.cat([(chosen + steps).flatten(), rest])
     entries = flat[places]
-    keep = entries >= found[0]
+    keep = entries >= kth[0]
     places, entries = places[keep], entries[keep]
     if not values.is_contiguous() and values.T.is_contiguous():
         places = places % values.shape[0] * values.shape[1] + places // values.shape[0]

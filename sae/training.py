@@ -108,7 +108,7 @@ def train(
         ...     show=False,
         ... )
         >>> done.autoencoder
-        SparseAutoencoder(token choice, 64 features, hidden 192, k 4, at resid.3)
+        SparseAutoencoder(token choice, 64 features, hidden 128, k 4, at resid.3)
         >>> [entry["step"] for entry in done.log if "step" in entry][:2]
         [10, 20]
         >>> 0 < done.results[0].measures["fvu"] < 1

@@ -78,7 +78,7 @@ class Harvester:
         self.model, self.spec, self.source = model, spec, source
         self.sites = tuple(dict.fromkeys(sites))
         if not self.sites:
-            raise UserError("no site was asked for: name at least one, such as resid.3")
+            raise UserError("sites is empty: name at least one, such as resid.3")
         for site in self.sites:
             if site.layer >= 0 or site.kind != "resid":
                 model.anatomy.module_path(site)
@@ -87,7 +87,9 @@ class Harvester:
             raise UserError(f"contexts of {spec.context.length} tokens are longer than the model's {longest}: cut them")
         self.documents: Documents = source.open(model.tokenizer)
         self.hidden = model.anatomy.hidden
-        self._special = torch.tensor(sorted({int(one) for one in model.tokenizer.all_special_ids}), device=model.device)
+        self._special = torch.tensor(
+            sorted({int(token) for token in model.tokenizer.all_special_ids}), device=model.device
+        )
         self._limits: dict[Site, float] | None = None
         self.forward_seconds = 0.0
         """Time in the model so far."""
@@ -160,7 +162,7 @@ class Harvester:
     def _require_finite(self, site: Site, norm: Tensor, keep: Tensor, contexts: Sequence[Context]) -> None:
         bad = keep & ~torch.isfinite(norm)
         if bool(bad.any()):
-            row, column = (int(one) for one in bad.nonzero()[0])
+            row, column = bad.nonzero()[0].tolist()
             raise UserError(
                 f"{site} is NaN or infinite on document {contexts[row].documents[column]} of {self.documents.name}: load "
                 "the model with dtype bfloat16 or float32, or leave that document out"

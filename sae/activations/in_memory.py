@@ -39,8 +39,8 @@ class ActivationsInMemory(Iterator[ActivationBatch]):
     ) -> None:
         shapes = {tuple(values.shape) for values in by_site.values()}
         if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or not shape[0]:
-            found = ", ".join(f"{site} {tuple(values.shape)}" for site, values in by_site.items()) or "no site"
-            raise UserError(f"activations of {found}: give (tokens, hidden), of one shape for every site")
+            shown = ", ".join(f"{site} {tuple(values.shape)}" for site, values in by_site.items()) or "no site"
+            raise UserError(f"activations of {shown}: give (tokens, hidden), of one shape for every site")
         if batch_tokens < 1 or not 0 <= rank < world:
             raise UserError(f"batches of {batch_tokens} tokens for process {rank} of {world} cannot be: check them")
         self.sites, self.batch_tokens = tuple(by_site), batch_tokens
@@ -85,7 +85,8 @@ class ActivationsInMemory(Iterator[ActivationBatch]):
 def texts_of(documents: Sequence[str | Row], tokenizer: PreTrainedTokenizerBase, form: Format = "raw") -> Texts:
     """Documents at hand as a source: a text as it stands, a row as its prompt with its output, as a model is trained on it."""
     texts = [
-        one if isinstance(one, str) else joined([(one.input, one.output)], form, tokenizer)[0] for one in documents
+        document if isinstance(document, str) else joined([(document.input, document.output)], form, tokenizer)[0]
+        for document in documents
     ]
     return Texts(texts=tuple(texts))
 
@@ -102,7 +103,9 @@ def as_source(
         return {(sites or (Site("resid", 0),))[0]: activations}
     if isinstance(activations, Source | Mapping | ActivationStream):
         return activations
-    documents = [one for one in activations if isinstance(one, str | Row)] if not isinstance(activations, str) else []
+    documents = (
+        [item for item in activations if isinstance(item, str | Row)] if not isinstance(activations, str) else []
+    )
     if not documents or len(documents) < len(activations):
         raise UserError(
             f"{type(activations).__name__} is no source of activations: give a list of texts or rows, a tensor, or one of "

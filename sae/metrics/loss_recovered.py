@@ -194,18 +194,18 @@ def recovered_over(
     spec = replace(harvest.context, shuffle=False, epochs=1)
     walk = islice(Contexts(source.open(model.tokenizer), model.tokenizer, spec), contexts)
     reader = copy.deepcopy(autoencoder).to(model.device).eval()
-    special = torch.tensor(sorted({int(one) for one in model.tokenizer.all_special_ids}))
-    found = Recovered()
+    special = torch.tensor(sorted({int(token) for token in model.tokenizer.all_special_ids}))
+    recovered = Recovered()
     while batch := list(islice(walk, harvest.forward_contexts)):
         ids = padded([context.ids for context in batch], int(model.tokenizer.pad_token_id or 0))
         real = torch.arange(ids.shape[1]) < torch.tensor([len(context.ids) for context in batch])[:, None]
         seen = real & ~(torch.isin(ids, special) if harvest.masks.special else torch.zeros_like(real))
         seen[:, : harvest.masks.first] = False
         if bool(seen.any()):
-            found = found.merge(
+            recovered = recovered.merge(
                 recovered_on(model, site, reader, ids, attention_mask=real, mask=seen, largest_norm=largest_norm)
             )
-    return found.result()
+    return recovered.result()
 
 
 def _require_boolean(mask: Tensor) -> None:

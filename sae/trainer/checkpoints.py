@@ -35,7 +35,7 @@ def save(
     facts = {
         "step": step,
         "seconds": seconds,
-        "members": {name: found for name, (_, found) in zip(names, collected, strict=True)},
+        "members": {name: numbers for name, (_, numbers) in zip(names, collected, strict=True)},
     }
     final = run.path / run.checkpoint_name(step)
     folder = final.with_name(f".{final.name}.tmp")
@@ -108,7 +108,7 @@ def _problem(do: Callable[[], Any]) -> str | None:
 
 
 def _first(problems: Sequence[str | None]) -> str | None:
-    return next((one for one in problems if one is not None), None)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def refresh_totals(member: TrainingSae) -> None:

@@ -293,7 +293,7 @@ class TrainSaeConfig:
 
 def crossed(specs: Sequence[AutoencoderSpec], sweep: dict[str, list[Any]]) -> tuple[AutoencoderSpec, ...]:
     """Every spec with every combination of the sweep's values. Raises UserError for a setting that there is not."""
-    known = {one.name for one in fields(AutoencoderSpec)} - {"name"}
+    known = {setting.name for setting in fields(AutoencoderSpec)} - {"name"}
     for name, values in sweep.items():
         if name not in known or not isinstance(values, list) or not values:
             raise UserError(f"sweep.{name} is {values!r}: give a list for one of {', '.join(sorted(known))}")

@@ -40,17 +40,17 @@ def evaluate(
     for number, first in enumerate(range(0, len(held_out) - batch + 1, batch)):
         x = held_out[first : first + batch][mesh.global_rows(batch)].to(device) / member.scale
         choose = _as_in_training(member, batch, number)
-        found = member.forward(x, choose, weights, splits=choose.splits)
-        sums[0] = sums[0].update(x, found.x_hat)
-        counts[0] += torch.bincount(found.code.indices[found.code.values != 0], minlength=end - start)
-        counts[1] += torch.bincount(found.code.indices[found.code.values > 1e-3], minlength=end - start)
+        output = member.forward(x, choose, weights, splits=choose.splits)
+        sums[0] = sums[0].update(x, output.x_hat)
+        counts[0] += torch.bincount(output.code.indices[output.code.values != 0], minlength=end - start)
+        counts[1] += torch.bincount(output.code.indices[output.code.values > 1e-3], minlength=end - start)
         tokens += batch
         if threshold is not None:
             rule = by_threshold(threshold.expand(end - start).to(device))
-            found = member.forward(x, rule, weights, splits="tokens", dtype=torch.float32)  # as the file does
-        sums[1] = sums[1].update(x, found.x_hat)
-        counts[2] += found.code.feature_counts()
-    parts = [_over_data(mesh, one) for one in sums]
+            output = member.forward(x, rule, weights, splits="tokens", dtype=torch.float32)  # as the file does
+        sums[1] = sums[1].update(x, output.x_hat)
+        counts[2] += output.code.feature_counts()
+    parts = [_over_data(mesh, own) for own in sums]
     whole = mesh.whole_features(mesh.sum_(counts, "data", "evaluation").T.contiguous(), features, "evaluation").T.cpu()
     usage = Usage(tokens, whole[0], whole[1], tokens, int(whole[2].sum())).result()
     trained, used = (part.result(variance=member.variance) for part in parts)
@@ -95,7 +95,7 @@ def _over_data(mesh: Mesh, own: Reconstruction) -> Reconstruction:
     whole: Reconstruction | None = None
     for part in mesh.gather(packed, "data", "evaluation"):
         inputs = Moments(round(float(part[0])), part[1 : 1 + hidden], part[1 + hidden : 1 + 2 * hidden])
-        one = Reconstruction(inputs, part[-1], own.scale)
-        whole = one if whole is None else whole.merge(one)
+        rank = Reconstruction(inputs, part[-1], own.scale)
+        whole = rank if whole is None else whole.merge(rank)
     assert whole is not None
     return whole

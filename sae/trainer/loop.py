@@ -99,7 +99,7 @@ class Loop:
         batch = self.trainer.batch_tokens
         if stream.batch_tokens != batch:
             raise UserError(
-                f"the stream gives {stream.batch_tokens} tokens a batch and trainer.batch_tokens is {batch}"
+                f"the stream gives {stream.batch_tokens} tokens a batch and trainer.batch_tokens is {batch}: make them equal"
             )
         if batch < mesh.sizes["all"]:
             raise UserError(
@@ -111,7 +111,10 @@ class Loop:
                     f"the stream has no {site}, only {', '.join(map(str, stream.sites))}: name one of these"
                 )
             if spec.features < mesh.sizes["features"]:
-                raise UserError(f"{spec.features} features cannot be dealt over {mesh.sizes['features']} shards")
+                raise UserError(
+                    f"{spec.features} features cannot be dealt over {mesh.sizes['features']} shards: lower "
+                    "trainer.feature_shards"
+                )
         self.members = [
             TrainingSae(name, site, spec, recipe, mesh, hidden=stream.hidden, device=device)
             for name, (site, spec) in autoencoders.items()
@@ -128,7 +131,7 @@ class Loop:
                 self._start()
             except _Ended:
                 raise UserError(
-                    f"the activations ended before training began: trainer.start_tokens is {self.trainer.start_tokens}, "
+                    f"the activations ended before training began, with trainer.start_tokens {self.trainer.start_tokens}: "
                     "give more activations, or set it lower"
                 ) from None
         if self.run is not None:
@@ -179,13 +182,13 @@ class Loop:
         rows: dict[Site, Tensor] = {}
         problem, ended = self._problem, False
         try:
-            found = next(self.stream)
-            rows = {m.site: found[m.site].to(self.device, torch.float32) for m in self.members}
-            wanted = (batch - self.mesh.stream_rank + world - 1) // world
+            harvested = next(self.stream)
+            rows = {member.site: harvested[member.site].to(self.device, torch.float32) for member in self.members}
+            own = (batch - self.mesh.stream_rank + world - 1) // world
             for site, values in rows.items():
-                if values.shape != (wanted, self.stream.hidden):
+                if values.shape != (own, self.stream.hidden):
                     problem = problem or (
-                        f"the stream gave {tuple(values.shape)} at {site}, not {(wanted, self.stream.hidden)}: check it"
+                        f"the stream gave {tuple(values.shape)} at {site}, not {(own, self.stream.hidden)}: check it"
                     )
                 elif not bool((values / self._smallest_scale(site)).isfinite().all()):
                     problem = problem or (
@@ -251,26 +254,26 @@ class Loop:
         if step % trainer.log_every == 0 or step == trainer.steps:
             times = {f"ms/{phase}": value for phase, value in self.clock.take().items()}
             speed = {"tokens_per_second": trainer.batch_tokens * step / max(self.seconds, 1e-9)}
-            laws = {
+            fits = {
                 f"{member.name}/zipf_{name}": float(member.law.fitted[name])
                 for member in self.members
                 if member.law.fitted is not None
                 for name in ("alpha", "beta", "r_squared")
             }
-            self._write(shown | laws | speed | times)
+            self._write(shown | fits | speed | times)
         if trainer.evaluate_every is not None and self.held_out and step % trainer.evaluate_every == 0:
             for member in self.members:
                 measures, _ = evaluate(member, member.named(), running_threshold(member), self.held_out[member.site])
                 self._write({f"{member.name}/held_out/{name}": value for name, value in measures.items()})
-        late = False
+        out_of_time = False
         if trainer.max_seconds is not None:
-            late = bool(
+            out_of_time = bool(
                 self.mesh.gather(torch.tensor([self.seconds - self.began], device=self.device), "all", "time")[0]
                 >= trainer.max_seconds
             )
-        if step % trainer.save_every == 0 and step < trainer.steps and not late:
+        if step % trainer.save_every == 0 and step < trainer.steps and not out_of_time:
             self._save()
-        return late
+        return out_of_time
 
     def _write(self, values: dict[str, float]) -> None:
         if self.run is not None and self.mesh.is_main:
@@ -282,10 +285,10 @@ class Loop:
             self.report(self.step, values)
 
     def _results(self) -> list[Trained]:
-        fresh = {site: values.to(self.device) for site, values in self.sample.items()}
-        if not fresh and needs_calibration(self.trainer, [member.spec for member in self.members]):
+        samples = {site: values.to(self.device) for site, values in self.sample.items()}
+        if not samples and needs_calibration(self.trainer, [member.spec for member in self.members]):
             try:
-                fresh = self._sample(self.trainer.calibrate_tokens)
+                samples = self._sample(self.trainer.calibrate_tokens)
             except _Ended:
                 if self.mesh.is_main:
                     warnings.warn(
@@ -293,14 +296,14 @@ class Loop:
                         "may be far from k; hold tokens out, or give more activations",
                         stacklevel=2,
                     )
-        where = "held_out" if self.sample else "training"
+        sampled_from = "held_out" if self.sample else "training"
         results = [
-            finished(member, fresh.get(member.site), self.held_out.get(member.site), sampled_from=where)
+            finished(member, samples.get(member.site), self.held_out.get(member.site), sampled_from=sampled_from)
             for member in self.members
         ]
-        for one in results:
-            if one.measures:
-                self._write({f"{one.name}/result/{name}": value for name, value in one.measures.items()})
+        for result in results:
+            if result.measures:
+                self._write({f"{result.name}/result/{name}": value for name, value in result.measures.items()})
         return results
 
     def _save(self) -> None:

@@ -57,12 +57,12 @@ def calibrated_threshold(member: TrainingSae, weights: Mapping[str, Tensor], sam
             yield torch.addmm(b_enc.unsqueeze(1), w_enc, centered.T)
 
     if member.spec.choice == "mutual":
-        found = kth_largest(
+        kth = kth_largest(
             affinities, member.spec.k * tokens, lambda counts: member.mesh.sum_(counts, "features", "calibration")
         )
-        if found is None:
+        if kth is None:
             return torch.tensor(torch.inf, dtype=torch.float64)
-        return torch.nextafter(found.value, found.value.new_zeros(())).double()
+        return torch.nextafter(kth.value, kth.value.new_zeros(())).double()
     assert member.law.budgets is not None
     budgets = (member.law.budgets.double().mean(0) * tokens / batch).round().long().clamp(1, tokens)
     parts, start = [], 0

@@ -36,24 +36,24 @@ def train_step(member: TrainingSae, x: Tensor, *, step: int, rate: float, clock:
     batch, hidden = member.recipe.trainer.batch_tokens, x.shape[1]
     x = x / member.scale
     choose = member.selecting(step, clock)
-    found = member.forward(x, choose, splits=choose.splits, inner=lambda: choose.inner, clock=clock)
+    output = member.forward(x, choose, splits=choose.splits, inner=lambda: choose.inner, clock=clock)
     clock.start()
     unit = batch * hidden * member.variance / member.scale**2
-    loss = main = (x - found.x_hat).square().sum() / unit
+    loss = main = (x - output.x_hat).square().sum() / unit
     wider = aux = main.new_zeros(())
-    if found.wider_hat is not None:
-        wider = (x - found.wider_hat).square().sum() / unit
+    if output.wider_hat is not None:
+        wider = (x - output.wider_hat).square().sum() / unit
         loss = loss + MULTI * wider
-    if found.aux_hat is not None:
-        aux = _auxiliary(member, (x - found.x_hat).detach(), found.aux_hat) * (len(x) / batch)
+    if output.aux_hat is not None:
+        aux = _auxiliary(member, (x - output.x_hat).detach(), output.aux_hat) * (len(x) / batch)
         loss = loss + member.recipe.auxiliary.coefficient * aux
     clock.stop("loss")
     loss.backward()  # type: ignore[no-untyped-call]
     clock.stop("backward")
 
-    fired = found.code.indices[found.code.values.detach() > FIRES]
-    counts = torch.bincount(fired, minlength=found.code.features)
-    sums = torch.stack([main, wider, aux, main.new_tensor(found.code.matches)]).detach()
+    fired = output.code.indices[output.code.values.detach() > FIRES]
+    counts = torch.bincount(fired, minlength=output.code.features)
+    sums = torch.stack([main, wider, aux, main.new_tensor(output.code.matches)]).detach()
     counts, demand, sums = _reduced(member, counts, choose.counts, sums)
     shown = _update(member, counts, sums, step=step, rate=rate)
     _observe(member, choose, demand)
@@ -111,10 +111,10 @@ def _update(member: TrainingSae, counts: Tensor, sums: Tensor, *, step: int, rat
         take_parallel_(w_dec.grad, w_dec.data)
     squares = [_square(member.weights[name].grad) for name in WEIGHTS]
     idle, _ = member.idle()
-    facts = torch.stack(
+    totals = torch.stack(
         [sums[3].double(), idle.sum().double(), member.firings.dead(window=aux.window).sum().double(), sum(squares[:3])]  # type: ignore[list-item]
     )
-    matches, idle_total, dead_total, square = member.mesh.sum_(facts, "features", "totals").tolist()
+    matches, idle_total, dead_total, square = member.mesh.sum_(totals, "features", "totals").tolist()
     norm = math.sqrt(square + float(squares[3])) if square + float(squares[3]) >= 0 else math.nan
     main, wider, auxiliary = sums[:3].tolist()
     if not (math.isfinite(norm) and math.isfinite(main)):

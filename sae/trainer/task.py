@@ -80,10 +80,10 @@ class Task:
         """Open the stream and read the held-out tokens."""
         trainer = recipe.trainer
         mesh = mesh or Mesh(features=trainer.feature_shards)
-        wanted = tuple(parse_site(site) if isinstance(site, str) else site for site in sites)
-        source = as_source(activations, wanted, model)
+        chosen = tuple(parse_site(site) if isinstance(site, str) else site for site in sites)
+        source = as_source(activations, chosen, model)
         if isinstance(source, Source):
-            stream = _stream(source, wanted, model, trainer, mesh, harvest=harvest, buffer=buffer, reading=reading)
+            stream = _stream(source, chosen, model, trainer, mesh, harvest=harvest, buffer=buffer, reading=reading)
         elif isinstance(source, Mapping):
             stream = ActivationsInMemory(
                 source,
@@ -94,12 +94,12 @@ class Task:
             )
         else:
             stream = source
-        members = named(autoencoders, wanted or stream.sites)
+        members = named(autoencoders, chosen or stream.sites)
         if not members:
             raise UserError("autoencoders is empty: give at least one AutoencoderSpec")
         scored = None
         if held_out is not None and not isinstance(held_out, NoSource):
-            scored = as_source(held_out, wanted or stream.sites, model)
+            scored = as_source(held_out, chosen or stream.sites, model)
         text = scored if isinstance(scored, TextSource) else None
         if trainer.recovered_contexts and (text is None or model is None):
             raise UserError(

@@ -57,9 +57,9 @@ class Phases:
 
     def take(self) -> dict[str, float]:
         """Mean milliseconds a measured step of each phase since the last call, which starts anew."""
-        found = {phase: 1e3 * seconds / max(self._steps, 1) for phase, seconds in self._seconds.items()}
+        means = {phase: 1e3 * seconds / max(self._steps, 1) for phase, seconds in self._seconds.items()}
         self._seconds, self._steps = {}, 0
-        return found
+        return means
 
     def _now(self) -> float:
         if self._device.type == "cuda":

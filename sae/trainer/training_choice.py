@@ -70,10 +70,10 @@ class TrainingChoice:
     def __call__(self, affinity: Tensor, start: int = 0) -> Selection:
         if self.clock is not None:
             self.clock.stop("encode")
-        found = self._token(affinity) if self.choice == "token" else self._global(affinity, start)
+        selection = self._token(affinity) if self.choice == "token" else self._global(affinity, start)
         if self.clock is not None:
             self.clock.stop("select")
-        return found
+        return selection
 
     def _token(self, affinity: Tensor) -> Selection:
         shards = self.mesh.sizes["features"]
@@ -133,4 +133,4 @@ def by_threshold(threshold: Tensor) -> Callable[[Tensor, int], Selection]:
 
 def _among(code: SparseCode, others: SparseCode) -> Tensor:
     """(matches of code,) boolean: which of them `others`, a part of it, has too."""
-    return torch.isin(*(one.token_ids() * one.features + one.indices for one in (code, others)), assume_unique=True)
+    return torch.isin(*(each.token_ids() * each.features + each.indices for each in (code, others)), assume_unique=True)

@@ -119,8 +119,8 @@ class TrainingSae:
         """Multiply the encoder by what makes the first reconstruction of a global batch best; no choice changes by it."""
         x = batch[self.mesh.global_rows(len(batch), batch.device)] / self.scale
         choose = self.selecting(0, None)
-        found = self.forward(x, choose, splits=choose.splits, inner=lambda: choose.inner)
-        moved_by = found.x_hat - self.weights["b_dec"]
+        output = self.forward(x, choose, splits=choose.splits, inner=lambda: choose.inner)
+        moved_by = output.x_hat - self.weights["b_dec"]
         sums = torch.stack([(moved_by * (x - self.weights["b_dec"])).double().sum(), moved_by.double().square().sum()])
         along, square = self.mesh.sum_(sums, "data", "start").tolist()
         if along > 0:
@@ -128,9 +128,9 @@ class TrainingSae:
 
     def measured_backend(self) -> Backend:
         """What "auto" means here, for shapes like those of a step."""
-        wanted = self.recipe.trainer.backend
-        if wanted != "auto":
-            return wanted
+        named = self.recipe.trainer.backend
+        if named != "auto":
+            return named
         w_enc = self.weights["w_enc"]
         tokens = self.mesh.rows(self.recipe.trainer.batch_tokens)
         return choose_backend(
@@ -191,32 +191,32 @@ class TrainingSae:
     ) -> Forward:
         """Own rows x (rows, hidden) in units of `scale`, through these weights (or those in training), in the precision of
         training or another."""
-        kept = self.weights if weights is None else weights
+        used = self.weights if weights is None else weights
         dtype = dtype or self.compute_dtype
-        b_dec = copy_to_shards(kept["b_dec"], self.mesh, "pre-bias gradient")
+        b_dec = copy_to_shards(used["b_dec"], self.mesh, "pre-bias gradient")
         if clock is not None:
             clock.start()
-        got = encode_decode(
+        encoded = encode_decode(
             x,
-            kept["w_enc"].to(dtype),
-            kept["b_enc"].to(dtype),
-            kept["w_dec"].to(dtype),
+            used["w_enc"].to(dtype),
+            used["b_enc"].to(dtype),
+            used["w_dec"].to(dtype),
             b_dec.to(dtype),
             choose,
             backend=self.backend,
             features_first=self.spec.choice == "feature",
             splits=splits,
         )
-        hats, code = [got.x_hat.float()], got.code
+        hats, code = [encoded.x_hat.float()], encoded.code
         if (mask := inner()) is not None:
             code = code.keep(mask)
-            hats.append(decode(code, kept["w_dec"].to(dtype)).float())
-        if got.aux_hat is not None:
-            hats.append(got.aux_hat.float())
+            hats.append(decode(code, used["w_dec"].to(dtype)).float())
+        if encoded.aux_hat is not None:
+            hats.append(encoded.aux_hat.float())
         if self.mesh.sizes["features"] > 1:
             hats = [*sum_of_shards(torch.stack(hats), self.mesh, "reconstruction")]
         if clock is not None:
             clock.stop("decode")
-        aux_hat = hats.pop() if got.aux_hat is not None else None
-        whole = [hat + kept["b_dec"] for hat in hats]
+        aux_hat = hats.pop() if encoded.aux_hat is not None else None
+        whole = [hat + used["b_dec"] for hat in hats]
         return Forward(code, whole[-1], whole[0] if len(whole) > 1 else None, aux_hat)

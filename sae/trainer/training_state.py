@@ -66,7 +66,7 @@ def restore(folder: Path, member: TrainingSae, facts: dict[str, Any]) -> None:
     path = folder / f"{member.name}.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): delete that checkpoint to go on from an earlier one"
@@ -74,14 +74,14 @@ def restore(folder: Path, member: TrainingSae, facts: dict[str, Any]) -> None:
     device = member.weights["b_dec"].device
 
     def own(name: str) -> Tensor:
-        value = found[name]
+        value = stored[name]
         sharded = value.ndim > 0 and name.rsplit("::", 1)[-1] not in _WHOLE
         return (member.mesh.own_features(value) if sharded else value).to(device, copy=True).contiguous()
 
     try:
         for name, parameter in zip(WEIGHTS, member.parameters(), strict=True):
             parameter.data.copy_(own(name))
-            keys = [key for key in found if key.endswith(f"::{name}") and not key.startswith("average::")]
+            keys = [key for key in stored if key.endswith(f"::{name}") and not key.startswith("average::")]
             member.adam.state[parameter] = {key.split("::")[0]: own(key) for key in keys}
         if member.average is not None:
             total = {name: own(f"average::{name}") for name in WEIGHTS}
@@ -91,8 +91,8 @@ def restore(folder: Path, member: TrainingSae, facts: dict[str, Any]) -> None:
         law = member.law
         law.demand = Firings(own("demand_silent"), own("demand_rate"), *facts["demand"])
         law.fitted = facts["fitted"]
-        law.expected = own("expected") if "expected" in found else None
-        law.budgets = own("budgets").T.contiguous() if "budgets" in found else None
+        law.expected = own("expected") if "expected" in stored else None
+        law.budgets = own("budgets").T.contiguous() if "budgets" in stored else None
         member.scale, member.variance, member.backend = facts["scale"], facts["variance"], facts["backend"]
         if member.backend == "cpu" and device.type != "cpu":
             member.backend = "torch"
