@@ -52,6 +52,15 @@ def calibrate(model: SparseAutoencoder) -> None:
         model.set_threshold(calibrate_features(affinity, K * 800 // FEATURES))
 
 
+def test_its_repr_is_a_line_that_says_what_it_is() -> None:
+    model = autoencoder("feature")
+    assert repr(model) == "SparseAutoencoder(feature choice, 24 features, hidden 6, k 3)"
+    model.metadata = {"hook_name": "blocks.3.hook_resid_post"}
+    assert repr(model).endswith("k 3, at blocks.3.hook_resid_post)")
+    fixed = SparseAutoencoder(SparseAutoencoderConfig(hidden=HIDDEN, features=FEATURES, k=0, choice="threshold"))
+    assert repr(fixed) == "SparseAutoencoder(thresholds, 24 features, hidden 6)"
+
+
 def test_it_starts_as_the_recipe_says_and_from_its_seed_alone() -> None:
     config = SparseAutoencoderConfig(hidden=HIDDEN, features=FEATURES, k=K)
     state = torch.random.get_rng_state()

@@ -11,7 +11,7 @@ import torch
 import sae
 from lm import ModelSpec, Site, UserError, load
 from lm.row_files import load_rows
-from sae.activations import ActivationsInMemory, BufferSpec, ContextSpec, HarvestSpec, NoSource, Rows, Texts
+from sae.activations import BufferSpec, ContextSpec, HarvestSpec, NoSource, Rows, Texts
 from sae.trainer import AutoencoderSpec, AuxiliarySpec, TrainerConfig, TrainSaeConfig, ZipfSpec, run_train_sae
 
 SITE, OTHER = Site("resid", 0), Site("mlp", 1)
@@ -90,29 +90,6 @@ def test_tensors_need_no_model() -> None:
     assert repr(alone.autoencoder) == "SparseAutoencoder(mutual choice, 24 features, hidden 8, k 3, at resid.0)"
     assert torch.equal(alone.autoencoder.w_enc, done.results[0].autoencoder.w_enc)
     assert sae.train(activations(), SPECS[0], sites=[OTHER], trainer=TRAINER, show=False).results[0].site == OTHER
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_tensors_are_served_once_an_epoch_and_alike_to_any_number_of_processes(world: int) -> None:
-    values = activations(25)
-    whole = ActivationsInMemory({SITE: values}, batch_tokens=10)
-    parts = [ActivationsInMemory({SITE: values}, batch_tokens=10, rank=rank, world=world) for rank in range(world)]
-    served = []
-    for _ in range(5):
-        batch = next(whole).values
-        for rank, part in enumerate(parts):
-            assert torch.equal(next(part).values, batch[rank::world])
-        served.append(batch)
-    first, second = torch.cat(served).split(25)
-    for epoch in (first, second):
-        assert torch.equal(epoch.sort(0).values, values.sort(0).values)
-    assert not torch.equal(first, second)
-    state, rest = whole.state_dict(), next(whole).values
-    again = ActivationsInMemory({SITE: values}, batch_tokens=10)
-    again.load_state_dict(state)
-    assert torch.equal(next(again).values, rest)
-    with pytest.raises(UserError, match="batch_tokens"):
-        ActivationsInMemory({SITE: values}, batch_tokens=5).load_state_dict(state)
 
 
 def test_what_does_not_go_together_is_refused(tiny: Path) -> None:

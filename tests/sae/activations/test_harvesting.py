@@ -138,7 +138,7 @@ def test_harvest_gives_float32_in_order_once() -> None:
 def test_what_cannot_be_is_refused_at_once() -> None:
     model = llama()
     for sites, spec, says in (
-        ((), HarvestSpec(), "no site"),
+        ((), HarvestSpec(), "sites is empty"),
         ((Site("mlp", 7),), HarvestSpec(), "layer 7"),
         (SITES, HarvestSpec(context=ContextSpec(length=65)), "longer than the model's 64"),
     ):

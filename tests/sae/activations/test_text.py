@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -233,6 +234,12 @@ def test_datasets_are_read_from_disk_and_streamed(tmp_path: Path, monkeypatch: p
         list(Datasets(path=str(clone), column="body").open(TOKENS).read(epoch=0, start=0, seed=None))
     with pytest.raises(UserError, match="split nothing"):
         Datasets(path=str(clone), split="nothing").open(TOKENS)
+
+
+def test_a_sentence_says_what_to_install_where_datasets_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"datasets (is not installed|cannot be imported .*): pip install '.*\[sae\]'"):
+        Datasets(path="somewhere").open(TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
