@@ -23,7 +23,7 @@ def geometric_median(points: Tensor, *, tolerance: float = 1e-8, iterations: int
     pre-bias, on up to 32,768 activations. Badge: **faithful** (the released code's aim, by another stopping rule).
     """
     if points.ndim != 2 or not points.shape[0]:
-        raise UserError(f"a geometric median needs (tokens, hidden) with a token, not {tuple(points.shape)}")
+        raise UserError(f"a geometric median of {tuple(points.shape)}: give (tokens, hidden) with one token or more")
     data = points.detach().double()
     center = data.mean(0)
     for _ in range(iterations):

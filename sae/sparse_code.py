@@ -51,9 +51,9 @@ class SparseCode:
         """Check what costs nothing: ranks, lengths and types. `check` looks at the contents too."""
         shapes = {name: getattr(self, name).shape for name in ("indices", "values", "offsets")}
         if any(len(shape) != 1 for shape in shapes.values()) or shapes["indices"] != shapes["values"]:
-            raise UserError(f"a sparse code needs flat indices and values of one length and flat offsets, not {shapes}")
+            raise UserError(f"a sparse code of {shapes}: give flat indices and values of one length, and flat offsets")
         if self.indices.dtype != torch.int64 or self.offsets.dtype != torch.int64:
-            raise UserError(f"indices and offsets must be int64, not {self.indices.dtype} and {self.offsets.dtype}")
+            raise UserError(f"indices of {self.indices.dtype} and offsets of {self.offsets.dtype}: give int64")
         if not self.offsets.numel():
             raise UserError("offsets are empty: give one number more than there are tokens, the first of them 0")
 

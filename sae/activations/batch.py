@@ -35,7 +35,7 @@ class ActivationBatch:
 
     def __getitem__(self, site: Site) -> Tensor:
         if site not in self.by_site:
-            raise UserError(f"{site} is not among these activations, which hold {', '.join(map(str, self.by_site))}")
+            raise UserError(f"{site} is not among these activations: take one of {', '.join(map(str, self.by_site))}")
         return self.by_site[site]
 
     def __len__(self) -> int:

@@ -156,7 +156,8 @@ def recovered_on(
             new = by(rows.float())
             if new.shape != rows.shape or not bool(new.isfinite().all()):
                 raise UserError(
-                    f"{site} cannot be replaced by {tuple(new.shape)} that is not finite or of another shape"
+                    f"the reconstruction of {site} has shape {tuple(new.shape)} or is not finite: give finite values of "
+                    f"shape {tuple(rows.shape)}"
                 )
             hidden[fit] = new.to(hidden.dtype)
             return hidden

@@ -120,18 +120,18 @@ class Mesh:
 
     def problems(self, problem: str | None) -> list[str | None]:
         """Everybody's problem, in order. One collective."""
-        found: list[str | None] = [problem]
+        problems: list[str | None] = [problem]
         if self.sizes["all"] > 1:
             self.counts["agree"] += 1
-            found = [None] * self.sizes["all"]
-            dist.all_gather_object(found, problem)
-        return found
+            problems = [None] * self.sizes["all"]
+            dist.all_gather_object(problems, problem)
+        return problems
 
     def agree(self, problem: str | None) -> None:
         """Raise the first process's problem on all of them, as UserError; return if there is none. One collective."""
-        for said in self.problems(problem):
-            if said is not None:
-                raise UserError(said)
+        for sentence in self.problems(problem):
+            if sentence is not None:
+                raise UserError(sentence)
 
 
 def sum_of_shards(tensor: Tensor, mesh: Mesh, what: str) -> Tensor:

@@ -61,7 +61,7 @@ class CachedActivations(Iterator[ActivationBatch]):
         self.cache, self.spec = cache, reading or ReadSpec()
         self.sites, self.hidden, self.batch_tokens = tuple(sites or cache.sites), cache.hidden, batch_tokens
         if absent := [str(site) for site in self.sites if site not in cache.sites]:
-            raise UserError(f"{cache.folder} holds no {absent[0]}, only {', '.join(map(str, cache.sites))}")
+            raise UserError(f"{cache.folder} holds no {absent[0]}: name one of {', '.join(map(str, cache.sites))}")
         if batch_tokens < 1 or not 0 <= rank < world:
             raise UserError(f"batches of {batch_tokens} tokens for process {rank} of {world} cannot be: check them")
         if self.spec.epochs is not None and self._end < (1 if self.spec.keep_last else batch_tokens):
