@@ -29,7 +29,9 @@ _ROW_GROUP, _FLAT_GROUP = 16, 32
 def refuse_nan(values: Tensor) -> None:
     """NaN has no place in an order. The maxima of all groups serve as well as all numbers: NaN wins every maximum."""
     if values.numel() and bool(values.max().isnan()):
-        raise UserError("the affinities hold NaN: training has diverged or the input is not finite; lower the rate")
+        raise UserError(
+            "the affinities hold NaN, so training diverged or the input is not finite: lower the rate, or check it"
+        )
 
 
 def best_of_each_row(rows: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,9 +33,7 @@ _BINS = 1 << 16
 _NEAR = 5
 """Bins of the upper 16 bits whose lower bits are counted along with them: 2 on each side of a guess, 0.4 to 0.8 % each."""
 _CHUNK = 1 << 22
-_NAN = (
-    "the affinities hold NaN, so training has diverged or the input is not finite: lower the rate, or check the input"
-)
+_NAN = "the affinities hold NaN, so training diverged or the input is not finite: lower the rate, or check it"
 
 
 class Chosen(NamedTuple):
