@@ -101,8 +101,8 @@ def fit_zipf(
     measured = densities.detach().to("cpu", torch.float64).flatten().sort(descending=True).values
     if not bool(((measured >= 0) & (measured <= 1)).all()):
         raise UserError(
-            f"densities from {float(measured.min()):g} to {float(measured.max()):g}: divide the firing counts by the number "
-            "of tokens"
+            f"densities from {float(measured.min()):g} to {float(measured.max()):g} are not between 0 and 1: divide the firing "
+            "counts by the number of tokens"
         )
     if not 0 <= low_end < 1:
         raise UserError(
