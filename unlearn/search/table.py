@@ -93,18 +93,18 @@ def _row(method: MethodResult, result: SearchResult) -> list[str]:
 
 
 def _left_out(result: SearchResult) -> list[str]:
-    said = []
+    lines = []
     for method in result.methods:
         for seed, run in method.repeats.items():
             if run.failed is not None:
-                said.append(f"{method.name} has no place: with seed {seed} it failed ({run.failed}).")
+                lines.append(f"{method.name} has no place: with seed {seed} it failed ({run.failed}).")
         if method.best is None:
-            said.append(f"{method.name} has no row: {_why_not(method.trials, result)}")
+            lines.append(f"{method.name} has no row: {_why_not(method.trials, result)}")
         elif not method.repeats:
-            said.append(
+            lines.append(
                 f"{method.name} was not run again: its best trial is not among the first {result.config.repeat}."
             )
-    return said
+    return lines
 
 
 def _why_not(trials: Sequence[Finished], result: SearchResult) -> str:
@@ -138,20 +138,20 @@ def _trial(trial: Finished, lowest: float) -> list[str]:
 
 def commands(result: SearchResult) -> str:
     """What to type to make the table's rows again."""
-    said = ["A trial is made again likewise, with its folder (`NAME/trial-00`) in the place of a repeat's.", ""]
+    lines = ["A trial is made again likewise, with its folder (`NAME/trial-00`) in the place of a repeat's.", ""]
     for method in result.methods:
-        said += [f"    # {method.name}"] if method.scored_repeats else []
+        lines += [f"    # {method.name}"] if method.scored_repeats else []
         for run in method.scored_repeats:
-            said += [f"    {line}" for line in again(result.config, run)]
-    return "\n".join(said) if len(said) > 2 else "No method has a row."
+            lines += [f"    {command}" for command in commands_of(result.config, run)]
+    return "\n".join(lines) if len(lines) > 2 else "No method has a row."
 
 
-def again(config: SearchConfig, run: Scored) -> tuple[str, str]:
+def commands_of(config: SearchConfig, run: Scored) -> tuple[str, str]:
     """The two commands of one run: train it, score it."""
     folder, new = f"{config.out}/{run.folder}", f"runs/again/{run.folder}"
     return (
-        f"python scripts/unlearn.py --config {folder}/config.yaml --out {new}",
-        f"python scripts/evaluate.py --config {folder}/{SCORES}/config.yaml --model.path {new}/model --out {new}/{SCORES}",
+        f"palimpsest unlearn --config {folder}/config.yaml --out {new}",
+        f"palimpsest evaluate --config {folder}/{SCORES}/config.yaml --model.path {new}/model --out {new}/{SCORES}",
     )
 
 

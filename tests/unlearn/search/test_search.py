@@ -30,7 +30,7 @@ from unlearn.search.plan import Plan
 from unlearn.search.process import LOG, run_apart
 from unlearn.search.result import SearchResult
 from unlearn.search.scored import Measures, check_runs, read_scored
-from unlearn.search.table import again
+from unlearn.search.table import commands_of
 from unlearn.stage import run_unlearn
 
 MEASURES = Measures("forget_terms", "retain_terms")
@@ -139,7 +139,7 @@ def test_a_finished_search_runs_nothing_again(done: SearchResult, monkeypatch: p
 def test_a_row_is_made_again_by_its_command(done: SearchResult, tmp_path: Path) -> None:
     """The printed words, with another new folder."""
     run = done.methods[0].scored_repeats[0]
-    train, score = (line.replace("runs/again", str(tmp_path)).split()[2:] for line in again(done.config, run))
+    train, score = (line.replace("runs/again", str(tmp_path)).split()[2:] for line in commands_of(done.config, run))
     run_unlearn(parse_config(UnlearnConfig, train))
     found = run_evaluate(parse_config(EvaluateConfig, score)).to_json()
     assert MEASURES.of(found) == (run.quality, run.utility)
