@@ -13,7 +13,8 @@ from tracing.effects.effects import Effects
 from tracing.effects.roles import ROLES
 from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import LayerPlan
-from unlearn.report import Answer, Report, ReportModel, Retraced
+from unlearn.report import Answer, Attacked, AttackTrial, Depth, Report, ReportModel, Retraced
+from unlearn.report.records import Part
 
 NAN = math.nan
 VOID = {"meta", "br", "col"}
@@ -89,40 +90,73 @@ def plan(*, singled: bool = True, layers: int = 8, chosen: tuple[int, ...] = (2,
     )
 
 
+PARTS: dict[str, Part] = {
+    "base": "reference",
+    "retain_only": "retain_model",
+    "joint_planned": "planned",
+    "joint_random": "control",
+    "joint_all": "all_layers",
+}
+"""The parts of the models of these tests, by their keys; any other is another method."""
+
+
 def model(key: str, aggregate: float, final: float = NAN, **other: object) -> ReportModel:
-    made = ReportModel(key=key, label=f"<{key}>", terms=(aggregate,) * 12, task_aggregate=aggregate, final=final)
+    made = ReportModel(
+        key=key,
+        label=f"<{key}>",
+        part=PARTS.get(key, "other"),
+        terms=(aggregate,) * 12,
+        task_aggregate=aggregate,
+        final=final,
+    )
     return dataclasses.replace(made, **other)  # type: ignore[arg-type]
 
 
 BASE = model("base", 0.0, 0.3, mia_auc=1.0, mia_score=0.0, utility=0.8)
-TWIN = model("retain_only", 0.96, 0.9, mia_auc=0.51, mia_score=0.98, utility=0.8)
+RETAIN_MODEL = model("retain_only", 0.96, 0.9, mia_auc=0.51, mia_score=0.98, utility=0.8)
 PLANNED = model("joint_planned", 0.93, 0.88, mia_auc=0.53, mia_score=0.94, utility=0.76, layers=(2, 3, 4), seconds=200)
 
 
 def report(*models: ReportModel, **other: object) -> Report:
-    made = Report(title="T", model_name="m", question="Q?", models=models or (BASE, PLANNED, TWIN), plan=plan())
+    made = Report(title="T", model_name="m", question="Q?", models=models or (BASE, PLANNED, RETAIN_MODEL), plan=plan())
     return dataclasses.replace(made, **other)  # type: ignore[arg-type]
+
+
+def traced(peak: float, clean: float) -> Effects:
+    """Four facts with an effect at one layer."""
+    cells = np.zeros((6, 8))
+    cells[1:4, 3] = peak
+    return Effects(
+        facts=tuple(Fact("who is ada", "ada", "w", id=str(place)) for place in range(4)),
+        clean=np.full(4, clean),
+        corrupted=np.full(4, 0.1),
+        restored={"mlp": [cells + 0.1 + 0.01 * place for place in range(4)]},
+        tokens=(tuple("abcdef"),) * 4,
+        subject_spans=((1, 4),) * 4,
+        sigma=0.1,
+        metric="probability",
+        window=1,
+    )
 
 
 def retraced(label: str = "Facts to forget", after: float = 0.05) -> Retraced:
     """Four facts whose effect at one layer falls to `after`."""
+    return Retraced(label=label, found=difference(traced(0.4, 0.9), traced(after, 0.2)))
 
-    def effects(peak: float, clean: float) -> Effects:
-        cells = np.zeros((6, 8))
-        cells[1:4, 3] = peak
-        return Effects(
-            facts=tuple(Fact("who is ada", "ada", "w", id=str(place)) for place in range(4)),
-            clean=np.full(4, clean),
-            corrupted=np.full(4, 0.1),
-            restored={"mlp": [cells + 0.1 + 0.01 * place for place in range(4)]},
-            tokens=(tuple("abcdef"),) * 4,
-            subject_spans=((1, 4),) * 4,
-            sigma=0.1,
-            metric="probability",
-            window=1,
-        )
 
-    return Retraced(label=label, found=difference(effects(0.4, 0.9), effects(after, 0.2)))
+def attacked(label: str = "<joint>") -> Attacked:
+    """An attack that was asked about three times; the last difference has no interval."""
+    trial = AttackTrial(
+        name="other_people",
+        verdict="as much",
+        sentence="other_people: the unlearned model relearns as fast.",
+        levels=(0, 10, 20),
+        unlearned=(0.0, 0.1, 0.2),
+        retain_model=(0.0, 0.15, 0.25),
+        low=(-0.1, -0.1, NAN),
+        high=(0.1, 0.05, NAN),
+    )
+    return Attacked(label=label, attack="Relearning", unit="steps", trials=(trial,))
 
 
 def full() -> Report:
@@ -133,13 +167,15 @@ def full() -> Report:
         BASE,
         *methods,
         model("gradient_difference", 0.6, 0.5),
-        TWIN,
+        RETAIN_MODEL,
         tables={kind: table(kind) for kind in ("resid", "mlp", "attn")},
         answers=(
             Answer(prompt="When?", truth="1987", task="Task2", side="forget", said=said),
             Answer(prompt="Where?", truth="Varn", task="Task3", side="retain", said={"base": "Varn"}),
         ),
         again=(retraced(), retraced("Facts to keep", 0.4)),
+        attacks=(attacked(),),
+        depths=(Depth(label="<joint>", sentence="Deep.", unlearned=(0.1, 0.4, NAN), retain_model=(0.2, 0.5, 1.0)),),
         caveats=("One seed.",),
         commands=("make demo",),
         facts={"Seed": "0"},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from unlearn.demo.config import DemoConfig
 from unlearn.objectives import Objective
+from unlearn.report.records import Part
 from unlearn.scope.scope import Scope
 
 
@@ -17,6 +18,7 @@ class Entry:
     key: str
     label: str
     note: str
+    part: Part
     path: str | None = None
     scope: Scope | None = None
     objective: Objective | None = None
@@ -26,27 +28,44 @@ def entries(config: DemoConfig, plan: Path) -> list[Entry]:
     """The untouched model, the retain model, the method, and the controls."""
     file = str(plan)
     return [
-        Entry("base", "Before unlearning", "The model that memorized everything: the floor.", config.trace.model.path),
+        Entry(
+            "base",
+            "Before unlearning",
+            "The model that memorized everything: the floor.",
+            "reference",
+            config.trace.model.path,
+        ),
         Entry(
             "retain_only",
-            "Never saw it",
-            "The retain model, trained without the forget rows: the honest ceiling.",
+            "Retain model",
+            "Trained without the forget rows: the honest ceiling.",
+            "retain_model",
             config.retain_model,
         ),
-        Entry("joint_planned", "Joint, planned layers", "The method.", None, Scope(plan=file), config.joint),
+        Entry("joint_planned", "Joint, planned layers", "The method.", "planned", None, Scope(plan=file), config.joint),
         Entry(
             "joint_random",
             "Joint, random layers",
             "Control: as many layers, drawn.",
+            "control",
             None,
             Scope(plan=file, use="random"),
             config.joint,
         ),
-        Entry("joint_all", "Joint, all layers", "Control: every MLP.", None, Scope(plan=file, use="all"), config.joint),
+        Entry(
+            "joint_all",
+            "Joint, all layers",
+            "Control: every MLP.",
+            "all_layers",
+            None,
+            Scope(plan=file, use="all"),
+            config.joint,
+        ),
         Entry(
             "gradient_difference",
             "Gradient difference",
             "Baseline: the same layers and steps, no cap, no adaptive weight.",
+            "other",
             None,
             Scope(plan=file),
             config.difference,

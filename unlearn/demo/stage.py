@@ -18,9 +18,7 @@ from lm.anatomy import Kind
 from lm.config import dump_yaml
 from lm.errors import UserError
 from lm.model import ModelSpec
-from lm.row_files import load_rows
 from lm.run_folder import write_atomic, write_json
-from tracing.effects.effects import Effects
 from tracing.plan.layer_plan import LayerPlan
 from tracing.stages.retrace.config import RetraceConfig
 from tracing.stages.retrace.stage import run_retrace
@@ -49,7 +47,8 @@ def run_demo(config: DemoConfig) -> Path:
     trace_again(config, plan, out)
     print(f"all stages took {time.monotonic() - started:.0f} s")
     print(table(models))
-    return _report(config, out, plan, models)
+    write_report(out / "report.html", demo_report(out, entries(config, out / "trace" / "plan.json")))
+    return out / "report.html"
 
 
 def describe(config: DemoConfig, result: Path) -> str:
@@ -131,14 +130,6 @@ def score_entry(config: DemoConfig, entry: Entry, out: Path) -> dict[str, Any]:
     measured = record["seconds"]
     assert isinstance(measured, float)
     return {**record, "seconds": round(seconds + measured, 3)}
-
-
-def _report(config: DemoConfig, out: Path, plan: LayerPlan, models: Mapping[str, Mapping[str, Any]]) -> Path:
-    effects = [Effects.load(out / name / "effects.npz") for name in ("trace", "retrace")]
-    forgotten = frozenset(row.id for row in load_rows(UnlearnConfig().forget))
-    compared = entries(config, out / "trace" / "plan.json")
-    write_report(out / "report.html", demo_report(out, plan, effects[0], effects[1], forgotten, compared, models))
-    return out / "report.html"
 
 
 def check_results(folder: Path) -> None:

@@ -1,9 +1,20 @@
-"""One self-contained HTML page about an unlearning run and its comparison: where, is it gone, and how do we know.
+"""One self-contained HTML page about unlearned models and their comparison: where, is it gone, and how do we know.
 
-`write_report(path, Report(...))` writes it; the records say what goes in. How to read it: docs/reading_the_report.md.
+`write_report(path, Report(...))` writes it; the records say what goes in; `stage.run_report` fills them from run folders. How to
+read the page: docs/reading_the_report.md.
 """
 
 from unlearn.report.page import render, write_report
-from unlearn.report.records import Answer, Report, ReportModel, Retraced
+from unlearn.report.records import Answer, Attacked, AttackTrial, Depth, Report, ReportModel, Retraced
 
-__all__ = ["Answer", "Report", "ReportModel", "Retraced", "render", "write_report"]
+__all__ = [
+    "Answer",
+    "AttackTrial",
+    "Attacked",
+    "Depth",
+    "Report",
+    "ReportModel",
+    "Retraced",
+    "render",
+    "write_report",
+]

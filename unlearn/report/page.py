@@ -1,26 +1,70 @@
 """One self-contained HTML page from a `Report`: sections in order, style inside, nothing loaded and nothing run.
 
-The page forbids itself every outside resource and every script (its Content-Security-Policy), is readable without
-color, on a phone and on paper, and is the same bytes for the same report.
+The page is a jinja2 template (`page.html.jinja`) with one style sheet (`style.css`). It forbids itself every outside resource and
+every script (its Content-Security-Policy), is readable without color, on a phone and on paper, and is the same bytes for the
+same report.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from lm.run_folder import write_atomic
-from unlearn.report import curves, tables, words
-from unlearn.report.answers import before_and_after
-from unlearn.report.location import where
-from unlearn.report.markup import Html, el, join
+from unlearn.report import words
+from unlearn.report.drawing.svg import printable
 from unlearn.report.records import Report, ReportModel
-from unlearn.report.retraced import traced_again
-from unlearn.report.style import CSS
+from unlearn.report.sections.answers import AnswerSide, before_and_after
+from unlearn.report.sections.attacks import AttackView, DepthView, attacks, depths
+from unlearn.report.sections.location import Location, location
+from unlearn.report.sections.retraced import TracedAgain, traced_again
+from unlearn.report.sections.scores import Column, ScoreTables, score_tables, term_heads
+from unlearn.report.sections.training import Training, training
 from unlearn.report.verdict import focus, verdict
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_FOLDER = Path(__file__).parent
+_KEY_FIGURES = ("task_aggregate", "mia_auc", "utility", "final")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section that the page has: its anchor and its heading."""
+
+    name: str
+    title: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A number at the top of the page, beside what it is measured against."""
+
+    name: str
+    value: str
+    notes: list[str]
+    title: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What the template puts in its places."""
+
+    sections: list[Section]
+    verdict: str
+    about: str
+    boxes: list[Box]
+    location: Location | None
+    scores: ScoreTables
+    answers: tuple[AnswerSide, ...]
+    again: TracedAgain | None
+    attacks: tuple[AttackView, ...]
+    depths: tuple[DepthView, ...]
+    training: Training | None
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -38,138 +82,88 @@ def write_report(path: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page as text."""
-    sections = [
-        ("where", "Where is it stored?", where(report)),
-        ("scores", "Is it gone, and is the rest still there?", _scores(report)),
-        ("answers", "Before and after", _answers(report)),
-        ("again", "What is left where it was stored?", traced_again(report)),
-        ("training", "Training", _training(report)),
-        ("caveats", "Caveats", _caveats(report)),
-        ("repeat", "How to repeat this", _repeat(report)),
-    ]
-    shown = [(name, title, content) for name, title, content in sections if content]
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        el("meta", name="color-scheme", content="light dark"),
-        el("meta", name="generator", content="Palimpsest"),
-        el("title", f"{report.title} · Palimpsest"),
-        el("style", Html(CSS)),
-    )
-    links = [el("li", el("a", title, href=f"#{name}")) for name, title, _ in shown]
-    body = el(
-        "body",
-        el("a", "Skip to the report", href="#where", class_="skip"),
-        _header(report),
-        el("nav", el("ol", links), aria_label="Sections"),
-        el("main", [_section(place, *section) for place, section in enumerate(shown, start=1)]),
-        el("footer", el("p", f"Palimpsest · {report.model_name}")),
-    )
-    return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
+    return _template().render(report=report, page=_page(report), css=_style(), words=words, term_heads=term_heads())
 
 
-def _section(place: int, name: str, title: str, content: Html) -> Html:
-    heading = el("h2", el("span", f"{place}", class_="place"), " ", title)
-    return el("section", heading, content, id=name)
-
-
-def _header(report: Report) -> Html:
-    return el(
-        "header",
-        el("p", el("span", "Palimpsest", class_="mark"), " ", el("bdi", report.model_name), class_="over"),
-        el("h1", report.title),
-        el("p", report.question, class_="question"),
-        el("p", " ".join(verdict(report)), class_="verdict"),
-        _key_figures(report),
-    )
-
-
-def _key_figures(report: Report) -> Html | None:
-    """Up to five numbers of the model that the page is about, each beside what it is measured against."""
+def _page(report: Report) -> Page:
     about = focus(report)
-    if about is None:
-        return None
-    compared = [("before", model) for model in report.only("base")] + [("never saw it", m) for m in report.only("twin")]
+    tables = score_tables(report)
+    return Page(
+        sections=_sections(report),
+        verdict=" ".join(verdict(report)),
+        about=about.label if about is not None else "",
+        boxes=_boxes(report, about, tables) if about is not None else [],
+        location=location(report),
+        scores=tables,
+        answers=before_and_after(report),
+        again=traced_again(report),
+        attacks=attacks(report),
+        depths=depths(report),
+        training=training(report),
+    )
 
-    def beside(value: Callable[[ReportModel], float]) -> list[str]:
-        return [f"{name} {words.score(value(model))}" for name, model in compared if not math.isnan(value(model))]
 
-    measures: list[tuple[str, str, Callable[[ReportModel], float]]] = [
-        ("task_aggregate", "", lambda model: model.task_aggregate),
-        ("mia_auc", " (0.5 is best)", lambda model: model.mia_auc),
-        ("utility", "", lambda model: model.utility),
-        ("final", "", lambda model: model.final),
+def _sections(report: Report) -> list[Section]:
+    """Those that there is something for, in order; the first four questions are put in every report."""
+    sections: list[tuple[str, str, Any]] = [
+        ("where", "Where is it stored?", True),
+        ("scores", "Is it gone, and is the rest still there?", True),
+        ("answers", "Before and after", True),
+        ("again", "What is left where it was stored?", report.again),
+        ("attacks", "Does it come back?", report.attacks),
+        ("depth", "How deep did unlearning go?", report.depths),
+        ("training", "Training", True),
+        ("caveats", "Caveats", report.caveats),
+        ("repeat", "How to repeat this", report.commands or report.facts),
     ]
+    return [Section(name, title) for name, title, shown in sections if shown]
+
+
+def _boxes(report: Report, about: ReportModel, tables: ScoreTables) -> list[Box]:
+    """Up to four numbers of the model that the page is about, and what was trained in it."""
+    compared = [("before", model) for model in report.only("reference")]
+    compared += [("retain model", model) for model in report.only("retain_model")]
+
+    def beside(name: str) -> list[str]:
+        values = [(label, model.value(name)) for label, model in compared]
+        return [f"{label} {words.score(value)}" for label, value in values if not math.isnan(value)]
+
+    heads: dict[str, Column] = dict(zip(tables.names, tables.measures, strict=True))
     boxes = [
-        _box(words.HEADS[name] + note, words.score(value(about)), beside(value), words.COLUMNS[name])
-        for name, note, value in measures
-        if not math.isnan(value(about))
+        Box(
+            name=heads[name].title + (" (0.5 is best)" if name == "mia_auc" else ""),
+            value=words.score(about.value(name)),
+            notes=beside(name),
+            title=heads[name].meaning,
+        )
+        for name in _KEY_FIGURES
+        if not math.isnan(about.value(name))
     ]
-    return el("dl", boxes, _trained(report, about), class_="figures-row", aria_label=about.label)
+    return [*boxes, _trained(report, about)]
 
 
-def _trained(report: Report, about: ReportModel) -> Html:
+def _trained(report: Report, about: ReportModel) -> Box:
     if about.layers is None:
-        return _box("Trained", "all weights", [], words.COLUMNS["trained"])
+        return Box(name="Trained", value="all weights", notes=[], title=words.TRAINED)
     notes = [f"of {report.model_layers} layers"] if report.model_layers else []
     if report.plan is not None and report.plan.evidence and report.plan.layers == about.layers:
         notes.append("singled out by tracing" if report.plan.singled_out else "not singled out by tracing")
-    return _box("Trained layers", words.layer_list(about.layers), notes, words.COLUMNS["trained"])
+    return Box(name="Trained layers", value=words.layer_list(about.layers), notes=notes, title=words.TRAINED)
 
 
-def _box(name: str, value: str, notes: list[str], title: str) -> Html:
-    long = "value long" if len(value) > 7 else "value"
-    lines = el("dd", [el("span", note) for note in notes], class_="note") if notes else None
-    return el("div", el("dt", name, title=title), el("dd", value, class_=long), lines)
-
-
-def _scores(report: Report) -> Html:
-    return join(tables.summary(report), tables.terms(report), tables.meanings())
-
-
-def _answers(report: Report) -> Html:
-    if not report.answers:
-        return el("p", "No answers were given to this report.")
-    warning = "This section repeats the text that is to be forgotten: handle the page as you handle the forget set."
-    how = (
-        "Each answer is one greedy generation; that it differs from the truth does not prove that the truth cannot be "
-        "had in another way."
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, finalize=_finalize
     )
-    return join(el("p", warning, " ", how), before_and_after(report))
+    return environment.get_template("page.html.jinja")
 
 
-def _training(report: Report) -> Html:
-    logs = [(model, curves.training_lines(model.log)) for model in report.methods]
-    drawn = [(model, log) for model, log in logs if log]
-    three = len(drawn) not in (1, 2, 4)
-    scales = curves.shared_scales([log for _, log in drawn], width=400.0 if three else 440.0)
-    if scales is None:
-        return el("p", "No training log was given to this report.")
-    figures = [
-        el("figure", el("figcaption", el("b", el("bdi", model.label))), curves.curves(model.label, log, scales))
-        for model, log in drawn
-    ]
-    text = (
-        "Cross-entropy of the answer tokens in nats, on a logarithmic scale that all methods share: forget rows should "
-        "rise, retain rows stay low. The strip below is α, the weight of the retain term, on one scale as well. "
-        "A gap is a step without a number."
-    )
-    without = [model.label for model, log in logs if not log]
-    missing = el("p", f"No training log: {'; '.join(without)}.") if without else None
-    return join(el("p", text), el("div", figures, class_=f"figures {'three' if three else 'two'}"), missing)
+def _finalize(value: Any) -> Any:
+    """What an expression of the template comes to, before it is escaped."""
+    return printable(value) if isinstance(value, str) else value
 
 
-def _caveats(report: Report) -> Html | None:
-    return el("ul", [el("li", caveat) for caveat in report.caveats], class_="caveats") if report.caveats else None
-
-
-def _repeat(report: Report) -> Html | None:
-    parts = []
-    if report.commands:
-        parts.append(el("pre", el("code", "\n".join(report.commands)), tabindex="0"))
-    if report.facts:
-        rows = [el("div", el("dt", name), el("dd", value)) for name, value in report.facts.items()]
-        parts.append(el("dl", rows, class_="facts"))
-    return join(parts) if parts else None
+@cache
+def _style() -> Markup:
+    return Markup((_FOLDER / "style.css").read_text(encoding="utf-8"))

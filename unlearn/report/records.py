@@ -1,8 +1,6 @@
-"""What a report is made of: plain records that a run, a benchmark or a notebook fills in.
+"""What a report is made of: plain records that run folders, a benchmark or a notebook fill in.
 
-A model's part in the comparison follows from its key: `base` (before unlearning), `retain_only` (the twin that never
-saw the forget rows), `*_planned` (trained in the planned layers), `*_random`, `*_inverse`, `*_all` (controls: the same
-method in other layers), anything else (another method). Nothing is measured or drawn here.
+Nothing is measured or drawn here.
 """
 
 from __future__ import annotations
@@ -17,9 +15,11 @@ from tracing.effects.before_after import Difference
 from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import LayerPlan
 from unlearn.evaluation.lume import TERMS
+from unlearn.evaluation.result import MEASURES
 
-Part = Literal["base", "twin", "planned", "control", "other"]
-_CONTROLS = ("random", "inverse", "all")
+Part = Literal["reference", "retain_model", "planned", "control", "all_layers", "other"]
+"""A model's part in the comparison: the reference model (before unlearning), the retain model (it never saw the forget rows),
+the method in the planned layers, the same method in as many other layers (a control) or in all of them, any other model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,38 +45,36 @@ class ReportModel:
     """One model of the comparison. Any number may be NaN where it does not apply or was not measured.
 
     Attributes:
-        key: its name in files; see the module's first paragraph for what it implies.
+        key: its name in files.
         label, note: its name for readers, and a few words about it.
+        part: what it is in the comparison.
         terms: the twelve terms in the order of `unlearn.evaluation.lume.TERMS`.
+        others: the values of further scores, by the names of `unlearn.evaluation.scores`.
         seconds: wall-clock time of making and scoring it.
-        layers: the trained layers; None if all weights were trained (or none: base and twin).
-        log: its training metric lines, as in `metrics.jsonl`; empty for base and twin.
+        layers: the trained layers; None if all weights were trained (or none: reference and retain model).
+        log: its training metric lines, as in `metrics.jsonl`; empty for reference and retain model.
     """
 
     key: str
     label: str
     terms: tuple[float, ...]
     task_aggregate: float
+    part: Part = "other"
     note: str = ""
     mia_auc: float = math.nan
     mia_score: float = math.nan
     utility: float = math.nan
     final: float = math.nan
+    others: Mapping[str, float] = field(default_factory=dict)
     seconds: float = math.nan
     layers: tuple[int, ...] | None = None
     log: Sequence[Mapping[str, Any]] = ()
 
-    @property
-    def part(self) -> Part:
-        """Its part in the comparison, from the key."""
-        if self.key == "base":
-            return "base"
-        if self.key == "retain_only":
-            return "twin"
-        ending = self.key.rsplit("_", 1)[-1]
-        if ending == "planned":
-            return "planned"
-        return "control" if ending in _CONTROLS else "other"
+    def value(self, score: str) -> float:
+        """The value of a score by its name; NaN if there is none."""
+        if score in MEASURES:
+            return float(getattr(self, score))
+        return self.others.get(score, math.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +83,49 @@ class Retraced:
 
     label: str
     found: Difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackTrial:
+    """One attack on two models alike.
+
+    Attributes:
+        name: what the attacker had.
+        verdict: beside the retain model, in a few words (`unlearn.attacks.curves.Verdict`).
+        sentence: the result in a sentence.
+        levels: how far the attack went at each asking, 0 first.
+        unlearned, retain_model: what each said right of the forgotten, from 0 to 1, at each level.
+        low, high: the interval of the difference at each level; NaN where there is none.
+    """
+
+    name: str
+    verdict: str
+    sentence: str
+    levels: tuple[float, ...]
+    unlearned: tuple[float, ...]
+    retain_model: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """What an attack brought back out of a model: `label` names the model, `unit` what the levels count."""
+
+    label: str
+    attack: str
+    unit: str
+    trials: tuple[AttackTrial, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """How deep unlearning went, by layer: nats a token lost with the stream of each model put into the original one."""
+
+    label: str
+    sentence: str
+    unlearned: tuple[float, ...]
+    retain_model: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +138,10 @@ class Report:
         question: what was asked, a sentence for readers.
         plan: which layers were chosen and why; None if none were.
         tables: kind (`resid`, `mlp`, `attn`) -> mean indirect effects.
-        models: in the order to show; base and twin are set apart wherever they stand.
+        models: in the order to show; reference and retain model are set apart wherever they stand.
         answers: rows to show before and after.
-        again: facts that were traced again after unlearning, in the planned model.
+        again: facts that were traced again after unlearning.
+        attacks, depths: what attacks brought back, and how deep unlearning went.
         caveats: sentences on what the numbers do not show.
         commands: what to type to get these results again.
         facts: versions, date, seed, commit, data hashes, machine.
@@ -113,28 +155,30 @@ class Report:
     tables: Mapping[str, EffectTable] = field(default_factory=dict)
     answers: tuple[Answer, ...] = ()
     again: tuple[Retraced, ...] = ()
+    attacks: tuple[Attacked, ...] = ()
+    depths: tuple[Depth, ...] = ()
     caveats: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.models:
-            raise UserError("the report has no models; give at least one.")
+            raise UserError("the report has no models: give at least one")
         keys = [model.key for model in self.models]
         for model in self.models:
             if keys.count(model.key) > 1:
-                raise UserError(f"the report has {keys.count(model.key)} models named {model.key!r}; name each once.")
+                raise UserError(f"the report has {keys.count(model.key)} models named {model.key!r}: name each once")
             if len(model.terms) != len(TERMS):
                 raise UserError(
-                    f"the report's model {model.key!r} has {len(model.terms)} terms; give {len(TERMS)}, NaN for those "
-                    "that do not apply."
+                    f"the report's model {model.key!r} has {len(model.terms)} terms: give {len(TERMS)}, NaN for those "
+                    "that do not apply"
                 )
         for kind, table in self.tables.items():
             layers = table.mean.shape[1]
             if self.plan is not None and max(self.plan.layers) >= layers:
                 raise UserError(
                     f"the plan names layer {max(self.plan.layers)} but the {kind} effects have layers 0 to "
-                    f"{layers - 1}; give the plan and the effects of one model."
+                    f"{layers - 1}: give the plan and the effects of one model"
                 )
 
     def only(self, *parts: Part) -> list[ReportModel]:
@@ -143,8 +187,8 @@ class Report:
 
     @property
     def methods(self) -> list[ReportModel]:
-        """The unlearned models: all but base and twin."""
-        return self.only("planned", "control", "other")
+        """The unlearned models: all but the reference and the retain model."""
+        return self.only("planned", "control", "all_layers", "other")
 
     @property
     def model_layers(self) -> int | None:

@@ -1,7 +1,7 @@
 """The paragraph at the top of the page, from the numbers alone.
 
 It compares one model, the *focus* (trained in the planned layers, or else the best method), with the model before
-unlearning, with the twin that never saw the forget rows, with its controls and with the other methods. It says when
+unlearning, with the retain model (which never saw the forget rows), with its controls and with the other methods. It says when
 any of these does as well, and never more than the numbers do.
 """
 
@@ -12,6 +12,13 @@ import math
 from unlearn.report import words
 from unlearn.report.records import Report, ReportModel
 
+_OUTCOMES = {
+    "more": "more than the retain model",
+    "a little more": "a little more than the retain model",
+    "as much": "no more than the retain model",
+    "less": "less than the retain model",
+    "cannot tell": "cannot tell",
+}
 _DIGITS = 3  # what the tables show; smaller differences are ties
 
 
@@ -26,15 +33,20 @@ def focus(report: Report) -> ReportModel | None:
 def verdict(report: Report) -> list[str]:
     """The sentences, in order."""
     about = focus(report)
-    base = next(iter(report.only("base")), None)
-    twin = next(iter(report.only("twin")), None)
-    said = [_located(report)]
+    reference = next(iter(report.only("reference")), None)
+    retain_model = next(iter(report.only("retain_model")), None)
+    sentences = [_located(report)]
     if about is None:
-        return [*said, "No unlearned model is in this report, so nothing can be said about forgetting."]
-    said += [_aggregate(about, base, twin, len(report.methods)), *_weakest(about), *_membership(about, twin)]
-    said += _utility(about, base)
+        return [*sentences, "No unlearned model is in this report, so nothing can be said about forgetting."]
+    sentences += [
+        _aggregate(about, reference, retain_model, len(report.methods)),
+        *_weakest(about),
+        *_membership(about, retain_model),
+    ]
+    sentences += _utility(about, reference)
     rivals = [model for model in report.methods if model is not about]
-    return [*said, *_rivals(about, rivals, about.part == "planned")]
+    sentences += _rivals(about, rivals, about.part == "planned")
+    return [*sentences, *_attacked(report)]
 
 
 def _located(report: Report) -> str:
@@ -50,21 +62,23 @@ def _located(report: Report) -> str:
     return f"The evidence does not single out layers: {kept}{'were' if len(plan.layers) > 1 else 'was'} trained all the same."
 
 
-def _aggregate(about: ReportModel, base: ReportModel | None, twin: ReportModel | None, methods: int) -> str:
+def _aggregate(
+    about: ReportModel, reference: ReportModel | None, retain_model: ReportModel | None, methods: int
+) -> str:
     value = about.task_aggregate
     if math.isnan(value):
         return f"“{about.label}” has no task aggregate."
     best = "" if about.part == "planned" or methods == 1 else ", the best of the methods,"
     text = f"“{about.label}”{best} reaches a task aggregate of {words.score(value)}"
-    if base is not None and not math.isnan(base.task_aggregate):
-        text += f" (before unlearning: {words.score(base.task_aggregate)})"
-    if twin is None or math.isnan(twin.task_aggregate) or twin.task_aggregate == 0:
-        return f"{text}. There is no retain-only twin to say how high it could honestly go."
-    ceiling = f"the {words.score(twin.task_aggregate)} of a model that never saw the forget rows"
-    if _tied(value, twin.task_aggregate):
+    if reference is not None and not math.isnan(reference.task_aggregate):
+        text += f" (before unlearning: {words.score(reference.task_aggregate)})"
+    if retain_model is None or math.isnan(retain_model.task_aggregate) or retain_model.task_aggregate == 0:
+        return f"{text}. There is no retain model to say how high it could honestly go."
+    ceiling = f"the {words.score(retain_model.task_aggregate)} of the retain model, which never saw the forget rows"
+    if _tied(value, retain_model.task_aggregate):
         return f"{text}, equal to {ceiling}."
-    if value < twin.task_aggregate:
-        return f"{text}, {words.percent(value / twin.task_aggregate)} of {ceiling}."
+    if value < retain_model.task_aggregate:
+        return f"{text}, {words.percent(value / retain_model.task_aggregate)} of {ceiling}."
     return (
         f"{text}, above {ceiling}. More than that ceiling is no merit: it means behaving unlike a model that never saw "
         "the rows."
@@ -86,21 +100,25 @@ def _weakest(about: ReportModel) -> list[str]:
     return [f"Its weakest term is {names[0]}, {words.score(lowest)}."]
 
 
-def _membership(about: ReportModel, twin: ReportModel | None) -> list[str]:
+def _membership(about: ReportModel, retain_model: ReportModel | None) -> list[str]:
     if math.isnan(about.mia_auc):
         return ["Membership inference was not measured."]
-    other = "" if twin is None or math.isnan(twin.mia_auc) else f", the twin has {words.score(twin.mia_auc)}"
+    other = (
+        ""
+        if retain_model is None or math.isnan(retain_model.mia_auc)
+        else f", the retain model has {words.score(retain_model.mia_auc)}"
+    )
     return [f"The membership AUC is {words.score(about.mia_auc)} (0.5 would tell nothing{other})."]
 
 
-def _utility(about: ReportModel, base: ReportModel | None) -> list[str]:
+def _utility(about: ReportModel, reference: ReportModel | None) -> list[str]:
     if math.isnan(about.utility):
         return ["Utility was not measured."]
     text = f"Utility is {words.score(about.utility)}"
-    if base is None or math.isnan(base.utility) or base.utility == 0:
+    if reference is None or math.isnan(reference.utility) or reference.utility == 0:
         return [f"{text}; there is no value from before unlearning to compare with."]
     return [
-        f"{text}, {words.percent(about.utility / base.utility)} of what it was before ({words.score(base.utility)})."
+        f"{text}, {words.percent(about.utility / reference.utility)} of what it was before ({words.score(reference.utility)})."
     ]
 
 
@@ -108,32 +126,47 @@ def _rivals(about: ReportModel, rivals: list[ReportModel], planned: bool) -> lis
     """What controls and other methods say against the focus."""
     if not rivals:
         return ["There is no control and no other method to compare with."]
-    controls = [model for model in rivals if model.part == "control"] if planned else []
-    said = _controls(about, controls) if planned else []
-    for other in (one for one in rivals if one not in controls and at_least(one, about)):
-        said.append(f"The other method “{other.label}” does {against(other, about)}.")
-    return said
+    controls = [model for model in rivals if model.part in ("control", "all_layers")] if planned else []
+    sentences = _controls(about, controls) if planned else []
+    for other in rivals:
+        if other not in controls and at_least(other, about):
+            sentences.append(f"The other method “{other.label}” does {against(other, about)}.")
+    return sentences
 
 
 def _controls(about: ReportModel, controls: list[ReportModel]) -> list[str]:
     """Does it matter which layers are trained (controls of equal size), and does it help to train few (all layers)?"""
-    every = [model for model in controls if model.key.rsplit("_", 1)[-1] == "all"]
-    equal = [model for model in controls if model not in every]
+    every = [model for model in controls if model.part == "all_layers"]
+    equal = [model for model in controls if model.part == "control"]
     if not equal:
-        said = ["No control was trained in as many other layers, so nothing shows that the choice of layers matters."]
+        sentences = [
+            "No control was trained in as many other layers, so nothing shows that the choice of layers matters."
+        ]
     elif winners := [model for model in equal if at_least(model, about)]:
-        said = [f"The control “{one.label}” does {against(one, about)}." for one in winners]
-        said.append("So these numbers do not show that the choice of layers matters.")
+        sentences = [f"The control “{control.label}” does {against(control, about)}." for control in winners]
+        sentences.append("So these numbers do not show that the choice of layers matters.")
     else:
-        each = words.listing([f"“{one.label}” {_measures(one)}" for one in equal])
-        said = [f"It does better than as many other layers: {each}; each is a single run."]
-    for one in every:
-        if at_least(one, about):
-            said.append(f"Training all layers does {against(one, about)}.")
-            said.append("So these numbers do not show a gain from training only the planned layers.")
+        each = words.listing([f"“{control.label}” {_measures(control)}" for control in equal])
+        sentences = [f"It does better than as many other layers: {each}; each is a single run."]
+    for control in every:
+        if at_least(control, about):
+            sentences.append(f"Training all layers does {against(control, about)}.")
+            sentences.append("So these numbers do not show a gain from training only the planned layers.")
         else:
-            said.append(f"It does better than training all layers: “{one.label}” {_measures(one)}.")
-    return said
+            sentences.append(f"It does better than training all layers: “{control.label}” {_measures(control)}.")
+    return sentences
+
+
+def _attacked(report: Report) -> list[str]:
+    """What attacks brought back, model by model."""
+    sentences = []
+    for attacked in report.attacks:
+        outcomes = "; ".join(
+            f"{trial.name.replace('_', ' ')}, {_OUTCOMES.get(trial.verdict, trial.verdict)}"
+            for trial in attacked.trials
+        )
+        sentences.append(f"Attacked by {attacked.attack}, “{attacked.label}” gives back: {outcomes}.")
+    return sentences
 
 
 def at_least(rival: ReportModel, about: ReportModel) -> bool:
@@ -165,8 +198,8 @@ def _measures(model: ReportModel) -> str:
     return f"{words.score(model.task_aggregate)}{final}"
 
 
-def _tied(one: float, other: float) -> bool:
-    return round(one, _DIGITS) == round(other, _DIGITS)
+def _tied(value: float, other: float) -> bool:
+    return round(value, _DIGITS) == round(other, _DIGITS)
 
 
 def _known(value: float) -> float:

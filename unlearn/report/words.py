@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from unlearn.evaluation.lume import TERMS
+from unlearn.evaluation.scores.lume import LUME_TERMS, TASK_WORDS
 from unlearn.report.records import ReportModel
 
 DASH = "–"
-TASKS = {"Task1": "stories", "Task2": "records", "Task3": "biographies"}
-KINDS = {"resid": "Whole stream after each block", "mlp": "MLP contributions", "attn": "Attention contributions"}
-MODULES = {"mlp": "the MLPs", "attn": "the attention", "all": "the whole blocks", "resid": "the whole stream"}
+TASKS = TASK_WORDS
+TRAINED = "Which layers were trained, counted from 0."
+SECONDS = "Wall-clock time of training (if any) and scoring."
+KINDS = {"resid": "Residual stream after each block", "mlp": "MLP contributions", "attn": "Attention contributions"}
+MODULES = {"mlp": "the MLPs", "attn": "the attention", "all": "the whole blocks", "resid": "the residual stream"}
 ROLES = {
     "before": "before the subject",
     "first_subject": "subject, first token",
@@ -79,7 +81,7 @@ def layer_name(layers: Sequence[int]) -> str:
 
 def trained(model: ReportModel) -> str:
     """What was trained in a model: its layers, all weights, or nothing."""
-    if model.part in ("base", "twin"):
+    if model.part in ("reference", "retain_model"):
         return DASH
     return "all weights" if model.layers is None else layer_list(model.layers)
 
@@ -91,41 +93,9 @@ def listing(items: Sequence[str]) -> str:
 
 def term_name(index: int) -> str:
     """`forget Task2 (records) regurgitation`."""
-    side, task, kind = TERMS[index].split(" ")
-    return f"{side} {task} ({TASKS[task]}) {kind}"
+    return LUME_TERMS[index].title
 
 
 def term_meaning(index: int) -> str:
     """What a term is, for hover texts and the list under the table."""
-    side, task, kind = TERMS[index].split(" ")
-    if kind == "regurgitation":
-        measure = (
-            f"the mean share of the true continuation's words (ROUGE-L recall) that the model says, {task} completions"
-        )
-    else:
-        measure = f"the share of {task} questions answered exactly"
-    if side == "forget":
-        return f"1 minus {measure} of the forget set. 1: nothing comes back."
-    return f"{measure[0].upper()}{measure[1:]} of the retain set. 1: everything is kept."
-
-
-COLUMNS = {
-    "trained": "Which layers were trained, counted from 0.",
-    "task_aggregate": "Harmonic mean of the twelve terms that apply. A single term of 0 makes it 0: both a model that "
-    "forgot nothing and one that collapsed get 0.",
-    "mia_auc": "How well losses tell documents of the forget set from documents never seen. 0.5: not at all (best). "
-    "Near 1: still recognized. Near 0: conspicuous for their high loss.",
-    "mia_score": "1 − 2 |AUC − 0.5|: 1 is best, 0 is worst.",
-    "utility": "Share of general multiple-choice questions answered correctly.",
-    "final": "Mean of the task aggregate, the membership score and utility.",
-    "seconds": "Wall-clock time of training (if any) and scoring.",
-}
-HEADS = {
-    "trained": "Trained layers",
-    "task_aggregate": "Task aggregate",
-    "mia_auc": "MIA AUC",
-    "mia_score": "MIA score",
-    "utility": "Utility",
-    "final": "Final score",
-    "seconds": "Time",
-}
+    return LUME_TERMS[index].meaning

@@ -15,6 +15,8 @@ from tracing import Effects
 from unlearn.demo.config import DemoConfig
 from unlearn.demo.stage import check_results, run_demo
 from unlearn.objectives import KLMinimization
+from unlearn.report.config import ReportConfig
+from unlearn.report.stage import run_report
 
 MODELS = ["base", "retain_only", "joint_planned", "joint_random", "joint_all", "gradient_difference"]
 
@@ -51,11 +53,25 @@ def test_the_page_is_whole_and_self_contained(quick: Path) -> None:
         "Joint, planned layers",
         "Joint, random layers",
         "Gradient difference",
-        "Never saw it",
+        "Retain model",
     ):
         assert label in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+
+
+def test_any_report_reads_the_demo_as_run_folders(quick: Path, tmp_path: Path) -> None:
+    report = run_report(ReportConfig(runs=(str(quick),), out=str(tmp_path / "page.html")))
+    parts = {model.label: model.part for model in report.models}
+    assert parts["Before unlearning"] == "reference"
+    assert parts["Retain model"] == "retain_model"
+    assert (parts["joint_planned"], parts["joint_random"], parts["joint_all"]) == ("planned", "control", "all_layers")
+    found = json.loads((quick / "results.json").read_text())["models"]
+    joint = next(model for model in report.models if model.label == "joint_planned")
+    assert joint.task_aggregate == found["joint_planned"]["task_aggregate"]
+    assert joint.seconds == pytest.approx(found["joint_planned"]["seconds"], abs=1e-3)
+    assert [again.label for again in report.again] == ["Facts to forget", "Facts to keep"]
+    assert "commit" in report.facts
 
 
 def test_the_same_facts_are_traced_again_in_the_unlearned_model(quick: Path) -> None:
@@ -71,7 +87,7 @@ def test_the_same_facts_are_traced_again_in_the_unlearned_model(quick: Path) -> 
 def test_a_second_call_runs_nothing_again(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unlearn.unlearning.train", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr("tracing.engine.wavefront.Wavefront.trace", lambda *a, **k: pytest.fail("traced again"))
-    monkeypatch.setattr("unlearn.evaluation.evaluate.generate", lambda *a, **k: pytest.fail("generated again"))
+    monkeypatch.setattr("unlearn.evaluation.measure.generate", lambda *a, **k: pytest.fail("generated again"))
     config = shipped()
     trace = replace(config.trace, facts=replace(config.trace.facts, max_facts=3), kinds=("mlp",))
     before = json.loads((quick / "results.json").read_text())["models"]

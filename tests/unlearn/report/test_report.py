@@ -7,12 +7,35 @@ import re
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 
+import unlearn.report
 from lm.errors import UserError
-from tests.unlearn.report_samples import BASE, PLANNED, TWIN, Page, full, plan, report, retraced, table
+from tests.unlearn.report_samples import (
+    BASE,
+    PLANNED,
+    RETAIN_MODEL,
+    Page,
+    attacked,
+    full,
+    plan,
+    report,
+    retraced,
+    table,
+)
 from unlearn.report import Answer, Report, ReportModel, render, words, write_report
-from unlearn.report.markup import Html, el
-from unlearn.report.style import DARK, LIGHT
+from unlearn.report.drawing.svg import el
+
+
+def palettes() -> dict[str, dict[str, str]]:
+    """The variables of both color schemes, from the style sheet."""
+    style = (Path(unlearn.report.__file__).parent / "style.css").read_text(encoding="utf-8")
+    blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    assert len(blocks) == 2
+    return {
+        name: dict(re.findall(r"--([\w-]+): (#\w+);", block))
+        for name, block in zip(("light", "dark"), blocks, strict=True)
+    }
 
 
 def luminance(color: str) -> float:
@@ -28,7 +51,7 @@ def test_page_is_whole_well_formed_and_the_same_every_time(tmp_path: Path) -> No
     page = Page(text)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert ids == ["where", "scores", "answers", "again", "training", "caveats", "repeat"]
+    assert ids == ["where", "scores", "answers", "again", "attacks", "depth", "training", "caveats", "repeat"]
     assert [link["href"] for link in page.all("a")] == ["#where", *(f"#{name}" for name in ids)]
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["report.html"]
 
@@ -54,8 +77,9 @@ def test_page_is_accessible() -> None:
     )
 
 
-@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
-def test_text_has_contrast_on_every_ground(palette: dict[str, str]) -> None:
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast_on_every_ground(scheme: str) -> None:
+    palette = palettes()[scheme]
     grounds = {
         name: [palette[ground] for ground in ("paper", "sheet", "tint")] for name in ("ink", "soft", "retain", "forget")
     }
@@ -76,7 +100,7 @@ def test_nothing_from_outside_becomes_markup() -> None:
         title=bad,
         model_name=bad,
         question=bad,
-        models=tuple(dataclasses.replace(one, label=bad, note=bad) for one in full().models),
+        models=tuple(dataclasses.replace(one, label=bad, note=bad, others={bad: 0.5}) for one in full().models),
         answers=(
             Answer(prompt=bad, truth=bad, task=bad, side="forget", said={"base": bad, "joint_planned": bad * 60}),
         ),
@@ -90,6 +114,15 @@ def test_nothing_from_outside_becomes_markup() -> None:
         ),
         tables={"mlp": dataclasses.replace(table(), metric=bad, roles=(bad,) * 7)},
         again=(dataclasses.replace(retraced(), label=bad, found=dataclasses.replace(retraced().found, metric=bad)),),
+        attacks=(
+            dataclasses.replace(
+                attacked(bad),
+                attack=bad,
+                unit=bad,
+                trials=(dataclasses.replace(attacked().trials[0], name=bad, verdict=bad, sentence=bad),),
+            ),
+        ),
+        depths=(dataclasses.replace(full().depths[0], label=bad, sentence=bad),),
         caveats=(bad,),
         commands=(bad,),
         facts={bad: bad},
@@ -145,7 +178,9 @@ def test_pages_of_small_and_large_models(layers: int) -> None:
     name = "a_very_long_name_without_a_place_to_break_" * 5
     tables = {kind: table(kind, layers=layers, peak=layers - 1) for kind in ("resid", "mlp", "attn")}
     made = plan(layers=layers, chosen=chosen)
-    text = render(report(BASE, dataclasses.replace(PLANNED, label=name, layers=chosen), TWIN, plan=made, tables=tables))
+    text = render(
+        report(BASE, dataclasses.replace(PLANNED, label=name, layers=chosen), RETAIN_MODEL, plan=made, tables=tables)
+    )
     assert f"of {layers} layers" in Page(text).text
     assert not re.search(r"\bnan\b", text, re.IGNORECASE)
 
@@ -157,8 +192,8 @@ def test_one_model_is_a_page() -> None:
 
 
 def test_elements_escape_text_and_keep_markup() -> None:
-    assert el("b", "<i>", Html("<i></i>"), None, title='"', class_="x", data_y=1.5, hidden=None) == (
-        '<b title="&quot;" class="x" data-y="1.5">&lt;i&gt;<i></i></b>'
+    assert el("b", "<i>", Markup("<i></i>"), None, title='"', class_="x", data_y=1.5, hidden=None) == (
+        '<b title="&#34;" class="x" data-y="1.5">&lt;i&gt;<i></i></b>'
     )
 
 

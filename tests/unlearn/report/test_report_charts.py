@@ -9,11 +9,13 @@ import re
 import numpy as np
 import pytest
 
-from tests.unlearn.report_samples import BASE, NAN, PLANNED, TWIN, Page, model, plan, report, retraced, table
+from tests.unlearn.report_samples import BASE, NAN, PLANNED, RETAIN_MODEL, Page, model, plan, report, retraced, table
 from tracing.plan.layer_plan import LayerPlan
-from unlearn.report import curves, render
-from unlearn.report.charts import color_key, heat_map, term_bars
-from unlearn.report.scales import apart, layer_ticks, log_range, path, step_ticks
+from unlearn.report import render
+from unlearn.report.drawing import curves
+from unlearn.report.drawing.heat_maps import color_key, heat_map
+from unlearn.report.drawing.scales import apart, layer_ticks, log_range, path, step_ticks
+from unlearn.report.drawing.term_bars import term_bars
 
 
 def test_heat_map_cells() -> None:
@@ -60,7 +62,7 @@ def test_facts_traced_again_are_shown_before_after_and_as_a_change() -> None:
     page = Page(drawn)
     assert "What is left where it was stored?" in page.text
     assert [text for place, text in page.texts if place == "h3"] == ["Facts to forget", "Facts to keep"]
-    assert again[0].found.sentence("mlp").replace("'", "&#x27;") in drawn
+    assert again[0].found.sentence("mlp").replace("'", "&#39;") in drawn
     assert (
         "what putting back the MLP of layer 3 at the first subject token brings, most of all before, fell from"
         in page.text
@@ -115,7 +117,7 @@ def test_curves_share_scales_and_bad_logs_are_left_out() -> None:
     assert scales.bottom < -2 < math.log10(500) < scales.top
     assert curves.shared_scales([curves.training_lines([{"step": 1, "forget_ce": NAN}, {"loss": 1.0}])]) is None
     one = dataclasses.replace(PLANNED, log=loud)
-    text = render(report(BASE, one, model("npo", 0.5), TWIN))
+    text = render(report(BASE, one, model("npo", 0.5), RETAIN_MODEL))
     assert "No training log: &lt;npo&gt;." in text
     assert "<circle" in text
     assert "No training log was given" in render(report())

@@ -8,11 +8,11 @@ import re
 
 import pytest
 
-from tests.unlearn.report_samples import BASE, NAN, PLANNED, TWIN, Page, model, report
+from tests.unlearn.report_samples import BASE, NAN, PLANNED, RETAIN_MODEL, Page, model, report
 from unlearn.evaluation.lume import TERMS
 from unlearn.report import Answer, render, words
-from unlearn.report.answers import match
-from unlearn.report.tables import best_of, summary
+from unlearn.report.sections.answers import match
+from unlearn.report.sections.scores import best_of
 
 
 def test_terms_stand_in_their_columns_and_missing_ones_are_dashes() -> None:
@@ -30,10 +30,10 @@ def test_only_methods_compete_and_ties_share_the_mark() -> None:
     assert best_of(rivals, lambda one: one.task_aggregate) == {"a", "b"}
     assert best_of(rivals[:2], lambda one: one.task_aggregate) == set()
     assert best_of([], lambda one: one.final) == set()
-    made = str(summary(report(BASE, PLANNED, model("joint_random", 0.8, 0.7, mia_auc=0.9, utility=0.7), TWIN)))
-    rows = dict(re.findall(r'<tr class="(\w+)">(.*?)</tr>', made))
-    assert list(rows) == ["base", "planned", "control", "twin"]
-    assert rows["base"].count("<b ") == rows["twin"].count("<b ") == rows["control"].count("<b ") == 0
+    made = render(report(BASE, PLANNED, model("joint_random", 0.8, 0.7, mia_auc=0.9, utility=0.7), RETAIN_MODEL))
+    rows = dict(re.findall(r'<tr class="(\w+)">(.*?)</tr>', made.partition('aria-label="The twelve terms"')[0]))
+    assert list(rows) == ["reference", "planned", "control", "retain_model"]
+    assert [rows[name].count("<b ") for name in ("reference", "retain_model", "control")] == [0, 0, 0]
     assert ">0.530</b>" in rows["planned"], "the AUC nearest to one half is the best"
     assert "3\u00a0min 20\u00a0s" in rows["planned"]
 
@@ -60,7 +60,7 @@ def test_answers_are_compared_with_the_truth(truth: str, answer: str, kind: str)
 def test_answers_on_the_page() -> None:
     said = {"base": "Varn", "joint_planned": "", "retain_only": "word " * 200}
     answers = [Answer(prompt=f"p{i}", truth="Varn", task="T", side="forget", said=said) for i in range(11)]
-    page = Page(render(report(BASE, PLANNED, model("npo", 0.5), TWIN, answers=tuple(answers))))
+    page = Page(render(report(BASE, PLANNED, model("npo", 0.5), RETAIN_MODEL, answers=tuple(answers))))
     assert page.text.count("(nothing)") == page.text.count("(not asked)") == 11
     assert "3 more" in page.text
     assert "The truth is said by: <base> 11 of 11; <joint_planned> 0 of 11; <retain_only> 0 of 11." in page.text

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
-
-from tests.unlearn.report_samples import BASE, NAN, PLANNED, TWIN, model, plan, report
+from tests.unlearn.report_samples import BASE, NAN, PLANNED, RETAIN_MODEL, attacked, model, plan, report
 from tracing.plan.layer_plan import LayerPlan
 from unlearn.report import ReportModel
 from unlearn.report.verdict import verdict
@@ -17,16 +15,19 @@ def said(*models: ReportModel, **other: object) -> str:
 
 
 def test_verdict_compares_with_floor_and_ceiling() -> None:
-    text = said(BASE, PLANNED, TWIN)
+    text = said(BASE, PLANNED, RETAIN_MODEL)
     assert "Tracing singles out layers 2–4 of 8" in text
-    assert "task aggregate of 0.930 (before unlearning: 0.000), 96.9% of the 0.960 of a model that never saw" in text
-    assert "membership AUC is 0.530 (0.5 would tell nothing, the twin has 0.510)" in text
+    assert (
+        "task aggregate of 0.930 (before unlearning: 0.000), 96.9% of the 0.960 of the retain model, which never saw"
+        in text
+    )
+    assert "membership AUC is 0.530 (0.5 would tell nothing, the retain model has 0.510)" in text
     assert "Utility is 0.760, 95.0% of what it was before (0.800)" in text
     assert "no control and no other method" in text
 
 
 def test_verdict_says_when_a_control_does_as_well() -> None:
-    text = said(BASE, PLANNED, model("joint_random", 0.9296, 0.8), TWIN)
+    text = said(BASE, PLANNED, model("joint_random", 0.9296, 0.8), RETAIN_MODEL)
     assert (
         "The control “<joint_random>” does at least as well in the task aggregate (task aggregate 0.930 against 0.930, final"
         in text
@@ -36,7 +37,7 @@ def test_verdict_says_when_a_control_does_as_well() -> None:
 
 
 def test_verdict_names_beaten_controls_without_calling_it_proof() -> None:
-    text = said(BASE, PLANNED, model("joint_random", 0.8, 0.7), model("joint_all", 0.7, 0.6), TWIN)
+    text = said(BASE, PLANNED, model("joint_random", 0.8, 0.7), model("joint_all", 0.7, 0.6), RETAIN_MODEL)
     assert (
         "It does better than as many other layers: “<joint_random>” 0.800 (final score 0.700); each is a single run."
         in text
@@ -46,41 +47,41 @@ def test_verdict_names_beaten_controls_without_calling_it_proof() -> None:
 
 
 def test_verdict_keeps_apart_which_layers_and_how_many() -> None:
-    text = said(BASE, PLANNED, model("joint_random", 0.8, 0.7), model("joint_all", 0.94, 0.89), TWIN)
+    text = said(BASE, PLANNED, model("joint_random", 0.8, 0.7), model("joint_all", 0.94, 0.89), RETAIN_MODEL)
     assert "It does better than as many other layers" in text
     assert "Training all layers does at least as well (task aggregate 0.940 against 0.930, final score 0.890" in text
     assert "do not show a gain from training only the planned layers" in text
-    only_all = said(BASE, PLANNED, model("joint_all", 0.7, 0.6), TWIN)
+    only_all = said(BASE, PLANNED, model("joint_all", 0.7, 0.6), RETAIN_MODEL)
     assert "No control was trained in as many other layers" in only_all
 
 
 def test_verdict_says_when_another_method_does_as_well() -> None:
-    text = said(BASE, PLANNED, model("npo", 0.5, 0.9), TWIN)
+    text = said(BASE, PLANNED, model("npo", 0.5, 0.9), RETAIN_MODEL)
     assert (
         "The other method “<npo>” does at least as well in the final score (task aggregate 0.500 against 0.930, final score 0.900"
         in text
     )
-    assert "“<npo>”" not in said(BASE, PLANNED, model("npo", 0.5, 0.5), TWIN)
+    assert "“<npo>”" not in said(BASE, PLANNED, model("npo", 0.5, 0.5), RETAIN_MODEL)
 
 
 def test_verdict_does_not_praise_passing_the_ceiling() -> None:
-    assert "above the 0.960 of a model that never saw the forget rows. More than that" in said(
-        BASE, model("joint_planned", 0.99), TWIN
+    assert "above the 0.960 of the retain model, which never saw the forget rows. More than that" in said(
+        BASE, model("joint_planned", 0.99), RETAIN_MODEL
     )
-    assert "equal to the 0.960" in said(BASE, model("joint_planned", 0.9601), TWIN)
-    assert "no retain-only twin" in said(BASE, PLANNED)
+    assert "equal to the 0.960" in said(BASE, model("joint_planned", 0.9601), RETAIN_MODEL)
+    assert "no retain model" in said(BASE, PLANNED)
 
 
 def test_verdict_on_evidence_that_does_not_single_out_layers() -> None:
-    text = said(BASE, PLANNED, TWIN, plan=plan(singled=False))
+    text = said(BASE, PLANNED, RETAIN_MODEL, plan=plan(singled=False))
     assert text.startswith("The evidence does not single out layers: layers 2–4 had the largest effect")
-    assert "No layers were located" in said(BASE, PLANNED, TWIN, plan=None)
+    assert "No layers were located" in said(BASE, PLANNED, RETAIN_MODEL, plan=None)
     by_hand = LayerPlan(layers=(1,))
-    assert "The plan trains layer 1; it holds no evidence" in said(BASE, PLANNED, TWIN, plan=by_hand)
+    assert "The plan trains layer 1; it holds no evidence" in said(BASE, PLANNED, RETAIN_MODEL, plan=by_hand)
 
 
 def test_verdict_without_a_planned_model_is_about_the_best_method() -> None:
-    text = said(BASE, model("npo", 0.4, 0.4), model("gradient_ascent", 0.6, 0.5), TWIN)
+    text = said(BASE, model("npo", 0.4, 0.4), model("gradient_ascent", 0.6, 0.5), RETAIN_MODEL)
     assert "“<gradient_ascent>”, the best of the methods, reaches" in text
     assert "control" not in text
 
@@ -102,18 +103,16 @@ def test_verdict_names_the_weakest_term() -> None:
     assert "All 12 terms that apply are 1.000" in said(model("joint_planned", 1.0))
 
 
-@pytest.mark.parametrize(
-    ("key", "part"),
-    [
-        ("base", "base"),
-        ("retain_only", "twin"),
-        ("joint_planned", "planned"),
-        ("joint_random", "control"),
-        ("npo_inverse", "control"),
-        ("joint_all", "control"),
-        ("gradient_difference", "other"),
-        ("overall", "other"),
-    ],
-)
-def test_parts_follow_from_keys(key: str, part: str) -> None:
-    assert model(key, 0.5).part == part
+def test_a_part_is_a_field_and_no_name() -> None:
+    """A control is one because it says so: its key and label may be anything."""
+    control = dataclasses.replace(model("mine", 0.8, 0.7), part="control")
+    assert "It does better than as many other layers: “<mine>” 0.800" in said(BASE, PLANNED, control)
+    assert "“overall_planned”" not in said(dataclasses.replace(BASE, key="overall_planned"), PLANNED)
+    about = dataclasses.replace(model("x", 0.2), part="planned")
+    assert "“<x>” reaches a task aggregate of 0.200" in said(model("npo", 0.9), about)
+
+
+def test_verdict_says_what_attacks_brought_back() -> None:
+    assert said(BASE, PLANNED, attacks=(attacked("mine"),)).endswith(
+        "Attacked by Relearning, “mine” gives back: other people, no more than the retain model."
+    )

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from unlearn.report.markup import number
+from matplotlib.ticker import MaxNLocator
+
+from unlearn.report.drawing.svg import number
 
 Point = tuple[float, float]
 
@@ -18,12 +20,15 @@ def layer_ticks(layers: int, most: int = 12) -> list[int]:
 
 
 def step_ticks(first: int, last: int, most: int = 5) -> list[int]:
-    """Round step numbers from `first` to `last`."""
-    span = max(last - first, 1)
-    unit = 10 ** math.floor(math.log10(span))
-    step = next(unit * factor // 10 for factor in (1, 2, 5, 10, 20, 50, 100) if 10 * span / (unit * factor) <= most)
-    step = max(int(step), 1)
-    return list(range(-(-first // step) * step, last + 1, step))
+    """Round whole numbers from `first` to `last`, about `most` of them."""
+    ticks = MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10]).tick_values(first, max(last, first))
+    return [int(tick) for tick in ticks if first <= tick <= last]
+
+
+def value_ticks(low: float, high: float, most: int = 4) -> list[float]:
+    """Round numbers from `low` to `high`, about `most` of them."""
+    ticks = MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(tick) for tick in ticks if low - 1e-9 <= tick <= high + 1e-9]
 
 
 def log_range(low: float, high: float) -> tuple[float, float]:

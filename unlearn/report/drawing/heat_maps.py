@@ -11,25 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from tracing.effects.table import EffectTable
 from tracing.question.sweep import cut_windows
-from unlearn.evaluation.lume import TERMS
 from unlearn.report import words
-from unlearn.report.markup import Html, el
-from unlearn.report.scales import layer_ticks
+from unlearn.report.drawing.scales import layer_ticks
+from unlearn.report.drawing.svg import drawing, el
 
 WIDTH, LEFT, RIGHT, ROW = 440.0, 132.0, 8.0, 22.0
 _PLOT = WIDTH - LEFT - RIGHT
-
-
-def drawing(
-    width: float, height: float, description: str, *parts: Html, class_: str = "chart", fixed: bool = False
-) -> Html:
-    """An SVG element that says what it shows, and scales with its column unless it is `fixed`."""
-    size = {"width": width, "height": height} if fixed else {}
-    box = f"0 0 {width:g} {height:g}"
-    return el("svg", *parts, class_=class_, viewBox=box, role="img", aria_label=description, **size)
 
 
 def shown_roles(table: EffectTable) -> list[int]:
@@ -51,7 +42,7 @@ def heat_map(
     outlined: bool,
     tentative: bool,
     what: str = "mean indirect effect",
-) -> Html:
+) -> Markup:
     """One table: rows are token roles, columns layers; the strength of a cell is its share of `top`.
 
     The band is marked on the layer axis, and outlined across the rows if `outlined`; dashed if `tentative`. `what` the numbers
@@ -89,7 +80,7 @@ def heat_map(
     return drawing(WIDTH, height + 40, described, *parts)
 
 
-def layer_scores(evidence: Mapping[str, Any], band: Sequence[int], *, rows: int, tentative: bool) -> Html | None:
+def layer_scores(evidence: Mapping[str, Any], band: Sequence[int], *, rows: int, tentative: bool) -> Markup | None:
     """The score of each layer with its interval, from a plan's evidence, as tall as `rows` rows of a heat map; None if
     the evidence holds no scores."""
     means = [float(value) for value in evidence.get("layer_scores", ())]
@@ -132,7 +123,7 @@ def layer_scores(evidence: Mapping[str, Any], band: Sequence[int], *, rows: int,
     return drawing(WIDTH, height + 40, "Score of each layer with its interval; the chosen layers are outlined.", *parts)
 
 
-def color_key(top: float, low: float) -> Html:
+def color_key(top: float, low: float) -> Markup:
     """What the strength of a cell means, from 0 to `top`, and down to `low` where that is clearly below 0."""
     steps, wide, high = 12, 11.0, 9.0
     below = math.ceil(steps * -low / top - 1e-9) if low < -0.02 * top else 0
@@ -153,26 +144,7 @@ def color_key(top: float, low: float) -> Html:
     return drawing(total, high + 15, described, *parts, class_="key", fixed=True)
 
 
-def term_bars(terms: Sequence[float]) -> Html:
-    """The twelve terms as bars, forget and retain side by side; a term that does not apply is a short dotted line."""
-    bar, gap, group, high = 8.0, 2.0, 7.0, 26.0
-    parts = []
-    width = 12 * bar + 11 * gap + group
-    for index, term in enumerate(terms):
-        side = TERMS[index].split(" ")[0]
-        x = index * (bar + gap) + (group if side == "retain" else 0.0)
-        title = el("title", f"{words.term_name(index)}: {words.score(term)}")
-        if math.isnan(term):
-            parts.append(el("line", title, class_="absent", x1=x, x2=x + bar, y1=high - 1, y2=high - 1))
-            continue
-        tall = max(high * term, 1.0)
-        parts.append(el("rect", class_="ground", x=x, y=0, width=bar, height=high))
-        parts.append(el("rect", title, class_=side, x=x, y=high - tall, width=bar, height=tall))
-    described = "; ".join(f"{words.term_name(index)} {words.score(term)}" for index, term in enumerate(terms))
-    return drawing(width, high, f"The twelve terms: {described}", *parts, class_="bars")
-
-
-def _layer_axis(layers: int, y: float, band: Sequence[int]) -> list[Html]:
+def _layer_axis(layers: int, y: float, band: Sequence[int]) -> list[Markup]:
     wide = _PLOT / layers
     parts = [
         el("text", str(layer), class_="middle", x=LEFT + (layer + 0.5) * wide, y=y + 18)
@@ -184,7 +156,7 @@ def _layer_axis(layers: int, y: float, band: Sequence[int]) -> list[Html]:
     return [*parts, el("text", "layer", class_="end", x=LEFT - 8, y=y + 18)]
 
 
-def _outline(band: Sequence[int], layers: int, y: float, height: float, tentative: bool) -> list[Html]:
+def _outline(band: Sequence[int], layers: int, y: float, height: float, tentative: bool) -> list[Markup]:
     wide = _PLOT / layers
     return [
         el(

@@ -13,7 +13,6 @@ from typing import Literal
 
 from unlearn.evaluation.lume import exact_match, rouge_l_recall
 from unlearn.report import words
-from unlearn.report.markup import Html, el, join
 from unlearn.report.records import Answer, Report, ReportModel
 
 OPEN_CARDS = 8
@@ -52,70 +51,104 @@ def match(truth: str, said: str) -> Match:
     return Match(kind="none", words="not the truth")
 
 
-def before_and_after(report: Report) -> Html:
-    """Both sides, the forget side first."""
-    return join(*(_side(report, side) for side in _SIDES))
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The words of a model or of the data: what is shown at once, and what is behind a fold. Empty if nothing was said."""
+
+    shown: str
+    rest: str = ""
 
 
-def _side(report: Report, side: Literal["forget", "retain"]) -> Html | None:
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """A model's row of a card; `text` and `match` are None if it was not asked."""
+
+    label: str
+    text: Text | None
+    match: Match | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One prompt: its task, the truth, what each model said."""
+
+    task: str
+    prompt: str
+    long: bool
+    truth: Text
+    said: tuple[Said, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSide:
+    """The cards of one side: those that are open at first, and those behind a fold."""
+
+    side: Literal["forget", "retain"]
+    title: str
+    text: str
+    counts: str
+    cards: tuple[Card, ...]
+    more: tuple[Card, ...]
+
+
+def before_and_after(report: Report) -> tuple[AnswerSide, ...]:
+    """Both sides, the forget side first; a side without answers is left out."""
+    return tuple(_side(report, side) for side in _SIDES if any(answer.side == side for answer in report.answers))
+
+
+def _side(report: Report, side: Literal["forget", "retain"]) -> AnswerSide:
     answers = [answer for answer in report.answers if answer.side == side]
-    if not answers:
-        return None
     title, text = _SIDES[side]
-    cards = [_card(answer, report) for answer in answers]
-    counts = _counts(answers, report)
-    parts = [el("h3", title), el("p", text, " ", counts), el("div", cards[:OPEN_CARDS], class_="cards")]
-    if len(cards) > OPEN_CARDS:
-        more = el("summary", f"{len(cards) - OPEN_CARDS} more")
-        parts.append(el("details", more, el("div", cards[OPEN_CARDS:], class_="cards")))
-    return el("section", parts, class_=f"side {side}")
+    cards = tuple(_card(answer, report) for answer in answers)
+    return AnswerSide(
+        side=side,
+        title=title,
+        text=text,
+        counts=_counts(answers, report),
+        cards=cards[:OPEN_CARDS],
+        more=cards[OPEN_CARDS:],
+    )
 
 
-def _counts(answers: list[Answer], report: Report) -> str | None:
+def _counts(answers: list[Answer], report: Report) -> str:
     """How many of the shown answers hold the truth, model by model, of those that were asked."""
-    said = []
+    counts = []
     for model in _ordered(report):
         asked = [answer for answer in answers if model.key in answer.said]
         if asked:
             hits = sum(match(answer.truth, answer.said[model.key]).kind == "whole" for answer in asked)
-            said.append(f"{model.label} {hits} of {len(asked)}")
-    return f"The truth is said by: {'; '.join(said)}." if said else None
+            counts.append(f"{model.label} {hits} of {len(asked)}")
+    return f"The truth is said by: {'; '.join(counts)}." if counts else ""
 
 
-def _card(answer: Answer, report: Report) -> Html:
-    rows = [el("tr", el("th", "Truth", scope="row"), _text(answer.truth, span=2), class_="truth")]
-    rows += [_row(model, answer) for model in _ordered(report)]
-    task = f"{answer.task} · {words.TASKS[answer.task]}" if answer.task in words.TASKS else answer.task
-    kind = "prompt long" if len(answer.prompt) > LONG_PROMPT else "prompt"
-    caption = el("caption", el("small", task), el("span", answer.prompt, dir="auto", class_=kind))
-    columns = el("colgroup", el("col", class_="who"), el("col"), el("col", class_="kind"))
-    return el("div", el("table", caption, columns, el("tbody", rows), class_="card"), class_="item")
+def _card(answer: Answer, report: Report) -> Card:
+    return Card(
+        task=f"{answer.task} · {words.TASKS[answer.task]}" if answer.task in words.TASKS else answer.task,
+        prompt=answer.prompt,
+        long=len(answer.prompt) > LONG_PROMPT,
+        truth=_text(answer.truth),
+        said=tuple(_said(model, answer) for model in _ordered(report)),
+    )
 
 
-def _row(model: ReportModel, answer: Answer) -> Html:
-    head = el("th", el("bdi", model.label), scope="row")
-    if model.key not in answer.said:
-        return el("tr", head, el("td", el("i", "(not asked)"), class_="said none", colspan=2))
-    said = answer.said[model.key]
-    found = match(answer.truth, said)
-    return el("tr", head, _text(said), el("td", found.words, class_="found"), class_=f"match-{found.kind}")
+def _said(model: ReportModel, answer: Answer) -> Said:
+    text = answer.said.get(model.key)
+    if text is None:
+        return Said(label=model.label, text=None, match=None)
+    return Said(label=model.label, text=_text(text), match=match(answer.truth, text))
 
 
-def _text(said: str, *, span: int | None = None) -> Html:
-    """The words of a model or of the data: their own direction, long ones folded."""
-    text = said.strip()
-    if not text:
-        return el("td", el("i", "(nothing)"), class_="said none", colspan=span)
+def _text(text: str) -> Text:
+    text = text.strip()
     if len(text) <= LONG:
-        return el("td", el("span", text), dir="auto", class_="said", colspan=span)
+        return Text(shown=text)
     cut = text.rfind(" ", LONG // 2, LONG)
     cut = cut if cut > 0 else LONG
-    rest = el("details", el("summary", f"{len(text) - cut} more characters"), el("span", text[cut:]))
-    return el("td", el("span", text[:cut]), rest, dir="auto", class_="said", colspan=span)
+    return Text(shown=text[:cut], rest=text[cut:])
 
 
 def _ordered(report: Report) -> list[ReportModel]:
-    return [*report.only("base"), *report.methods, *report.only("twin")]
+    return [*report.only("reference"), *report.methods, *report.only("retain_model")]
 
 
 def _contains(said: str, truth: str) -> bool:

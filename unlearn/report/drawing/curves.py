@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from unlearn.report import words
-from unlearn.report.charts import drawing
-from unlearn.report.markup import Html, el
-from unlearn.report.scales import apart, log_range, path, step_ticks, thin
+from unlearn.report.drawing.scales import apart, log_range, path, step_ticks, thin
+from unlearn.report.drawing.svg import drawing, el
 
 LEFT, RIGHT, TOP, HIGH, STRIP, BETWEEN = 46.0, 60.0, 8.0, 150.0, 40.0, 18.0
 _SIDES = {"forget_ce": "forget", "retain_ce": "retain"}
@@ -76,7 +77,7 @@ def shared_scales(logs: Sequence[Sequence[Mapping[str, float]]], *, width: float
     )
 
 
-def curves(label: str, log: Sequence[Mapping[str, float]], scales: Scales) -> Html:
+def curves(label: str, log: Sequence[Mapping[str, float]], scales: Scales) -> Markup:
     """One method's drawing."""
     lines = thin([dict(line) for line in log])
     parts = _grid(scales)
@@ -104,7 +105,7 @@ def curves(label: str, log: Sequence[Mapping[str, float]], scales: Scales) -> Ht
     return drawing(scales.width, height, f"{label}: {'; '.join(described)}; {text}.", *parts, *strip)
 
 
-def _grid(scales: Scales) -> list[Html]:
+def _grid(scales: Scales) -> list[Markup]:
     parts = []
     every = 1 if scales.top - scales.bottom <= 6 else 2
     for exponent in range(math.ceil(scales.bottom), math.floor(scales.top) + 1):
@@ -120,7 +121,7 @@ def _grid(scales: Scales) -> list[Html]:
     return parts
 
 
-def _weight(lines: Sequence[Mapping[str, float]], scales: Scales) -> tuple[list[Html], str]:
+def _weight(lines: Sequence[Mapping[str, float]], scales: Scales) -> tuple[list[Markup], str]:
     """The strip of the retain weight, and what it says in words."""
     base = scales.strip(0)
     parts = [el("line", class_="axis", x1=LEFT, x2=scales.right, y1=base, y2=base)]

@@ -1,0 +1,117 @@
+"""The sections on what attacks brought back and on how deep unlearning went, both beside the retain model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unlearn.report import words
+from unlearn.report.drawing.lines import two_lines
+from unlearn.report.records import Attacked, AttackTrial, Depth, Report
+from unlearn.report.sections.figures import Figure, Numbers, NumberTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackView:
+    """One attacked model: a drawing and a sentence for each trial, and the numbers."""
+
+    label: str
+    attack: str
+    figures: tuple[Figure, ...]
+    sentences: tuple[str, ...]
+    numbers: Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthView:
+    """One model: the finding, the drawing, and the numbers."""
+
+    label: str
+    finding: str
+    figure: Figure
+    numbers: Numbers
+
+
+def attacks(report: Report) -> tuple[AttackView, ...]:
+    """What was attacked, in order."""
+    return tuple(_attack(attacked) for attacked in report.attacks)
+
+
+def depths(report: Report) -> tuple[DepthView, ...]:
+    """The models whose depth was measured, in order."""
+    return tuple(_depth(depth) for depth in report.depths)
+
+
+def _attack(attacked: Attacked) -> AttackView:
+    return AttackView(
+        label=attacked.label,
+        attack=attacked.attack,
+        figures=tuple(_curves(attacked, trial) for trial in attacked.trials),
+        sentences=tuple(trial.sentence for trial in attacked.trials),
+        numbers=Numbers(
+            summary="The attacks in numbers",
+            tables=tuple(
+                _table(
+                    _name(trial),
+                    (attacked.unit.capitalize(), *(f"{level:g}" for level in trial.levels)),
+                    trial.unlearned,
+                    trial.retain_model,
+                )
+                for trial in attacked.trials
+            ),
+        ),
+    )
+
+
+def _curves(attacked: Attacked, trial: AttackTrial) -> Figure:
+    drawn = two_lines(
+        trial.levels,
+        trial.unlearned,
+        trial.retain_model,
+        unit=attacked.unit,
+        description=f"{attacked.label}, {_name(trial)}: of the forgotten, said right",
+        top=1.0,
+        band=(trial.low, trial.high),
+    )
+    return Figure(title=_name(trial), small=f"beside the retain model: {trial.verdict}", drawing=drawn)
+
+
+def _depth(depth: Depth) -> DepthView:
+    layers = range(len(depth.unlearned))
+    what = "nats a token lost with the stream after a layer"
+    return DepthView(
+        label=depth.label,
+        finding=depth.sentence,
+        figure=Figure(
+            title=depth.label,
+            small=what,
+            drawing=two_lines(
+                layers,
+                depth.unlearned,
+                depth.retain_model,
+                unit="layer",
+                description=f"{depth.label}: {what}",
+            ),
+        ),
+        numbers=Numbers(
+            summary="The depth in numbers",
+            tables=(_table(what.capitalize(), ("Layer", *map(str, layers)), depth.unlearned, depth.retain_model),),
+        ),
+    )
+
+
+def _table(
+    caption: str, columns: tuple[str, ...], unlearned: Sequence[float], retain_model: Sequence[float]
+) -> NumberTable:
+    rows = (("unlearned", unlearned), ("retain model", retain_model))
+    return NumberTable(
+        caption=caption,
+        label=caption,
+        columns=columns,
+        rows=tuple((name, tuple((words.small(value), "") for value in values)) for name, values in rows),
+    )
+
+
+def _name(trial: AttackTrial) -> str:
+    name = trial.name.replace("_", " ")
+    return name[:1].upper() + name[1:]

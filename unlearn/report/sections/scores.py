@@ -1,0 +1,147 @@
+"""The score tables: a summary with one row a model, and the twelve terms behind it.
+
+The reference model comes first as the floor, the retain model last as the ceiling; only the methods between them compete for
+the mark of the best in a column. Columns, their words and which of two values is better come from `unlearn.evaluation.scores`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from unlearn.evaluation.lume import TERMS
+from unlearn.evaluation.result import MEASURES
+from unlearn.evaluation.scores import Score, known_scores
+from unlearn.report import words
+from unlearn.report.drawing.term_bars import term_bars
+from unlearn.report.records import Report, ReportModel
+
+_SHORT = {"regurgitation": "regurg.", "knowledge": "know."}
+_TAGS = {"reference": "floor", "retain_model": "ceiling", "control": "control", "all_layers": "control"}
+Value = Callable[[ReportModel], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """The head of a column, and what it means."""
+
+    title: str
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A value as text; None where there is none."""
+
+    text: str | None
+    best: bool
+    title: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """A model: its names and part, what was trained, its terms as bars, its values."""
+
+    label: str
+    note: str
+    tag: str
+    part: str
+    trained: str
+    bars: Markup
+    measures: tuple[Cell, ...]
+    terms: tuple[Cell, ...]
+    seconds: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTables:
+    """Both tables: their columns (of measures also the names of the scores), and the rows in groups."""
+
+    names: tuple[str, ...]
+    measures: tuple[Column, ...]
+    terms: tuple[Column, ...]
+    groups: tuple[tuple[ScoreRow, ...], ...]
+    marks: str
+    missing: bool
+
+    @property
+    def meanings(self) -> tuple[Column, ...]:
+        """What every column means, for readers who cannot hover."""
+        trained = Column(title="Trained layers", meaning=words.TRAINED)
+        time = Column(title="Time", meaning=words.SECONDS)
+        terms = (Column(title=term.title[:1].upper() + term.title[1:], meaning=term.meaning) for term in self.terms)
+        return (trained, *self.measures, time, *terms)
+
+
+def score_tables(report: Report) -> ScoreTables:
+    """The columns of the five official measures, and of every other score that some model has."""
+    names = [*MEASURES, *dict.fromkeys(name for model in report.models for name in model.others)]
+    scores = known_scores()
+    best = {name: best_of(report.methods, _goodness(name, scores.get(name))) for name in names}
+    best_terms = [best_of(report.methods, lambda model, at=index: model.terms[at]) for index in range(len(TERMS))]  # type: ignore[misc]
+
+    def row(model: ReportModel) -> ScoreRow:
+        return ScoreRow(
+            label=model.label,
+            note=model.note,
+            tag=_TAGS.get(model.part, ""),
+            part=model.part,
+            trained=words.trained(model),
+            bars=term_bars(model.terms),
+            measures=tuple(_cell(model.value(name), model.key in best[name]) for name in names),
+            terms=tuple(
+                _cell(term, model.key in best_terms[index], words.term_name(index))
+                for index, term in enumerate(model.terms)
+            ),
+            seconds=words.duration(model.seconds),
+        )
+
+    groups = (report.only("reference"), report.methods, report.only("retain_model"))
+    return ScoreTables(
+        names=tuple(names),
+        measures=tuple(_column(name, scores.get(name)) for name in names),
+        terms=tuple(
+            Column(title=words.term_name(index), meaning=words.term_meaning(index)) for index in range(len(TERMS))
+        ),
+        groups=tuple(tuple(map(row, group)) for group in groups if group),
+        marks=_marks(report),
+        missing=any(math.isnan(term) for model in report.models for term in model.terms),
+    )
+
+
+def term_heads() -> list[str]:
+    """`regurg.` or `know.`, column by column."""
+    return [_SHORT[term.split(" ")[2]] for term in TERMS]
+
+
+def best_of(models: Sequence[ReportModel], compared: Value) -> set[str]:
+    """Keys of the models with the highest value as shown (three decimals), ties together; none if all are alike."""
+    values = {model.key: round(compared(model), 3) for model in models if not math.isnan(compared(model))}
+    if len(set(values.values())) < 2:
+        return set()
+    return {key for key, value in values.items() if value == max(values.values())}
+
+
+def _column(name: str, score: Score | None) -> Column:
+    if score is None:  # of a class that is not imported here
+        return Column(title=name.replace("_", " "), meaning="A score that this program does not know.")
+    return Column(title=score.title, meaning=score.meaning)
+
+
+def _goodness(name: str, score: Score | None) -> Value:
+    """What is compared; of a score that nobody knows, nothing."""
+    return lambda model: math.nan if score is None else score.goodness(model.value(name))
+
+
+def _cell(value: float, best: bool, title: str = "") -> Cell:
+    return Cell(text=None if math.isnan(value) else words.score(value), best=best, title=title)
+
+
+def _marks(report: Report) -> str:
+    if len(report.methods) < 2:
+        return "Layers are counted from 0."
+    bold = "Bold: the best of the methods to three decimals; ties share it, floor and ceiling do not compete."
+    return f"Layers are counted from 0. {bold}"
