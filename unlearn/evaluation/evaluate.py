@@ -78,7 +78,7 @@ def evaluate(
         >>> len(result.forget), result.values["mia_auc"]
         (4, None)
     """
-    asked = EvaluationSet(
+    evaluation_set = EvaluationSet(
         forget=load_rows(forget) if isinstance(forget, str) else tuple(forget),
         retain=load_rows(retain) if isinstance(retain, str) else tuple(retain),
         members=load_documents(members) if isinstance(members, str) else tuple(members),
@@ -87,10 +87,17 @@ def evaluate(
         style=style,
         lm_eval=lm_eval,
     )
-    wanted = asked.askable(scores)
+    wanted = evaluation_set.askable(scores)
     loaded = load(model) if isinstance(model, str) else model
     measuring = Measuring(
-        loaded, asked, prompt, max_new_tokens, batch_size, None if store is None else Path(store), workers, show
+        loaded,
+        evaluation_set,
+        prompt,
+        max_new_tokens,
+        batch_size,
+        None if store is None else Path(store),
+        workers,
+        show,
     )
     statistics = measuring.statistics({need for score in wanted for need in needs_of(score)})
     return Evaluation(

@@ -160,25 +160,25 @@ def row_scores(row: Mapping[str, object]) -> dict[ScoreName, float]:
     """The one score of one row, by the kind in its id: `regurgitation` of a sentence completion, `knowledge` of a
     question. Empty for a row of neither kind. On forget rows these are the raw values, not yet 1 - value."""
     kind = Row(id=_text(row, "id"), input="", output="", task="").kind
-    expected, said = _text(row, "expected_output"), _text(row, "model_output")
+    expected, answer = _text(row, "expected_output"), _text(row, "model_output")
     if kind == "sc":
-        return {"regurgitation": rouge_l_recall(expected, said)}
+        return {"regurgitation": rouge_l_recall(expected, answer)}
     if kind == "qa":
-        return {"knowledge": exact_match(expected, said)}
+        return {"knowledge": exact_match(expected, answer)}
     return {}
 
 
-def rouge_l_recall(expected: str, said: str) -> float:
+def rouge_l_recall(expected: str, answer: str) -> float:
     """Length of the longest common subsequence of stemmed words, over the words of `expected`; 0 if it has none.
 
-    Extra words in `said` cost nothing: it is recall alone.
+    Extra words in `answer` cost nothing: it is recall alone.
     """
-    return float(_scorer().score(expected, said)["rougeL"].recall)
+    return float(_scorer().score(expected, answer)["rougeL"].recall)
 
 
-def exact_match(expected: str, said: str) -> float:
+def exact_match(expected: str, answer: str) -> float:
     """1 if the whole generation equals the answer but for case and surrounding white space, else 0."""
-    return float(expected.strip().lower() == said.strip().lower())
+    return float(expected.strip().lower() == answer.strip().lower())
 
 
 @cache

@@ -32,7 +32,7 @@ class Measuring:
     def __init__(
         self,
         model: LanguageModel,
-        asked: EvaluationSet,
+        evaluation_set: EvaluationSet,
         prompt: PromptSpec,
         max_new_tokens: int,
         batch_size: int,
@@ -40,7 +40,7 @@ class Measuring:
         workers: Workers,
         show: bool,
     ) -> None:
-        self.model, self.asked, self.workers = model, asked, workers
+        self.model, self.asked, self.workers = model, evaluation_set, workers
         self.prompt, self.max_new_tokens, self.batch_size = prompt, max_new_tokens, batch_size
         self.store, self.visible = store, show and workers.index == 0
         self.parts = _Parts(store, workers.index == 0)
@@ -126,8 +126,8 @@ class Measuring:
             yield lambda done: advance(done * self.workers.count)
 
 
-def _generation(row: Row, said: str) -> dict[str, str]:
-    return {"id": row.id, "task": row.task, "input": row.input, "expected_output": row.output, "model_output": said}
+def _generation(row: Row, answer: str) -> dict[str, str]:
+    return {"id": row.id, "task": row.task, "input": row.input, "expected_output": row.output, "model_output": answer}
 
 
 class _Parts:

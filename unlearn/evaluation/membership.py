@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
+from torch.nn.utils.rnn import pad_sequence
 
 from lm.errors import UserError
 from lm.model import LanguageModel
@@ -77,19 +78,16 @@ def document_losses(
             )
     workers = unless_sharded(workers, model)
     mine = workers.share(len(ids))
-    ids = [ids[place] for place in mine]
+    ids = [ids[index] for index in mine]
     losses = [0.0] * len(ids)
     with evaluating(model):
         for batch in sorted_batches([len(tokens) for tokens in ids], batch_size):
-            width = max(len(ids[row]) for row in batch)
-            padded = torch.zeros(len(batch), width, dtype=torch.long, device=model.device)
-            for place, row in enumerate(batch):
-                padded[place, : len(ids[row])] = torch.tensor(ids[row])
+            padded = pad_sequence([torch.tensor(ids[row]) for row in batch], batch_first=True).to(model.device)
             logits = model.model(input_ids=padded, use_cache=False).logits
-            for place, row in enumerate(batch):  # one row at a time: the float32 copy is the largest tensor here
+            for index, row in enumerate(batch):  # one row at a time: the float32 copy is the largest tensor here
                 count = len(ids[row])
                 losses[row] = torch.nn.functional.cross_entropy(
-                    logits[place, : count - 1].float(), padded[place, 1:count]
+                    logits[index, : count - 1].float(), padded[index, 1:count]
                 ).item()
             if progress is not None:
                 progress(len(batch))

@@ -23,6 +23,6 @@ def letter_prompt(question: Question) -> str:
     if len(question.choices) > len(LETTERS):
         raise UserError(f'"{question.question[:40]}" has {len(question.choices)} choices: give {len(LETTERS)} at most')
     name = question.subject.replace("_", " ")
-    answers = "".join(f"\n{LETTERS[place]}. {text}" for place, text in enumerate(question.choices))
+    answers = "".join(f"\n{LETTERS[index]}. {text}" for index, text in enumerate(question.choices))
     head = f"The following are multiple choice questions (with answers) about  {name}.\n\n"
     return f"{head}{question.question}{answers}\nAnswer:"

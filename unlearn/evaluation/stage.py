@@ -39,17 +39,17 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
     Raises:
         UserError: whatever the user can mend, before the model is loaded wherever that is possible.
     """
-    asked = read_set(config)
+    evaluation_set = read_set(config)
     acc = accelerator(cpu=config.model.device == "cpu")
     model = load_here(acc, config.model)
     with together(acc):
         if acc.is_main_process:
             facts = {
                 "data": {
-                    "forget": data_hash(asked.forget),
-                    "retain": data_hash(asked.retain),
-                    "documents": _hash([asked.members, asked.nonmembers]),
-                    "questions": _hash([asdict(question) for question in asked.questions]),
+                    "forget": data_hash(evaluation_set.forget),
+                    "retain": data_hash(evaluation_set.retain),
+                    "documents": _hash([evaluation_set.members, evaluation_set.nonmembers]),
+                    "questions": _hash([asdict(question) for question in evaluation_set.questions]),
                 },
                 "weights": fingerprint(model),
                 "devices": launch_facts(acc),
@@ -58,13 +58,13 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
     run = RunFolder(config.out, main=acc.is_main_process)
     result = evaluate(
         model,
-        asked.forget,
-        asked.retain,
-        members=asked.members,
-        nonmembers=asked.nonmembers,
-        questions=asked.questions,
-        style=asked.style,
-        lm_eval=asked.lm_eval,
+        evaluation_set.forget,
+        evaluation_set.retain,
+        members=evaluation_set.members,
+        nonmembers=evaluation_set.nonmembers,
+        questions=evaluation_set.questions,
+        style=evaluation_set.style,
+        lm_eval=evaluation_set.lm_eval,
         scores=config.scores,
         prompt=config.prompt,
         max_new_tokens=config.max_new_tokens,
@@ -94,7 +94,7 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         for source in (config.members, config.nonmembers)
     )
     forget, retain = (load_rows(source, columns=config.columns) for source in (config.forget, config.retain))
-    asked = EvaluationSet(
+    evaluation_set = EvaluationSet(
         forget=forget,
         retain=retain,
         members=members,
@@ -103,8 +103,8 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         style=config.utility_style,
         lm_eval=lm_eval,
     )
-    asked.askable(config.scores)
-    return asked
+    evaluation_set.askable(config.scores)
+    return evaluation_set
 
 
 def _hash(values: object) -> str:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from lm.data.rows import Question
 from lm.errors import UserError
@@ -69,12 +70,12 @@ def multiple_choice(
     """
     if not questions:
         raise UserError("there are no questions: give a file with at least one, or leave utility out")
-    asked = [(_letter if style == "letter" else _sentence)(model, question) for question in questions]
+    pairs = [(_letter if style == "letter" else _sentence)(model, question) for question in questions]
     limit = max_positions(model)
     workers = unless_sharded(workers, model)
-    mine = workers.share(len(asked))
-    found = _answer(model, [asked[place] for place in mine], limit, batch_size, progress)
-    chosen = workers.gather([int(np.argmax(each)) for each in found])
+    mine = workers.share(len(pairs))
+    likelihoods = _answer_likelihoods(model, [pairs[index] for index in mine], limit, batch_size, progress)
+    chosen = workers.gather([int(np.argmax(each)) for each in likelihoods])
     right = tuple(pick == question.answer for pick, question in zip(chosen, questions, strict=True))
     subjects = sorted({question.subject for question in questions})
     return Utility(
@@ -87,7 +88,7 @@ def multiple_choice(
             )
             for name in subjects
         },
-        truncated=sum(limit is not None and max(len(c) + len(a) - 1 for c, a in each) > limit for each in asked),
+        truncated=sum(limit is not None and max(len(c) + len(a) - 1 for c, a in each) > limit for each in pairs),
     )
 
 
@@ -112,38 +113,40 @@ def log_likelihoods(
     sums = np.zeros(len(pairs))
     with evaluating(model):
         for batch in sorted_batches([len(sequence) for sequence in sequences], batch_size):
-            width = max(len(sequences[place]) for place in batch)
-            padded = torch.zeros(len(batch), width, dtype=torch.long)
-            for row, place in enumerate(batch):  # on the right: under causal attention nothing earlier sees it
-                padded[row, : len(sequences[place])] = torch.tensor(sequences[place])
+            tokens = [torch.tensor(sequences[at]) for at in batch]
+            padded = pad_sequence(
+                tokens, batch_first=True
+            )  # on the right: under causal attention nothing earlier sees it
             logits = model.model(input_ids=padded.to(model.device), use_cache=False).logits
-            for row, place in enumerate(batch):
-                length = len(sequences[place])
-                for index in inputs[sequences[place]]:
+            for row, at in enumerate(batch):
+                length = len(sequences[at])
+                for index in inputs[sequences[at]]:
                     answer = torch.tensor(pairs[index][1], device=logits.device)
                     logprobs = logits[row, length - len(answer) : length].float().log_softmax(dim=-1)
                     sums[index] = logprobs.gather(1, answer[:, None]).sum().item()
                 if progress is not None:
-                    progress(len(inputs[sequences[place]]))
+                    progress(len(inputs[sequences[at]]))
     return sums
 
 
-def _answer(
+def _answer_likelihoods(
     model: LanguageModel,
-    asked: Sequence[Pairs],
+    questions: Sequence[Pairs],
     limit: int | None,
     batch_size: int,
     progress: Callable[[int], object] | None,
 ) -> list[NDArray[np.float64]]:
     """For each question the log-likelihood of each of its answers."""
-    longest = max((len(answer) for each in asked for _, answer in each), default=0)
+    longest = max((len(answer) for each in questions for _, answer in each), default=0)
     if limit is not None and longest > limit:
         raise UserError(
             f"an answer of {longest} tokens is longer than the {limit} that {model.name} can read: shorten it"
         )
-    sums = log_likelihoods(model, [pair for each in asked for pair in each], batch_size=batch_size, progress=progress)
-    cuts = np.cumsum([len(each) for each in asked])[:-1]
-    return list(np.split(sums, cuts)) if asked else []
+    sums = log_likelihoods(
+        model, [pair for each in questions for pair in each], batch_size=batch_size, progress=progress
+    )
+    cuts = np.cumsum([len(each) for each in questions])[:-1]
+    return list(np.split(sums, cuts)) if questions else []
 
 
 def _sentence(model: LanguageModel, question: Question) -> Pairs:
@@ -156,7 +159,7 @@ def _sentence(model: LanguageModel, question: Question) -> Pairs:
 def _letter(model: LanguageModel, question: Question) -> Pairs:
     """Context and the last token of each letter with its space."""
     context = _ids(model, letter_prompt(question))
-    return [(context, _ids(model, f" {LETTERS[place]}", special=False)[-1:]) for place in range(len(question.choices))]
+    return [(context, _ids(model, f" {LETTERS[index]}", special=False)[-1:]) for index in range(len(question.choices))]
 
 
 def _ids(model: LanguageModel, text: str, *, special: bool = True) -> list[int]:

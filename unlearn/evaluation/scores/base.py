@@ -156,5 +156,5 @@ def needs_of(score: Score) -> tuple[Need, ...]:
 
 def with_parts(scores: Sequence[Score]) -> tuple[Score, ...]:
     """The scores and all that they are made of, parts first, each once."""
-    expanded = [one for score in scores for one in (*with_parts(score.parts), score)]
+    expanded = [each for score in scores for each in (*with_parts(score.parts), score)]
     return tuple(dict.fromkeys(expanded))

@@ -42,7 +42,7 @@ class MembershipAuc(Score):
         """For each member, by its place, the share of non-members with a higher loss (ties one half); their mean is the AUC."""
         assert statistics.losses is not None
         members, others = statistics.losses.members, statistics.losses.nonmembers
-        return {f"member {place}": membership.auc([loss], others) for place, loss in enumerate(members)}
+        return {f"member {index}": membership.auc([loss], others) for index, loss in enumerate(members)}
 
 
 @dataclass(frozen=True)

@@ -29,4 +29,4 @@ class UtilityScore(Score):
     def per_example(self, statistics: Statistics) -> Mapping[str, float]:
         """1 or 0 for each question, by its place; empty where lm-eval asked."""
         assert statistics.choices is not None
-        return {f"question {place}": float(right) for place, right in enumerate(statistics.choices.right)}
+        return {f"question {index}": float(right) for index, right in enumerate(statistics.choices.right)}
