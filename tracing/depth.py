@@ -69,21 +69,21 @@ class DepthReport:
         depth = self.depth
         groups = [fact.group for fact in self.facts]
         low, high = bootstrap(depth, groups, confidence=confidence, seed=seed)
-        told = depth[~np.isnan(depth)]
-        return (float(told.mean()) if len(told) else float("nan")), float(low), float(high)
+        defined = depth[~np.isnan(depth)]
+        return (float(defined.mean()) if len(defined) else float("nan")), float(low), float(high)
 
     def __str__(self) -> str:
         mean, low, high = self.mean()
-        told = int((~np.isnan(self.depth)).sum())
-        if not told:
+        measured = int((~np.isnan(self.depth)).sum())
+        if not measured:
             return (
                 f"Of {len(self.facts)} facts none is lost by more than {self.threshold:g} nats with the stream of the retain "
                 "model: how deep unlearning went cannot be told."
             )
         spread = "" if np.isnan(low) else f" (95% interval {low:.2f} to {high:.2f})"
         return (
-            f"Unlearning goes {mean:.2f} deep{spread} on {told} of {len(self.facts)} facts: 0 is all still inside, 1 as little "
-            "as in the retain model, which never learned them."
+            f"Unlearning goes {mean:.2f} deep{spread} on {measured} of {len(self.facts)} facts: 0 is all still inside, 1 as "
+            "little as in the retain model, which never learned them."
         )
 
     __repr__ = __str__
@@ -104,11 +104,11 @@ class DepthReport:
             "facts": [
                 {
                     **asdict(fact),
-                    "depth": None if np.isnan(one) else float(one),
+                    "depth": None if np.isnan(depth) else float(depth),
                     "retain_model": a.tolist(),
                     "changed": b.tolist(),
                 }
-                for fact, one, a, b in zip(self.facts, self.depth, self.retain_model, self.changed, strict=True)
+                for fact, depth, a, b in zip(self.facts, self.depth, self.retain_model, self.changed, strict=True)
             ],
         }
 
@@ -144,8 +144,8 @@ def unlearning_depth(
     sources = [streams_for(model, original, encoded_facts, prompt, metric, scope) for model in (retain_model, changed)]
     lost = np.stack(
         [
-            lost_with(original, encoded, given, metric, scope)
-            for encoded, *given in zip(encoded_facts, *sources, strict=True)
+            lost_with(original, encoded, streams, metric, scope)
+            for encoded, *streams in zip(encoded_facts, *sources, strict=True)
         ]
     )
     return DepthReport(facts=tuple(facts), retain_model=lost[:, 0], changed=lost[:, 1], threshold=threshold)
@@ -164,13 +164,13 @@ def streams_for(
 
     Raises UserError for a model of another shape than the original, or that cuts a fact into other tokens.
     """
-    mine, its = (one.anatomy for one in (original, source))
+    mine, its = (model.anatomy for model in (original, source))
     if (mine.layers, mine.hidden) != (its.layers, its.hidden):
         raise UserError(
             f"{source.name} has {its.layers} layers of width {its.hidden} and {original.name} {mine.layers} of {mine.hidden}: "
             "give models of one shape"
         )
-    found = []
+    streams = []
     with evaluating(source):
         for encoded in encoded_facts:
             other = encode_fact(source, encoded.fact, prompt, metric)
@@ -182,8 +182,8 @@ def streams_for(
             sites = [Site("resid", layer) for layer in range(its.layers)]
             with capture(source, sites) as seen:
                 forward(source, embed(source, encoded.input_ids)[None], 1)
-            found.append(torch.stack([seen[site][0, _start(encoded, scope) :].cpu() for site in sites]))
-    return found
+            streams.append(torch.stack([seen[site][0, _start(encoded, scope) :].cpu() for site in sites]))
+    return streams
 
 
 @torch.inference_mode()
@@ -199,16 +199,16 @@ def lost_with(
     tokens, keep = len(encoded.input_ids), len(encoded.answer_ids)
     start = _start(encoded, scope)
     with evaluating(original):
-        given = embed(original, encoded.input_ids)[None]
-        logits, past = block_replay.trunk(original, given, keep)
-        calls, before = block_replay.calls(original, given[:, start:], past.cut(start)), past.cut(start)
+        embeddings = embed(original, encoded.input_ids)[None]
+        logits, past = block_replay.trunk(original, embeddings, keep)
+        calls, before = block_replay.calls(original, embeddings[:, start:], past.cut(start)), past.cut(start)
         own = float(read_off(logits, Target.of([encoded], 1), metric)[0])
-        state = given.new_zeros(0, tokens - start, original.anatomy.hidden)
+        state = embeddings.new_zeros(0, tokens - start, original.anatomy.hidden)
         for layer, call in enumerate(calls):
             if len(state):
                 state = call.run(state, before, torch.zeros(len(state), dtype=torch.long))
             fresh = torch.stack([stream[layer] for stream in streams])
-            state = torch.cat([state.to(given.device), fresh.to(given)])
+            state = torch.cat([state.to(embeddings.device), fresh.to(embeddings)])
         scored = read_off(block_replay.logits(original, state[:, -keep:]), Target.of([encoded], len(state)), metric)
     scores = scored.cpu().numpy().reshape(len(calls), len(streams)).T
     if np.isnan(scores).any() or np.isnan(own):

@@ -45,9 +45,9 @@ def prepare(
         if least_total is None:
             return None
         each = trunk_row_bytes(model, len(encoded.input_ids), len(encoded.answer_ids), Sweep(metric=settings.metric))
-        found = total_effect(model, encoded, corruptor.batch(encoded), settings.metric, rows=settings.bytes // each)
+        taken = total_effect(model, encoded, corruptor.batch(encoded), settings.metric, rows=settings.bytes // each)
         return (
-            f"the corruption takes only {found:.3g}, under least_total {least_total:g}" if found < least_total else None
+            f"the corruption takes only {taken:.3g}, under least_total {least_total:g}" if taken < least_total else None
         )
 
     def why_not(encoded: EncodedFact) -> str | None:

@@ -55,18 +55,18 @@ def retrace(
             f"{before.metric} compares a model with its own clean answers, known or not, so that it cannot tell what was "
             "forgotten: give effects of another metric"
         )
-    asked = _provenance(before)
-    prompt = PromptSpec(**asked["prompt"])
+    first = _provenance(before)
+    prompt = PromptSpec(**first["prompt"])
     _check_model(model, before, prompt)
     settings = TraceSettings(
-        corruption=_repeated(model, before, asked["corruption"]),
+        corruption=_repeated(model, before, first["corruption"]),
         kinds=before.kinds if kinds is None else tuple(kinds),
         window=before.window,
         metric=cast(MetricName, before.metric),  # `trace` checks it
-        engine=asked["engine"] if engine is None else engine,
+        engine=first["engine"] if engine is None else engine,
         prompt=prompt,
-        positions=asked["positions"],
-        sever=asked["sever"],
+        positions=first["positions"],
+        sever=first["sever"],
         memory=memory,
         only=before.facts,
         cache=cache,
@@ -74,7 +74,7 @@ def retrace(
         progress=progress,
     )
     after = trace(model, [*before.facts, *(skipped.fact for skipped in before.skipped)], settings)
-    return replace(after, provenance={**after.provenance, "before": asked["weights"]})
+    return replace(after, provenance={**after.provenance, "before": first["weights"]})
 
 
 def _provenance(before: Effects) -> dict[str, Any]:

@@ -113,5 +113,5 @@ def _row_correlations(one: Array, other: Array) -> Array:
     """(rows,): `spearman` of each row of one array with that of the other."""
     ranks = [rankdata(values, axis=1) - (values.shape[1] + 1) / 2 for values in (one, other)]
     length = np.sqrt((ranks[0] ** 2).sum(1) * (ranks[1] ** 2).sum(1))
-    found = np.divide((ranks[0] * ranks[1]).sum(1), length, out=np.full(len(one), np.nan), where=length > 0)
-    return np.where(np.isnan(one).any(1) | np.isnan(other).any(1), np.nan, found)
+    correlations = np.divide((ranks[0] * ranks[1]).sum(1), length, out=np.full(len(one), np.nan), where=length > 0)
+    return np.where(np.isnan(one).any(1) | np.isnan(other).any(1), np.nan, correlations)

@@ -79,13 +79,13 @@ class Cells:
             raise UserError("effects of no facts say nothing: name at least one of them")
         return replace(
             self,
-            facts=tuple(self.facts[place] for place in chosen),
+            facts=tuple(self.facts[index] for index in chosen),
             clean=self.clean[chosen],
             corrupted=self.corrupted[chosen],
-            restored={kind: [cells[place] for place in chosen] for kind, cells in self.restored.items()},
-            tokens=tuple(self.tokens[place] for place in chosen),
-            subject_spans=tuple(self.subject_spans[place] for place in chosen),
-            also={metric: one.some(chosen) for metric, one in self.also.items()},
+            restored={kind: [cells[index] for index in chosen] for kind, cells in self.restored.items()},
+            tokens=tuple(self.tokens[index] for index in chosen),
+            subject_spans=tuple(self.subject_spans[index] for index in chosen),
+            also={metric: by_metric.some(chosen) for metric, by_metric in self.also.items()},
         )
 
     def indirect(self, kind: Kind, *, normalized: bool = False) -> list[Array]:
@@ -94,10 +94,10 @@ class Cells:
         `normalized`: as a share of the fact's total effect; NaN for a fact of which the corruption took nothing, which has no
         shares. Not to be averaged: a small total makes a large share. The share of averages is in `table` and `summary`.
         """
-        found = [cells - low for cells, low in zip(self._of(kind), self.corrupted, strict=True)]
+        indirect = [cells - low for cells, low in zip(self._of(kind), self.corrupted, strict=True)]
         if not normalized:
-            return found
-        return [share_of(cells, total) for cells, total in zip(found, self.total, strict=True)]
+            return indirect
+        return [share_of(cells, total) for cells, total in zip(indirect, self.total, strict=True)]
 
     def by_role(self, kind: Kind, roles: Sequence[str] = ROLES, aggregation: Aggregation = "fixed") -> Array:
         """(facts, roles, layers): the mean indirect effect over each fact's tokens of each role; NaN where it has none."""
@@ -158,7 +158,7 @@ class Cells:
         about = {
             "version": _VERSION,
             "facts": [asdict(fact) for fact in self.facts],
-            "skipped": [{"fact": asdict(one.fact), "reason": one.reason} for one in self.skipped],
+            "skipped": [{"fact": asdict(skip.fact), "reason": skip.reason} for skip in self.skipped],
             "tokens": self.tokens,
             "subject_spans": self.subject_spans,
             "sigma": self.sigma,

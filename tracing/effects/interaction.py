@@ -98,7 +98,7 @@ class Interaction:
     ) -> dict[str, Any]:
         """Means and intervals by kind and token role as plain data (null where no fact has the role), with the edges, and the
         `ratio` over the tokens of `roles` (null where no window is whole; its interval is null where there is none)."""
-        found: dict[str, Any] = {"window": self.window.window, "metric": self.window.metric, "kinds": {}}
+        plain: dict[str, Any] = {"window": self.window.window, "metric": self.window.metric, "kinds": {}}
         for kind in self.kinds:
             tables = {
                 name: one.table(kind, confidence=confidence, seed=seed)
@@ -106,15 +106,15 @@ class Interaction:
             }
             whole = len(self.edges(kind)) < self.window.layers
             ratio = self.ratio(kind, roles=roles, confidence=confidence, seed=seed) if whole else ()
-            found["kinds"][kind] = {
+            plain["kinds"][kind] = {
                 "edges": self.edges(kind),
                 "ratio": [None if np.isnan(one) else one for one in ratio] or None,
                 "roles": {
-                    role: {name: _row(table, place) for name, table in tables.items()}
-                    for place, role in enumerate(tables["beyond"].roles)
+                    role: {name: _row(table, row) for name, table in tables.items()}
+                    for row, role in enumerate(tables["beyond"].roles)
                 },
             }
-        return found
+        return plain
 
 
 def interaction(window: Effects, single: Effects) -> Interaction:

@@ -41,11 +41,11 @@ class Traced:
         """From the scores of all metrics of a sweep: (2, metrics), clean and corrupted; (tokens, layers, metrics) a kind."""
         first, *others = [
             cls(
-                clean=float(scores[0, place]),
-                corrupted=float(scores[1, place]),
-                restored={kind: np.ascontiguousarray(values[..., place]) for kind, values in cells.items()},
+                clean=float(scores[0, index]),
+                corrupted=float(scores[1, index]),
+                restored={kind: np.ascontiguousarray(values[..., index]) for kind, values in cells.items()},
             )
-            for place in range(len(sweep.metrics))
+            for index in range(len(sweep.metrics))
         ]
         return replace(first, also=dict(zip(sweep.also, others, strict=True)))
 
@@ -138,21 +138,21 @@ def total_effect(
 def in_parts(batch: Tensor, rows: int) -> list[tuple[float, Tensor]]:
     """A fact's batch in parts of at most `rows` rows, but two at least: the clean row with some of the corrupted ones, and their
     share of all. Every score is a mean over corrupted rows, so the shares of the parts' scores add up to it."""
-    given = torch.split(batch[1:], max(1, rows - 1))
-    return [(len(some) / (len(batch) - 1), torch.cat([batch[:1], some])) for some in given]
+    parts = torch.split(batch[1:], max(1, rows - 1))
+    return [(len(some) / (len(batch) - 1), torch.cat([batch[:1], some])) for some in parts]
 
 
 def _clean_and_corrupted(logits: Tensor, target: Target, metrics: Sequence[MetricName]) -> Array:
     """(2, metrics): of row 0, and the mean of all others."""
-    found = read_all(logits, target, metrics)
-    return np.asarray(torch.stack([found[0], found[1:].mean(0)]).cpu().numpy(), dtype=np.float64)
+    scores = read_all(logits, target, metrics)
+    return np.asarray(torch.stack([scores[0], scores[1:].mean(0)]).cpu().numpy(), dtype=np.float64)
 
 
 def restorations(sweep: Sweep, kind: Kind, layer: int, layers: int, position: int, states: Captured) -> list[Edit]:
     """Edits that put the clean state of one token back into every noisy row, and hold what is severed as it was."""
     token = slice(position, position + 1)
-    back = [Site(kind, one) for one in window_layers(layer, sweep.window, layers, kind)]
-    held = [Site(sweep.sever, one) for one in range(layers) if sweep.sever and Site(sweep.sever, one) not in back]
+    back = [Site(kind, near) for near in window_layers(layer, sweep.window, layers, kind)]
+    held = [Site(sweep.sever, near) for near in range(layers) if sweep.sever and Site(sweep.sever, near) not in back]
     values = [(site, states[site][:1, token]) for site in back] + [(site, states[site][1:, token]) for site in held]
     return [Edit(site=site, value=value, rows=slice(1, None), positions=[position]) for site, value in values]
 

@@ -112,24 +112,24 @@ def attribute_fact(
         with torch.no_grad(), capture(model, sites) as clean:
             score = read_off(forward(model, batch[:1].clone(), keep), Target.of([encoded], 1), metric)
         for part in torch.split(batch[1:], rows):
-            given = part.detach().clone().requires_grad_()
+            embeddings = part.detach().clone().requires_grad_()
             contributions = [Site(kind, layer) for kind in ("attn", "mlp") for layer in dropped]
             with capture(model, [*sites, *contributions], detach=False) as seen:
-                scores = read_off(forward(model, given, keep), Target.of([encoded], len(part)), metric)
+                scores = read_off(forward(model, embeddings, keep), Target.of([encoded], len(part)), metric)
             corrupted += float(scores.detach().sum()) / samples
             for index, layer in enumerate((None, *dropped)):
-                below = [place for place, site in enumerate(sites) if layer is None or site.layer < layer]
+                below = [node for node, site in enumerate(sites) if layer is None or site.layer < layer]
                 more = index < len(dropped)
-                gradients = _gradients(scores, seen, [sites[place] for place in below], layer, more)
-                for place, gradient in zip(below, gradients, strict=True):
-                    step = clean[sites[place]].double() - seen[sites[place]].detach().double()
-                    here = reduce(step * gradient.double(), "samples tokens hidden -> tokens", "sum")[:tokens]
-                    sums[index, place] += here.cpu().numpy() / samples
-    found = _over_dropped(sums, sites, layers) if graddrop else sums[0]
-    found[:, : encoded.span[0]] = 0.0  # by causality
-    found[~np.isfinite(found)] = np.nan
+                gradients = _gradients(scores, seen, [sites[node] for node in below], layer, more)
+                for node, gradient in zip(below, gradients, strict=True):
+                    step = clean[sites[node]].double() - seen[sites[node]].detach().double()
+                    by_token = reduce(step * gradient.double(), "samples tokens hidden -> tokens", "sum")[:tokens]
+                    sums[index, node] += by_token.cpu().numpy() / samples
+    attributed_to = _over_dropped(sums, sites, layers) if graddrop else sums[0]
+    attributed_to[:, : encoded.span[0]] = 0.0  # by causality
+    attributed_to[~np.isfinite(attributed_to)] = np.nan
     cells = {
-        kind: corrupted + found[place * layers : (place + 1) * layers].T.copy() for place, kind in enumerate(kinds)
+        kind: corrupted + attributed_to[node * layers : (node + 1) * layers].T.copy() for node, kind in enumerate(kinds)
     }
     refuse_nan(model, encoded, np.array([float(score), corrupted]), list(cells.values()))
     return Traced(clean=float(score), corrupted=corrupted, restored=cells)
@@ -153,11 +153,11 @@ def _over_dropped(sums: Array, sites: Sequence[Site], layers: int) -> Array:
     sizes = np.abs(sums)
     if layers == 1:
         return np.asarray(sizes[0])
-    found = [
-        (site.layer * sizes[0, place] + sizes[site.layer + 1 :, place].sum(0)) / (layers - 1)
-        for place, site in enumerate(sites)
+    means = [
+        (site.layer * sizes[0, node] + sizes[site.layer + 1 :, node].sum(0)) / (layers - 1)
+        for node, site in enumerate(sites)
     ]
-    return np.stack(found)
+    return np.stack(means)
 
 
 def attributed(
@@ -176,18 +176,18 @@ def attributed(
         raise UserError("there are no facts to attribute: give at least one")
     kinds, metric = settings.sweep.kinds, settings.metric
     known, skipped, corruptor = prepare(model, facts, settings)
-    found: list[Traced] = []
+    traced: list[Traced] = []
     with progress_bar(len(known), label="attribution", unit="facts", enabled=settings.show) as advance:
         for encoded in known:
             rows = settings.bytes // gradient_row_bytes(model, len(encoded.input_ids), len(encoded.answer_ids))
             batch = corruptor.batch(encoded)
-            found.append(attribute_fact(model, encoded, batch, kinds, metric, graddrop=graddrop, rows=max(1, rows)))
+            traced.append(attribute_fact(model, encoded, batch, kinds, metric, graddrop=graddrop, rows=max(1, rows)))
             advance(1)
     effects = Effects(
         facts=tuple(encoded.fact for encoded in known),
-        clean=np.array([one.clean for one in found]),
-        corrupted=np.array([one.corrupted for one in found]),
-        restored={kind: [one.restored[kind] for one in found] for kind in kinds},
+        clean=np.array([fact.clean for fact in traced]),
+        corrupted=np.array([fact.corrupted for fact in traced]),
+        restored={kind: [fact.restored[kind] for fact in traced] for kind in kinds},
         tokens=tuple(encoded.tokens for encoded in known),
         subject_spans=tuple(encoded.span for encoded in known),
         sigma=corruptor.sigma,

@@ -79,29 +79,29 @@ class AttributionPatching(Localizer):
     def scored(self) -> tuple[Kind, ...]:
         return self.kinds
 
-    def locate(self, asked: Localization) -> LayerScores:
-        every, only = asked.among(self.metric)
+    def locate(self, task: Localization) -> LayerScores:
+        every, only = task.among(self.metric)
         settings = TraceSettings(
             corruption=self.corruption,
             kinds=self.kinds,
             metric=self.metric,
-            prompt=asked.prompt,
+            prompt=task.prompt,
             memory=self.memory,
             only=only,
-            progress=asked.progress,
+            progress=task.progress,
         )
-        with evaluating(asked.model):
-            effects, known, corruptor = attributed(asked.model, every, settings, graddrop=self.graddrop)
+        with evaluating(task.model):
+            effects, known, corruptor = attributed(task.model, every, settings, graddrop=self.graddrop)
             details: dict[str, Any] = {"graddrop": self.graddrop, "estimated": self._means(effects)}
-            checked = self._verified(asked.model, known, corruptor, effects, asked.progress)
+            checked = self._verified(task.model, known, corruptor, effects, task.progress)
             if checked is not None:
                 details["verification"] = checked.to_json()
                 effects = checked.applied(effects)
-                if asked.progress:
+                if task.progress:
                     print(f"attribution: {checked}", file=sys.stderr)
             if self.queries_and_keys:
                 details["queries_and_keys"] = query_key.summary(
-                    asked.model, known, corruptor, self.metric, settings.bytes
+                    task.model, known, corruptor, self.metric, settings.bytes
                 )
         scores = effects.scores(self.roles)
         what = "size of the attributed effect" if self.graddrop else "attributed indirect effect"

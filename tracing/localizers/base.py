@@ -71,7 +71,7 @@ class Localizer(ABC):
         return False
 
     @abstractmethod
-    def locate(self, asked: Localization) -> LayerScores:
+    def locate(self, task: Localization) -> LayerScores:
         """Score every layer for every fact.
 
         Raises:

@@ -45,23 +45,23 @@ class CausalTracing(Localizer):
     def scored(self) -> tuple[Kind, ...]:
         return self.kinds
 
-    def locate(self, asked: Localization) -> LayerScores:
-        every, only = asked.among(self.metric)
+    def locate(self, task: Localization) -> LayerScores:
+        every, only = task.among(self.metric)
         settings = TraceSettings(
             corruption=self.corruption,
             kinds=self.kinds,
             window=self.window,
             metric=self.metric,
-            prompt=asked.prompt,
+            prompt=task.prompt,
             positions=self.positions,
             only=only,
-            cache=asked.cache,
-            progress=asked.progress,
+            cache=task.cache,
+            progress=task.progress,
         )
-        effects = trace(asked.model, every, settings)
+        effects = trace(task.model, every, settings)
         scores = effects.scores(self.roles)
         if self.window == 1 or set(self.kinds) == {"resid"}:
             return scores
-        single = trace(asked.model, every, replace(settings, window=1))
+        single = trace(task.model, every, replace(settings, window=1))
         beyond = interaction(effects, single).to_json(self.roles)
         return replace(scores, details={**scores.details, "interaction": beyond})

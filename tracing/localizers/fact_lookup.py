@@ -91,12 +91,12 @@ class FactLookup(Localizer):
     def scored(self) -> tuple[Kind, ...]:
         return ("mlp", "attn", "resid")
 
-    def locate(self, asked: Localization) -> LayerScores:
-        model, progress = asked.model, asked.progress
+    def locate(self, task: Localization) -> LayerScores:
+        model, progress = task.model, task.progress
         lens = self.readout == "logit_lens"
         with evaluating(model):
             metric = self.metric if lens else "log_probability"
-            known, skipped = known_facts(model, asked.facts, asked.prompt, metric=metric, show=progress)
+            known, skipped = known_facts(model, task.facts, task.prompt, metric=metric, show=progress)
             read: list[Array] = []
             with progress_bar(len(known), label="fact lookup", unit="facts", enabled=progress) as advance:
                 for encoded in known:
@@ -125,9 +125,9 @@ class FactLookup(Localizer):
             details={
                 **details,
                 "curve": mean_over_facts(curves)[::2].tolist(),
-                "left_out": {one.fact.label: one.reason for one in skipped},
+                "left_out": {skip.fact.label: skip.reason for skip in skipped},
             },
-            provenance=made_with(model, self, asked.prompt),
+            provenance=made_with(model, self, task.prompt),
         )
 
     def _places(self, encoded: EncodedFact) -> list[int]:
@@ -142,23 +142,23 @@ class FactLookup(Localizer):
     ) -> tuple[list[EncodedFact], Array, dict[str, Any], list[Skipped]]:
         """The facts that can be told apart, their readability (facts, states), how often they are, and the facts left out."""
         questions: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for place, encoded in enumerate(encoded_facts):
-            questions[encoded.fact.question].append(place)
+        for index, encoded in enumerate(encoded_facts):
+            questions[encoded.fact.question].append(index)
         curves = np.full(states.shape[:2], np.nan)
         hits = np.full(states.shape[:2], np.nan)
         for members in questions.values():
-            labels = [self._label(encoded_facts[place]) for place in members]
-            groups = [encoded_facts[place].fact.group or encoded_facts[place].fact.subject for place in members]
+            labels = [self._label(encoded_facts[index]) for index in members]
+            groups = [encoded_facts[index].fact.group or encoded_facts[index].fact.subject for index in members]
             kept = usable(labels, groups)
             if not kept:
                 continue
-            labels, groups = [labels[one] for one in kept], [groups[one] for one in kept]
+            labels, groups = [labels[member] for member in kept], [groups[member] for member in kept]
             folds = folds_of(labels, groups, self.folds, self.seed)
-            rows = [members[one] for one in kept]
+            rows = [members[member] for member in kept]
             for state in range(states.shape[1]):
                 curves[rows, state], hits[rows, state] = linear_probe(states[rows, state], labels, folds, self.ridge)
-        told = np.flatnonzero(~np.isnan(curves).any(axis=1)).tolist()
-        if not told:
+        probed = np.flatnonzero(~np.isnan(curves).any(axis=1)).tolist()
+        if not probed:
             what = "answers" if self.classes == "answer" else "first tokens"
             way = "classes: first_token, or " if self.classes == "answer" else ""
             raise UserError(
@@ -167,11 +167,11 @@ class FactLookup(Localizer):
             )
         reason = f"no other subject with its {self.classes.replace('_', ' ')} is asked this question"
         left = [
-            Skipped(fact=encoded_facts[place].fact, reason=reason)
-            for place in sorted(set(range(len(encoded_facts))) - set(told))
+            Skipped(fact=encoded_facts[index].fact, reason=reason)
+            for index in sorted(set(range(len(encoded_facts))) - set(probed))
         ]
-        details = {"accuracy": hits[told].mean(axis=0)[::2].tolist(), "probed": len(told)}
-        return [encoded_facts[place] for place in told], curves[told], details, left
+        details = {"accuracy": hits[probed].mean(axis=0)[::2].tolist(), "probed": len(probed)}
+        return [encoded_facts[index] for index in probed], curves[probed], details, left
 
     def _label(self, encoded: EncodedFact) -> str:
         return encoded.fact.answer if self.classes == "answer" else str(encoded.answer_ids[0])
@@ -187,8 +187,8 @@ def streams(model: LanguageModel, encoded: EncodedFact, places: Sequence[int]) -
     sites = [EMBEDDING, *model.anatomy.sites("attn", "resid")]
     with capture(model, sites, positions=list(places)) as seen:
         forward(model, embed(model, encoded.input_ids)[None], 1)
-    found = [seen[EMBEDDING][0]]
+    states = [seen[EMBEDDING][0]]
     for layer in layers:
         added = seen[Site("attn", layer)][0]
-        found += [found[-1].to(added.device) + added, seen[Site("resid", layer)][0]]
-    return torch.stack([one.to(found[0].device) for one in found])
+        states += [states[-1].to(added.device) + added, seen[Site("resid", layer)][0]]
+    return torch.stack([state.to(states[0].device) for state in states])

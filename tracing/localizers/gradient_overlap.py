@@ -61,25 +61,25 @@ class GradientOverlap(Localizer):
     def needs_retain(self) -> bool:
         return True
 
-    def locate(self, asked: Localization) -> LayerScores:
-        model, progress = asked.model, asked.progress
-        if not asked.retain:
+    def locate(self, task: Localization) -> LayerScores:
+        model, progress = task.model, task.progress
+        if not task.retain:
             raise UserError("gradient overlap compares with facts that must stay: give retain facts")
         weights = module_weights(model, self.kinds)
-        every = {name: weight for some in weights.values() for name, weight in some.items()}
+        every = {name: weight for weights_of in weights.values() for name, weight in weights_of.items()}
         with evaluating(model), differentiable(list(every.values())):
-            known, skipped = known_facts(model, asked.facts, asked.prompt, show=progress)
-            kept, unkept = known_facts(model, asked.retain, asked.prompt, show=progress)
+            known, skipped = known_facts(model, task.facts, task.prompt, show=progress)
+            kept, unkept = known_facts(model, task.retain, task.prompt, show=progress)
             mean = mean_gradient(model, kept, every, progress=progress)
-            retain_norm = {place: _dot(mean, mean, some) ** 0.5 for place, some in weights.items()}
+            retain_norm = {module: _dot(mean, mean, weights_of) ** 0.5 for module, weights_of in weights.items()}
             norms, cosines = np.zeros((2, len(known), len(self.kinds), model.anatomy.layers))
             with progress_bar(len(known), label="gradient overlap", unit="facts", enabled=progress) as advance:
                 for row, encoded in enumerate(known):
                     gradient = answer_gradient(model, encoded, every)
-                    for place, some in weights.items():
-                        at = (row, self.kinds.index(place[0]), place[1])
-                        norms[at] = _dot(gradient, gradient, some) ** 0.5
-                        cosines[at] = _cosine(_dot(gradient, mean, some), norms[at], retain_norm[place])
+                    for module, weights_of in weights.items():
+                        cell = (row, self.kinds.index(module[0]), module[1])
+                        norms[cell] = _dot(gradient, gradient, weights_of) ** 0.5
+                        cosines[cell] = _cosine(_dot(gradient, mean, weights_of), norms[cell], retain_norm[module])
                     advance(1)
         scores = unexplained(norms, cosines)
         silent = [encoded.fact.label for encoded, row in zip(known, norms, strict=True) if not row.any()]
@@ -87,19 +87,19 @@ class GradientOverlap(Localizer):
             source="gradient overlap",
             unit="share of the fact's gradient that the retain gradient does not explain",
             facts=tuple(encoded.fact for encoded in known),
-            values={kind: scores[:, place] for place, kind in enumerate(self.kinds)},
+            values={kind: scores[:, module] for module, kind in enumerate(self.kinds)},
             details={
                 "cosine": _by_kind(self.kinds, cosines),
                 "norm": _by_kind(self.kinds, norms),
                 "retain_norm": {
                     kind: [retain_norm[kind, layer] for layer in range(model.anatomy.layers)] for kind in self.kinds
                 },
-                "left_out": {one.fact.label: one.reason for one in skipped},
+                "left_out": {skip.fact.label: skip.reason for skip in skipped},
                 "without_gradient": silent,
                 "retain_facts": [encoded.fact.label for encoded in kept],
-                "retain_left_out": {one.fact.label: one.reason for one in unkept},
+                "retain_left_out": {skip.fact.label: skip.reason for skip in unkept},
             },
-            provenance=made_with(model, self, asked.prompt),
+            provenance=made_with(model, self, task.prompt),
         )
 
 

@@ -64,13 +64,13 @@ class Verification:
     @property
     def drawn(self) -> int:
         """How many random cells there are."""
-        return sum(len(one.cells) for one in self.random)
+        return sum(len(cells.cells) for cells in self.random)
 
     @property
     def missed(self) -> int:
         """How many of the random cells matter."""
         least = self.matters * np.abs(self.total)
-        return sum(int((np.abs(one.exact) >= bound).sum()) for one, bound in zip(self.random, least, strict=True))
+        return sum(int((np.abs(cells.exact) >= bound).sum()) for cells, bound in zip(self.random, least, strict=True))
 
     @property
     def bound(self) -> float:
@@ -84,19 +84,21 @@ class Verification:
 
     def rank_correlation(self, cells: Sequence[Compared]) -> float:
         """The mean over facts of Spearman's correlation of estimated and exact effects; NaN where no fact has one."""
-        found = [spearman(one.estimated, self._exact(one)) for one in cells if len(one.cells) > 1]
-        told = [value for value in found if not np.isnan(value)]
-        return float(np.mean(told)) if told else float("nan")
+        correlations = [
+            spearman(compared.estimated, self._exact(compared)) for compared in cells if len(compared.cells) > 1
+        ]
+        defined = [value for value in correlations if not np.isnan(value)]
+        return float(np.mean(defined)) if defined else float("nan")
 
     def sign_agreement(self, cells: Sequence[Compared]) -> float:
         """The share of cells whose estimated and exact effects have the same sign; NaN without signs or cells."""
-        same = [np.sign(one.estimated) == np.sign(one.exact) for one in cells if len(one.cells)]
+        same = [np.sign(compared.estimated) == np.sign(compared.exact) for compared in cells if len(compared.cells)]
         return float(np.concatenate(same).mean()) if same and self.signed else float("nan")
 
     def applied(self, effects: Effects) -> Effects:
         """The effects with exact values in place of the estimates that were checked."""
         restored: dict[Kind, list[Array]] = {
-            kind: [np.array(one) for one in effects.restored[kind]] for kind in effects.kinds
+            kind: [np.array(of_fact) for of_fact in effects.restored[kind]] for kind in effects.kinds
         }
         for index, low in enumerate(effects.corrupted):
             for some in (self.top[index], self.random[index]):
@@ -107,14 +109,14 @@ class Verification:
     def __str__(self) -> str:
         facts, outside = len(self.total), int(self.outside.sum())
         if not outside:
-            said = "every cell was computed"
+            verdict = "every cell was computed"
         elif not self.drawn:
-            said = "no random cell was computed, so that nothing is known of the cells outside the top"
+            verdict = "no random cell was computed, so that nothing is known of the cells outside the top"
         else:
             share = f"{100 * self.bound:.2g} % of the {outside:,} cells outside the top do"
             known = f"{share}, all of which were computed" if self.drawn == outside else f"at most {share} (95 %)"
             verb = "has" if self.missed == 1 else "have"
-            said = (
+            verdict = (
                 f"of {self.drawn:,} random cells {self.missed:,} {verb} an effect of {100 * self.matters:g} % of the total "
                 f"or more: {known}"
             )
@@ -123,7 +125,7 @@ class Verification:
         if self.drawn:
             ranks += f" and {_number(self.rank_correlation(self.random))} at random"
             signs += f" and {_percent(self.sign_agreement(self.random))}"
-        return f"{facts} facts; {said}; {ranks}{f', {signs}' if self.signed else ''}"
+        return f"{facts} facts; {verdict}; {ranks}{f', {signs}' if self.signed else ''}"
 
     __repr__ = __str__
 
@@ -200,18 +202,18 @@ def verify(
     with progress_bar(len(encoded_facts), label="verification", unit="facts", enabled=progress) as advance:
         for index, encoded in enumerate(encoded_facts):
             chosen = ranked[index][:top]
-            asked = [*chosen, *(outside[index][place] for place in drawn[index])]
+            wanted = [*chosen, *(outside[index][index_of] for index_of in drawn[index])]
             batch = corruptor.batch(encoded)
-            scores = engine.score_cells(encoded, batch, asked)
+            scores = engine.score_cells(encoded, batch, wanted)
             low = float(estimated.corrupted[index])
             if index == 0:
-                few = [*range(min(2, len(asked))), len(asked) - 1] if asked else []
-                found_few = {asked[place]: scores[place] for place in few}
-                compare(model, encoded, batch, sweep, found_few, low, rows=engine.ordinary_rows(encoded))
+                few = [*range(min(2, len(wanted))), len(wanted) - 1] if wanted else []
+                few_scores = {wanted[index_of]: scores[index_of] for index_of in few}
+                compare(model, encoded, batch, sweep, few_scores, low, rows=engine.ordinary_rows(encoded))
             exact = np.array(scores) - low
-            guessed = np.array([guesses[index][cell] for cell in asked])
-            for found, part in ((tops, slice(0, len(chosen))), (others, slice(len(chosen), len(asked)))):
-                found.append(Compared(cells=tuple(asked[part]), estimated=guessed[part], exact=exact[part]))
+            guessed = np.array([guesses[index][cell] for cell in wanted])
+            for compared, part in ((tops, slice(0, len(chosen))), (others, slice(len(chosen), len(wanted)))):
+                compared.append(Compared(cells=tuple(wanted[part]), estimated=guessed[part], exact=exact[part]))
             advance(1)
     return Verification(
         top=tuple(tops),
@@ -230,7 +232,7 @@ def _guesses(estimated: Effects, index: int, encoded: EncodedFact, roles: Sequen
     return {
         (kind, position, layer): float(estimated.restored[kind][index][position, layer]) - low
         for kind in estimated.kinds
-        for position in sorted(place for role in roles if role != "before" for place in places[role])
+        for position in sorted(token for role in roles if role != "before" for token in places[role])
         for layer in range(estimated.layers)
     }
 

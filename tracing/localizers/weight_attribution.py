@@ -63,21 +63,21 @@ class WeightAttribution(Localizer):
     def needs_retain(self) -> bool:
         return self.relative
 
-    def locate(self, asked: Localization) -> LayerScores:
-        model, progress = asked.model, asked.progress
-        if self.relative and not asked.retain:
+    def locate(self, task: Localization) -> LayerScores:
+        model, progress = task.model, task.progress
+        if self.relative and not task.retain:
             raise UserError(
                 "weight attribution relative to what must stay needs retain facts: give some, or relative: false"
             )
         modules = module_weights(model, self.kinds)
         every = {name: weight for some in modules.values() for name, weight in some.items()}
-        values = np.full((len(self.kinds), len(asked.facts), model.anatomy.layers), np.nan)
+        values = np.full((len(self.kinds), len(task.facts), model.anatomy.layers), np.nan)
         with evaluating(model), differentiable(list(every.values())):
-            known, skipped = known_facts(model, asked.facts, asked.prompt, show=progress)
+            known, skipped = known_facts(model, task.facts, task.prompt, show=progress)
             usual: dict[str, Tensor] = {}
             if self.relative:
                 usual = weight_effects(
-                    model, known_facts(model, asked.retain, asked.prompt, show=progress)[0], every, progress=progress
+                    model, known_facts(model, task.retain, task.prompt, show=progress)[0], every, progress=progress
                 )
             with progress_bar(len(known), label="weight attribution", unit="facts", enabled=progress) as advance:
                 for row, encoded in enumerate(known):
@@ -94,10 +94,10 @@ class WeightAttribution(Localizer):
             facts=tuple(encoded.fact for encoded in known),
             values={kind: values[place, : len(known)] for place, kind in enumerate(self.kinds)},
             details={
-                "left_out": {one.fact.label: one.reason for one in skipped},
+                "left_out": {skip.fact.label: skip.reason for skip in skipped},
                 "without_gradient": silent,
             },
-            provenance=made_with(model, self, asked.prompt),
+            provenance=made_with(model, self, task.prompt),
         )
 
 

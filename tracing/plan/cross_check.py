@@ -59,7 +59,7 @@ def confirm(
     """
     confidence = float(plan.evidence["confidence"])
     mine = effects.scores(roles, aggregation)
-    said: dict[str, Any] = {name: {"confirms": False, "lacking": why} for name, why in lacking.items()}
+    findings: dict[str, Any] = {name: {"confirms": False, "lacking": why} for name, why in lacking.items()}
     against = [f"{name} could not be compared: {why.rstrip('.')}" for name, why in lacking.items()]
     favor = []
     for name, other in others.items():
@@ -67,7 +67,7 @@ def confirm(
         shared = len(set(effects.facts) & set(other.facts))
         if shared < 2:
             against.append(f"{name} has {shared} facts in common, too few to compare")
-            said[name] = {"confirms": False, "facts": shared}
+            findings[name] = {"confirms": False, "facts": shared}
             continue
         alike = {
             kind: agreement(mine, theirs, kind, confidence=confidence, resamples=resamples, seed=seed)
@@ -78,17 +78,17 @@ def confirm(
         reasons = _doubts(name, [alike[kind] for kind in _planned(plan)], lead)
         against += reasons
         favor += [_praise(name, [alike[kind] for kind in _planned(plan)], lead)] if lead and not reasons else []
-        said[name] = {
+        findings[name] = {
             "confirms": not reasons,
             "facts": shared,
-            "agreement": {kind: asdict(one) for kind, one in alike.items()},
+            "agreement": {kind: asdict(compared) for kind, compared in alike.items()},
             "planned_layers": None if lead is None else asdict(lead),
         }
     return replace(
         plan,
         singled_out=plan.singled_out and not against,
         verdict=verdict_with_corruptions(plan, against, favor),
-        evidence={**plan.evidence, "also": said},
+        evidence={**plan.evidence, "also": findings},
     )
 
 
@@ -109,15 +109,15 @@ def _lead(plan: LayerPlan, theirs: LayerScores, confidence: float, resamples: in
 
 
 def _doubts(name: str, alike: Sequence[Agreement], lead: _Lead | None) -> list[str]:
-    if any(np.isnan(one.correlation) for one in alike):  # a single layer, or effects that are all equal
+    if any(np.isnan(compared.correlation) for compared in alike):  # a single layer, or effects that are all equal
         return [f"under {name} the layers have no order that could be compared"]
-    if any(np.isnan(one.low) for one in alike):  # of one group there is no interval
+    if any(np.isnan(compared.low) for compared in alike):  # of one group there is no interval
         return [f"under {name} only one group of facts was traced, too few to compare"]
     doubts = [
-        f"under {name} the layers' {one.kind} effects are not shown to be ranked alike (rank correlation {one.correlation:.2f}, "
-        f"{one.confidence:.0%} interval {one.low:.2f} to {one.high:.2f})"
-        for one in alike
-        if not one.low > 0
+        f"under {name} the layers' {compared.kind} effects are not shown to be ranked alike (rank correlation "
+        f"{compared.correlation:.2f}, {compared.confidence:.0%} interval {compared.low:.2f} to {compared.high:.2f})"
+        for compared in alike
+        if not compared.low > 0
     ]
     if lead is not None and not lead.low > 0:
         doubts.append(f"under {name} these layers do not lead (by {lead.margin:.3g}, lower bound {lead.low:.3g})")
@@ -125,5 +125,8 @@ def _doubts(name: str, alike: Sequence[Agreement], lead: _Lead | None) -> list[s
 
 
 def _praise(name: str, alike: Sequence[Agreement], lead: _Lead) -> str:
-    ranks = " and ".join(f"{one.correlation:.2f} ({one.low:.2f} to {one.high:.2f}) for {one.kind}" for one in alike)
+    ranks = " and ".join(
+        f"{compared.correlation:.2f} ({compared.low:.2f} to {compared.high:.2f}) for {compared.kind}"
+        for compared in alike
+    )
     return f"{name} confirms them: they lead by {lead.margin:.3g} ({lead.low:.3g} to {lead.high:.3g}), rank correlation {ranks}"

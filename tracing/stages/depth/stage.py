@@ -45,8 +45,8 @@ def run_depth(config: DepthConfig, facts: Sequence[Fact] | None = None) -> Depth
     ]
     lost = np.stack(
         [
-            lost_with(original, encoded, given, config.metric, config.scope)
-            for encoded, *given in zip(known, *sources, strict=True)
+            lost_with(original, encoded, streams, config.metric, config.scope)
+            for encoded, *streams in zip(known, *sources, strict=True)
         ]
     )
     report = DepthReport(
@@ -55,7 +55,7 @@ def run_depth(config: DepthConfig, facts: Sequence[Fact] | None = None) -> Depth
         changed=lost[:, 1],
         threshold=config.threshold,
     )
-    left = {one.fact.label: one.reason for one in skipped}
+    left = {skip.fact.label: skip.reason for skip in skipped}
     write_json(run.path / "depth.json", {**report.to_json(), "left_out": left})
     run.finish(seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes())
     return report

@@ -65,17 +65,17 @@ def run_localize(
     with together(acc):
         if acc.is_main_process:
             about = {
-                side: {"count": len(given), "sha256": facts_hash(given)}
-                for side, given in (("facts", facts), ("retain", retain))
+                side: {"count": len(of_side), "sha256": facts_hash(of_side)}
+                for side, of_side in (("facts", facts), ("retain", retain))
             }
             more = {**about, "devices": launch_facts(acc)}
             RunFolder.create(config.out, config, resume=config.resume, facts=more, same=tuple(about))
     run = RunFolder(config.out, main=acc.is_main_process)
-    asked, left_out = known_of(model, facts, config)
+    known, left_out = known_of(model, facts, config)
     kept, unkept = known_of(model, retain, config) if retain else ([], {})
     localization = Localization(
         model=model,
-        facts=asked,
+        facts=known,
         retain=kept,
         others=facts,
         prompt=config.prompt,
@@ -85,16 +85,16 @@ def run_localize(
     for name in list(config.localizers)[acc.process_index :: acc.num_processes]:
         path = run.path / f"{name}.npz"
         if not path.exists():
-            told = refusal(run.path, name)
+            refused_path = refusal(run.path, name)
             try:
-                found = config.localizers[name].locate(localization)
+                layer_scores = config.localizers[name].locate(localization)
             except NotWritten:
                 raise
             except UserError as error:
-                write_json(told, {"localizer": name, "reason": str(error)})
+                write_json(refused_path, {"localizer": name, "reason": str(error)})
             else:
-                found.save(path)
-                told.unlink(missing_ok=True)
+                layer_scores.save(path)
+                refused_path.unlink(missing_ok=True)
     acc.wait_for_everyone()
     refused = {
         name: str(json.loads(refusal(run.path, name).read_text())["reason"])
@@ -161,7 +161,7 @@ def known_of(model: LanguageModel, facts: Sequence[Fact], config: LocalizeConfig
     known, skipped = known_facts(
         model, drawn(facts, config.facts.max_facts, config.seed), config.prompt, max_facts=config.facts.max_facts
     )
-    return [encoded.fact for encoded in known], {one.fact.label: one.reason for one in skipped}
+    return [encoded.fact for encoded in known], {skip.fact.label: skip.reason for skip in skipped}
 
 
 def write_result(result: LocalizeResult, folder: Path, *, confidence: float = 0.95, seed: int = 0) -> None:

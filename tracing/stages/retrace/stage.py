@@ -44,20 +44,20 @@ def run_retrace(config: RetraceConfig) -> Difference:
         cache=run.path / "facts",
         workers=Workers(acc.process_index, acc.num_processes, acc.wait_for_everyone),
     )
-    found = difference(before, after, confidence=config.confidence, seed=config.seed)
+    change = difference(before, after, confidence=config.confidence, seed=config.seed)
     if acc.is_main_process:
         after.save(run.path / "effects.npz")
-        for kind in found.kinds:
-            plot_difference(found, kind).save(run.path / f"{kind}.png")
-        parts = {"before": found.before, "after": found.after, "change": found.change}
-        tables = {name: readable_tables(list(one.values())) for name, one in parts.items()}
-        write_json(run.path / "difference.json", {**found.to_json(), "tables": tables})
+        for kind in change.kinds:
+            plot_difference(change, kind).save(run.path / f"{kind}.png")
+        parts = {"before": change.before, "after": change.after, "change": change.change}
+        tables = {name: readable_tables(list(of_part.values())) for name, of_part in parts.items()}
+        write_json(run.path / "difference.json", {**change.to_json(), "tables": tables})
         run.finish(peak_memory_bytes=peak_memory_bytes())
     acc.wait_for_everyone()
-    return found
+    return change
 
 
-def describe(config: RetraceConfig, found: Difference) -> str:
+def describe(config: RetraceConfig, change: Difference) -> str:
     """What the command prints at the end: what became of the strongest cell of each kind."""
-    sentences = [found.sentence(kind) for kind in found.kinds]
+    sentences = [change.sentence(kind) for kind in change.kinds]
     return "\n".join([*sentences, f"wrote {config.out}/effects.npz, difference.json and a picture a kind"])

@@ -269,7 +269,7 @@ def readable(effects: Effects, tables: Sequence[EffectTable], *, seed: int = 0) 
             {**asdict(fact), "clean": float(clean), "corrupted": float(corrupted)}
             for fact, clean, corrupted in zip(effects.facts, effects.clean, effects.corrupted, strict=True)
         ],
-        "left_out": [{**asdict(one.fact), "reason": one.reason} for one in effects.skipped],
+        "left_out": [{**asdict(skip.fact), "reason": skip.reason} for skip in effects.skipped],
         "tables": readable_tables(tables),
         "provenance": dict(effects.provenance),
     }
