@@ -1,0 +1,271 @@
+"""A report from run folders: models with their scores, where it was stored, what came back, and what to type again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lm.errors import UserError
+from tracing.effects.before_after import difference
+from tracing.effects.effects import Effects
+from tracing.effects.table import EffectTable
+from tracing.plan.layer_plan import LayerPlan
+from unlearn.evaluation.lume import TERMS
+from unlearn.evaluation.result import MEASURES
+from unlearn.report.records import Attacked, AttackTrial, Depth, Part, Report, ReportModel, Retraced
+from unlearn.report.runs.answers import shown_answers
+from unlearn.report.runs.caveats import caveats, facts_about
+from unlearn.report.runs.folders import Run, find_runs
+from unlearn.report.runs.models import Subject, subjects
+
+TITLE = "What was forgotten"
+QUESTION = (
+    "What does a model still say of the rows that it should forget, and of those that it should keep: where was it stored, is it "
+    "gone, and how do we know?"
+)
+_LABELS: dict[Part, str] = {"reference": "Before unlearning", "retain_model": "Retain model"}
+_NOTES: dict[Part, str] = {
+    "reference": "The reference model, which knows everything: the floor.",
+    "retain_model": "It never saw the forget rows: the honest ceiling.",
+    "planned": "the layers that tracing chose",
+    "control": "control: as many other layers",
+    "all_layers": "control: all layers",
+}
+_KEPT = ("terms", "seconds", "model", *MEASURES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naming:
+    """What a model is called, and what it is beside the others. What is None is told from the runs."""
+
+    key: str | None = None
+    label: str | None = None
+    note: str | None = None
+    part: Part | None = None
+
+
+def collect(
+    folders: Sequence[str | Path],
+    *,
+    names: Mapping[str, Naming] | None = None,
+    retain_model: str | Path | None = None,
+) -> Report:
+    """The report of these runs.
+
+    Args:
+        folders: run folders, or folders of run folders.
+        names: a run folder -> what the model that it is about is called.
+        retain_model: the folder with the evaluation of a retain model, if no run says which one it is.
+
+    Raises:
+        UserError: a folder that holds nothing to report, runs that contradict each other, a name for a run that is not there.
+    """
+    retain = find_runs([retain_model] if retain_model is not None else [])
+    runs = find_runs([*folders, *([retain_model] if retain_model is not None else [])])
+    models = subjects(runs, retain)
+    named = _names(models, {Path(name).resolve(): naming for name, naming in (names or {}).items()})
+    entries = [(subject, _model(subject, naming)) for subject, naming in zip(models, named, strict=True)]
+    trace = _only_trace(runs)
+    plan, effects = _traced(trace)
+    if not entries:
+        raise UserError(f"{folders[0]} traces a model and nothing here scores one: add the folder of an evaluation")
+    evaluations = {model.key: subject.evaluation for subject, model in entries if subject.evaluation is not None}
+    several = sum(run.kind == "retrace" for run in runs) > 1
+    report = Report(
+        title=TITLE,
+        question=QUESTION,
+        model_name=_model_name(models, trace),
+        plan=plan,
+        tables=_tables(plan, effects),
+        models=tuple(model for _, model in entries),
+        answers=shown_answers(evaluations),
+        again=tuple(
+            retraced for subject, model in entries for retraced in _again(subject, model, trace, evaluations, several)
+        ),
+        attacks=tuple(attacked for subject, model in entries for attacked in _attacks(subject, model)),
+        depths=tuple(depth for subject, model in entries for depth in _depths(subject, model)),
+        commands=(*(_command(run) for run in runs), shlex.join(["palimpsest", "report", *map(str, folders)])),
+    )
+    return replace(report, caveats=caveats(report, evaluations), facts=facts_about(report, entries, runs))
+
+
+def _names(models: Sequence[Subject], given: Mapping[Path, Naming]) -> list[Naming]:
+    """What was given for each model. Raises UserError where a name is for a folder that is no run here."""
+    known = {folder.resolve() for model in models for folder in model.folders}
+    for folder in given:
+        if folder not in known:
+            raise UserError(f"labels names {folder}, which is none of the runs: name the folder of a run about a model")
+    return [
+        next((given[folder.resolve()] for folder in model.folders if folder.resolve() in given), Naming())
+        for model in models
+    ]
+
+
+def _model(subject: Subject, naming: Naming) -> ReportModel:
+    part = naming.part or subject.part
+    scores: Mapping[str, Any] = subject.evaluation.json("scores.json") if subject.evaluation is not None else {}
+    manifest = subject.unlearning.manifest if subject.unlearning is not None else {}
+    config = subject.unlearning.config if subject.unlearning is not None else {}
+    whole = (config.get("scope") or {}).get("layers") == "model"
+    seconds = [float(each) for each in (manifest.get("train_seconds"), scores.get("seconds")) if each is not None]
+    return ReportModel(
+        key=naming.key or str(subject.folders[0]),
+        label=naming.label or _LABELS.get(part) or _short_name(subject),
+        note=_note(subject, part) if naming.note is None else naming.note,
+        part=part,
+        terms=tuple(_number(term) for term in scores.get("terms", [None] * len(TERMS))),
+        **{name: _number(scores.get(name)) for name in MEASURES},
+        others={name: _number(value) for name, value in scores.items() if name not in _KEPT},
+        seconds=sum(seconds) if seconds else math.nan,
+        layers=None if whole or not manifest.get("layers") else tuple(manifest["layers"]),
+        log=_log(subject.unlearning),
+    )
+
+
+def _short_name(subject: Subject) -> str:
+    """The folder that the model lies in, without the `model` that every run calls it."""
+    path = subject.unlearning.folder if subject.unlearning is not None else Path(subject.path)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name or str(path)
+
+
+def _note(subject: Subject, part: Part) -> str:
+    if subject.unlearning is None:
+        return _NOTES.get(part, "" if subject.path.startswith("builtin") else subject.path)
+    objective = subject.unlearning.config.get("objective")
+    name = str(objective.get("class_path") if isinstance(objective, Mapping) else objective).rpartition(".")[2]
+    return f"{name}, {_NOTES[part]}" if part in _NOTES else name
+
+
+def _log(run: Run | None) -> list[dict[str, Any]]:
+    if run is None or not (run.folder / "metrics.jsonl").exists():
+        return []
+    return [line for line in run.rows("metrics.jsonl") if isinstance(line, dict)]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _model_name(models: Sequence[Subject], trace: Run | None) -> str:
+    """The model under study: the one before unlearning."""
+    path = next((model.path for model in models if model.part == "reference"), None)
+    spec = next((model.unlearning.config["model"] for model in models if model.unlearning is not None), None)
+    spec = spec if spec is not None else trace.config["model"] if trace is not None else None
+    if path is None and isinstance(spec, Mapping):
+        path = str(spec.get("path"))
+    path = path or models[0].path
+    return "the built-in model" if path.startswith("builtin") else path
+
+
+def _only_trace(runs: Sequence[Run]) -> Run | None:
+    traces = [run for run in runs if run.kind == "trace"]
+    if len(traces) > 1:
+        raise UserError(f"{traces[0].folder} and {traces[1].folder} are both traces: give one of them")
+    return traces[0] if traces else None
+
+
+def _traced(trace: Run | None) -> tuple[LayerPlan | None, Effects | None]:
+    if trace is None:
+        return None, None
+    path = trace.folder / "effects.npz"
+    return LayerPlan.load(trace.folder / "plan.json"), Effects.load(path) if path.exists() else None
+
+
+def _tables(plan: LayerPlan | None, effects: Effects | None) -> dict[str, EffectTable]:
+    if plan is None or effects is None:
+        return {}
+    settings = {name: plan.evidence[name] for name in ("confidence", "aggregation") if name in plan.evidence}
+    return {kind: effects.table(kind, **settings) for kind in effects.kinds}
+
+
+def _again(
+    subject: Subject, model: ReportModel, trace: Run | None, evaluations: Mapping[str, Run], several: bool
+) -> list[Retraced]:
+    """What changed in the traces of a model, apart for the facts to forget and those to keep."""
+    retraced = []
+    for run in subject.others:
+        if run.kind != "retrace":
+            continue
+        before, after = Effects.load(_before(run, trace)), Effects.load(run.folder / "effects.npz")
+        forgotten = {row["id"] for each in evaluations.values() for row in each.rows("forget.jsonl")}
+        confidence, seed = float(run.config.get("confidence", 0.95)), int(run.config.get("seed", 0))
+        sides = {"Facts to forget": True, "Facts to keep": False} if forgotten else {"All facts": False}
+        for name, side in sides.items():
+            chosen = [at for at, fact in enumerate(before.facts) if (fact.id in forgotten) is side]
+            if chosen:
+                change = difference(before.some(chosen), after.some(chosen), confidence=confidence, seed=seed)
+                retraced.append(Retraced(label=f"{name} in “{model.label}”" if several else name, found=change))
+    return retraced
+
+
+def _before(run: Run, trace: Run | None) -> Path:
+    """The effects that a run compares with: those of the trace in the report if they are the same, else where it read them."""
+    named = Path(str(run.config["before"]))
+    for path in [*([trace.folder / "effects.npz"] if trace is not None else []), named / "effects.npz", named]:
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == run.manifest.get("before"):
+            return path
+    raise UserError(
+        f"{run.folder} compares with the trace {named}, which is not there as it was: add that run, or leave this out"
+    )
+
+
+def _attacks(subject: Subject, model: ReportModel) -> list[Attacked]:
+    attacks = []
+    for run in subject.others:
+        if run.kind == "attack":
+            result = run.json("attack.json")
+            chosen = run.config.get("attack")
+            name = str(chosen.get("class_path") if isinstance(chosen, Mapping) else chosen).rpartition(".")[2]
+            trials = tuple(_trial(trial) for trial in result["trials"])
+            attacks.append(Attacked(label=model.label, attack=name, unit=str(result["unit"]), trials=trials))
+    return attacks
+
+
+def _trial(trial: Mapping[str, Any]) -> AttackTrial:
+    curves = trial["curves"]
+    return AttackTrial(
+        name=str(trial["name"]),
+        verdict=str(trial["verdict"]),
+        sentence=str(trial.get("sentence") or f"{trial['name']}: {trial['why']} {trial['likelihood']}"),
+        levels=tuple(float(level) for level in trial["levels"]),
+        unlearned=_numbers(curves["unlearned"]["all"]),
+        retain_model=_numbers(_of_retain_model(curves)["all"]),
+        low=_numbers(trial["difference"]["low"]),
+        high=_numbers(trial["difference"]["high"]),
+    )
+
+
+def _depths(subject: Subject, model: ReportModel) -> list[Depth]:
+    depths = []
+    for run in subject.others:
+        if run.kind == "depth":
+            result = run.json("depth.json")
+            lost = result["lost_by_layer"]
+            depths.append(
+                Depth(
+                    label=model.label,
+                    sentence=str(result["sentence"]),
+                    unlearned=_numbers(lost["changed"]),
+                    retain_model=_numbers(_of_retain_model(lost)),
+                )
+            )
+    return depths
+
+
+def _of_retain_model(values: Mapping[str, Any]) -> Any:
+    """What is said of the retain model, also by a file from when it was called `never`."""
+    return values["retain_model"] if "retain_model" in values else values["never"]
+
+
+def _numbers(values: Sequence[Any]) -> tuple[float, ...]:
+    return tuple(map(_number, values))
+
+
+def _command(run: Run) -> str:
+    out = f"runs/again/{run.folder.resolve().name}"
+    return shlex.join(["palimpsest", run.kind, "--config", str(run.folder / "config.yaml"), "--out", out])
