@@ -80,12 +80,12 @@ class Examples:
         same = (around == places) & (documents[places] == documents[rows].unsqueeze(1))
         same &= positions[places] - positions[rows].unsqueeze(1) == around - rows.unsqueeze(1)
         seen = torch.where(same, ids[places], -1)
-        found = torch.where(same, _values_at(code, places, features), 0.0)
+        activations = torch.where(same, _values_at(code, places, features), 0.0)
         new = Examples.start(len(self.values), count=count, window=window)
         place = torch.arange(len(features)) - _first_of_run(features)
         for old, item in zip(
             (new.values, new.documents, new.positions, new.token_ids, new.activations),
-            (values, documents[rows], positions[rows], seen, found),
+            (values, documents[rows], positions[rows], seen, activations),
             strict=True,
         ):
             old[features, place] = item
@@ -100,20 +100,22 @@ class Examples:
             :, :count
         ]
         row = torch.arange(len(order)).unsqueeze(1)
-        joined = (torch.cat([getattr(self, one.name), getattr(other, one.name)], 1)[row, order] for one in fields(self))
+        joined = (
+            torch.cat([getattr(self, item.name), getattr(other, item.name)], 1)[row, order] for item in fields(self)
+        )
         return Examples(*joined)
 
     def of(self, feature: int) -> list[Example]:
         """The examples of one feature, the strongest first."""
         window = self.token_ids.shape[2] // 2
-        found = []
+        examples = []
         for place in range(int((self.values[feature] > 0).sum())):
             ids = self.token_ids[feature, place]
             # A gap (a masked token, the end of the batch) ends the context.
             before = int((ids[:window].flip(0) >= 0).long().cumprod(0).sum())
             after = int((ids[window + 1 :] >= 0).long().cumprod(0).sum())
             span = slice(window - before, window + after + 1)
-            found.append(
+            examples.append(
                 Example(
                     float(self.values[feature, place]),
                     int(self.documents[feature, place]),
@@ -123,7 +125,7 @@ class Examples:
                     before,
                 )
             )
-        return found
+        return examples
 
 
 class Words(NamedTuple):
@@ -192,8 +194,8 @@ def _first_of_run(owners: Tensor) -> Tensor:
 def _values_at(code: SparseCode, places: Tensor, features: Tensor) -> Tensor:
     """(matches, width): the code at tokens `places` of each match's own feature; 0 where there is none."""
     keys = (code.token_ids() * code.features + code.indices).cpu()
-    wanted = places * code.features + features.unsqueeze(1)
-    at = torch.searchsorted(keys, wanted).clamp(max=max(len(keys) - 1, 0))
+    sought = places * code.features + features.unsqueeze(1)
+    at = torch.searchsorted(keys, sought).clamp(max=max(len(keys) - 1, 0))
     if not len(keys):
-        return torch.zeros(wanted.shape)
-    return torch.where(keys[at] == wanted, code.values.detach().float().cpu()[at], 0.0)
+        return torch.zeros(sought.shape)
+    return torch.where(keys[at] == sought, code.values.detach().float().cpu()[at], 0.0)

@@ -37,12 +37,12 @@ def refuse_nan(values: Tensor) -> None:
 def best_of_each_row(rows: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column numbers of the `budgets[r]` largest positive entries of each row, ties to the lower column."""
     nothing = torch.zeros(0, dtype=torch.int64, device=rows.device)
-    found = [(nothing, nothing)]
+    pairs = [(nothing, nothing)]
     budgets = budgets.clamp(max=rows.shape[1])
     for start, chunk in row_chunks(rows):
         part = chunk.contiguous()
-        found += [(r + start, c) for r, c in _best_of_part(part, budgets[start : start + len(part)])]
-    return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
+        pairs += [(r + start, c) for r, c in _best_of_part(part, budgets[start : start + len(part)])]
+    return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
 
 
 def _best_of_part(part: Tensor, budgets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,10 +138,10 @@ def cut(places: Tensor, entries: Tensor, budget: int, *, width: int) -> tuple[Te
     if len(places) > budget:
         places, order = places.sort()
         entries = entries[order]
-        found = kth_largest(entries, budget)
-        assert found is not None
-        tied = entries == found[0]
-        places = places[(entries > found[0]) | (tied & (tied.cumsum(0) <= found[1]))]
+        kth = kth_largest(entries, budget)
+        assert kth is not None
+        tied = entries == kth[0]
+        places = places[(entries > kth[0]) | (tied & (tied.cumsum(0) <= kth[1]))]
     return places // width, places % width
 
 

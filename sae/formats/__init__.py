@@ -164,11 +164,11 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 def _detected(folder: Path) -> Format:
     here = {entry.name for entry in folder.iterdir()}
-    found = [format for format, names in _FILES.items() if here.issuperset(names)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{folder} holds files of {' and '.join(found)}: say which with format=...")
+    formats = [format for format, names in _FILES.items() if here.issuperset(names)]
+    if len(formats) == 1:
+        return formats[0]
+    if formats:
+        raise UserError(f"{folder} holds files of {' and '.join(formats)}: say which with format=...")
     for name in sorted(here):
         if name in _CONVERT or Path(name).suffix in PICKLES:
             raise _pickle(folder / name)

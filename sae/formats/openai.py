@@ -35,9 +35,9 @@ def read(folder: Path, scale: float | None) -> Weights:
     tensors = Tensors(folder / WEIGHTS)
     activation, k, after = (tensors.info.get(name, "") for name in ("activation", "k", "postact_fn"))
     if activation not in ("TopK", "ReLU") or after not in ("", "ReLU"):
-        said = after if activation == "TopK" else activation or "none"
+        unknown = after if activation == "TopK" else activation or "none"
         raise UserError(
-            f"{tensors.path} names the activation {said!r} in its header, which this project cannot represent: it reads TopK "
+            f"{tensors.path} names the activation {unknown!r} in its header, which this project cannot represent: it reads TopK "
             f'and ReLU; if the header is missing, convert the .pt again with: python -c "{CONVERT}"'
         )
     if activation == "TopK" and not (k.isdecimal() and len(k) < 10):

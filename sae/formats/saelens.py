@@ -140,8 +140,8 @@ def write_old(numbers: Weights, folder: Path, metadata: dict[str, Any]) -> None:
 
 def _flat_metadata(config: Facts) -> Facts:
     names = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "hook_point_layer": "hook_layer"}
-    found = {names.get(name, name): value for name, value in config.values.items()}
-    return Facts(where=config.where, values={name: found[name] for name in KEYS if name in found})
+    values = {names.get(name, name): value for name, value in config.values.items()}
+    return Facts(where=config.where, values={name: values[name] for name in KEYS if name in values})
 
 
 def _architecture(config: Facts, new: bool) -> tuple[str, int]:

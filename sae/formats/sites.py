@@ -25,13 +25,13 @@ def hook_name(site: Site) -> str:
 
 def site_of(name: str) -> Site:
     """The site that a TransformerLens hook name means. Raises UserError for hooks inside attention or the MLP."""
-    found = _NAME.fullmatch(name) if isinstance(name, str) else None
-    if not found:
+    parts = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if not parts:
         raise UserError(
             f"the hook name {name!r:.80} is no site of the residual stream: this project knows hook_resid_pre, "
             f"hook_resid_post, hook_mlp_out and hook_attn_out of blocks.<layer>"
         )
-    layer, hook = int(found[1]), found[2]
+    layer, hook = int(parts[1]), parts[2]
     if hook == "hook_resid_pre":
         return Site("resid", layer - 1)
     return Site(next(kind for kind, spelled in _HOOKS.items() if spelled == hook), layer)

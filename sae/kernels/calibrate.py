@@ -87,8 +87,8 @@ def _measure(
     def once(backend: Backend) -> float:
         _wait(device)
         start = time.perf_counter()
-        got = decode_matches(x, w_enc, b_enc, w_dec, b_dec, code, backend=backend)
-        torch.autograd.grad(got.x_hat, weights, g)
+        decoded = decode_matches(x, w_enc, b_enc, w_dec, b_dec, code, backend=backend)
+        torch.autograd.grad(decoded.x_hat, weights, g)
         _wait(device)
         return (time.perf_counter() - start) / tokens
 

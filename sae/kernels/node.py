@@ -60,7 +60,7 @@ def decode_matches(
         if backend not in ("cpu", "torch") or (backend == "cpu" and x.device.type != "cpu"):
             raise UserError(f"the backend {backend!r} does not run on {x.device}: use 'auto', 'torch' or 'dense'")
         stack, values = _stacked(main, aux)
-        got = _Node.apply(  # type: ignore[no-untyped-call]
+        outputs = _Node.apply(  # type: ignore[no-untyped-call]
             x,
             w_enc,
             b_enc,
@@ -74,8 +74,8 @@ def decode_matches(
             backend,
             budget_bytes,
         )
-    z, x_hat = main.with_values(got[0]), got[1]
-    return Encoded(z, x_hat, None, None) if aux is None else Encoded(z, x_hat, aux.with_values(got[2]), got[3])
+    z, x_hat = main.with_values(outputs[0]), outputs[1]
+    return Encoded(z, x_hat, None, None) if aux is None else Encoded(z, x_hat, aux.with_values(outputs[2]), outputs[3])
 
 
 class _Node(torch.autograd.Function):
@@ -112,12 +112,12 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, w_enc, w_dec, b_dec, indices, offsets, values, share = ctx.saved_tensors
         tokens, features, main = ctx.sizes
         with torch.autocast(x.device.type, enabled=False):
             stack = Stack(indices, offsets, tokens, features)
-            return _gradients(ctx, x, w_enc, w_dec, b_dec, stack, values, share, main, given) + (None,) * 7
+            return _gradients(ctx, x, w_enc, w_dec, b_dec, stack, values, share, main, gradients) + (None,) * 7
 
 
 def _gradients(
@@ -130,14 +130,14 @@ def _gradients(
     values: Tensor,
     share: Tensor | None,
     main: int,
-    given: tuple[Tensor | None, ...],
+    gradients: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, w_enc, b_enc, w_dec, b_dec, as far as they are wanted."""
     need_x, need_w_enc, need_b_enc, need_w_dec, need_b_dec = ctx.needs_input_grad[:5]
     both = ctx.both
     sizes = (stack.tokens, stack.tokens) if both else (stack.tokens,)
-    hats = _joined(given[1::2], sizes, values.new_zeros(0, x.shape[1]))
-    direct = _joined(given[0::2], (main, len(values) - main) if both else (main,), values[:0])
+    hats = _joined(gradients[1::2], sizes, values.new_zeros(0, x.shape[1]))
+    direct = _joined(gradients[0::2], (main, len(values) - main) if both else (main,), values[:0])
     d_values = values.new_zeros(values.shape) if direct is None else direct
     if hats is not None and (need_x or need_w_enc or need_b_enc or need_b_dec):
         d_values = d_values + products(stack, hats, w_dec, backend=ctx.backend, budget_bytes=ctx.budget_bytes)

@@ -67,16 +67,16 @@ class Usage:
                 "codes by exported thresholds are given for some tokens and not for others: give all or none"
             )
         counts, firings, tokens = self._counts(code, mask)
-        found = replace(
+        updated = replace(
             self,
             tokens=self.tokens + tokens,
             counts=self.counts.to(counts.device) + counts,
             firings=self.firings.to(firings.device) + firings,
         )
         if exported is None:
-            return found
+            return updated
         return replace(
-            found,
+            updated,
             exported_tokens=self.exported_tokens + tokens,
             exported_matches=self.exported_matches + int(self._counts(exported, mask)[0].sum()),
         )

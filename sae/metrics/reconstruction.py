@@ -82,12 +82,12 @@ class Moments:
             raise UserError("no token was counted: update with activations whose mask is true somewhere")
 
     def _add(self, rows: Tensor) -> Moments:
-        found = self
+        moments = self
         for part in torch.split(rows, max(1, _CHUNK // max(rows.shape[1], 1))) if len(rows) else ():
             wide = part.double()
             mean = wide.mean(0)
-            found = Moments(len(part), mean, (wide - mean).square().sum(0)).merge(found)
-        return found
+            moments = Moments(len(part), mean, (wide - mean).square().sum(0)).merge(moments)
+        return moments
 
 
 @dataclass(frozen=True, kw_only=True)

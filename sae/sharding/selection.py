@@ -56,12 +56,12 @@ class RowCuts:
     ) -> None:
         self._mesh, self._codes = mesh, codes
         if mesh.sizes["features"] > 1:
-            found = mesh.gather(
+            gathered = mesh.gather(
                 torch.cat([_by_row(code, width) for code, width in zip(codes, widths, strict=True)], 1),
                 "features",
                 what,
             )
-            self._values = torch.split(found, list(widths), dim=2)
+            self._values = torch.split(gathered, list(widths), dim=2)
 
     def keep(self, number: int, k: int) -> Tensor:
         """(matches of the code,) boolean."""
@@ -129,25 +129,25 @@ def mutual_choice(mesh: Mesh, affinity: Tensor, budget: int, *, batch: int, gues
     if mesh.sizes["all"] == 1:
         code = allocate.mutual_choice(affinity, budget)
         return Chosen(code, smallest_chosen(code, per_feature=False))
-    found = kth_largest(
+    kth = kth_largest(
         lambda: _pieces(affinity), budget, lambda counts: mesh.sum_(counts, "all", "mutual choice"), guess=guess
     )
     nothing = torch.zeros(0, dtype=torch.int64, device=affinity.device)
-    if found is None:
+    if kth is None:
         code = SparseCode.from_matches(
             nothing, nothing, affinity.new_zeros(0), shape=(len(affinity), affinity.shape[1])
         )
         return Chosen(code, torch.tensor(torch.inf, dtype=torch.float64, device=affinity.device))
-    pairs = [torch.nonzero(part >= found.value, as_tuple=True) for _, part in _row_pieces(affinity)]
+    pairs = [torch.nonzero(part >= kth.value, as_tuple=True) for _, part in _row_pieces(affinity)]
     starts = [start for start, _ in _row_pieces(affinity)]
     tokens = torch.cat([nothing, *(pair[0] + start for start, pair in zip(starts, pairs, strict=True))])
     features = torch.cat([nothing, *(pair[1] for pair in pairs)])
     code = SparseCode.from_matches(
         tokens, features, affinity[tokens, features], shape=(len(affinity), affinity.shape[1])
     )
-    if found.ties > found.wanted:
-        code = code.keep(_first_ties(mesh, code, found, batch))
-    return Chosen(code, found.value.double())
+    if kth.ties > kth.wanted:
+        code = code.keep(_first_ties(mesh, code, kth, batch))
+    return Chosen(code, kth.value.double())
 
 
 class Kth(NamedTuple):
@@ -228,17 +228,17 @@ def _digit(counts: Tensor, wanted: int) -> tuple[int, int, int]:
     return _BINS - 1 - place, wanted - (int(from_top[place]) - held), held
 
 
-def _first_ties(mesh: Mesh, code: SparseCode, found: Kth, batch: int) -> Tensor:
-    """(matches,) boolean: above the cut, or among the first `found.wanted` that equal it, in the global order."""
+def _first_ties(mesh: Mesh, code: SparseCode, kth: Kth, batch: int) -> Tensor:
+    """(matches,) boolean: above the cut, or among the first `kth.wanted` that equal it, in the global order."""
     shards, place = mesh.sizes["features"], mesh.places["features"]
-    tied = code.values.detach() == found.value
+    tied = code.values.detach() == kth.value
     rows = code.token_ids()
     counts = torch.zeros(batch, shards, dtype=torch.int64, device=rows.device)
     where = mesh.global_rows(batch, rows.device)
     counts[where, place] = torch.bincount(rows[tied], minlength=code.tokens)
     counts = mesh.sum_(counts, "all", "ties").flatten()
     before = rearrange(counts.cumsum(0) - counts, "(tokens shards) -> tokens shards", shards=shards)[where, place]
-    room = found.wanted - before
+    room = kth.wanted - before
     return ~tied | (_place_in_row(tied, code.offsets, rows) < room[rows])
 
 

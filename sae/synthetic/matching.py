@@ -116,7 +116,7 @@ class Detection:
         seen = self.present > 0
         if not bool(seen.any()):
             raise UserError("none of the matched true features was there: count more tokens")
-        both, fired, present = (one[seen].double() for one in (self.both, self.fired, self.present))
+        both, fired, present = (counts[seen].double() for counts in (self.both, self.fired, self.present))
         return DetectionResult(
             precision=float((both / fired.clamp(min=1)).mean()),
             recall=float((both / present).mean()),

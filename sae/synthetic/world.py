@@ -145,12 +145,14 @@ class Truth:
         """What fires in `tokens` tokens, and how strongly: the same for the same `parts`."""
         draw = generator("synthetic", "tokens", self.spec.seed, *parts)
         step = max(1, _CHUNK // self.spec.features)
-        found = [self._values(min(step, tokens - start), draw) for start in range(0, tokens, step)]
+        parts_of_batch = [self._values(min(step, tokens - start), draw) for start in range(0, tokens, step)]
         rows, columns = (
-            torch.cat([index[axis] + (start * step if axis == 0 else 0) for start, (index, _) in enumerate(found)])
+            torch.cat(
+                [index[axis] + (start * step if axis == 0 else 0) for start, (index, _) in enumerate(parts_of_batch)]
+            )
             for axis in range(2)
         )
-        values = torch.cat([value for _, value in found])
+        values = torch.cat([value for _, value in parts_of_batch])
         return SparseCode.from_matches(rows, columns, values, shape=(tokens, self.spec.features))
 
     def activations(self, code: SparseCode) -> Tensor:
@@ -159,16 +161,16 @@ class Truth:
 
     def _values(self, tokens: int, draw: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
         fires = self._fires(tokens, draw)
-        place = torch.nonzero(fires, as_tuple=True)
-        sizes = self.means[place[1]] + self.deviations[place[1]] * torch.randn(len(place[1]), generator=draw)
+        where = torch.nonzero(fires, as_tuple=True)
+        sizes = self.means[where[1]] + self.deviations[where[1]] * torch.randn(len(where[1]), generator=draw)
         values = torch.zeros(tokens, self.spec.features)
-        values[place] = sizes.clamp(min=0)
+        values[where] = sizes.clamp(min=0)
         for upper, lower in _families(self.spec):
             held = values[:, upper] / self.means[upper] if self.spec.follow else (values[:, upper] > 0).float()
             values[:, lower] *= held.repeat_interleave(self.spec.branching, 1)
-        found = values[place]
-        there = found > 0
-        return (place[0][there], place[1][there]), found[there]
+        strengths = values[where]
+        positive = strengths > 0
+        return (where[0][positive], where[1][positive]), strengths[positive]
 
     def _fires(self, tokens: int, draw: torch.Generator) -> Tensor:
         """(tokens, features) boolean."""

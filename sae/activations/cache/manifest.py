@@ -69,8 +69,8 @@ class ActivationCache:
         names = tensor_names(shard.path)
         there = [name for name in _INTEGERS if name in names]
         tensors = read_tensors(shard.path, [*(self._keys[site] for site in sites), *there])
-        found = dict(zip(there, tensors[len(sites) :], strict=True))
-        integers = [found.get(name, torch.full((shard.rows,), -1, dtype=torch.int64)) for name in _INTEGERS]
+        stored = dict(zip(there, tensors[len(sites) :], strict=True))
+        integers = [stored.get(name, torch.full((shard.rows,), -1, dtype=torch.int64)) for name in _INTEGERS]
         values = dict(zip(sites, tensors, strict=False))
         if {len(item) for item in (*values.values(), *integers)} != {shard.rows}:
             raise UserError(f"{shard.path} holds tensors of unlike length: each needs {shard.rows} rows")
@@ -92,9 +92,9 @@ def _open_manifest(folder: Path) -> ActivationCache:
     manifest = read_manifest(folder)
     if not manifest.get("finished"):
         raise UserError(f"the cache {folder} is not finished: call write_cache with the same settings to go on with it")
-    shards = [Shard(folder / one["file"], int(one["rows"]), one["sha256"]) for one in manifest["shards"]]
-    for shard, one in zip(shards, manifest["shards"], strict=True):
-        if not shard.path.is_file() or shard.path.stat().st_size != one["bytes"]:
+    shards = [Shard(folder / entry["file"], int(entry["rows"]), entry["sha256"]) for entry in manifest["shards"]]
+    for shard, entry in zip(shards, manifest["shards"], strict=True):
+        if not shard.path.is_file() or shard.path.stat().st_size != entry["bytes"]:
             raise UserError(f"{shard.path} is missing or cut short: make the cache again, or copy it whole")
     keys = {parse_site(name): name for name in manifest["settings"]["sites"]}
     return ActivationCache(shards, keys, manifest, folder)

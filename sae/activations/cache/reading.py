@@ -101,7 +101,7 @@ class CachedActivations(Iterator[ActivationBatch]):
         """Which group of shards holds a row of the epoch: its number, its first row, and the row after its last."""
         order, first = self._order(epoch), 0
         for group, begin in enumerate(range(0, len(order), self.spec.together)):
-            last = first + sum(self.cache.shards[one].rows for one in order[begin : begin + self.spec.together])
+            last = first + sum(self.cache.shards[number].rows for number in order[begin : begin + self.spec.together])
             if row < last:
                 return group, first, last
             first = last
