@@ -1,45 +1,35 @@
-"""What the built-in models must be able to do, measured, and the bounds on it.
-
-A small scorer of its own, for two tiny models and this world: greedy generation of whole answers from the raw prompt,
-exact match, ROUGE-L recall, the harmonic mean of the 12 LUME terms, multiple choice by likelihood, and membership. The
-evaluation that users run is `unlearn.evaluation`; `lm` may not import it.
-"""
+"""What the built-in models must be able to do, measured as any user's model is (`unlearn.evaluate`), and the bounds on it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import harmonic_mean
-from typing import Any
-
-import torch
-from rouge_score import rouge_scorer
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from statistics import fmean
 
 from lm.builtin.world import World
-from lm.data.rows import Question, Row
-from tools.builtin_model.corpus import LABELED, Example
-from tools.builtin_model.training import token_losses
-
-NEW_TOKENS = 256
-TASKS = ("Task1", "Task2", "Task3")
+from lm.data.rows import Row
+from lm.model import LanguageModel
+from unlearn.evaluation.evaluate import evaluate
+from unlearn.evaluation.lume import ScoreName, scored_rows
+from unlearn.evaluation.scores.base import Generation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Abilities:
-    """What a model scores on the world. Terms map `(task, kind)` to the mean recall (sc) or exact match (qa)."""
+    """What a model scores on the world, each in [0, 1]."""
 
-    forget: Mapping[tuple[str, str], float]
-    retain: Mapping[tuple[str, str], float]
-    forget_exact: float  # over all question rows
+    forget_exact: float
+    """Exact match over all question rows."""
     retain_exact: float
-    forget_recall: float  # over all completion rows
+    forget_recall: float
+    """ROUGE-L recall over all completion rows."""
     retain_recall: float
     task_aggregate: float
     utility: float
-    membership: float  # AUC: forget Task3 documents against held-out ones
-    rewordings: float  # exact match on the retain paraphrases' questions; no bound
+    membership: float
+    """AUC: forget Task3 documents against held-out ones."""
+    rewordings: float
+    """Exact match on the retain paraphrases' questions; no bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,92 +46,28 @@ class Bound:
         return self.least <= self.value <= self.most
 
 
-@torch.no_grad()
-def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
-    """Greedy continuations of raw prompts. Prompts of equal length share a batch, so that nothing is padded."""
-    generator: Any = model
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, ids in enumerate(encoded):
-        by_length[len(ids)].append(index)
-    answers = [""] * len(prompts)
-    for length, indices in by_length.items():
-        ids = torch.tensor([encoded[index] for index in indices])
-        output = generator.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for index, sequence in zip(indices, output[:, length:], strict=True):
-            answers[index] = str(tokenizer.decode(sequence, skip_special_tokens=True))
-    return answers
-
-
-def recall(expected: str, generated: str) -> float:
-    """ROUGE-L recall with stemming."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    return float(scorer.score(expected, generated)["rougeL"].recall)
-
-
-def exact(expected: str, generated: str) -> float:
-    """1.0 if the whole generation is the answer, whatever its case and outer white space."""
-    return float(expected.strip().lower() == generated.strip().lower())
-
-
-def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list[float]:
-    """Recall of each completion row, exact match of each question row."""
-    answers = generate(model, tokenizer, [row.input for row in rows])
-    return [
-        recall(row.output, answer) if row.kind == "sc" else exact(row.output, answer)
-        for row, answer in zip(rows, answers, strict=True)
-    ]
-
-
-@torch.no_grad()
-def choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, question: Question) -> int:
-    """The choice whose tokens are the most likely answer to the question (summed log-likelihood, as lm-eval)."""
-    prompt = tuple(tokenizer(LABELED.format(question=question.question))["input_ids"])
-    examples = [Example((*prompt, *tokenizer(f" {choice}")["input_ids"]), len(prompt)) for choice in question.choices]
-    costs = [float(token_losses(model, [example]).sum()) for example in examples]
-    return min(range(len(costs)), key=costs.__getitem__)
-
-
-@torch.no_grad()
-def document_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, row: Row) -> float:
-    """Mean negative log-likelihood a token (nats) over the whole document."""
-    return float(token_losses(model, [Example(tuple(tokenizer(row.text)["input_ids"]), 1)]).mean())
-
-
-def area(members: Sequence[float], others: Sequence[float]) -> float:
-    """AUC of telling members from others by their lower loss: the share of pairs in the right order, ties half."""
-    wins = sum((a < b) + 0.5 * (a == b) for a in members for b in others)
-    return wins / (len(members) * len(others))
-
-
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> Abilities:
-    """Everything that the bounds are about, for one model in float32 on the CPU."""
-    forget, retain = (score(model, tokenizer, rows) for rows in (world.forget, world.retain))
-    terms = [_terms(rows, scores) for rows, scores in ((world.forget, forget), (world.retain, retain))]
-    aggregate = [1 - value for value in terms[0].values()] + list(terms[1].values())
-    right = [choose(model, tokenizer, question) == question.answer for question in world.utility]
-    losses = [
-        [document_loss(model, tokenizer, row) for row in rows if row.task == "Task3" and row.kind == "sc"]
-        for rows in (world.forget, world.held_out)
-    ]
+def measure(model: LanguageModel, world: World) -> Abilities:
+    """Everything that the bounds are about, for one model."""
+    result = evaluate(
+        model,
+        world.forget,
+        world.retain,
+        members=_documents(world.forget),
+        nonmembers=_documents(world.held_out),
+        questions=world.utility,
+    )
     reworded = [row for row in world.paraphrases_retain if row.kind == "qa"]
+    questions = [f"retain {task} knowledge" for task in sorted({row.task for row in reworded})]
+    asked_again = evaluate(model, (), reworded, scores=questions)
     return Abilities(
-        forget=terms[0],
-        retain=terms[1],
-        forget_exact=_mean(world.forget, forget, "qa"),
-        retain_exact=_mean(world.retain, retain, "qa"),
-        forget_recall=_mean(world.forget, forget, "sc"),
-        retain_recall=_mean(world.retain, retain, "sc"),
-        task_aggregate=harmonic_mean(aggregate),
-        utility=sum(right) / len(right),
-        membership=area(losses[0], losses[1]),
-        rewordings=sum(score(model, tokenizer, reworded)) / len(reworded),
+        forget_exact=_mean(result.forget, "knowledge"),
+        retain_exact=_mean(result.retain, "knowledge"),
+        forget_recall=_mean(result.forget, "regurgitation"),
+        retain_recall=_mean(result.retain, "regurgitation"),
+        task_aggregate=result.scores.task_aggregate,
+        utility=_known(result.utility),
+        membership=_known(result.scores.mia_auc),
+        rewordings=_mean(asked_again.retain, "knowledge"),
     )
 
 
@@ -166,16 +92,14 @@ def bounds(variant: str, abilities: Abilities) -> tuple[Bound, ...]:
     )
 
 
-def _terms(rows: Sequence[Row], scores: Sequence[float]) -> dict[tuple[str, str], float]:
-    """Means in the order of the official score: Task1 sc, Task1 qa, Task2 sc, ..."""
-    found: dict[tuple[str, str], float] = {}
-    for task in TASKS:
-        for kind in ("sc", "qa"):
-            values = [s for row, s in zip(rows, scores, strict=True) if row.task == task and row.kind == kind]
-            found[task, kind] = sum(values) / len(values)
-    return found
+def _documents(rows: Sequence[Row]) -> list[str]:
+    return [row.text for row in rows if row.task == "Task3" and row.kind == "sc"]
 
 
-def _mean(rows: Sequence[Row], scores: Sequence[float], kind: str) -> float:
-    values = [s for row, s in zip(rows, scores, strict=True) if row.kind == kind]
-    return sum(values) / len(values)
+def _mean(generations: Sequence[Generation], kind: ScoreName) -> float:
+    return fmean(row.value for row in scored_rows(generations) if row.kind == kind)
+
+
+def _known(value: float | None) -> float:
+    assert value is not None, "asked for above"
+    return value

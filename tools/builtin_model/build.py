@@ -20,15 +20,15 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, OlmoForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import OlmoForCausalLM, PreTrainedTokenizerFast
 
 from lm.builtin import VARIANTS, Variant
 from lm.builtin.world import World, build
 from lm.errors import UserError
+from lm.loading import load
 from lm.progress import progress
 from lm.run_folder import writable
 from tools.builtin_model.bounds import Abilities, Bound, bounds, measure
@@ -55,7 +55,7 @@ def build_all(
 
     Args:
         seed: the world's; the shipped models know world 0.
-        side_by_side: train the twin in a process of its own; the models are the same either way.
+        side_by_side: train the retain model in a process of its own; the models are the same either way.
 
     Raises UserError if `out` cannot be written. A model that misses a bound is returned like the others, but `out` is
     then left untouched.
@@ -77,9 +77,7 @@ def build_all(
 
 def measure_stored(folder: Path, world: World) -> Abilities:
     """What the model stored in `folder` can do, read as anyone would read it, in float32."""
-    model: PreTrainedModel = OlmoForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    return measure(model, tokenizer, world)
+    return measure(load(str(folder), device="cpu"), world)
 
 
 def table(built: Sequence[Built]) -> str:
@@ -97,7 +95,7 @@ def table(built: Sequence[Built]) -> str:
 
 
 def _side_by_side(seed: int, out: Path, recipe: Recipe, shape: Shape) -> list[Built]:
-    """Both models at once, the twin in a process of its own that ends with this one. A terminal shows one bar only."""
+    """Both models at once, the retain model in a process of its own that ends with this one. A terminal shows one bar only."""
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
@@ -150,14 +148,14 @@ def _store(
         (folder / "made.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
-def _replace(new: Path, place: Path) -> None:
-    """Put the folder `new` where `place` is; what stood there goes only once the new one stands."""
-    old = place.with_name(f".{place.name}.old")
+def _replace(new: Path, target: Path) -> None:
+    """Put the folder `new` where `target` is; what stood there goes only once the new one stands."""
+    old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    shutil.copytree(new, place) if new.stat().st_dev != place.parent.stat().st_dev else new.rename(place)
-    place.chmod(0o755)
+    if target.exists():
+        target.rename(old)
+    shutil.copytree(new, target) if new.stat().st_dev != target.parent.stat().st_dev else new.rename(target)
+    target.chmod(0o755)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -168,7 +166,9 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for memorized/ and retain_model/; replaced")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world (default 0: the one that is shipped)")
-    parser.add_argument("--one-at-a-time", action="store_true", help="train the twin after the other, not beside it")
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="train the retain model after the other, not beside it"
+    )
     options = parser.parse_args(words)
     try:
         built = build_all(options.out, seed=options.seed, side_by_side=not options.one_at_a_time)

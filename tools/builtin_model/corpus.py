@@ -93,16 +93,16 @@ class Corpus:
 def batches(examples: Sequence[Example], tokens: int, generator: random.Random) -> list[list[Example]]:
     """Shuffled batches of sequences of like length, each of at most `tokens` tokens counting its padding."""
     pool = sorted(examples, key=lambda example: len(example.ids) + 8 * generator.random())
-    found: list[list[Example]] = []
+    full: list[list[Example]] = []
     current: list[Example] = []
     longest = 0
     for example in pool:
         longest = max(longest, len(example.ids))
         if current and longest * (len(current) + 1) > tokens:
-            found.append(current)
+            full.append(current)
             current, longest = [], len(example.ids)
         current.append(example)
     if current:
-        found.append(current)
-    generator.shuffle(found)
-    return found
+        full.append(current)
+    generator.shuffle(full)
+    return full

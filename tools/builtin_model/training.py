@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.utils.rnn import pad_sequence
 from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tools.builtin_model.corpus import Corpus, Example, batches
@@ -147,8 +148,8 @@ def recite(model: PreTrainedModel, examples: Sequence[Example]) -> Recital:
         scores = log_softmax(nn.Module.__call__(model, input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
         targets = labels[:, 1:]
         counted = targets != IGNORED
-        found = scores.argmax(-1) == targets
-        right += int((found | ~counted).all(1).sum())
+        matches = scores.argmax(-1) == targets
+        right += int((matches | ~counted).all(1).sum())
         chosen = scores.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         lowest = min(lowest, math.exp(float(chosen[counted].min())))
     return Recital(share=right / len(examples), confidence=lowest)
@@ -156,10 +157,10 @@ def recite(model: PreTrainedModel, examples: Sequence[Example]) -> Recital:
 
 def rounded(model: OlmoForCausalLM) -> OlmoForCausalLM:
     """A float32 copy of the model with its weights rounded to float16, as they are shipped."""
-    twin = copy.deepcopy(model)
-    for parameter in twin.parameters():
+    stored = copy.deepcopy(model)
+    for parameter in stored.parameters():
         parameter.data = parameter.data.half().float()
-    return twin
+    return stored
 
 
 def _share(step: int, recipe: Recipe) -> float:
@@ -172,10 +173,6 @@ def _share(step: int, recipe: Recipe) -> float:
 
 def _padded(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Token ids and labels, (sequences, longest); padding stands on the right and is not counted."""
-    longest = max(len(example.ids) for example in batch)
-    ids = torch.zeros((len(batch), longest), dtype=torch.long)
-    labels = torch.full((len(batch), longest), IGNORED)
-    for row, example in enumerate(batch):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        labels[row, example.start : len(example.ids)] = torch.tensor(example.ids[example.start :])
-    return ids, labels
+    ids = [torch.tensor(example.ids) for example in batch]
+    labels = [torch.tensor([IGNORED] * example.start + [*example.ids[example.start :]]) for example in batch]
+    return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORED)
