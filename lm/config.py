@@ -31,6 +31,9 @@ T = TypeVar("T")
 
 _AXIS = "CLASS"
 """What `--help` shows in the place of an axis's value."""
+_NESTED_AXIS = re.compile(
+    r"\(type: <class '\w+'>, default: \{'class_path': '(?:\w+\.)*(\w+)'.*\}, known subclasses: ([\w, ]+)\)"
+)
 _UNKNOWN = (
     r"[Oo]ption '([^']+)' is not accepted",
     r"does not accept option '([^']+)'",
@@ -199,11 +202,29 @@ class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormat
 
     def _get_type_str(self, action: argparse.Action) -> str | None:
         text: str | None = super()._get_type_str(action)
-        if text is None or text.startswith(("Literal[", "bool")):
-            return None
-        text = re.sub(r"Literal\[([^]]*)\]", lambda choices: choices[1].replace("'", "").replace(", ", " | "), text)
-        text = re.sub(r"Optional\[([^]]*)\]", r"\1 | null", text)
-        return re.sub(r"tuple\[([^]]*), \.\.\.\]", r"list of \1", text)
+        return None if text is None or text.startswith(("Literal[", "bool")) else _type_in_words(text)
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = (
+            super()._expand_help(action).replace("Path to a configuration file", "A YAML file with the settings below")
+        )
+        text = re.sub(r"known subclasses: [\w., ]+", lambda names: re.sub(r"[\w.]+\.(?=\w)", "", names[0]), text)
+        text = _NESTED_AXIS.sub(r"One of: \2 (default: \1)", text)
+        text = re.sub(r"default: \(([^()]*?),?\)", lambda default: f"default: [{default[1]}]".replace("'", ""), text)
+        return re.sub(r"default: (True|False)", lambda default: default[0].lower(), text)
+
+
+def _type_in_words(text: str) -> str:
+    """`Optional[tuple[Literal['mlp', 'attn'], ...]]` as `list of mlp | attn | null`."""
+    text = re.sub(r"Literal\[([^]]*)\]", lambda choices: choices[1].replace("'", "").replace(", ", " | "), text)
+    before = ""
+    while before != text:  # from the inside out
+        before = text
+        text = re.sub(r"tuple\[([^][]*), \.\.\.\]", r"list of \1", text)
+        text = re.sub(r"dict\[([^][]*), ([^][]*)\]", r"mapping of \1 to \2", text)
+        text = re.sub(r"Optional\[([^][]*)\]", r"\1 | null", text)
+        text = re.sub(r"Union\[([^][]*)\]", lambda parts: parts[1].replace(", ", " | "), text)
+    return text
 
 
 def _parser(
@@ -234,8 +255,8 @@ def _parser(
                 field.name,
                 default={"class_path": class_name(chosen), "init_args": values},
                 metavar=_AXIS,
-                help=f"{docs.get(field.name, '')} One of: {', '.join(sorted(subclasses(axis)))} "
-                f"(default: {chosen.__name__}; its settings: --{field.name}.help CLASS).",
+                help=f"{docs.get(field.name, '')}{_choices(axis)} "
+                f"(default: {chosen.__name__}; its settings: --{field.name}.help CLASS)",
             )
         else:
             parser.add_argument(f"--{field.name}", type=hint, default=default, help=docs.get(field.name))
@@ -244,6 +265,11 @@ def _parser(
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _choices(axis: type[Any]) -> str:
+    names = sorted(subclasses(axis))
+    return f" One of: {', '.join(names)}" if names else ""
 
 
 def _axis_value(cls: type[Any], words: list[str], name: str, default: Any) -> Any:

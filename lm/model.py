@@ -34,9 +34,9 @@ class ModelSpec:
     dtype: Dtype = "float32"
     """The type the weights are held in: float32, bfloat16 or float16."""
     device: str | None = None
-    """None: cuda if there is one, else cpu."""
+    """Null: cuda if there is one, else cpu."""
     attention: Attention | None = None
-    """None: what transformers chooses."""
+    """Null: what transformers chooses."""
     revision: str | None = None
     """A commit, branch or tag of a hub id."""
     adapter: str | None = None

@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lm", "tracing", "sae", "unlearn", "palimpsest", "tools")
 MOST_FILES = 15
 MOST_LINES = 400
-OLD = ("harvest", "train_sae")
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -132,15 +131,13 @@ def test_nothing_patches_the_path_of_imports_but_the_command() -> None:
         path.relative_to(ROOT).as_posix()
         for folder in (*PACKAGES, "scripts", "benchmarks")
         for path in (ROOT / folder).rglob("*.py")
-        if "sys.path" in path.read_text() and path.stem not in OLD
+        if "sys.path" in path.read_text()
     ]
     assert patching == ["palimpsest/command.py"]
 
 
 def test_every_script_is_three_lines() -> None:
     for path in (ROOT / "scripts").glob("*.py"):
-        if path.stem in OLD:
-            continue
         docstring, *lines = ast.parse(path.read_text()).body
         assert isinstance(docstring, ast.Expr), path
         assert [ast.unparse(line) for line in lines] == [

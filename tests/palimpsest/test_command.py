@@ -222,16 +222,8 @@ def test_help_shows_examples_as_they_stand_and_the_shipped_configs(brew: Path) -
 # --- the registry
 
 
-def _skip_unless_moved(stage: Stage) -> None:
-    try:
-        stage.help(), stage.describe()
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"{stage.name} has not the pattern yet: {error}")
-
-
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_every_stage_follows_the_pattern(stage: Stage) -> None:
-    _skip_unless_moved(stage)
     assert dataclasses.is_dataclass(stage.config_class())
     assert f"palimpsest {stage.name}" in stage.help()
     assert callable(stage.run())
@@ -242,14 +234,13 @@ def test_every_stage_follows_the_pattern(stage: Stage) -> None:
 
 def test_every_stage_has_its_script_and_every_config_its_stage() -> None:
     scripts = {path.stem.replace("_", "-") for path in (ROOT / "scripts").glob("*.py")}
-    assert scripts | {"report"} == {stage.name for stage in STAGES}
+    assert scripts == {stage.name for stage in STAGES}
     folders = {name.rpartition("/")[0] for name in all_shipped()} - {"accelerate"}
     assert folders <= {stage.folder for stage in STAGES}
 
 
 @pytest.mark.parametrize("launch", [None, "cpu2_ddp"])
 def test_the_module_runs_a_stage_on_one_and_on_two_processes(tiny: Path, tmp_path: Path, launch: str | None) -> None:
-    _skip_unless_moved(next(stage for stage in STAGES if stage.name == "unlearn"))
     words = ["unlearn", "--config", "builtin", "--model.path", str(tiny / "model"), "--model.device", "cpu"]
     words += ["--forget", str(tiny / "forget.jsonl"), "--retain", str(tiny / "retain.jsonl"), "--scope.layers", "[1]"]
     words += ["--validation.forget", "null", "--validation.retain", "null", "--trainer.evaluate_every", "null"]
