@@ -117,7 +117,7 @@ def test_results_that_lack_a_number_are_refused(quick: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_method_keeps_its_promises_over_three_seeds(tmp_path: Path) -> None:
-    """Aggregate at least 0.90 and 0.97 of the twin's, utility at least 0.95 of the base's, no worse than the baseline."""
+    """Aggregate at least 0.90 and 0.97 of the retain model's, utility at least 0.95 of the base's, no worse than the baseline."""
     from statistics import fmean
 
     from unlearn.demo.entries import entries
