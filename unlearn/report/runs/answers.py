@@ -28,9 +28,7 @@ def shown_answers(evaluations: Mapping[str, Run]) -> tuple[Answer, ...]:
         for row in _chosen(list(asked.values())):
             spoken = {key: rows[row["id"]]["model_output"] for key, rows in said.items() if row["id"] in rows}
             answers.append(
-                Answer(
-                    prompt=row["input"], truth=row["expected_output"], task=row["task"], side=side, said=spoken
-                )
+                Answer(prompt=row["input"], truth=row["expected_output"], task=row["task"], side=side, said=spoken)
             )
     return tuple(answers)
 

@@ -37,9 +37,7 @@ def caveats(report: Report, evaluations: Mapping[str, Run]) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def facts_about(
-    report: Report, entries: Sequence[tuple[Subject, ReportModel]], runs: Sequence[Run]
-) -> dict[str, str]:
+def facts_about(report: Report, entries: Sequence[tuple[Subject, ReportModel]], runs: Sequence[Run]) -> dict[str, str]:
     """With what the model that the page is about was made, or else the first run: versions, seeds, hashes, machine."""
     about = focus(report)
     made = next((subject for subject, model in entries if about is not None and model.key == about.key), None)

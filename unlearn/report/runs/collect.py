@@ -209,7 +209,9 @@ def _before(run: Run, trace: Run | None) -> Path:
     for path in [*([trace.folder / "effects.npz"] if trace is not None else []), named / "effects.npz", named]:
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == run.manifest.get("before"):
             return path
-    raise UserError(f"{run.folder} compares with the trace {named}, which is not there as it was: add that run, or leave this out")
+    raise UserError(
+        f"{run.folder} compares with the trace {named}, which is not there as it was: add that run, or leave this out"
+    )
 
 
 def _attacks(subject: Subject, model: ReportModel) -> list[Attacked]:

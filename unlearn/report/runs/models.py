@@ -62,7 +62,7 @@ def subjects(runs: Sequence[Run], retain_model: Iterable[Run] = ()) -> list[Subj
         if run.kind == "unlearn":
             _add(models, run, {_spelled(f"{run.config['out']}/model"), _known(run.folder / "model")})
     for run in runs:
-        if run.kind != "unlearn" and run.kind != "trace":
+        if run.kind not in ("unlearn", "trace"):
             _add(models, run, model_names(run.config["model"], _weights(run, "unlearned")))
     before, retain = _named_by(runs)
     retain |= {name for run in retain_model for name in model_names(run.config["model"], _weights(run, "unlearned"))}
