@@ -111,22 +111,23 @@ class Passes:
             reference["logprob"] = torch.cat(list(originals)).to(self.acc.device)
         current = self._pass(inputs, needs, reference, below)
         stats = TokenStats(
-            logprob=_placed(current.get("logprob"), inputs),
+            logprob=_on_targets(current.get("logprob"), inputs),
             mask=inputs.mask,
-            reference_logprob=_placed(reference.get("logprob"), inputs) if needs.reference_logprob else None,
+            reference_logprob=_on_targets(reference.get("logprob"), inputs) if needs.reference_logprob else None,
             values={
-                statistic.name: _placed(current[f"values.{statistic.name}"], inputs) for statistic in needs.statistics
+                statistic.name: _on_targets(current[f"values.{statistic.name}"], inputs)
+                for statistic in needs.statistics
             },
             hidden=current.get("stream"),
             reference_hidden=reference.get("stream"),
-            hidden_mask=_asked(needs.hidden, inputs) if needs.hidden is not None else None,
+            hidden_mask=_wanted_tokens(needs.hidden, inputs) if needs.hidden is not None else None,
         )
         if not needs.alternate:
             return stats
         if not texts:
             return replace(stats, alternate=stats)
         rows = len(texts) - alternates
-        return replace(_part(stats, slice(rows)), alternate=_part(stats, slice(rows, None)))
+        return replace(_of_rows(stats, slice(rows)), alternate=_of_rows(stats, slice(rows, None)))
 
     @contextmanager
     def two_targets_a_row(self) -> Iterator[None]:
@@ -299,7 +300,7 @@ def _supervised(hidden: Tensor, inputs: Inputs) -> Tensor:
     return hidden[:, :-1][inputs.mask] if inputs.supervised else hidden.flatten(0, 1)[:1]
 
 
-def _placed(values: Tensor | None, inputs: Inputs) -> Tensor:
+def _on_targets(values: Tensor | None, inputs: Inputs) -> Tensor:
     """(rows, tokens - 1) the values on supervised targets, 0 elsewhere."""
     result = torch.zeros(inputs.mask.shape, dtype=torch.float32, device=inputs.mask.device)
     if values is None:
@@ -307,7 +308,7 @@ def _placed(values: Tensor | None, inputs: Inputs) -> Tensor:
     return result.masked_scatter(inputs.mask, values) if inputs.supervised else result + 0.0 * values.sum()
 
 
-def _asked(hidden: HiddenNeed, inputs: Inputs) -> Tensor:
+def _wanted_tokens(hidden: HiddenNeed, inputs: Inputs) -> Tensor:
     """(rows, tokens) True on the tokens whose stream is asked for."""
     real = inputs.attention.bool() & inputs.supervised
     if hidden.tokens == "all":
@@ -315,7 +316,7 @@ def _asked(hidden: HiddenNeed, inputs: Inputs) -> Tensor:
     return torch.cat([torch.zeros_like(inputs.mask[:, :1]), inputs.mask], dim=1)
 
 
-def _part(stats: TokenStats, rows: slice) -> TokenStats:
+def _of_rows(stats: TokenStats, rows: slice) -> TokenStats:
     """The statistics of some of the rows."""
 
     def cut(values: Tensor | None) -> Tensor | None:

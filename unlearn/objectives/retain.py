@@ -36,8 +36,8 @@ class CrossEntropy(Retain):
 def divergence(logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
     """KL(original || model) over the vocabulary, (n,), of logits (n, vocabulary), nats."""
     assert reference is not None
-    theirs = log_softmax(reference, dim=-1)
-    return (theirs.exp() * (theirs - log_softmax(logits, dim=-1))).sum(dim=-1)
+    reference_logprob = log_softmax(reference, dim=-1)
+    return (reference_logprob.exp() * (reference_logprob - log_softmax(logits, dim=-1))).sum(dim=-1)
 
 
 DIVERGENCE = Statistic("divergence", divergence, reference=True)
@@ -110,11 +110,11 @@ class HiddenDistance(Retain):
 
     def term(self, stats: TokenStats) -> Term:
         """The squared distance, its mean over dimensions, summed over the rows' tokens."""
-        ours, theirs = asked(stats, stats.hidden), asked(stats, stats.reference_hidden)
-        return Term((ours - theirs).square().mean(dim=-1).sum(), unit="hidden")
+        states, reference_states = wanted_states(stats, stats.hidden), wanted_states(stats, stats.reference_hidden)
+        return Term((states - reference_states).square().mean(dim=-1).sum(), unit="hidden")
 
 
-def asked(stats: TokenStats, hidden: Tensor | None) -> Tensor:
+def wanted_states(stats: TokenStats, hidden: Tensor | None) -> Tensor:
     """(n, hidden) the states of the tokens asked for, row by row, in float32 at least."""
     assert hidden is not None
     assert stats.hidden_mask is not None

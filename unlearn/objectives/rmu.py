@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lm.errors import UserError
 from unlearn.objectives.base import HiddenNeed, Needs, Objective, Retain, Term, TokenStats, Weight
-from unlearn.objectives.retain import HiddenDistance, asked
+from unlearn.objectives.retain import HiddenDistance, wanted_states
 from unlearn.objectives.weight import Fixed
 
 
@@ -53,7 +53,7 @@ class RMU(Objective):
 
     def forget_term(self, stats: TokenStats) -> Term:
         """The squared distance from the target, its mean over dimensions, summed over the rows' tokens."""
-        hidden = asked(stats, stats.hidden)
+        hidden = wanted_states(stats, stats.hidden)
         target = self.length(stats, hidden) * direction(hidden.shape[-1], self.seed).to(hidden)
         return Term((hidden - target).square().mean(dim=-1).sum(), unit="hidden")
 
@@ -80,7 +80,7 @@ class AdaptiveRMU(RMU):
     def length(self, stats: TokenStats, hidden: Tensor) -> Tensor:
         """(n, 1): `scale` times the mean norm of the original's states in the token's own row."""
         assert stats.hidden_mask is not None
-        norms = asked(stats, stats.reference_hidden).norm(dim=-1)
+        norms = wanted_states(stats, stats.reference_hidden).norm(dim=-1)
         counts = stats.hidden_mask.sum(dim=1)
         row = torch.arange(len(counts), device=norms.device).repeat_interleave(counts)
         means = norms.new_zeros(len(counts)).index_add(0, row, norms) / counts.clamp(min=1)
