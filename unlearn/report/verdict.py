@@ -17,7 +17,7 @@ _OUTCOMES = {
     "a little more": "a little more than the retain model",
     "as much": "no more than the retain model",
     "less": "less than the retain model",
-    "cannot tell": "cannot tell",
+    "cannot tell": "what cannot be told from the retain model or from more",
 }
 _DIGITS = 3  # what the tables show; smaller differences are ties
 
@@ -73,7 +73,7 @@ def _aggregate(
     if reference is not None and not math.isnan(reference.task_aggregate):
         text += f" (before unlearning: {words.score(reference.task_aggregate)})"
     if retain_model is None or math.isnan(retain_model.task_aggregate) or retain_model.task_aggregate == 0:
-        return f"{text}. There is no retain model to say how high it could honestly go."
+        return f"{text}. No retain model was scored, so how high it could honestly go is not known."
     ceiling = f"the {words.score(retain_model.task_aggregate)} of the retain model, which never saw the forget rows"
     if _tied(value, retain_model.task_aggregate):
         return f"{text}, equal to {ceiling}."
@@ -158,14 +158,16 @@ def _controls(about: ReportModel, controls: list[ReportModel]) -> list[str]:
 
 
 def _attacked(report: Report) -> list[str]:
-    """What attacks brought back, model by model."""
+    """What attacks brought back, model by model, by what the attacker had."""
     sentences = []
     for attacked in report.attacks:
-        outcomes = "; ".join(
-            f"{trial.name.replace('_', ' ')}, {_OUTCOMES.get(trial.verdict, trial.verdict)}"
-            for trial in attacked.trials
+        outcomes: dict[str, list[str]] = {}
+        for trial in attacked.trials:
+            outcomes.setdefault(_OUTCOMES.get(trial.verdict, trial.verdict), []).append(trial.name.replace("_", " "))
+        parts = [f"{outcome} ({', '.join(names)})" for outcome, names in outcomes.items()]
+        sentences.append(
+            f"Attacked by {attacked.attack.lower()}, “{attacked.label}” gives back {words.listing(parts)}."
         )
-        sentences.append(f"Attacked by {attacked.attack}, “{attacked.label}” gives back: {outcomes}.")
     return sentences
 
 

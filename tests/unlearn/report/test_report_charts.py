@@ -9,12 +9,25 @@ import re
 import numpy as np
 import pytest
 
-from tests.unlearn.report_samples import BASE, NAN, PLANNED, RETAIN_MODEL, Page, model, plan, report, retraced, table
+from tests.unlearn.report_samples import (
+    BASE,
+    NAN,
+    PLANNED,
+    RETAIN_MODEL,
+    Page,
+    attacked,
+    model,
+    plan,
+    report,
+    retraced,
+    table,
+)
 from tracing.plan.layer_plan import LayerPlan
 from unlearn.report import render
 from unlearn.report.drawing import curves
 from unlearn.report.drawing.heat_maps import color_key, heat_map
-from unlearn.report.drawing.scales import apart, layer_ticks, log_range, path, step_ticks
+from unlearn.report.drawing.lines import two_lines
+from unlearn.report.drawing.scales import apart, layer_ticks, log_range, path, step_ticks, value_ticks
 from unlearn.report.drawing.term_bars import term_bars
 
 
@@ -123,11 +136,27 @@ def test_curves_share_scales_and_bad_logs_are_left_out() -> None:
     assert "No training log was given" in render(report())
 
 
+def test_two_lines_have_gaps_and_a_band_where_there_is_an_interval() -> None:
+    trial = attacked().trials[0]
+    band = (trial.low, trial.high)
+    drawn = str(
+        two_lines(trial.levels, (0.0, NAN, 0.2), trial.retain_model, unit="steps", description="d", top=1.0, band=band)
+    )
+    (line,) = re.findall(r'class="line forget" d="([^"]+)"', drawn)
+    assert (line.count("M"), line.count("L")) == (2, 0)
+    assert 'aria-label="d: unlearned from 0 to 0.200; retain model from 0 to 0.250."' in drawn
+    (points,) = re.findall(r'class="band" points="([^"]+)"', drawn)
+    assert len(points.split()) == 4, "the last level has no interval"
+    assert "<title>retain model, steps 10: 0.150</title>" in drawn
+    assert "band" not in str(two_lines((0, 1), (1.0, 2.0), (NAN, NAN), unit="layer", description="d"))
+
+
 def test_axis_arithmetic() -> None:
     assert layer_ticks(8) == list(range(8))
     assert layer_ticks(32) == [0, 4, 8, 12, 16, 20, 24, 28]
     assert step_ticks(1, 60) == [20, 40, 60]
     assert step_ticks(1, 1) == [1]
+    assert value_ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert all(1 < len(step_ticks(1, last)) <= 6 for last in (5, 7, 33, 90, 1000, 123456))
     bottom, top = log_range(0.02, 0.03)
     assert (bottom, top) == (-2, -1)

@@ -86,7 +86,7 @@ def test_one_evaluation_is_a_page(tmp_path: Path) -> None:
     assert (model.task_aggregate, model.terms[0]) == (0.5, 0.5)
     assert report.answers[0].said == {model.key: "1987"}
     assert "Where is it stored?" in page.text
-    assert "No retain model is in this report" in page.text
+    assert "No retain model was scored" in page.text
     assert "“olmo” reaches a task aggregate of 0.500." in page.text
 
 
@@ -116,7 +116,7 @@ def test_runs_of_one_model_are_one_entry(tmp_path: Path) -> None:
     for heading in ("Does it come back?", "How deep did unlearning go?", "Training"):
         assert heading in page.text
     assert "55.6% of the 0.900 of the retain model" in page.text
-    assert "other people, no more than the retain model" in page.text
+    assert "gives back no more than the retain model (other people)." in page.text
     assert describe(ReportConfig(runs=tuple(runs)), report).endswith("\nwrote runs/report.html")
 
 

@@ -69,7 +69,7 @@ def test_verdict_does_not_praise_passing_the_ceiling() -> None:
         BASE, model("joint_planned", 0.99), RETAIN_MODEL
     )
     assert "equal to the 0.960" in said(BASE, model("joint_planned", 0.9601), RETAIN_MODEL)
-    assert "no retain model" in said(BASE, PLANNED)
+    assert "No retain model was scored" in said(BASE, PLANNED)
 
 
 def test_verdict_on_evidence_that_does_not_single_out_layers() -> None:
@@ -114,5 +114,5 @@ def test_a_part_is_a_field_and_no_name() -> None:
 
 def test_verdict_says_what_attacks_brought_back() -> None:
     assert said(BASE, PLANNED, attacks=(attacked("mine"),)).endswith(
-        "Attacked by Relearning, “mine” gives back: other people, no more than the retain model."
+        "Attacked by relearning, “mine” gives back no more than the retain model (other people)."
     )

@@ -14,7 +14,7 @@ from unlearn.report import words
 from unlearn.report.drawing.scales import apart, path, step_ticks, value_ticks
 from unlearn.report.drawing.svg import drawing, el, number
 
-LEFT, RIGHT, TOP, HIGH, WIDTH = 46.0, 84.0, 10.0, 150.0, 400.0
+LEFT, RIGHT, TOP, HIGH, WIDTH = 46.0, 98.0, 20.0, 150.0, 440.0
 NAMES = {"forget": "unlearned", "retain": "retain model"}
 """The class that gives a line its color, and what it is called."""
 

@@ -13,12 +13,12 @@ from unlearn.report.sections.figures import Figure, Numbers, NumberTable
 
 @dataclass(frozen=True, kw_only=True)
 class AttackView:
-    """One attacked model: a drawing and a sentence for each trial, and the numbers."""
+    """One attacked model: a drawing, and a name with a sentence, for each trial, and the numbers."""
 
     label: str
     attack: str
     figures: tuple[Figure, ...]
-    sentences: tuple[str, ...]
+    sentences: tuple[tuple[str, str], ...]
     numbers: Numbers
 
 
@@ -47,7 +47,7 @@ def _attack(attacked: Attacked) -> AttackView:
         label=attacked.label,
         attack=attacked.attack,
         figures=tuple(_curves(attacked, trial) for trial in attacked.trials),
-        sentences=tuple(trial.sentence for trial in attacked.trials),
+        sentences=tuple((_name(trial), trial.sentence.removeprefix(f"{trial.name}: ")) for trial in attacked.trials),
         numbers=Numbers(
             summary="The attacks in numbers",
             tables=tuple(
