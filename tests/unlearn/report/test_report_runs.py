@@ -230,6 +230,8 @@ def test_a_trace_and_the_trace_after(tmp_path: Path) -> None:
     assert report.again[0].found.confidence == 0.9
     assert set(report.tables) == {"mlp"}
     assert "The evidence singles out layers." in page.text
+    alone, _ = of(before)
+    assert [(model.label, model.part) for model in alone.models] == [("Before unlearning", "reference")]
     with pytest.raises(UserError, match="compares with the trace gone/trace, which is not there as it was"):
         collect([after])
     with pytest.raises(UserError, match="both traces"):

@@ -30,7 +30,7 @@ def shown_roles(table: EffectTable) -> list[int]:
 
 def largest(tables: Sequence[EffectTable]) -> float:
     """The largest absolute mean effect of the tables; 1 if there is none."""
-    top = max((float(np.nanmax(np.abs(one.mean), initial=0.0)) for one in tables), default=0.0)
+    top = max((float(np.nanmax(np.abs(table.mean), initial=0.0)) for table in tables), default=0.0)
     return top if top > 0 else 1.0
 
 
@@ -52,8 +52,8 @@ def heat_map(
     wide = _PLOT / layers
     height = ROW * len(rows)
     parts = [el("rect", class_="ground", x=LEFT, y=2, width=_PLOT, height=height)]
-    for place, row in enumerate(rows):
-        y = 2 + place * ROW
+    for index, row in enumerate(rows):
+        y = 2 + index * ROW
         name = words.ROLES.get(table.roles[row], table.roles[row])
         parts.append(el("text", name, class_="end", x=LEFT - 8, y=y + 15))
         for layer in range(layers):
@@ -116,7 +116,7 @@ def layer_scores(evidence: Mapping[str, Any], band: Sequence[int], *, rows: int,
             middle = x + wide / 2
             parts.append(el("line", class_="whisker", x1=middle, x2=middle, y1=y(over), y2=y(under)))
     parts.append(el("line", class_="axis", x1=LEFT, x2=LEFT + _PLOT, y1=y(0), y2=y(0)))
-    for value in (0.0, max(means, key=lambda one: -math.inf if math.isnan(one) else one)):
+    for value in (0.0, max(means, key=lambda mean: -math.inf if math.isnan(mean) else mean)):
         parts.append(el("text", words.small(value), class_="end", x=LEFT - 8, y=y(value) + 4))
     parts += _layer_axis(len(means), 2 + height, ())
     parts += _outline(band, len(means), 2, height, tentative)
@@ -130,9 +130,9 @@ def color_key(top: float, low: float) -> Markup:
     shares = [("minus", share) for share in range(below, 0, -1)] + [("plus", share) for share in range(steps + 1)]
     total, zero = wide * len(shares), wide * (below + 0.5)
     parts = [el("rect", class_="ground", x=0, y=0, width=total, height=high)]
-    for place, (side, share) in enumerate(shares):
+    for index, (side, share) in enumerate(shares):
         opacity = round(share / steps, 3)
-        parts.append(el("rect", class_=side, x=place * wide, y=0, width=wide, height=high, fill_opacity=opacity))
+        parts.append(el("rect", class_=side, x=index * wide, y=0, width=wide, height=high, fill_opacity=opacity))
     bottom = words.small(-top * below / steps)
     labels = [(0.0, "start", bottom), (total, "end", words.small(top))]
     if below:
@@ -173,7 +173,7 @@ def _outline(band: Sequence[int], layers: int, y: float, height: float, tentativ
 
 def beside(table: EffectTable, row: int, layer: int) -> list[str]:
     """What belongs to a number of a table: its interval, its share of the total effect, and whether its window is cut."""
-    low, high, share = (float(one[row, layer]) for one in (table.low, table.high, table.share))
+    low, high, share = (float(values[row, layer]) for values in (table.low, table.high, table.share))
     said = []
     if not (math.isnan(low) or math.isnan(high)):
         said.append(f"{table.confidence:.0%} interval {words.small(low)} to {words.small(high)}")

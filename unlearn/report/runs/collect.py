@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
-from tracing.effects.before_after import difference
 from tracing.effects.effects import Effects
 from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import LayerPlan
 from unlearn.evaluation.lume import TERMS
 from unlearn.evaluation.result import MEASURES
-from unlearn.report.records import Attacked, AttackTrial, Depth, Part, Report, ReportModel, Retraced
+from unlearn.report.records import Part, Report, ReportModel
 from unlearn.report.runs.answers import shown_answers
 from unlearn.report.runs.caveats import caveats, facts_about
 from unlearn.report.runs.folders import Run, find_runs
 from unlearn.report.runs.models import Subject, subjects
+from unlearn.report.runs.results import attacks_on, depths_of, number_of, traced_after
 
 TITLE = "What was forgotten"
 QUESTION = (
@@ -72,8 +71,6 @@ def collect(
     entries = [(subject, _model(subject, naming)) for subject, naming in zip(models, named, strict=True)]
     trace = _only_trace(runs)
     plan, effects = _traced(trace)
-    if not entries:
-        raise UserError(f"{folders[0]} traces a model and nothing here scores one: add the folder of an evaluation")
     evaluations = {model.key: subject.evaluation for subject, model in entries if subject.evaluation is not None}
     several = sum(run.kind == "retrace" for run in runs) > 1
     report = Report(
@@ -85,10 +82,12 @@ def collect(
         models=tuple(model for _, model in entries),
         answers=shown_answers(evaluations),
         again=tuple(
-            retraced for subject, model in entries for retraced in _again(subject, model, trace, evaluations, several)
+            retraced
+            for subject, model in entries
+            for retraced in traced_after(subject, model, trace, evaluations, several)
         ),
-        attacks=tuple(attacked for subject, model in entries for attacked in _attacks(subject, model)),
-        depths=tuple(depth for subject, model in entries for depth in _depths(subject, model)),
+        attacks=tuple(attacked for subject, model in entries for attacked in attacks_on(subject, model)),
+        depths=tuple(depth for subject, model in entries for depth in depths_of(subject, model)),
         commands=(*(_command(run) for run in runs), shlex.join(["palimpsest", "report", *map(str, folders)])),
     )
     return replace(report, caveats=caveats(report, evaluations), facts=facts_about(report, entries, runs))
@@ -118,9 +117,9 @@ def _model(subject: Subject, naming: Naming) -> ReportModel:
         label=naming.label or _LABELS.get(part) or _short_name(subject),
         note=_note(subject, part) if naming.note is None else naming.note,
         part=part,
-        terms=tuple(_number(term) for term in scores.get("terms", [None] * len(TERMS))),
-        **{name: _number(scores.get(name)) for name in MEASURES},
-        others={name: _number(value) for name, value in scores.items() if name not in _KEPT},
+        terms=tuple(number_of(term) for term in scores.get("terms", [None] * len(TERMS))),
+        **{name: number_of(scores.get(name)) for name in MEASURES},
+        others={name: number_of(value) for name, value in scores.items() if name not in _KEPT},
         seconds=sum(seconds) if seconds else math.nan,
         layers=None if whole or not manifest.get("layers") else tuple(manifest["layers"]),
         log=_log(subject.unlearning),
@@ -145,10 +144,6 @@ def _log(run: Run | None) -> list[dict[str, Any]]:
     if run is None or not (run.folder / "metrics.jsonl").exists():
         return []
     return [line for line in run.rows("metrics.jsonl") if isinstance(line, dict)]
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _model_name(models: Sequence[Subject], trace: Run | None) -> str:
@@ -181,89 +176,6 @@ def _tables(plan: LayerPlan | None, effects: Effects | None) -> dict[str, Effect
         return {}
     settings = {name: plan.evidence[name] for name in ("confidence", "aggregation") if name in plan.evidence}
     return {kind: effects.table(kind, **settings) for kind in effects.kinds}
-
-
-def _again(
-    subject: Subject, model: ReportModel, trace: Run | None, evaluations: Mapping[str, Run], several: bool
-) -> list[Retraced]:
-    """What changed in the traces of a model, apart for the facts to forget and those to keep."""
-    retraced = []
-    for run in subject.others:
-        if run.kind != "retrace":
-            continue
-        before, after = Effects.load(_before(run, trace)), Effects.load(run.folder / "effects.npz")
-        forgotten = {row["id"] for each in evaluations.values() for row in each.rows("forget.jsonl")}
-        confidence, seed = float(run.config.get("confidence", 0.95)), int(run.config.get("seed", 0))
-        sides = {"Facts to forget": True, "Facts to keep": False} if forgotten else {"All facts": False}
-        for name, side in sides.items():
-            chosen = [at for at, fact in enumerate(before.facts) if (fact.id in forgotten) is side]
-            if chosen:
-                change = difference(before.some(chosen), after.some(chosen), confidence=confidence, seed=seed)
-                retraced.append(Retraced(label=f"{name} in “{model.label}”" if several else name, found=change))
-    return retraced
-
-
-def _before(run: Run, trace: Run | None) -> Path:
-    """The effects that a run compares with: those of the trace in the report if they are the same, else where it read them."""
-    named = Path(str(run.config["before"]))
-    for path in [*([trace.folder / "effects.npz"] if trace is not None else []), named / "effects.npz", named]:
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == run.manifest.get("before"):
-            return path
-    raise UserError(
-        f"{run.folder} compares with the trace {named}, which is not there as it was: add that run, or leave this out"
-    )
-
-
-def _attacks(subject: Subject, model: ReportModel) -> list[Attacked]:
-    attacks = []
-    for run in subject.others:
-        if run.kind == "attack":
-            result = run.json("attack.json")
-            chosen = run.config.get("attack")
-            name = str(chosen.get("class_path") if isinstance(chosen, Mapping) else chosen).rpartition(".")[2]
-            trials = tuple(_trial(trial) for trial in result["trials"])
-            attacks.append(Attacked(label=model.label, attack=name, unit=str(result["unit"]), trials=trials))
-    return attacks
-
-
-def _trial(trial: Mapping[str, Any]) -> AttackTrial:
-    curves = trial["curves"]
-    return AttackTrial(
-        name=str(trial["name"]),
-        verdict=str(trial["verdict"]),
-        sentence=str(trial.get("sentence") or f"{trial['name']}: {trial['why']} {trial['likelihood']}"),
-        levels=tuple(float(level) for level in trial["levels"]),
-        unlearned=_numbers(curves["unlearned"]["all"]),
-        retain_model=_numbers(_of_retain_model(curves)["all"]),
-        low=_numbers(trial["difference"]["low"]),
-        high=_numbers(trial["difference"]["high"]),
-    )
-
-
-def _depths(subject: Subject, model: ReportModel) -> list[Depth]:
-    depths = []
-    for run in subject.others:
-        if run.kind == "depth":
-            result = run.json("depth.json")
-            lost = result["lost_by_layer"]
-            depths.append(
-                Depth(
-                    label=model.label,
-                    sentence=str(result["sentence"]),
-                    unlearned=_numbers(lost["changed"]),
-                    retain_model=_numbers(_of_retain_model(lost)),
-                )
-            )
-    return depths
-
-
-def _of_retain_model(values: Mapping[str, Any]) -> Any:
-    """What is said of the retain model, also by a file from when it was called `never`."""
-    return values["retain_model"] if "retain_model" in values else values["never"]
-
-
-def _numbers(values: Sequence[Any]) -> tuple[float, ...]:
-    return tuple(map(_number, values))
 
 
 def _command(run: Run) -> str:

@@ -48,7 +48,7 @@ class Subject:
 
 
 def subjects(runs: Sequence[Run], retain_model: Iterable[Run] = ()) -> list[Subject]:
-    """The models, in the order of their first run; the runs of one model together.
+    """The models, those that an unlearning run made first; the runs of one model together.
 
     Args:
         runs: all runs, those of the retain model among them.
@@ -64,6 +64,9 @@ def subjects(runs: Sequence[Run], retain_model: Iterable[Run] = ()) -> list[Subj
     for run in runs:
         if run.kind not in ("unlearn", "trace"):
             _add(models, run, model_names(run.config["model"], _weights(run, "unlearned")))
+    if not models:  # a trace alone is about the model that it traced
+        for run in runs:
+            _add(models, run, model_names(run.config["model"]))
     before, retain = _named_by(runs)
     retain |= {name for run in retain_model for name in model_names(run.config["model"], _weights(run, "unlearned"))}
     for model in models:
@@ -127,6 +130,8 @@ def _named_by(runs: Sequence[Run]) -> tuple[set[str], set[str]]:
     for run in runs:
         if run.kind == "unlearn":
             before |= model_names(run.config["model"], _weights(run, "model"))
+        if run.kind == "trace":
+            before |= model_names(run.config["model"])
         if run.kind == "depth":
             before |= model_names(run.config["original"])
         if run.kind in ("attack", "depth"):
