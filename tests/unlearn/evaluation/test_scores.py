@@ -23,6 +23,8 @@ from unlearn.evaluation.scores import chosen_scores, known_scores, room_scores
 from unlearn.evaluation.scores.base import Choices, Losses, Need, Score, Statistics, Towards, needs_of
 from unlearn.evaluation.scores.lume import LUME_TERMS
 from unlearn.evaluation.stage import describe, run_evaluate
+from unlearn.report import render
+from unlearn.report.runs.collect import collect
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def test_a_score_that_applies_to_nothing_has_no_value() -> None:
 
 
 def test_a_new_score_is_one_class(subject: LanguageModel, tmp_path: Path) -> None:
-    """It stands in scores.json, in examples.json and in the table of the command."""
+    """It stands in scores.json, in examples.json, in the table of the command and on the page of a report."""
     subject.model.save_pretrained(tmp_path / "model")
     subject.tokenizer.save_pretrained(tmp_path / "model")
     for name, side in (("forget", FORGET), ("retain", RETAIN)):
@@ -150,6 +152,9 @@ def test_a_new_score_is_one_class(subject: LanguageModel, tmp_path: Path) -> Non
     assert list(examples["answer_length"]) == [row.id for row in FORGET]
     assert f"answer length {length:>16.4f}" in describe(config, result)
     assert describe(config, result).endswith(f"wrote {tmp_path}/run/scores.json")
+    page = render(collect([tmp_path / "run"]))
+    assert f'title="{AnswerLength.meaning}">Answer length</th>' in page
+    assert f">{length:.3f}</td>" in page
 
 
 def test_the_example_of_the_docstring_runs() -> None:
