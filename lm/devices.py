@@ -57,7 +57,7 @@ def accelerator(
     """
     cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
     if mixed_precision == "fp16" and cpu:
-        raise UserError("fp16 autocast needs a GPU; on a CPU choose precision fp32 or bf16_autocast")
+        raise UserError("fp16 autocast needs a GPU: on a CPU choose bf16, or none")
     plugin = None
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         plugin = FullyShardedDataParallelPlugin(

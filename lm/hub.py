@@ -55,8 +55,8 @@ def require_model_files(name: str, folder: Path) -> None:
 
 def one_line(error: BaseException, longest: int = 200) -> str:
     """What a library said, on one line and cut to `longest` characters, to stand at the end of a sentence."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return (said if len(said) <= longest else f"{said[:longest]}…").rstrip(".")
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= longest else f"{text[:longest]}…").rstrip(".")
 
 
 def _here(path: str) -> Path | None:
@@ -79,10 +79,10 @@ def _here(path: str) -> Path | None:
 
 def fetch(name: str, files: Sequence[str], *, inside: str = "", revision: str | None = None) -> Path:
     """The folder on this machine that holds `files` (patterns) of a hub repository, or of its folder `inside`."""
-    asked = [f"{inside}/{file}" for file in files] if inside else [*files]
+    patterns = [f"{inside}/{file}" for file in files] if inside else [*files]
     try:
         here = snapshot_download(
-            name, revision=revision, allow_patterns=asked, ignore_patterns=[f"{inside}/*/*" if inside else "*/*"]
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=[f"{inside}/*/*" if inside else "*/*"]
         )
         return Path(here) / inside
     except (OSError, ValueError) as error:

@@ -62,7 +62,7 @@ def load(
     Raises UserError for a model that is missing, damaged, incomplete, not in safetensors, of an unknown architecture or
     without a usable tokenizer. What can be refused cheaply is refused before the weights are read.
     """
-    given: dict[str, Any] = {
+    replaced: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
         "attention": attention,
@@ -71,22 +71,22 @@ def load(
         "tokenizer": tokenizer,
     }
     base = ModelSpec(path=spec) if isinstance(spec, str) else spec
-    spec = replace(base, **{key: value for key, value in given.items() if value is not None})
+    spec = replace(base, **{key: value for key, value in replaced.items() if value is not None})
     for what, value, choices in (("dtype", spec.dtype, Dtype), ("attention", spec.attention, Attention)):
         if value is not None and value not in get_args(choices):
             raise UserError(f"the {what} {value!r} is unknown: use one of {', '.join(get_args(choices))}")
-    place = _device(spec.device)
+    target = _device(spec.device)
     folder = find_folder(spec.path, CONFIGS + WEIGHTS, revision=spec.revision)
     require_model_files(spec.path, folder)
     _require_known(spec.path, folder)
-    tokens = _load_tokenizer(spec, folder)
+    own_tokenizer = _load_tokenizer(spec, folder)
     adapter_folder = find_folder(spec.adapter, ADAPTER) if spec.adapter else None
     model = _load_weights(spec, folder)
     if spec.adapter and adapter_folder:
         model = _merge_adapter(model, spec.adapter, adapter_folder)
     check_weights(model, spec.path)
-    nn.Module.to(model, place).train(False)
-    loaded = LanguageModel(model, tokens, anatomy_of(model), spec.path)
+    nn.Module.to(model, target).train(False)
+    loaded = LanguageModel(model, own_tokenizer, anatomy_of(model), spec.path)
     _require_fit(loaded)
     check_anatomy(loaded)
     return loaded

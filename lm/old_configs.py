@@ -29,11 +29,11 @@ def class_name(cls: type[Any]) -> str:
 
 def subclasses(axis: type[Any]) -> dict[str, type[Any]]:
     """Every class of an axis that is imported, by its bare name."""
-    found: dict[str, type[Any]] = {}
+    named: dict[str, type[Any]] = {}
     for sub in axis.__subclasses__():
-        found[sub.__name__] = sub
-        found.update(subclasses(sub))
-    return found
+        named[sub.__name__] = sub
+        named.update(subclasses(sub))
+    return named
 
 
 def axis_of(hint: Any) -> type[Any] | None:
@@ -62,15 +62,14 @@ def upgraded_words(words: Sequence[str], cls: type[Any], notices: list[str]) -> 
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         name = flag.removeprefix("--")
-        for old, new, is_news in keys:
+        for old, new, is_news in keys:  # a key inside one that has another name may have another name as well
             inside = name.startswith(f"{old}.") and not new.startswith(f"{old}.")
             if name == old or inside:
                 if is_news:
                     notices.append(_renamed(old, new))
                 name = new + name.removeprefix(old)
-                break
-        if (found := _PATH.fullmatch(value)) and found.group(1) in known:
-            value = found.group(1)
+        if (path := _PATH.fullmatch(value)) and path.group(1) in known:
+            value = path.group(1)
         if value in classes:
             notices.append(_renamed(value, classes[value]))
             value = classes[value]
@@ -116,9 +115,9 @@ def _of_hint(value: Any, hint: Any, notices: list[str], prefix: str) -> Any:
         if axis_of(part) is None and not (dataclasses.is_dataclass(part) or typing.get_args(part)):
             continue
         if isinstance(value, list):
-            value = [_of_hint(one, part, notices, prefix) for one in value]
+            value = [_of_hint(item, part, notices, prefix) for item in value]
         elif isinstance(value, dict) and typing.get_origin(hint) in (dict, Mapping):
-            value = {name: _of_hint(one, part, notices, f"{prefix}{name}.") for name, one in value.items()}
+            value = {name: _of_hint(item, part, notices, f"{prefix}{name}.") for name, item in value.items()}
         else:
             value = _of_hint(value, part, notices, prefix)
     return value
@@ -144,8 +143,8 @@ def _of_axis(value: Any, axis: type[Any], notices: list[str], prefix: str) -> An
 
 def _class_today(name: str, axis: type[Any], notices: list[str]) -> str:
     """The bare name of today. A class that is not imported keeps its path, by which the parser may find it."""
-    found = _PATH.fullmatch(name)
-    bare = found.group(1) if found else name
+    path = _PATH.fullmatch(name)
+    bare = path.group(1) if path else name
     known = subclasses(axis)
     for cls in known.values():
         if bare in vars(cls).get("formerly", ()):
@@ -163,10 +162,10 @@ def _parts(cls: type[Any]) -> Iterator[tuple[str, type[Any]]]:
         for part in (hint, *typing.get_args(hint)):
             axis = axis_of(part)
             inner = [part] if axis is None else [axis, *subclasses(axis).values()]
-            for one in inner:
-                if dataclasses.is_dataclass(one) and isinstance(one, type):
-                    for key, found in _parts(one):
-                        yield f"{field.name}.{key}" if key else field.name, found
+            for candidate in inner:
+                if dataclasses.is_dataclass(candidate) and isinstance(candidate, type):
+                    for key, nested in _parts(candidate):
+                        yield f"{field.name}.{key}" if key else field.name, nested
 
 
 def _old_keys(cls: type[Any]) -> Iterator[tuple[str, str, bool]]:

@@ -114,16 +114,16 @@ def answer_tokens(
     text, written = render(tokenizer, prompt, spec), spec.prefix + answer
     for before in (text, "", "\n"):  # the ways in which `encode_pair` may have made them
         special = spec.format == "raw" and before == text
-        found = tokenizer(before + written, add_special_tokens=special, return_offsets_mapping=True)
-        last = len(found["input_ids"]) - (1 if special and _appends_eos(tokenizer) else 0)
+        whole = tokenizer(before + written, add_special_tokens=special, return_offsets_mapping=True)
+        last = len(whole["input_ids"]) - (1 if special and _appends_eos(tokenizer) else 0)
         first = last - len(ids)
-        if first < 0 or list(found["input_ids"])[first:last] != ids:
+        if first < 0 or list(whole["input_ids"])[first:last] != ids:
             continue
         base = len(before) + len(spec.prefix)
-        offsets = found["offset_mapping"][first:last]
+        offsets = whole["offset_mapping"][first:last]
         return [
-            place
-            for place, (start, end) in enumerate(offsets)
+            index
+            for index, (start, end) in enumerate(offsets)
             if any(start - base < stop and end - base > begin for begin, stop in spans)
         ]
     raise UserError(

@@ -90,9 +90,9 @@ def is_builtin(source: str | Path) -> bool:
 def _builtin_name(source: str, known: Sequence[str]) -> str:
     name = source.partition(":")[2]
     if name not in known:
-        choices = ", ".join(f"builtin:{one}" for one in known)
+        choices = ", ".join(f"builtin:{part}" for part in known)
         raise UserError(
-            f'"{source}" is not a part of the built-in world{did_you_mean(name, known)}; choose of {choices}.'
+            f'"{source}" is not a part of the built-in world{did_you_mean(name, known)}: choose of {choices}'
         )
     return name
 
@@ -128,11 +128,11 @@ def rows_from_records(
     for field in columns or {}:
         if field not in FIELDS:
             raise UserError(
-                f'columns maps "{field}", which is no field of a row{did_you_mean(field, FIELDS)}; '
-                f"the fields are {', '.join(FIELDS)}."
+                f'columns maps "{field}", which is no field of a row{did_you_mean(field, FIELDS)}: '
+                f"name one of {', '.join(FIELDS)}"
             )
     if not records:
-        raise UserError(f"{source} holds no rows; give a split with at least one.")
+        raise UserError(f"{source} holds no rows: give a split with at least one")
     rows: list[Row] = []
     seen: dict[str, str] = {}
     for record in records:
@@ -150,8 +150,8 @@ def rows_from_records(
         key = canonical_id(identity)
         if key in seen:
             raise UserError(
-                f"{record.where}: id {identity} is already that of {seen[key]}; ids must differ, so drop "
-                "or rename one of the two rows."
+                f"{record.where}: id {identity} is already that of {seen[key]}: drop or "
+                "rename one of the two rows, ids must differ"
             )
         seen[key] = record.where
         rows.append(Row(id=identity, input=prompt, output=answer, task=name))
@@ -161,7 +161,7 @@ def rows_from_records(
 def questions_from_records(records: Sequence[Record], source: str) -> tuple[Question, ...]:
     """Checked multiple-choice questions from parsed records."""
     if not records:
-        raise UserError(f"{source} holds no questions; give a file with at least one.")
+        raise UserError(f"{source} holds no questions: give a file with at least one")
     return tuple(_question(record) for record in records)
 
 
@@ -169,14 +169,14 @@ def _question(record: Record) -> Question:
     text = text_column(record, "question")
     choices = column(record, "choices")
     if not isinstance(choices, list) or len(choices) < 2:
-        raise UserError(f'{record.where}: column "choices" must be a list of at least two answers, not {choices!r}.')
+        raise UserError(f'{record.where}: column "choices" is {choices!r}: write a list of at least two answers')
     if not all(isinstance(choice, str) for choice in choices):  # MMLU itself has an empty one
-        raise UserError(f'{record.where}: every one of "choices" must be text, not {choices!r}.')
+        raise UserError(f'{record.where}: column "choices" is {choices!r}: write every choice as text')
     answer = column(record, "answer")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise UserError(
-            f'{record.where}: column "answer" is {answer!r}; write the 0-based place of the right choice, '
-            f"0 to {len(choices) - 1}."
+            f'{record.where}: column "answer" is {answer!r}: write the 0-based place of the right choice, '
+            f"0 to {len(choices) - 1}"
         )
     subject = text_column(record, "subject") if "subject" in record.values else "general"
     return Question(question=text, choices=tuple(choices), answer=answer, subject=subject)
@@ -189,7 +189,7 @@ def documents(rows: Iterable[Row], source: str, *, task: str | None = None) -> t
         which = "" if task is None else f" of {task}"
         raise UserError(
             f"{source} holds no sentence-completion row{which} (an id that ends in sc and a digit), so it "
-            "gives no documents for membership; name another source."
+            "gives no documents for membership: name another source"
         )
     return texts
 
@@ -200,7 +200,7 @@ def check_disjoint(forget: Iterable[Row], retain: Iterable[Row]) -> None:
     both = [row.id for row in forget if canonical_id(row.id) in wanted]
     if both:
         more = f" and {len(both) - 1} more" if len(both) > 1 else ""
-        raise UserError(f"id {both[0]}{more} is in both the forget and the retain rows; take it out of one of them.")
+        raise UserError(f"id {both[0]}{more} is in both the forget and the retain rows: take it out of one of them")
 
 
 def canonical_id(identity: str) -> str:

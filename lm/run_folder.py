@@ -41,27 +41,27 @@ def writable(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reasons = {
-            errno.ENOSPC: "the disk is full; free some room and run again with --resume true",
-            errno.EFBIG: "the file would be larger than files may be here (ulimit -f); raise the limit, or choose another folder",
-            errno.EDQUOT: "the disk quota is used up; free some room and run again with --resume true",
-            errno.EROFS: "the file system is read-only; choose another folder",
-            errno.EACCES: "this user may not write there; choose another folder or change its rights",
-            errno.EPERM: "this user may not write there; choose another folder or change its rights",
-            errno.ENOTDIR: "a part of that path is a file; choose another folder",
-            errno.EEXIST: "a file stands in the way; choose another folder",
+            errno.ENOSPC: "the disk is full: free some room and run again with --resume true",
+            errno.EFBIG: "the file would be larger than files may be here (ulimit -f): raise the limit, or choose another folder",
+            errno.EDQUOT: "the disk quota is used up: free some room and run again with --resume true",
+            errno.EROFS: "the file system is read-only: choose another folder",
+            errno.EACCES: "this user may not write there: choose another folder or change its rights",
+            errno.EPERM: "this user may not write there: choose another folder or change its rights",
+            errno.ENOTDIR: "a part of that path is a file: choose another folder",
+            errno.EEXIST: "a file stands in the way: choose another folder",
         }
         reason = reasons.get(_system_error(error))
         if reason is None:
             raise
-        raise NotWritten(f"cannot write {path}: {reason}") from error
+        raise NotWritten(f"cannot write {path}, {reason}") from error
 
 
 def _system_error(error: OSError | SafetensorError) -> int:
     """The system's number for an error; safetensors has it only in its words."""
     if isinstance(error, OSError):
         return error.errno or 0
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found.group(1)) if found else errno.ENOSPC if "No space left" in str(error) else 0
+    number = re.search(r"os error (\d+)", str(error))
+    return int(number.group(1)) if number else errno.ENOSPC if "No space left" in str(error) else 0
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -124,13 +124,13 @@ class RunFolder:
         if stored.exists():
             if not resume:
                 raise UserError(
-                    f"the folder {run.path} already holds a run; give another folder, or --resume true to go on with it"
+                    f"the folder {run.path} already holds a run: give another folder, or --resume true to go on with it"
                 )
             run._refuse_other_config(config, free)
             for name in same:
                 if run.manifest.get(name) != (facts or {}).get(name):
                     raise UserError(
-                        f"cannot resume {run.path}: {name} changed since it began (other content behind the same name); "
+                        f"cannot resume {run.path}: {name} changed since it began (other content behind the same name): "
                         "give another folder"
                     )
         else:
@@ -233,7 +233,7 @@ class RunFolder:
         if differing:
             key = differing[0]
             raise UserError(
-                f"cannot resume {self.path}: {key} was {old.get(key)!r} and is now {new.get(key)!r}; "
+                f"cannot resume {self.path}: {key} was {old.get(key)!r} and is now {new.get(key)!r}: "
                 "give the same settings, or another folder"
             )
 

@@ -21,10 +21,10 @@ def model_path(variant: Variant = "memorized") -> Path:
     """The folder (safetensors, config, tokenizer) of a built-in model. UserError: another name, missing weights."""
     variant = _FORMERLY.get(variant, variant)
     if variant not in VARIANTS:
-        raise UserError(f"There is no built-in model {variant!r}; choose one of {', '.join(VARIANTS)}.")
+        raise UserError(f"the built-in model {variant!r} is unknown: choose one of {', '.join(VARIANTS)}")
     folder = Path(__file__).parent / "weights" / variant
     if not (folder / "model.safetensors").is_file():
         raise UserError(
-            f"The built-in weights {str(folder)!r} are missing; rebuild them with `python -m tools.builtin_model.build`."
+            f"the built-in weights {str(folder)!r} are missing: rebuild them with `python -m tools.builtin_model.build`"
         )
     return folder

@@ -34,18 +34,18 @@ def find_files(source: Path, *, suffixes: Sequence[str] = SUFFIXES, preferred: S
     """
     if source.is_file():
         if source.suffix.lower() not in suffixes:
-            raise UserError(f"{source} is not a data file this can read: give one of {', '.join(suffixes)}.")
+            raise UserError(f"{source} is not a data file this can read: give one of {', '.join(suffixes)}")
         return [source]
     if not source.is_dir():
         raise UserError(
-            f"{source} does not exist{_near_miss(source)}; give a data file ({', '.join(suffixes)}), a folder of them, "
+            f"{source} does not exist{_near_miss(source)}: give a data file ({', '.join(suffixes)}), a folder of them, "
             "or builtin:..."
         )
     for suffix in preferred:
-        found = sorted(path for path in source.glob(f"*{suffix}") if not path.name.startswith(".") and path.is_file())
-        if found:
-            return found
-    raise UserError(f"the folder {source} holds none of {', '.join(preferred)}: put the data there, or name a file.")
+        files = sorted(path for path in source.glob(f"*{suffix}") if not path.name.startswith(".") and path.is_file())
+        if files:
+            return files
+    raise UserError(f"the folder {source} holds none of {', '.join(preferred)}: put the data there, or name a file")
 
 
 def read_file(path: Path) -> tuple[Record, ...]:
@@ -74,7 +74,7 @@ def read_text(path: Path) -> str:
         line = data.count(b"\n", 0, problem.start) + 1
         bad = data[problem.start : problem.start + 1].hex()
         raise UserError(
-            f"{path} line {line} is not UTF-8 (byte 0x{bad} at offset {problem.start}); save the file as UTF-8."
+            f"{path} line {line} is not UTF-8 (byte 0x{bad} at offset {problem.start}): save the file as UTF-8"
         ) from None
 
 
@@ -84,8 +84,8 @@ def column(record: Record, name: str, *, meaning: str | None = None) -> object:
         return record.values[name]
     what = f'"{name}"' if meaning in (None, name) else f'"{name}" (for {meaning})'
     raise UserError(
-        f"{record.where} has no column {what}{did_you_mean(name, record.values)}; it has "
-        f"{', '.join(record.values) or 'none'}: rename the column, or name the right one in the settings."
+        f"{record.where} has no column {what}{did_you_mean(name, record.values)}, only "
+        f"{', '.join(record.values) or 'none'}: rename the column, or name the right one in the settings"
     )
 
 
@@ -95,14 +95,14 @@ def text_column(record: Record, name: str, *, meaning: str | None = None, blank:
     if blank and value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f'{record.where}: column "{name}" is {_show(value)}, not text; write it as a string.')
+        raise UserError(f'{record.where}: column "{name}" is {_show(value)}, not text: write it as a string')
     if not blank and not value.strip():
-        raise UserError(f'{record.where}: column "{name}" is blank ({_show(value)}); fill it in or drop the row.')
+        raise UserError(f'{record.where}: column "{name}" is blank ({_show(value)}): fill it in or drop the row')
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(
-            f'{record.where}: column "{name}" holds half of a surrogate pair, which is not text; remove it.'
+            f'{record.where}: column "{name}" holds half of a surrogate pair, which is not text: remove it'
         ) from None
     return value
 
@@ -111,7 +111,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as problem:
-        raise UserError(f"{path} cannot be read ({problem.strerror}); check its permissions.") from None
+        raise UserError(f"{path} cannot be read ({problem.strerror}): check its permissions") from None
 
 
 def _array(text: str, name: str) -> tuple[Record, ...]:
@@ -126,7 +126,7 @@ def _parsed(text: str, where: str) -> object:
     except json.JSONDecodeError as problem:
         line = f" line {problem.lineno}" if "\n" in text else ""
         raise UserError(
-            f"{where}{line} is not JSON ({problem.msg} at column {problem.colno}); write one JSON object a line, or one array."
+            f"{where}{line} is not JSON ({problem.msg} at column {problem.colno}): write one JSON object a line, or one array"
         ) from None
 
 
@@ -139,14 +139,14 @@ def _parquet(path: Path) -> tuple[Record, ...]:
     except (pyarrow.ArrowException, OSError) as problem:
         reason = str(problem).splitlines()[0].rstrip(".")
         raise UserError(
-            f"{path} is not a readable Parquet file ({reason}); write it again, or use JSON lines."
+            f"{path} is not a readable Parquet file ({reason}): write it again, or use JSON lines"
         ) from None
     return tuple(Record(f"{path} row {number}", values) for number, values in enumerate(rows, start=1))
 
 
 def _record(where: str, value: object) -> Record:
     if not isinstance(value, dict):
-        raise UserError(f'{where} is {_show(value)}, not an object; write it as {{"id": ..., "input": ...}}.')
+        raise UserError(f'{where} is {_show(value)}, not an object: write it as {{"id": ..., "input": ...}}')
     return Record(where, value)
 
 

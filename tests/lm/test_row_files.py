@@ -190,7 +190,7 @@ def test_questions(tmp_path: Path) -> None:
         ({"answer": True}, "0-based"),
         ({"answer": "B"}, "0-based"),
         ({"choices": ["1"]}, "at least two"),
-        ({"choices": ["1", None]}, "must be text"),
+        ({"choices": ["1", None]}, "every choice as text"),
         ({"question": ""}, "blank"),
     ]:
         with pytest.raises(UserError, match=words):

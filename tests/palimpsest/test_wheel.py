@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("lm", "tracing", "sae", "unlearn", "palimpsest")
 BESIDE = ("configs", "scripts", "tools", "benchmarks", "notebooks", "tests")
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "runs", "build", "*.egg-info", ".*")
+LEFT_OUT = ("runs", "build", "dist")
+"""Folders of the checkout's root that are no part of it."""
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -33,7 +34,7 @@ print(len(own), sorted(set(own.values())))
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the source distribution, built from a copy of the checkout, and the wheel, built from it."""
     folder = tmp_path_factory.mktemp("built")
-    checkout = shutil.copytree(ROOT, folder / "checkout", ignore=LEFT_OUT)
+    checkout = shutil.copytree(ROOT, folder / "checkout", ignore=_left_out)
     _build("build_sdist", checkout, folder)
     with tarfile.open(_only(folder, "*.tar.gz")) as archive:
         archive.extractall(folder / "source", filter="data")
@@ -48,6 +49,11 @@ def installed(built: Path) -> Path:
     words = ["install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(target)]
     subprocess.run([sys.executable, "-m", "pip", *words, str(_only(built, "*.whl"))], check=True)
     return target
+
+
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    of_tools = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")(folder, names)
+    return of_tools | (set(LEFT_OUT) if Path(folder) == ROOT else set())
 
 
 def _build(what: str, source: Path, folder: Path) -> None:

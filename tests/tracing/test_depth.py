@@ -126,7 +126,7 @@ def test_the_stage_goes_from_three_folders_to_a_file(tmp_path: Path) -> None:
     assert list(written["left_out"]) == ["unknown"]
     with pytest.raises(UserError, match="threshold is -1"):
         DepthConfig(threshold=-1)
-    with pytest.raises(UserError, match="already holds a run; give another folder, or --resume true"):
+    with pytest.raises(UserError, match="already holds a run: give another folder, or --resume true"):
         run_depth(config, facts)
     assert np.array_equal(run_depth(replace(config, resume=True), facts).depth, report.depth)
     with pytest.raises(UserError, match="facts changed since it began"):
