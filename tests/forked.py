@@ -101,7 +101,7 @@ def _environments(launch: str | None, port: int) -> list[dict[str, str]]:
 
 
 def _script(path: str, words: Sequence[str], variables: Mapping[str, str], output: str) -> None:
-    """Of the new process: be `python path words`; of a file that is no script, `python -m` its name in the checkout."""
+    """Of the new process: be `python path words`; of a module of the checkout that is no script, `python -m` its name."""
     for end, stream in (("out", sys.stdout), ("err", sys.stderr)):
         with open(f"{output}.{end}", "wb") as file:
             os.dup2(file.fileno(), stream.fileno())
@@ -109,9 +109,9 @@ def _script(path: str, words: Sequence[str], variables: Mapping[str, str], outpu
     os.environ.update(variables)
     torch.set_num_threads(1)
     sys.argv, sys.path = [path, *words], [str(ROOT), *sys.path]
-    script = Path(path).relative_to(ROOT)
-    if script.parent.name == "scripts":
-        sys.path.insert(0, str(ROOT / script.parent))
+    script = Path(path)
+    if script.parent == ROOT / "scripts" or not script.is_relative_to(ROOT):
+        sys.path.insert(0, str(script.parent))
         runpy.run_path(path, run_name="__main__")
     else:
-        runpy.run_module(".".join(script.with_suffix("").parts), run_name="__main__", alter_sys=True)
+        runpy.run_module(".".join(script.relative_to(ROOT).with_suffix("").parts), run_name="__main__", alter_sys=True)
