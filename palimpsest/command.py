@@ -78,7 +78,7 @@ def _configs(words: Sequence[str]) -> str:
 
 
 def _run(stage: Stage, words: Sequence[str]) -> None:
-    arguments = _arguments(stage, words)
+    arguments = arguments_of(stage, words)
     from lm.config import ending_in_one_line, script
     from lm.devices import is_main
 
@@ -97,7 +97,7 @@ def _description(stage: Stage) -> str:
     return stage.help().strip() + (f"\n\nshipped configs: {', '.join(names)}" if names else "")
 
 
-def _arguments(stage: Stage, words: Sequence[str]) -> list[str]:
+def arguments_of(stage: Stage, words: Sequence[str]) -> list[str]:
     """The words with the file in the place of a shipped config's name, and operands under the setting that takes them."""
     arguments: list[str] = []
     operands: list[str] = []
