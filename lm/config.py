@@ -234,7 +234,7 @@ def _parser(
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=program,
-        usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+        usage=f"%(prog)s [--config {'NAME|FILE' if program else 'FILE'}] [--SETTING VALUE ...]",
         description=description,
         formatter_class=_Help,
         exit_on_error=False,

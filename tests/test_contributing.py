@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says of adding to an axis holds: each guide is three steps whose code runs, in order, and checks itself."""
+"""What CONTRIBUTING.md says of adding to an axis holds: each guide is three steps whose code runs in order and checks itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def guide(axis: str) -> str:
 
 def blocks(section: str) -> list[str]:
     """Its Python code, block by block."""
-    return [re.sub("^   ", "", block, flags=re.MULTILINE) for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL)]
+    return [
+        re.sub("^   ", "", block, flags=re.MULTILINE)
+        for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    ]
 
 
 @pytest.mark.parametrize("axis", AXES)
