@@ -63,7 +63,7 @@ def ours(asked: dict[str, Any]) -> Any:
 
     from sae import Firings, RunningThreshold, mutual_choice, token_choice
     from sae.kernels import Selection, encode_decode, take_parallel_, unit_rows_
-    from sae.trainer.zipf import moved
+    from sae.trainer.zipf_fit import moved
 
     k, mutual = asked["k"], asked["choice"] == "mutual"
 

@@ -27,7 +27,7 @@ from sae.thresholds import RunningThreshold
 from sae.trainer.config import AutoencoderSpec, AuxiliarySpec, TrainerConfig, ZipfSpec
 from sae.trainer.timing import Phases
 from sae.trainer.training_choice import TrainingChoice
-from sae.trainer.zipf import Law, moved
+from sae.trainer.zipf_fit import Law, moved
 
 WEIGHTS = ("w_enc", "b_enc", "w_dec", "b_dec")
 SHARDED = ("w_enc", "b_enc", "w_dec")

@@ -25,7 +25,7 @@ from sae.trainer import (
 )
 from sae.trainer.loop import Loop
 from sae.trainer.step import learning_rate
-from sae.trainer.zipf import Law
+from sae.trainer.zipf_fit import Law
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

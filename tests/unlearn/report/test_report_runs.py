@@ -158,6 +158,18 @@ def test_a_folder_of_runs_is_all_of_them_in_the_order_they_began(tmp_path: Path)
     assert str(Path(earlier)) == report.models[0].key
 
 
+def test_a_run_in_a_folder_that_is_left_out_is_named_on_the_page(tmp_path: Path) -> None:
+    whole = evaluated(tmp_path / "all" / "scores", "m")
+    begun = folder(tmp_path / "all" / "deep" / "begun", {"model": {"path": "m"}}, {})
+    inside = folder(Path(whole) / "attack", {"model": {"path": "m"}}, {})
+    report, page = of(str(tmp_path / "all"))
+    (sentence,) = [each for each in report.caveats if each.startswith("Left out")]
+    assert sentence.endswith(f"part on this page: {begun}, {inside}.")
+    assert sentence in page.text
+    report, _ = of(evaluated(tmp_path / "alone", "m"))
+    assert not [each for each in report.caveats if each.startswith("Left out")]
+
+
 def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"the folder .*empty holds no run: give one that .* scores\.json \(evaluate\)"):

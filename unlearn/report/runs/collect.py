@@ -18,7 +18,7 @@ from unlearn.evaluation.result import MEASURES
 from unlearn.report.records import Part, Report, ReportModel
 from unlearn.report.runs.answers import shown_answers
 from unlearn.report.runs.caveats import caveats, facts_about
-from unlearn.report.runs.folders import Run, find_runs
+from unlearn.report.runs.folders import Run, find_runs, left_out
 from unlearn.report.runs.models import Subject, subjects
 from unlearn.report.runs.results import attacks_on, depths_of, number_of, traced_after
 
@@ -90,7 +90,8 @@ def collect(
         depths=tuple(depth for subject, model in entries for depth in depths_of(subject, model)),
         commands=(*(_command(run) for run in runs), shlex.join(["palimpsest", "report", *map(str, folders)])),
     )
-    return replace(report, caveats=caveats(report, evaluations), facts=facts_about(report, entries, runs))
+    sentences = caveats(report, evaluations, left_out(folders))
+    return replace(report, caveats=sentences, facts=facts_about(report, entries, runs))
 
 
 def _names(models: Sequence[Subject], given: Mapping[Path, Naming]) -> list[Naming]:

@@ -90,6 +90,12 @@ def find_runs(folders: Iterable[str | Path]) -> list[Run]:
     return list(runs.values())
 
 
+def left_out(folders: Iterable[str | Path]) -> list[Path]:
+    """The run folders in these folders that `find_runs` passes over: not ended, or of a stage that no report shows."""
+    begun = (path for name in folders for path in _folders_in(Path(name), levels=2) if (path / "config.yaml").is_file())
+    return [path for path in dict.fromkeys(begun) if run_in(path) is None]
+
+
 def run_in(folder: Path) -> Run | None:
     """The run that a folder is; None if it is none, or has not ended."""
     if not (folder / "config.yaml").is_file():
@@ -99,13 +105,25 @@ def run_in(folder: Path) -> Run | None:
 
 def _runs_in(folder: Path, levels: int) -> Iterator[Run]:
     run = run_in(folder)
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inner = _inner(folder)
     if run is not None:
         yield run
         yield from filter(None, map(run_in, inner))
     elif levels:
         below = [found for path in inner for found in _runs_in(path, levels - 1)]
         yield from sorted(below, key=lambda each: each.started)
+
+
+def _folders_in(folder: Path, levels: int) -> Iterator[Path]:
+    """The folders that `_runs_in` looks into, without the folder itself."""
+    for path in _inner(folder):
+        yield path
+        if run_in(folder) is None and levels:
+            yield from _folders_in(path, levels - 1)
+
+
+def _inner(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _nothing_in(folder: Path) -> UserError:
