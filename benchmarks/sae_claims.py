@@ -22,8 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.sae_claims_report import by_rate, curves, table
-from benchmarks.sae_claims_scoring import Seen, in_training, matched
+from benchmarks.claims.report import by_rate, curves, table
+from benchmarks.claims.scoring import Seen, in_training, matched
 from lm import UserError, load
 from lm.config import parse_config, script
 from lm.errors import did_you_mean

@@ -1,7 +1,8 @@
 """One forget row from its file to its loss: whose code it meets on the way is little enough to be read in an hour.
 
 At most 12 files are allowed. Counted are the files of this repository of which a function is entered between
-`load_rows` and the loss of a micro-batch; making the model and its surroundings ready is no part of the row's way.
+`load_rows` and the loss of a micro-batch; making the model, the batches and the stepper ready is no part of the
+row's way, and neither are the retain rows and their weight.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ PlanKind = Literal["mlp", "attn", "both", "resid"]
 
 
 def choose_layers(
-    found: Effects | LayerScores,
+    measured: Effects | LayerScores,
     *,
     size: int | None = None,
     rule: RuleName = "band",
@@ -70,7 +70,7 @@ def choose_layers(
     effects without any preference among layers each rule singles layers out in fewer than 5 % of the draws (a test).
 
     Args:
-        found: what tracing or another localizer found.
+        measured: what tracing or another localizer gave.
         size: how many layers; for `band` and `top` only.
         rule: how layers are picked from their scores.
         share: how much of all positive effect `mass` must hold.
@@ -83,7 +83,7 @@ def choose_layers(
     Raises:
         UserError: a size that does not fit the model or the rule, a kind that was not traced, roles that no fact has.
     """
-    layer_scores = found if isinstance(found, LayerScores) else found.scores(roles, aggregation)
+    layer_scores = measured if isinstance(measured, LayerScores) else measured.scores(roles, aggregation)
     layers = layer_scores.layers
     _check(kind, confidence, stability)
     picks = make_rule(rule, size=size, share=share, layers=layers)

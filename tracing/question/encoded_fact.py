@@ -103,11 +103,11 @@ def why_unknown(model: LanguageModel, encoded: EncodedFact) -> str | None:
         )
     if logits.argmax(-1).tolist() == list(encoded.answer_ids):
         return None
-    said: list[int] = []
+    greedy: list[int] = []
     for _ in range(keep):
-        said.append(int(forward(model, embed(model, [*encoded.prompt_ids, *said])[None], 1)[0, -1].argmax()))
-    asked = model.tokenizer.decode(list(encoded.answer_ids))
-    return f"the model says {model.tokenizer.decode(said)!r} instead of {asked!r}"
+        greedy.append(int(forward(model, embed(model, [*encoded.prompt_ids, *greedy])[None], 1)[0, -1].argmax()))
+    answer = model.tokenizer.decode(list(encoded.answer_ids))
+    return f"the model says {model.tokenizer.decode(greedy)!r} instead of {answer!r}"
 
 
 def why_too_long(model: LanguageModel, encoded: EncodedFact) -> str | None:

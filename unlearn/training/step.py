@@ -123,7 +123,7 @@ class Stepper:
     def measure(self, rows: Sequence[int], *, forget: bool, epoch: int) -> Micro:
         """A micro-batch with its sizes."""
         side, _ = self._side(forget)
-        texts = [side.texts[place] for place in self._places(rows, forget, epoch)]
+        texts = [side.texts[index] for index in self._places(rows, forget, epoch)]
         longest = max((len(text.ids) for text in texts), default=0)
         supervised = sum(len(text.ids) - text.answer_start for text in texts)
         return Micro(forget, tuple(rows), epoch, longest * len(texts), supervised)
@@ -186,8 +186,8 @@ class Stepper:
         count = -(-len(rows.order) // self.micro_batch)
         mixed = self._dealt(rows)
         parts = [
-            self._mixed(micro, memory, scale=self.acc.num_processes / count, last=place + 1 == len(mixed))
-            for place, micro in enumerate(mixed)
+            self._mixed(micro, memory, scale=self.acc.num_processes / count, last=index + 1 == len(mixed))
+            for index, micro in enumerate(mixed)
         ]
         sums = _MicroSums.over_processes(parts, self.acc.device)
         if self.retain_needs.logprob:
@@ -261,7 +261,7 @@ class Stepper:
         side, _ = self._side(forget)
 
         def length(row: int) -> int:
-            return max(len(side.texts[place].ids) for place in self._places([row], forget, epoch))
+            return max(len(side.texts[index].ids) for index in self._places([row], forget, epoch))
 
         each = len(self._places(rows[:1], forget, epoch)) or 1  # a row, or it and its alternate
         most = None if self.micro_tokens is None else self.micro_tokens // each
@@ -271,10 +271,10 @@ class Stepper:
         side, needs = self._side(forget)
         places = self._places(rows, forget, epoch)
         stats = self.passes.stats(
-            [side.texts[place] for place in places],
+            [side.texts[index] for index in places],
             needs,
             alternates=len(places) - len(rows),
-            originals=None if side.original is None else [side.original[place] for place in places],
+            originals=None if side.original is None else [side.original[index] for index in places],
             below=side.streams(places),
         )
         return _by_row(stats) if self._by_row else stats
