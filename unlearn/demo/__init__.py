@@ -1,1 +1,1 @@
-"""The main job on the built-in model, as `make demo` runs it."""
+"""The main job on the built-in model, as `palimpsest demo` runs it."""

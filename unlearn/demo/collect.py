@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,5 +43,8 @@ def demo_report(out: Path, entries: Sequence[Entry]) -> Report:
         question=QUESTION,
         model_name="the built-in model",
         caveats=CAVEATS,
-        commands=("make demo", f"python scripts/demo.py --config {out}/demo.yaml --out runs/again"),
+        commands=(
+            shlex.join(["palimpsest", "demo", "--config", str(out / "demo.yaml"), "--out", "runs/again"]),
+            "make demo  # the same with the shipped settings, in a checkout",
+        ),
     )

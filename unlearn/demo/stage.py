@@ -1,4 +1,4 @@
-"""The main job on the built-in model, as `make demo` runs it: trace, choose layers, unlearn, score, report.
+"""The main job on the built-in model, as `palimpsest demo` runs it: trace, choose layers, unlearn, score, report.
 
 The joint method on the planned layers stands beside its controls (random layers, all layers, gradient difference), the
 untouched model and the retain model. Every stage is the public one, from files to files; this only strings them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lm.errors import UserError
 
@@ -25,8 +26,14 @@ class ReportConfig:
     retain_model: str | None = None
     """The run folder with an evaluation of the retain model, which never saw the forget rows. Null: as the runs say."""
     out: str = "runs/report.html"
-    """The page; one that is there is replaced."""
+    """The page; one that is there is replaced. A folder, which is there or has no suffix: `report.html` in it."""
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise UserError("runs is empty: name at least one run folder, as in palimpsest report runs/mine")
+
+    @property
+    def page(self) -> Path:
+        """The file that is written."""
+        out = Path(self.out)
+        return out / "report.html" if out.is_dir() or not out.suffix else out

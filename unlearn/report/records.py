@@ -145,6 +145,7 @@ class Report:
         caveats: sentences on what the numbers do not show.
         commands: what to type to get these results again.
         facts: versions, date, seed, commit, data hashes, machine.
+        left_out: run folders that were found and are not shown.
     """
 
     title: str
@@ -160,6 +161,7 @@ class Report:
     caveats: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.models:

@@ -56,6 +56,8 @@ def test_the_page_is_whole_and_self_contained(quick: Path) -> None:
         "Retain model",
     ):
         assert label in page
+    assert f"palimpsest demo --config {quick}/demo.yaml --out runs/again" in page
+    assert "scripts/" not in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
 

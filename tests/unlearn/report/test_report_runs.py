@@ -35,6 +35,8 @@ ATTACK = {
 }
 DEPTH = {"sentence": "Unlearning goes 0.50 deep.", "lost_by_layer": {"changed": [0.1, 0.2], "retain_model": [0.3, 0.4]}}
 
+TRACE = {"model": {"path": "big"}, "corruption": {"class_path": "GaussianNoise"}}
+
 
 def folder(path: Path, config: Mapping[str, Any], files: Mapping[str, Any], **manifest: Any) -> str:
     """A run folder as a stage leaves it."""
@@ -166,6 +168,7 @@ def test_a_run_in_a_folder_that_is_left_out_is_named_on_the_page(tmp_path: Path)
     (sentence,) = [each for each in report.caveats if each.startswith("Left out")]
     assert sentence.endswith(f"part on this page: {begun}, {inside}.")
     assert sentence in page.text
+    assert sentence in describe(ReportConfig(runs=(str(tmp_path / "all"),)), report).split("\n")
     report, _ = of(evaluated(tmp_path / "alone", "m"))
     assert not [each for each in report.caveats if each.startswith("Left out")]
 
@@ -230,7 +233,7 @@ def test_models_that_were_asked_other_things_are_told_apart(tmp_path: Path) -> N
 
 def test_a_trace_and_the_trace_after(tmp_path: Path) -> None:
     """The trace before is found among the runs by its content, wherever the run after it read it."""
-    before = folder(tmp_path / "trace", {"model": {"path": "big"}}, {"plan.json": "{}"})
+    before = folder(tmp_path / "trace", TRACE, {"plan.json": "{}"})
     plan().save(Path(before) / "plan.json")
     traced(0.4, 0.9).save(Path(before) / "effects.npz")
     digest = hashlib.sha256((Path(before) / "effects.npz").read_bytes()).hexdigest()
@@ -247,7 +250,18 @@ def test_a_trace_and_the_trace_after(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="compares with the trace gone/trace, which is not there as it was"):
         collect([after])
     with pytest.raises(UserError, match="both traces"):
-        collect([before, folder(tmp_path / "again", {"model": {"path": "big"}}, {"plan.json": "{}"}), after])
+        collect([before, folder(tmp_path / "again", TRACE, {"plan.json": "{}"}), after])
+
+
+@pytest.mark.parametrize("out", ["", "new", "made.of.dots"])
+def test_a_folder_for_the_page_gets_it_as_report_html(tmp_path: Path, out: str) -> None:
+    (tmp_path / "made.of.dots").mkdir()
+    config = ReportConfig(runs=(evaluated(tmp_path / "run", "m"),), out=str(tmp_path / out))
+    report = run_report(config)
+    written = tmp_path / out / "report.html"
+    assert Page(written.read_text(encoding="utf-8")).all("h1")
+    assert describe(config, report).endswith(f"\nwrote {written}")
+    assert run_report(config) == report, "a second call writes elsewhere or differs"
 
 
 def test_the_command_reads_its_settings() -> None:

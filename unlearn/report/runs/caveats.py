@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from unlearn.report.records import Report, ReportModel
 from unlearn.report.runs.folders import Run
@@ -14,12 +13,15 @@ from unlearn.report.verdict import focus
 _SETTINGS = ("prompt", "max_new_tokens", "utility_style", "utility_per_subject", "membership_task")
 
 
-def caveats(report: Report, evaluations: Mapping[str, Run], left_out: Sequence[Path] = ()) -> tuple[str, ...]:
-    """The sentences that hold for this report; `left_out` are run folders that it does not show."""
-    sentences = [*_compared(evaluations)]
-    if left_out:
-        names = ", ".join(map(str, left_out))
-        sentences.append(f"Left out, for the run has not ended or its stage has no part on this page: {names}.")
+def left_out_sentences(report: Report) -> list[str]:
+    """Which run folders a report does not show: a sentence, or none if it shows all."""
+    names = ", ".join(report.left_out)
+    return [f"Left out, for the run has not ended or its stage has no part on this page: {names}."] if names else []
+
+
+def caveats(report: Report, evaluations: Mapping[str, Run]) -> tuple[str, ...]:
+    """The sentences that hold for this report."""
+    sentences = [*_compared(evaluations), *left_out_sentences(report)]
     if report.tables or report.plan is not None:
         sentences.append(
             "Tracing shows where an answer is carried, not where training works best: controls, the same method in other layers, "

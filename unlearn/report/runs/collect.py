@@ -89,9 +89,9 @@ def collect(
         attacks=tuple(attacked for subject, model in entries for attacked in attacks_on(subject, model)),
         depths=tuple(depth for subject, model in entries for depth in depths_of(subject, model)),
         commands=(*(_command(run) for run in runs), shlex.join(["palimpsest", "report", *map(str, folders)])),
+        left_out=tuple(map(str, left_out(folders))),
     )
-    sentences = caveats(report, evaluations, left_out(folders))
-    return replace(report, caveats=sentences, facts=facts_about(report, entries, runs))
+    return replace(report, caveats=caveats(report, evaluations), facts=facts_about(report, entries, runs))
 
 
 def _names(models: Sequence[Subject], given: Mapping[Path, Naming]) -> list[Naming]:

@@ -1,4 +1,4 @@
-"""Run folders: what a folder is, told by what it holds; and those that lie in a folder. Nothing is put together here."""
+"""Run folders: what a folder holds, and those that lie in a folder. Nothing is put together here."""
 
 from __future__ import annotations
 
@@ -7,23 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Any
 
 from lm.errors import UserError
 from lm.run_folder import RunFolder
+from unlearn.report.runs.stages import MAKES_A_MODEL, RESULTS, Kind, not_shown, settings_in, shown_stage
 
-Kind = Literal["trace", "unlearn", "evaluate", "attack", "retrace", "depth"]
-_RESULTS: dict[Kind, str] = {
-    "evaluate": "scores.json",
-    "attack": "attack.json",
-    "depth": "depth.json",
-    "retrace": "difference.json",
-    "trace": "plan.json",
-    "unlearn": "model/config.json",
-}
-"""The stage that wrote a folder -> the file that only it writes, and writes when it has ended."""
 _OLD_KEYS = {"never": "retain_model"}
 """Settings that older runs have under another name; no others are read here."""
 
@@ -38,8 +27,8 @@ class Run:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The settings as plain data, under today's names."""
-        values = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
+        values = settings_in(self.folder)
+        if not values:
             raise UserError(f"{self.folder / 'config.yaml'} holds no settings: leave that run out")
         return {_OLD_KEYS.get(str(name), str(name)): value for name, value in values.items()}
 
@@ -72,10 +61,12 @@ def find_runs(folders: Iterable[str | Path]) -> list[Run]:
     """The runs in these folders, each once, in the order in which the folders are given.
 
     A folder is a run, with any runs right inside it (an evaluation kept in the folder of the model, say), or it holds run
-    folders, one or two levels down: these are taken in the order in which they began.
+    folders, one or two levels down: these are taken in the order in which they began. Of a run whose stage no report shows, only
+    the runs right inside it are taken.
 
     Raises:
-        UserError: a folder that is not there, that holds no run, or whose run has not ended.
+        UserError: a folder that is not there, that holds no run, or whose run has not ended or is of a stage that no report
+            shows.
     """
     runs: dict[Path, Run] = {}
     for name in folders:
@@ -91,16 +82,19 @@ def find_runs(folders: Iterable[str | Path]) -> list[Run]:
 
 
 def left_out(folders: Iterable[str | Path]) -> list[Path]:
-    """The run folders in these folders that `find_runs` passes over: not ended, or of a stage that no report shows."""
-    begun = (path for name in folders for path in _folders_in(Path(name), levels=2) if (path / "config.yaml").is_file())
-    return [path for path in dict.fromkeys(begun) if run_in(path) is None]
+    """The run folders that `find_runs` passes over in these: not ended, or of a stage that no report shows."""
+    paths = (path for name in folders for path in (Path(name), *_folders_in(Path(name), levels=2)))
+    return [path for path in dict.fromkeys(paths) if run_in(path) is None and _is_begun(path)]
 
 
 def run_in(folder: Path) -> Run | None:
-    """The run that a folder is; None if it is none, or has not ended."""
-    if not (folder / "config.yaml").is_file():
-        return None
-    return next((Run(folder, kind) for kind, name in _RESULTS.items() if (folder / name).is_file()), None)
+    """The run that a folder is; None if it is none, has not ended, or is of a stage that no report shows."""
+    kind = shown_stage(folder)
+    return Run(folder, kind) if kind is not None else None
+
+
+def _is_begun(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() or not_shown(folder) is not None
 
 
 def _runs_in(folder: Path, levels: int) -> Iterator[Run]:
@@ -108,6 +102,7 @@ def _runs_in(folder: Path, levels: int) -> Iterator[Run]:
     inner = _inner(folder)
     if run is not None:
         yield run
+    if run is not None or not_shown(folder) is not None:
         yield from filter(None, map(run_in, inner))
     elif levels:
         below = [found for path in inner for found in _runs_in(path, levels - 1)]
@@ -116,9 +111,10 @@ def _runs_in(folder: Path, levels: int) -> Iterator[Run]:
 
 def _folders_in(folder: Path, levels: int) -> Iterator[Path]:
     """The folders that `_runs_in` looks into, without the folder itself."""
+    whole = run_in(folder) is not None or not_shown(folder) is not None
     for path in _inner(folder):
         yield path
-        if run_in(folder) is None and levels:
+        if levels and not whole:
             yield from _folders_in(path, levels - 1)
 
 
@@ -127,12 +123,18 @@ def _inner(folder: Path) -> list[Path]:
 
 
 def _nothing_in(folder: Path) -> UserError:
-    expected = ", ".join(f"{name} ({kind})" for kind, name in _RESULTS.items())
+    expected = ", ".join(f"{name} ({kind})" for kind, name in RESULTS.items())
+    stage = not_shown(folder)
+    if stage is not None:
+        instead = ", and give an evaluation of its model instead" if stage in MAKES_A_MODEL else ""
+        return UserError(f"the run in {folder} is of {stage}, a stage that no report shows: leave it out{instead}")
     if (folder / "config.yaml").is_file():
         return UserError(
-            f"the run in {folder} has not ended, or its stage is not reported (there is none of {expected}): finish it with "
-            "--resume true, or leave it out"
+            f"the run in {folder} has not ended, or is of no stage that a report shows (there is none of {expected}): finish it "
+            "with --resume true, or leave it out"
         )
+    passed = ", ".join(map(str, left_out([folder])))
+    only = f" that has ended and that a report shows, only {passed}" if passed else ""
     return UserError(
-        f"the folder {folder} holds no run: give one that a stage wrote, with its config.yaml and one of {expected}"
+        f"the folder {folder} holds no run{only}: give one that a stage wrote, with its config.yaml and one of {expected}"
     )
