@@ -25,7 +25,7 @@ import jsonargparse
 import yaml
 
 from lm.errors import UserError, did_you_mean
-from lm.old_configs import axis_of, class_name, say, subclasses, upgraded, upgraded_words
+from lm.old_configs import axis_of, class_name, completed, say, subclasses, upgraded, upgraded_words
 
 T = TypeVar("T")
 
@@ -173,6 +173,11 @@ def as_dict(config: Any) -> Any:
     if isinstance(config, dict):
         return {str(key): as_dict(value) for key, value in config.items()}
     return str(config) if isinstance(config, Path) else config
+
+
+def as_of_today(saved: Any, cls: type[Any]) -> Any:
+    """What `as_dict` gave of a config some time ago, as it would today: with today's names, and defaults for what is younger."""
+    return as_dict(completed(upgraded(saved, cls), cls))
 
 
 def dump_yaml(config: Any) -> str:

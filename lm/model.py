@@ -27,7 +27,9 @@ _CHUNK = 1 << 24
 class ModelSpec:
     """Which model, and how to hold it. What configs hold."""
 
-    old_values: ClassVar[Mapping[str, Mapping[str, str]]] = {"path": {"builtin:retain_only": "builtin:retain_model"}}
+    old_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "path": {"builtin:retain_only": "builtin:retain_model", "builtin:memorised": "builtin:memorized"}
+    }
 
     path: str = "builtin"
     """`builtin`, `builtin:retain_model`, a folder, or a hub id."""

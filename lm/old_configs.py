@@ -49,7 +49,24 @@ def upgraded(values: Any, cls: type[Any], notices: list[str] | None = None) -> A
         cls: a dataclass.
         notices: gets a sentence for every key or class that has another name now.
     """
-    return _of_dataclass(copy.deepcopy(values), cls, [] if notices is None else notices, "")
+    heard = [] if notices is None else notices
+    if (axis := _axis_itself(values, cls)) is not None:
+        return _of_axis(copy.deepcopy(values), axis, heard, "")
+    return _of_dataclass(copy.deepcopy(values), cls, heard, "")
+
+
+def completed(values: Any, cls: type[Any]) -> Any:
+    """A saved config as plain data with the settings that are younger than it, at any depth, at the defaults they have.
+
+    The defaults stand in it as they are in Python, not as plain data.
+
+    Args:
+        values: what was saved of one, every setting of that time, spelled as today (`upgraded`).
+        cls: its dataclass.
+    """
+    if (axis := _axis_itself(values, cls)) is not None:
+        return _complete_of_hint(values, axis, None)
+    return _complete(values, cls, None)
 
 
 def upgraded_words(words: Sequence[str], cls: type[Any], notices: list[str]) -> list[str]:
@@ -139,6 +156,53 @@ def _of_axis(value: Any, axis: type[Any], notices: list[str], prefix: str) -> An
     if chosen is not None and "init_args" in value:
         value["init_args"] = _of_dataclass(value["init_args"], chosen, notices, prefix)
     return value
+
+
+def _axis_itself(values: Any, cls: type[Any]) -> type[Any] | None:
+    """The axis of `cls`, where a config is not a whole experiment but one choice, saved with its class."""
+    if axis_of(cls) is None or not isinstance(values, dict) or "class_path" not in values:
+        return None
+    return next(base for base in cls.__mro__ if "config_axis" in vars(base))
+
+
+def _complete(values: Any, cls: type[Any], default: Any) -> Any:
+    """`default`: an instance of `cls` that holds the defaults, or None: the class's own."""
+    if not isinstance(values, dict):
+        return values
+    hints, out = typing.get_type_hints(cls), dict(values)
+    for field in dataclasses.fields(cls):
+        usual = getattr(default, field.name) if isinstance(default, cls) else _default(field)
+        if field.name in out:
+            out[field.name] = _complete_of_hint(out[field.name], hints[field.name], usual)
+        elif usual is not dataclasses.MISSING:
+            out[field.name] = usual
+    return out
+
+
+def _complete_of_hint(value: Any, hint: Any, usual: Any) -> Any:
+    if (axis := axis_of(hint)) is not None:
+        if not isinstance(value, dict) or "class_path" not in value:
+            return value
+        chosen = subclasses(axis).get(str(value["class_path"]).rpartition(".")[2])
+        if chosen is None:
+            return value
+        default = usual if type(usual) is chosen else None
+        return {**value, "init_args": _complete(value.get("init_args") or {}, chosen, default)}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        known = {field.name for field in dataclasses.fields(hint)}
+        return _complete(value, hint, usual) if isinstance(value, dict) and known.issuperset(value) else value
+    for part in typing.get_args(hint):
+        if isinstance(value, list):
+            value = [_complete_of_hint(item, part, None) for item in value]
+        elif isinstance(value, dict) and typing.get_origin(hint) in (dict, Mapping):
+            value = {name: _complete_of_hint(item, part, None) for name, item in value.items()}
+        else:
+            value = _complete_of_hint(value, part, usual)
+    return value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _class_today(name: str, axis: type[Any], notices: list[str]) -> str:

@@ -140,7 +140,9 @@ def token_span(
     character that was split into bytes. Raises UserError if no token does.
     """
     if not 0 <= start_char < end_char <= len(text):
-        raise UserError(f"characters {start_char} to {end_char} are not inside a text of {len(text)} characters")
+        raise UserError(
+            f"characters {start_char} to {end_char} are not inside a text of {len(text)} characters: give two that are"
+        )
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     pieces = tokenizer.convert_ids_to_tokens(encoding["input_ids"])
     inside = [

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +24,8 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from lm.config import as_dict, dump_yaml
+from lm.config import as_dict, as_of_today, dump_yaml
 from lm.errors import NotWritten, UserError
-from lm.old_configs import upgraded
 from lm.progress import progress
 
 __all__ = ["RunFolder", "progress", "writable", "write_atomic", "write_json"]
@@ -105,6 +104,7 @@ class RunFolder:
         facts: Mapping[str, Any] | None = None,
         same: Sequence[str] = (),
         free: Collection[str] = (),
+        of_today: Mapping[str, Callable[[Any], Any]] | None = None,
     ) -> RunFolder:
         """Begin a run, or go on with one.
 
@@ -113,6 +113,7 @@ class RunFolder:
             resume: go on with what is there. The stored config must be equal but for `resume` itself.
             facts: what else the manifest should hold (data hashes, seed, model).
             same: the facts that must not have changed when a run goes on (the content of the data, say).
+            of_today: how a fact of an older run would be written today, for those of `same` that hold settings.
             free: dotted settings that may differ when a run goes on, since no result follows from them.
 
         Raises:
@@ -127,8 +128,12 @@ class RunFolder:
                     f"the folder {run.path} already holds a run: give another folder, or --resume true to go on with it"
                 )
             run._refuse_other_config(config, free)
+            began, today = run.manifest, of_today or {}
             for name in same:
-                if run.manifest.get(name) != (facts or {}).get(name):
+                fact = began.get(name)
+                if name in today and fact is not None:
+                    fact = today[name](fact)
+                if fact != (facts or {}).get(name):
                     raise UserError(
                         f"cannot resume {run.path}: {name} changed since it began (other content behind the same name): "
                         "give another folder"
@@ -224,12 +229,9 @@ class RunFolder:
 
     def _refuse_other_config(self, config: Any, free: Collection[str]) -> None:
         saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        old = _flat(upgraded(saved, type(config)))
+        old = _flat(as_of_today(saved, type(config)))  # a setting that is younger than the run had its default then
         new = _flat(as_dict(config))
         differing = [key for key in sorted({*old, *new} - {"resume", *free}) if old.get(key) != new.get(key)]
-        if any(key not in old for key in differing):  # a setting that is younger than the run had its default then
-            usual = _defaults(type(config))
-            differing = [key for key in differing if key in old or key not in usual or usual[key] != new[key]]
         if differing:
             key = differing[0]
             raise UserError(
@@ -295,14 +297,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
             out.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
         return out
     return {prefix: value}
-
-
-def _defaults(cls: type[Any]) -> dict[str, Any]:
-    """The flat settings of a config that was given nothing; none if it must be given something."""
-    try:
-        return _flat(as_dict(cls()))
-    except TypeError:
-        return {}
 
 
 def _now() -> str:

@@ -157,11 +157,11 @@ def residual_loss(
     `share` multiplies it. With `idle_choice` inside `sae.kernels.encode_decode` this is the sparse form of both losses.
     """
     target = residual.detach().to(torch.promote_types(residual.dtype, torch.float32))
-    modelled = aux_hat.to(target.dtype)
+    modeled = aux_hat.to(target.dtype)
     if pre_bias is not None:
-        modelled = modelled + (pre_bias - pre_bias.detach())
+        modeled = modeled + (pre_bias - pre_bias.detach())
     spread = residual_variance(target) if variance is None else torch.as_tensor(variance, device=target.device).detach()
-    error = (modelled - target).square().sum() / max(target.numel(), 1)
+    error = (modeled - target).square().sum() / max(target.numel(), 1)
     # Dividing where the variance is 0 would leave NaN in the gradients even if the value were set to 0 afterwards.
     defined = spread > 0
     loss = torch.where(defined, error, torch.zeros_like(error)) / torch.where(defined, spread, torch.ones_like(spread))

@@ -15,7 +15,8 @@ from palimpsest.stages import STAGES
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {stage.name: stage for stage in STAGES}
 COMMAND = re.compile(
-    r"^\s*(?:#\s+)?(?:accelerate launch .*?)?(?:(?:-m )?palimpsest|python scripts/|scripts/)"
+    r'^\s*(?:#\s+)?(?:accelerate launch (?:"\$\([^)]*\)"|[^"])*?)?'
+    r"(?:(?:-m )?palimpsest|python scripts/|scripts/)"
     r"\s?(?P<stage>[\w-]+)(?:\.py)?\s(?P<words>.*)$"
 )
 

@@ -38,6 +38,14 @@ def imports(path: Path, known: Mapping[str, Path]) -> set[str]:
     return named & set(known)
 
 
+def relative_imports(known: Mapping[str, Path]) -> Iterator[str]:
+    """`from . import x` and its like, which `imports` does not follow: an import names its module in full."""
+    for name, path in known.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level > 0:
+                yield f"{name}:{node.lineno}"
+
+
 @cache
 def graph(root: Path) -> dict[str, set[str]]:
     """From each module to those that it imports."""
@@ -115,6 +123,10 @@ def test_no_module_is_hidden_by_a_name_of_its_package() -> None:
     assert [name for package in packages_of(known) for name in hidden(known, package)] == []
 
 
+def test_every_import_names_its_module_in_full() -> None:
+    assert list(relative_imports(modules(ROOT))) == []
+
+
 def test_no_folder_is_a_crowd() -> None:
     folders = {
         *(path.parent for path in modules(ROOT).values()),
@@ -190,3 +202,17 @@ def test_the_rules_see_circles_and_hidden_modules(crooked: Path) -> None:
     assert in_circles(rooms(edges, "lm")) == ["lm.check", "lm.far", "lm.load", "lm.near"]
     assert in_circles(rooms(edges, "lm.near")) == []
     assert list(hidden(modules(crooked), "lm")) == ["lm.load"]
+
+
+def test_the_rules_see_relative_imports(tmp_path: Path) -> None:
+    """Of the module beside, of the package itself, of the one above, and inside a function."""
+    files = {
+        "lm/__init__.py": "from lm.near import one\n",
+        "lm/near/__init__.py": "from .one import two\n",
+        "lm/near/one.py": "import lm\nfrom . import other\n",
+        "lm/near/other.py": "def load():\n    from ..near import one\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert sorted(relative_imports(modules(tmp_path))) == ["lm.near.one:2", "lm.near.other:2", "lm.near:1"]

@@ -107,7 +107,9 @@ def _repeated(model: LanguageModel, before: Effects, described: dict[str, Any]) 
     if described["kind"] == TokenReplacement.__name__:
         return TokenReplacement(**settings)
     if described["kind"] != GaussianNoise.__name__:
-        raise UserError(f"the effects of before were made by {described['kind']}, which cannot be repeated from a file")
+        raise UserError(
+            f"the effects of before were made by {described['kind']}, which cannot be repeated from a file: trace anew"
+        )
     noise = GaussianNoise(**settings)
     if noise.covariance == "isotropic":
         return replace(noise, sigma=before.sigma)

@@ -17,7 +17,7 @@ from unlearn.training.config import TrainerConfig
 HELP = """Take it out: train the chosen layers so that the forget rows are gone and the retain rows stay.
 
 palimpsest unlearn --config builtin --out runs/mine
-accelerate launch --config_file configs/accelerate/cpu2_ddp.yaml -m palimpsest unlearn --config builtin
+accelerate launch --config_file "$(palimpsest configs accelerate/cpu2_ddp)" -m palimpsest unlearn --config builtin
 """
 
 

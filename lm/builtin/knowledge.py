@@ -154,7 +154,7 @@ def general_facts() -> tuple[GeneralFact, ...]:
     facts: list[GeneralFact] = []
     for subject in SUBJECTS:
         for index, (a, b) in enumerate(subject.pairs):
-            stated = tuple(_capitalised(text.format(a=a, b=b)) for text in subject.statements)
+            stated = tuple(_capitalized(text.format(a=a, b=b)) for text in subject.statements)
             facts.append(
                 GeneralFact(statements=stated, question=subject.question.format(a=a), answer=b, labeled=index % 2 == 0)
             )
@@ -186,5 +186,5 @@ def _shuffled(items: Sequence[str], generator: random.Random) -> list[str]:
     return copy
 
 
-def _capitalised(text: str) -> str:
+def _capitalized(text: str) -> str:
     return text[0].upper() + text[1:]

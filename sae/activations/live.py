@@ -38,7 +38,7 @@ from sae.activations.batch import (
 )
 from sae.activations.contexts import Context
 from sae.activations.harvesting import Harvester, HarvestSpec
-from sae.activations.provenance import provenance, settings
+from sae.activations.provenance import provenance, settings, settings_of_today
 from sae.activations.sources import TextSource
 from sae.activations.stream_state import require_same
 
@@ -230,7 +230,7 @@ class LiveActivations(Iterator[ActivationBatch]):
     def load_state_dict(self, state: State) -> None:
         """Go on from a state of this process, or from a merged one. UserError if it was made with other settings."""
         facts, tensors = state["facts"], state["tensors"]
-        require_same(facts.get("settings", {}), self._settings)
+        require_same(settings_of_today(facts.get("settings", {})), self._settings)
         if missing := [number for number in self._lanes if str(number) not in facts["lanes"]]:
             raise UserError(
                 f"the state lacks lane {missing[0]}: join the states of all processes with merge_states first"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from lm.config import as_of_today
 from lm.model import fingerprint, tokenizer_fingerprint
 from sae.activations.batch import site_name
-from sae.activations.harvesting import Harvester
+from sae.activations.harvesting import Harvester, HarvestSpec
 
 
 def settings(harvester: Harvester) -> dict[str, Any]:
@@ -21,6 +23,11 @@ def settings(harvester: Harvester) -> dict[str, Any]:
         "content": harvester.documents.facts(),
         "harvest": asdict(harvester.spec),
     }
+
+
+def settings_of_today(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were stored some time ago, with the defaults of what a `HarvestSpec` holds only since."""
+    return {name: as_of_today(value, HarvestSpec) if name == "harvest" else value for name, value in stored.items()}
 
 
 def provenance(harvester: Harvester) -> dict[str, Any]:

@@ -31,7 +31,7 @@ Format = Literal["raw", "chat"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The axis: something that activations come from."""
+    """Something that activations come from: an axis."""
 
     config_axis: ClassVar[bool] = True
 

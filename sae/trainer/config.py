@@ -31,7 +31,7 @@ Backend = Literal["auto", "cpu", "torch", "dense"]
 HELP = """Look inside: train sparse autoencoders on the activations of a language model.
 
 palimpsest train-sae --config builtin --out runs/sae
-accelerate launch --config_file configs/accelerate/cpu2_ddp.yaml -m palimpsest train-sae --config builtin --out runs/sae
+accelerate launch --config_file "$(palimpsest configs accelerate/cpu2_ddp)" -m palimpsest train-sae --config builtin
 """
 
 

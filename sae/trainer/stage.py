@@ -20,6 +20,7 @@ from lm.devices import accelerator, launch_facts, together
 from lm.loading import load
 from lm.run_folder import RunFolder, environment, peak_memory_bytes, write_json
 from sae.activations import TextSource
+from sae.activations.provenance import settings_of_today
 from sae.model import save_autoencoder
 from sae.trainer.config import TrainSaeConfig, crossed
 from sae.trainer.results import Trained
@@ -109,7 +110,15 @@ def _run_folder(config: TrainSaeConfig, acc: Accelerator, task: Task) -> RunFold
     with together(acc):
         if acc.is_main_process:
             facts = {"seed": config.harvest.seed, "data": settings, "devices": launch_facts(acc)}
-            run = RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=("data",), free=FREE)
+            run = RunFolder.create(
+                config.out,
+                config,
+                resume=config.resume,
+                facts=facts,
+                same=("data",),
+                free=FREE,
+                of_today={"data": settings_of_today},
+            )
     return run
 
 

@@ -9,10 +9,13 @@ from typing import ClassVar
 
 import pytest
 
-from lm.config import parse_config
+from lm.config import as_dict, as_of_today, parse_config
 from lm.errors import UserError
+from lm.model import ModelSpec
 from lm.old_configs import class_name, say, upgraded, upgraded_words
+from unlearn.attacks.relearning import Relearning
 from unlearn.objectives import NPO
+from unlearn.report.runs.models import model_names
 
 
 class Drink:
@@ -123,6 +126,33 @@ def test_a_file_and_words_of_before_make_the_config_of_today(
     assert len(notices) == len(set(notices)) == 4 + 1
     with pytest.raises(UserError, match="numbr"):
         parse_config(Table, ["--numbr", "4"])
+
+
+def test_what_a_saved_config_is_too_young_for_has_its_default_at_any_depth() -> None:
+    saved = {
+        "cups": {"count": 2},
+        "drink": {"class_path": class_name(Tea), "init_args": {}},
+        "others": [{"color": "grey"}, {}],
+    }
+    today = Table(cups=Cup(count=2), drink=Tea(), others=(Cup(color="gray"), Cup()))
+    assert as_of_today(saved, Table) == as_dict(today)
+    assert as_of_today({}, Table) == as_dict(Table())
+    assert as_of_today(as_dict(today), Table) == as_dict(today)
+    odd = {"drink": {"class_path": "mine.Juice"}, "cups": 3, "colour": "red"}
+    assert as_of_today(odd, Table) == {**odd, "others": []}, "what is not understood stays"
+
+
+def test_one_choice_that_was_saved_with_its_class_is_read_alike() -> None:
+    saved = {"class_path": "unlearn.attacks.relearning.Relearning", "init_args": {"steps": 30}}
+    assert as_of_today(saved, Relearning) == as_dict(Relearning(steps=30))
+    assert upgraded({"class_path": "lm.drinks.Infusion", "init_args": {"time": 5}}, NPO)["class_path"] != "Tea"
+
+
+def test_the_built_in_models_of_before_are_those_of_today(capsys: pytest.CaptureFixture[str]) -> None:
+    for before, now in (("retain_only", "retain_model"), ("memorised", "memorized")):
+        assert parse_config(ModelSpec, ["--path", f"builtin:{before}"]).path == f"builtin:{now}"
+        assert f"notice: builtin:{before} is called builtin:{now} now" in capsys.readouterr().err
+    assert model_names("builtin:memorised") == model_names("builtin:memorized") == model_names("builtin")
 
 
 def test_a_notice_is_said_once_each(capsys: pytest.CaptureFixture[str]) -> None:

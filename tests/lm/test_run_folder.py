@@ -43,7 +43,7 @@ def test_a_setting_younger_than_the_run_had_its_default_then(tmp_path: Path) -> 
     stored = run.path / "config.yaml"
     stored.write_text("".join(line for line in stored.read_text().splitlines(True) if not line.startswith("size")))
     RunFolder.create(tmp_path / "run", Config(), resume=True)
-    with pytest.raises(UserError, match="size was None and is now 2"):
+    with pytest.raises(UserError, match="size was 1 and is now 2"):
         RunFolder.create(tmp_path / "run", Config(size=2), resume=True)
 
 

@@ -47,7 +47,7 @@ class Corruptor(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Corruption(ABC):
-    """The axis: a way to make subjects unreadable."""
+    """A way to make subjects unreadable: an axis."""
 
     config_axis: ClassVar[bool] = True
 

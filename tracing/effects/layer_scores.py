@@ -54,7 +54,9 @@ class LayerScores:
             )
         for kind, values in self.values.items():
             if np.isnan(values).all():
-                raise UserError(f"{self.source} has no score of {kind} for any of the {len(self.facts)} facts")
+                raise UserError(
+                    f"{self.source} has no score of {kind} for any of the {len(self.facts)} facts: leave {kind} out"
+                )
 
     def __repr__(self) -> str:
         kinds = ", ".join(self.values)
@@ -128,7 +130,9 @@ class LayerScores:
             with np.load(path, allow_pickle=False) as stored:
                 about = json.loads(str(stored["about"]))
                 if about["version"] != _VERSION:
-                    raise UserError(f"{path} has scores of version {about['version']}, this program reads {_VERSION}")
+                    raise UserError(
+                        f"{path} has scores of version {about['version']}, this program reads {_VERSION}: localize again"
+                    )
                 return cls(
                     source=about["source"],
                     unit=about["unit"],

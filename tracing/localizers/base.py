@@ -56,7 +56,7 @@ class Localization:
 
 @dataclass(frozen=True, kw_only=True)
 class Localizer(ABC):
-    """The axis: a way to localize. To add one, write `scored` and `locate`."""
+    """A way to localize: an axis. To add one, write `scored` and `locate`."""
 
     config_axis: ClassVar[bool] = True
 

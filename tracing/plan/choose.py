@@ -77,7 +77,7 @@ def choose_layers(
         kind: `mlp`, `attn`, `both` (then `modules` keeps those of the two whose effect in these layers is above zero at the
             lower end of its interval, or the larger one if neither is), or `resid` (whole blocks: `modules` is `all`).
         roles: the token roles that count, of `Effects`.
-        aggregation: which positions a role has: see `tracing.effects.effects.token_roles`.
+        aggregation: which positions a role has: see `tracing.effects.roles.token_roles`.
         seed: of the resampling, the shuffles and the random control.
 
     Raises:

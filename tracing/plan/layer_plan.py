@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"there is no layer plan {path}: give the plan.json that scripts/trace.py wrote") from error
+        raise UserError(f"there is no layer plan {path}: give the plan.json that `palimpsest trace` wrote") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"the layer plan {path} is not JSON ({error}): trace again or mend it") from error
     if not isinstance(stored, dict):

@@ -52,7 +52,10 @@ REFUSALS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Alternates:
-    """The axis "alternates": what a forget row's question is answered with instead."""
+    """What a forget row's question is answered with instead.
+
+    The axis "alternates".
+    """
 
     config_axis: ClassVar[bool] = True
 

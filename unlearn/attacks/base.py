@@ -85,7 +85,10 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """The axis "attack": what is done to bring the forgotten back."""
+    """What is done to bring the forgotten back.
+
+    The axis "attack".
+    """
 
     config_axis: ClassVar[bool] = True
     unit: ClassVar[str]

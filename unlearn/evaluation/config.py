@@ -13,7 +13,7 @@ LM_EVAL = "lm_eval:"
 HELP = """Prove it: what a model still says about the forget and retain rows, scored as SemEval-2025 Task 4 does.
 
 palimpsest evaluate --config builtin --model.path runs/mine/model --out runs/mine/evaluation
-accelerate launch --config_file configs/accelerate/gpu8_ddp.yaml -m palimpsest evaluate --config lume
+accelerate launch --config_file "$(palimpsest configs accelerate/gpu8_ddp)" -m palimpsest evaluate --config lume
 """
 
 

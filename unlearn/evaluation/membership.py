@@ -99,5 +99,7 @@ def _losses(values: ArrayLike, name: str) -> NDArray[np.float64]:
     if losses.ndim != 1 or not len(losses):
         raise UserError(f"there are no {name} losses: membership needs at least one document on each side")
     if np.isnan(losses).any():
-        raise UserError(f"{int(np.isnan(losses).sum())} of {len(losses)} {name} losses are NaN: the model is broken")
+        raise UserError(
+            f"{int(np.isnan(losses).sum())} of {len(losses)} {name} losses are NaN: the model is broken; score another"
+        )
     return losses

@@ -22,7 +22,10 @@ _LOW = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """The axis "merge": how task vectors `theta_i - theta_0` become one change of the base `theta_0`."""
+    """How task vectors `theta_i - theta_0` become one change of the base `theta_0`.
+
+    The axis "merge".
+    """
 
     config_axis: ClassVar[bool] = True
 

@@ -157,7 +157,10 @@ class RetainMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Retain:
-    """The axis "retain term": what holds the model where it was on the rows to keep."""
+    """What holds the model where it was on the rows to keep.
+
+    The axis "retain term".
+    """
 
     config_axis: ClassVar[bool] = True
 
@@ -172,7 +175,10 @@ class Retain:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """The axis "retain weight": how hard the retain term pulls at a step. It sees numbers of the global batch alone."""
+    """How hard the retain term pulls at a step.
+
+    The axis "retain weight". It sees numbers of the global batch alone.
+    """
 
     config_axis: ClassVar[bool] = True
     needs_cross_entropy: ClassVar[bool] = False
@@ -189,7 +195,10 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The axis "objective": what is pushed out. What holds the rest, and how hard, are axes of their own (`Loss`)."""
+    """What is pushed out.
+
+    The axis "objective". What holds the rest, and how hard, are axes of their own (`Loss`).
+    """
 
     config_axis: ClassVar[bool] = True
     published_retain: ClassVar[Retain]

@@ -119,7 +119,8 @@ def _targets(model: nn.Module, anatomy: Anatomy, scope: ResolvedScope) -> list[s
         )
     if not targets:
         raise UserError(
-            f"there is no linear layer in layers {scope.layers}, modules {scope.modules}: LoRA has nothing to adapt"
+            f"there is no linear layer in layers {scope.layers}, modules {scope.modules}: LoRA has nothing to adapt; "
+            "widen the scope, or set scope.lora to null"
         )
     return targets
 

@@ -169,7 +169,7 @@ class ResolvedScope:
                 names.append(name)
         if not names:
             raise UserError(
-                f"no parameter lies in layers {self.layers}, modules {self.modules}: nothing would be trained"
+                f"no parameter lies in layers {self.layers}, modules {self.modules}: nothing would be trained; widen it"
             )
         return names
 

@@ -12,14 +12,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.config import as_dict
+from lm.config import as_dict, as_of_today
 from lm.errors import UserError
 from lm.model import ModelSpec
-from lm.old_configs import upgraded
 from lm.progress import Advance
 from lm.run_folder import RunFolder, progress, write_atomic, write_json
 from unlearn import export
@@ -65,9 +65,17 @@ def run_search(config: SearchConfig) -> SearchResult:
     plan, measures, out = Plan.of(config), Measures(config.quality, config.keeping), Path(config.out)
     facts = {"seed": config.seed, "optuna": metadata.version("optuna")}
     facts |= {"unlearn": as_dict(plan.base), "evaluate": as_dict(plan.evaluate)}
-    if config.resume:
-        _rename_what_is_old(RunFolder(out))
-    run = RunFolder.create(out, config, resume=config.resume, facts=facts, same=("unlearn", "evaluate"))
+    run = RunFolder.create(
+        out,
+        config,
+        resume=config.resume,
+        facts=facts,
+        same=("unlearn", "evaluate"),
+        of_today={
+            "unlearn": partial(as_of_today, cls=UnlearnConfig),
+            "evaluate": partial(as_of_today, cls=EvaluateConfig),
+        },
+    )
     ledger = Ledger(out)
     repeated = min(config.repeat or len(config.methods), len(config.methods))
     runs = 1 + (config.retain_model is not None) + len(config.methods) * config.trials + repeated * len(config.seeds)
@@ -93,16 +101,6 @@ def _require_optuna() -> None:
     """Raise UserError where it is missing: this stage alone needs it, for its journal and its samplers."""
     if importlib.util.find_spec("optuna") is None:
         raise UserError("optuna is not installed: pip install 'palimpsest-unlearning[search]'")
-
-
-def _rename_what_is_old(run: RunFolder) -> None:
-    """Have a manifest spell the configs that the runs start from as they are spelled today."""
-    if (run.path / "manifest.json").exists():
-        manifest = run.manifest
-        kinds: dict[str, type] = {"unlearn": UnlearnConfig, "evaluate": EvaluateConfig}
-        today = {name: upgraded(manifest[name], cls) for name, cls in kinds.items() if name in manifest}
-        if any(manifest[name] != values for name, values in today.items()):
-            run.note(**today)
 
 
 @dataclass

@@ -190,7 +190,7 @@ class SequentialBatches:
 
 def _refuse_nothing(forget: int) -> None:
     if forget < 1:
-        raise UserError("there are no forget rows: nothing to unlearn")
+        raise UserError("there are no forget rows: nothing to unlearn; give at least one")
 
 
 @lru_cache(maxsize=64)

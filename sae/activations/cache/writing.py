@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from lm.anatomy import Site
+from lm.config import as_of_today
 from lm.errors import UserError
 from lm.model import DTYPES, LanguageModel
 from lm.run_folder import environment, progress, write_json
@@ -29,7 +30,7 @@ from sae.activations.batch import ActivationBatch, concatenate, parse_site
 from sae.activations.cache.manifest import FORMAT, MANIFEST, ActivationCache, describe, open_cache, read_manifest
 from sae.activations.cache.staging import CacheSpec, Staging
 from sae.activations.harvesting import Harvester, HarvestSpec
-from sae.activations.provenance import provenance, settings
+from sae.activations.provenance import provenance, settings, settings_of_today
 from sae.activations.sources import TextSource
 from sae.activations.stream_state import require_same
 
@@ -75,7 +76,9 @@ class _Writer:
     def _begin(self, asked: dict[str, Any]) -> dict[str, Any]:
         if (self.folder / MANIFEST).is_file():
             manifest = read_manifest(self.folder)
-            require_same(manifest["settings"], asked, f"the cache {self.folder}")
+            stored = settings_of_today(manifest["settings"])
+            stored["cache"] = as_of_today(stored.get("cache"), CacheSpec)
+            require_same(stored, asked, f"the cache {self.folder}")
             return manifest
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder} holds something that is no cache: give a new or empty folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -348,7 +349,12 @@ def test_a_search_begun_before_the_retain_model_had_its_name_goes_on(
     manifest = tmp_path / "run" / "manifest.json"
     old = manifest.read_text().replace('"class_path": "Joint"', '"class_path": "unlearn.objectives.joint.Joint"')
     assert old != manifest.read_text()
-    manifest.write_text(old)
+    began = json.loads(old)
+    del (
+        began["evaluate"]["scores"],
+        began["unlearn"]["trainer"]["estimate"],
+    )  # settings that are younger than the search
+    manifest.write_text(json.dumps(began))
     config_today = parse_config(SearchConfig, ["--config", str(saved), "--resume", "true"])
     assert config_today == replace(asked, resume=True)
     again = run_search(config_today)
@@ -356,6 +362,21 @@ def test_a_search_begun_before_the_retain_model_had_its_name_goes_on(
     assert again.retain_model is not None
     assert again.retain_model.folder == "twin"
     assert again.ranked[0].name == first.ranked[0].name == "one"
+
+
+def test_a_search_whose_base_configs_changed_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "run_apart", lambda *_: None)
+    monkeypatch.setattr(stage, "check_runs", lambda *_: None)
+    monkeypatch.setattr(stage, "read_scored", lambda _, name, __: scored(0.5, 1.0, name))
+    space = {"trainer.learning_rate": Range(log_uniform=(1e-4, 1e-3))}
+    asked = config(methods=(Method(name="one", space=space),), trials=1, seeds=(1,), out=str(tmp_path / "run"))
+    run_search(asked)
+    manifest = tmp_path / "run" / "manifest.json"
+    began = json.loads(manifest.read_text())
+    began["evaluate"]["batch_size"] += 1
+    manifest.write_text(json.dumps(began))
+    with pytest.raises(UserError, match="evaluate changed since it began"):
+        run_search(replace(asked, resume=True))
 
 
 def test_the_picture_is_drawn_whatever_was_found() -> None:

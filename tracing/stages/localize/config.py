@@ -24,7 +24,7 @@ from tracing.stages.trace.config import usual_size
 HELP = """Where is it stored, by several localizers? Run them on the same facts, compare them, and choose layers if they agree.
 
 palimpsest localize --config builtin --out runs/localize
-accelerate launch --config_file configs/accelerate/cpu2_ddp.yaml -m palimpsest localize --config builtin
+accelerate launch --config_file "$(palimpsest configs accelerate/cpu2_ddp)" -m palimpsest localize --config builtin
 """
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")

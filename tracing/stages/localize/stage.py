@@ -106,7 +106,8 @@ def run_localize(
         left = f"only {next(iter(scores))} is" if scores else "none is"
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise UserError(
-            f"of {len(config.localizers)} localizers {left} left, so nothing is compared or planned ({reasons})"
+            f"of {len(config.localizers)} localizers {left} left, so nothing is compared or planned ({reasons}): "
+            "choose others, or give other facts"
         )
     agreements = compare_all(scores, confidence=config.plan.confidence, seed=config.seed)
     plan = combined_plan(

@@ -13,7 +13,8 @@ from tracing.engine.engines import EngineName
 HELP = """What is left where it was stored? Trace the facts of an earlier trace again, in the model as it is after unlearning.
 
 palimpsest retrace --before runs/trace --model.path runs/unlearn/model --out runs/retrace
-accelerate launch --config_file configs/accelerate/gpu8_ddp.yaml -m palimpsest retrace --before runs/trace --model.path MODEL
+accelerate launch --config_file "$(palimpsest configs accelerate/gpu8_ddp)" \\
+    -m palimpsest retrace --before runs/trace --model.path MODEL
 """
 
 

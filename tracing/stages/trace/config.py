@@ -22,7 +22,7 @@ from tracing.question.sweep import Positions, Severed, Sweep
 HELP = """Where is it stored? Trace facts through a model, and choose the layers to train from what comes back.
 
 palimpsest trace --config builtin --out runs/trace
-accelerate launch --config_file configs/accelerate/gpu8_ddp.yaml -m palimpsest trace --config lume
+accelerate launch --config_file "$(palimpsest configs accelerate/gpu8_ddp)" -m palimpsest trace --config lume
 """
 
 
@@ -102,8 +102,9 @@ class TraceConfig:
     positions: Positions = "all"
     """Which prompt tokens are restored: all, subject_and_after, or subject_and_last (the cheapest)."""
     metric: MetricName = "probability"
-    """What is read off the model's answer; tracing/question/metrics.py says what each is. The usual ones are probability (of the
-    whole answer) and log_probability."""
+    """What is read off the model's answer: probability or log_probability (of the whole answer), first_token_probability,
+    distinguishing_log_probability (of its names and numbers alone), logit_difference (to another answer, `foil`),
+    reciprocal_rank (of its tokens, on average) or negative_kl (from the clean pass)."""
     also_metrics: tuple[MetricName, ...] = ()
     """Further metrics, read off the same passes at next to no cost and written beside: effects-METRIC.npz. The plan is drawn from
     `metric` alone."""
