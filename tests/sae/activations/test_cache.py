@@ -345,3 +345,18 @@ def test_the_harvesting_stage_writes_a_cache_that_opens(tiny: Path, tmp_path: Pa
     ):
         with pytest.raises(UserError, match=says):
             replace(asked, **wrong)
+
+
+def test_a_cache_goes_on_after_settings_that_are_younger_than_it(model: LanguageModel, tmp_path: Path) -> None:
+    """The first settings of its manifest, without some that have a default today."""
+    path = tmp_path / "c" / "manifest.json"
+    write(model, tmp_path / "c")
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["harvest"]["cut"], manifest["settings"]["harvest"]["masks"]["outliers"]
+    del manifest["settings"]["cache"]["dtype"]
+    path.write_text(json.dumps(manifest))
+    assert write(model, tmp_path / "c").tokens == TOKENS
+    with pytest.raises(UserError, match="was made with harvest.cut True and now it is False"):
+        write(model, tmp_path / "c", harvest_spec=replace(HARVEST, cut=False))
+    with pytest.raises(UserError, match="was made with cache.dtype None and now it is 'float16'"):
+        write(model, tmp_path / "c", dtype="float16")

@@ -130,7 +130,11 @@ def test_going_on_with_a_live_stream_is_exact(
     monkeypatch.setattr(module, "train_step", stops)
     with pytest.raises(KeyboardInterrupt):
         run_train_sae(config(tiny, tmp_path))
-    assert [step for step, _ in RunFolder(tmp_path).checkpoints()] == [4, 8]
+    run = RunFolder(tmp_path)
+    assert [step for step, _ in run.checkpoints()] == [4, 8]
+    data = run.manifest["data"]
+    del data["harvest"]["cut"]  # as if that setting were younger than the run
+    run.note(data=data)
     run_train_sae(config(tiny, tmp_path, resume=True))
     same(unbroken, tmp_path)
 
