@@ -356,7 +356,7 @@ def test_a_cache_goes_on_after_settings_that_are_younger_than_it(model: Language
     del manifest["settings"]["cache"]["dtype"]
     path.write_text(json.dumps(manifest))
     assert write(model, tmp_path / "c").tokens == TOKENS
-    with pytest.raises(UserError, match="was made with harvest.cut True and now it is False"):
+    with pytest.raises(UserError, match=r"was made with harvest\.cut True and now it is False"):
         write(model, tmp_path / "c", harvest_spec=replace(HARVEST, cut=False))
-    with pytest.raises(UserError, match="was made with cache.dtype None and now it is 'float16'"):
+    with pytest.raises(UserError, match=r"was made with cache\.dtype None and now it is 'float16'"):
         write(model, tmp_path / "c", dtype="float16")
