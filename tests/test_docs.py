@@ -37,7 +37,7 @@ def commands() -> list[tuple[str, str, str]]:
                 match = COMMAND.match(part)
                 if match and match["stage"].replace("_", "-") in NAMES and not re.search(r"…|\.\.\.|--help", part):
                     found.append((where, match["stage"].replace("_", "-"), match["words"]))
-    return list(dict.fromkeys(found))
+    return list({command[1:]: command for command in reversed(found)}.values())  # each once, wherever else it is shown
 
 
 @pytest.mark.parametrize(("where", "name", "words"), commands(), ids=str)

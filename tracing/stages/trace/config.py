@@ -102,9 +102,8 @@ class TraceConfig:
     positions: Positions = "all"
     """Which prompt tokens are restored: all, subject_and_after, or subject_and_last (the cheapest)."""
     metric: MetricName = "probability"
-    """What is read off the model's answer: probability or log_probability (of the whole answer), first_token_probability,
-    distinguishing_log_probability (of its names and numbers alone), logit_difference (to another answer, `foil`),
-    reciprocal_rank (of its tokens, on average) or negative_kl (from the clean pass)."""
+    """What is read off the model's answer, higher where the answer is nearer. The usual ones are probability (of the whole
+    answer) and log_probability; in Python, help("tracing.question.metrics") says what each is."""
     also_metrics: tuple[MetricName, ...] = ()
     """Further metrics, read off the same passes at next to no cost and written beside: effects-METRIC.npz. The plan is drawn from
     `metric` alone."""
