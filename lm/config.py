@@ -25,7 +25,7 @@ import jsonargparse
 import yaml
 
 from lm.errors import UserError, did_you_mean
-from lm.old_configs import axis_of, class_name, completed, say, subclasses, upgraded, upgraded_words
+from lm.old_configs import axis_of, class_name, completed, default_of, say, subclasses, upgraded, upgraded_words
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def parse_config(
         chosen = {field.name: values[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for field, hint in _fields(cls):
             if axis_of(hint) is not None:
-                chosen[field.name] = _axis_value(cls, words, field.name, _default(field))
+                chosen[field.name] = _axis_value(cls, words, field.name, default_of(field))
         return cls(**chosen)
     except UserError:
         raise
@@ -247,7 +247,7 @@ def _parser(
     parser.add_argument("--config", action="config", help="A YAML file with any of the settings below.")
     docs = _attribute_docs(cls)
     for field, hint in _fields(cls):
-        default = _default(field)
+        default = default_of(field)
         axis = axis_of(hint)
         if default is dataclasses.MISSING:
             parser.add_argument(f"--{field.name}", type=hint, required=not partial, help=docs.get(field.name))
@@ -266,10 +266,6 @@ def _parser(
         else:
             parser.add_argument(f"--{field.name}", type=hint, default=default, help=docs.get(field.name))
     return parser
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _choices(axis: type[Any]) -> str:

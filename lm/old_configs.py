@@ -41,6 +41,11 @@ def axis_of(hint: Any) -> type[Any] | None:
     return hint if isinstance(hint, type) and getattr(hint, "config_axis", False) else None
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field, made anew where it is made; `dataclasses.MISSING` where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def upgraded(values: Any, cls: type[Any], notices: list[str] | None = None) -> Any:
     """A config as plain data, as `cls` spells it today. What is not understood stays as it is: the parser will refuse it.
 
@@ -171,7 +176,7 @@ def _complete(values: Any, cls: type[Any], default: Any) -> Any:
         return values
     hints, out = typing.get_type_hints(cls), dict(values)
     for field in dataclasses.fields(cls):
-        usual = getattr(default, field.name) if isinstance(default, cls) else _default(field)
+        usual = getattr(default, field.name) if isinstance(default, cls) else default_of(field)
         if field.name in out:
             out[field.name] = _complete_of_hint(out[field.name], hints[field.name], usual)
         elif usual is not dataclasses.MISSING:
@@ -199,10 +204,6 @@ def _complete_of_hint(value: Any, hint: Any, usual: Any) -> Any:
         else:
             value = _complete_of_hint(value, part, usual)
     return value
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _class_today(name: str, axis: type[Any], notices: list[str]) -> str:

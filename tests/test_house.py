@@ -176,6 +176,14 @@ def test_types_imports_and_contracts_are_checked_in_every_package() -> None:
 # --- the rules see what they are about
 
 
+def written(folder: Path, files: Mapping[str, str]) -> Path:
+    """A checkout of these files."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
 @pytest.fixture
 def crooked(tmp_path: Path) -> Path:
     """A package `lm` with a circle of files (one arrow of it lazy, one for types), one of rooms, and a hidden module."""
@@ -190,10 +198,7 @@ def crooked(tmp_path: Path) -> Path:
         "lm/far/one.py": "",
         "lm/far/two.py": "import lm.near.two\n",
     }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    return tmp_path
+    return written(tmp_path, files)
 
 
 def test_the_rules_see_circles_and_hidden_modules(crooked: Path) -> None:
@@ -212,7 +217,8 @@ def test_the_rules_see_relative_imports(tmp_path: Path) -> None:
         "lm/near/one.py": "import lm\nfrom . import other\n",
         "lm/near/other.py": "def load():\n    from ..near import one\n",
     }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert sorted(relative_imports(modules(tmp_path))) == ["lm.near.one:2", "lm.near.other:2", "lm.near:1"]
+    assert sorted(relative_imports(modules(written(tmp_path, files)))) == [
+        "lm.near.one:2",
+        "lm.near.other:2",
+        "lm.near:1",
+    ]

@@ -220,6 +220,16 @@ def test_an_attack_from_when_the_retain_model_was_called_never(tmp_path: Path) -
     assert [model.part for model in report.models] == ["other", "retain_model"]
 
 
+def test_settings_of_an_older_run_are_read_by_the_names_of_today(tmp_path: Path) -> None:
+    config = {
+        "model": {"path": "big"},
+        "scope": {"layers": [1]},
+        "objective": {"class_path": "unlearn.objectives.ascent.KLMinimisation"},
+    }
+    (model,) = collect([folder(tmp_path / "old", config, {"model/config.json": {}}, layers=[1])]).models
+    assert model.note == "KLMinimization"
+
+
 def test_models_that_were_asked_other_things_are_told_apart(tmp_path: Path) -> None:
     one = evaluated(tmp_path / "one", "a", data={"forget": "x"}, scores={"surprise": 0.25})
     other = evaluated(tmp_path / "other", "b", data={"forget": "y"}, most=8)

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
+from lm.old_configs import upgraded
 from lm.run_folder import RunFolder
-from unlearn.report.runs.stages import MAKES_A_MODEL, RESULTS, Kind, not_shown, settings_in, shown_stage
-
-_OLD_KEYS = {"never": "retain_model"}
-"""Settings that older runs have under another name; no others are read here."""
+from unlearn.report.runs.stages import CONFIGS, MAKES_A_MODEL, RESULTS, Kind, not_shown, settings_in, shown_stage
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,8 @@ class Run:
         values = settings_in(self.folder)
         if not values:
             raise UserError(f"{self.folder / 'config.yaml'} holds no settings: leave that run out")
-        return {_OLD_KEYS.get(str(name), str(name)): value for name, value in values.items()}
+        today: Mapping[str, Any] = upgraded(values, CONFIGS[self.kind])
+        return today
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:

@@ -10,6 +10,12 @@ from typing import Any, Literal
 import yaml
 
 from lm.errors import UserError
+from tracing.stages.depth.config import DepthConfig
+from tracing.stages.retrace.config import RetraceConfig
+from tracing.stages.trace.config import TraceConfig
+from unlearn.attacks.config import AttackConfig
+from unlearn.config import UnlearnConfig
+from unlearn.evaluation.config import EvaluateConfig
 
 Kind = Literal["trace", "unlearn", "evaluate", "attack", "retrace", "depth"]
 RESULTS: dict[Kind, str] = {
@@ -21,6 +27,15 @@ RESULTS: dict[Kind, str] = {
     "unlearn": "model/config.json",
 }
 """A stage that a report shows -> the file that it writes when it has ended."""
+CONFIGS: dict[Kind, type[Any]] = {
+    "evaluate": EvaluateConfig,
+    "attack": AttackConfig,
+    "depth": DepthConfig,
+    "retrace": RetraceConfig,
+    "trace": TraceConfig,
+    "unlearn": UnlearnConfig,
+}
+"""A stage that a report shows -> the class of its settings, by which older names are read."""
 MAKES_A_MODEL = ("merge", "semeval")
 """Of the stages that no report shows, those whose model can be evaluated."""
 _SETTINGS: dict[Kind, str] = {"trace": "corruption", "unlearn": "objective"}
