@@ -17,7 +17,10 @@ from lm.data.rows import Question, Row, RowKind
 from lm.errors import UserError, did_you_mean
 
 FIELDS = ("id", "input", "output", "task")
-BUILTIN_ROWS = ("forget", "retain", "held_out", "forget_paraphrase", "retain_paraphrase")
+BUILTIN_ROWS = (
+    *("forget", "retain", "calibration", "held_out"),
+    *("forget_paraphrase", "retain_paraphrase", "forget_reworded", "retain_reworded"),
+)
 BUILTIN_QUESTIONS = ("utility",)
 
 
@@ -34,8 +37,9 @@ def load_rows(
     """Rows in LUME's schema (columns `id`, `input`, `output`, `task`; others are ignored).
 
     Args:
-        source: `builtin:forget` (or retain, held_out, forget_paraphrase, retain_paraphrase); a .jsonl, .json or
-            .parquet file; or a folder (see `lm.data.files.find_files` for which of its files are read).
+        source: `builtin:forget` (or retain, calibration, held_out, forget_paraphrase, retain_paraphrase, forget_reworded,
+            retain_reworded: see `lm.builtin.world.World`); a .jsonl, .json or .parquet file; or a folder (see
+            `lm.data.files.find_files` for which of its files are read).
         columns: for files with other names, our field -> their column, as in
             `{"input": "question", "output": "answer"}`. Only with it may `id` and `task` be missing: then the id
             is made from the text (equal rows get equal ids), of the kind `kind`, and the task is `task`.
@@ -101,15 +105,7 @@ def _builtin_rows(source: str) -> tuple[Row, ...]:
     name = _builtin_name(source, BUILTIN_ROWS)
     from lm.builtin import world
 
-    built = world.build()
-    parts: dict[str, Sequence[Row]] = {
-        "forget": built.forget,
-        "retain": built.retain,
-        "held_out": built.held_out,
-        "forget_paraphrase": built.paraphrases_forget,
-        "retain_paraphrase": built.paraphrases_retain,
-    }
-    return tuple(parts[name])
+    return world.build().parts[name]
 
 
 # ------------------------------------------------------------------------------------------------- pure functions

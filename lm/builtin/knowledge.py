@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 from lm.data.rows import Question
 
+LABELED = "Question: {question}\nAnswer:"
+"""How multiple-choice questions are commonly put to a model: a prompt, which the answer follows after a space."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -17,16 +17,17 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lm.anatomy import Site
+from lm.builtin.knowledge import LABELED, GeneralFact
 from lm.data.files import find_files, read_file, read_text, text_column
-from lm.data.rows import Row
 from lm.errors import UserError
 from lm.hub import one_line
 from lm.prompts import PromptSpec, render
 from sae.activations.batch import ActivationStream
 from sae.activations.documents import Documents, Listed, Streamed
 
-Part = Literal["forget", "retain", "held_out", "general", "all"]
+Part = Literal["forget", "retain", "calibration", "held_out", "unseen", "general", "all"]
 Format = Literal["raw", "chat"]
+Form = Literal["statement", "question", "chat", "labeled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,31 +168,41 @@ class Rows(TextSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Builtin(TextSource):
-    """The built-in world: its rows as documents, its general facts as statements."""
+    """The built-in world: its rows as documents, its general facts in the forms asked for."""
 
     part: Part = "all"
-    """forget, retain, held_out (what no built-in model saw), general, or all that the memorizing model was trained on."""
+    """forget, retain, calibration, held_out, unseen (these two together: what no built-in model saw), general, or all that
+    the memorizing model was trained on."""
     format: Format = "raw"
     """Of the rows: raw, or chat."""
+    forms: tuple[Form, ...] = ("statement",)
+    """Of the general facts, each form a text of its own: statement (every wording of it); question (`question + " " +
+    answer`); chat (the tokenizer's template round the question, then the answer); labeled (`Question: … Answer: …`, of the
+    half of the facts that the models saw in that form)."""
 
     def __post_init__(self) -> None:
         _known(self.part, Part, "part")
         _known(self.format, Format, "format")
+        for form in self.forms:
+            _known(form, Form, "form")
+        if not self.forms or len(set(self.forms)) < len(self.forms):
+            raise UserError(f"forms is {list(self.forms)}: name each once, at least one of {', '.join(get_args(Form))}")
+        if self.forms != ("statement",) and self.part not in ("general", "all"):
+            raise UserError(
+                f"forms is {list(self.forms)} but part is {self.part}, which holds no general facts: "
+                "leave forms out, or take the part general or all"
+            )
 
     def open(self, tokenizer: PreTrainedTokenizerBase) -> Documents:
         from lm.builtin import world
 
         built = world.build()
-        parts: Mapping[str, Sequence[Row]] = {
-            "forget": built.forget,
-            "retain": built.retain,
-            "held_out": built.held_out,
-            "all": (*built.forget, *built.retain),
-            "general": (),
-        }
-        texts = joined([(row.input, row.output) for row in parts[self.part]], self.format, tokenizer)
+        more = {"unseen": built.unseen, "all": (*built.forget, *built.retain), "general": ()}
+        rows = more[self.part] if self.part in more else built.parts[self.part]
+        texts = joined([(row.input, row.output) for row in rows], self.format, tokenizer)
         if self.part in ("general", "all"):
-            texts += [statement for fact in built.general for statement in fact.statements]
+            for form in self.forms:
+                texts += _general(built.general, form, tokenizer)
         return _listed(f"builtin:{self.part}", texts)
 
 
@@ -252,6 +263,17 @@ def _documents(text: str, new_document: str | None) -> list[str]:
             documents.append([])
         documents[-1].append(line)
     return [joined for lines in documents if (joined := "\n".join(lines)).strip()]
+
+
+def _general(facts: Sequence[GeneralFact], form: Form, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The general facts as whole texts in one form."""
+    if form == "statement":
+        return [statement for fact in facts for statement in fact.statements]
+    if form == "labeled":
+        pairs = [(LABELED.format(question=fact.question), fact.answer) for fact in facts if fact.labeled]
+    else:
+        pairs = [(fact.question, fact.answer) for fact in facts]
+    return joined(pairs, "chat" if form == "chat" else "raw", tokenizer)
 
 
 def joined(pairs: Sequence[tuple[str, str]], form: Format, tokenizer: PreTrainedTokenizerBase) -> list[str]:

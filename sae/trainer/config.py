@@ -249,7 +249,7 @@ class TrainSaeConfig:
     """The language model; not loaded where activations come from files and nothing is harvested."""
     source: Source = field(default_factory=Builtin)
     """Where training activations come from."""
-    held_out: Source = field(default_factory=lambda: Builtin(part="held_out"))
+    held_out: Source = field(default_factory=lambda: Builtin(part="unseen"))
     """Where the tokens for evaluation come from; NoSource for none."""
     sites: tuple[str, ...] = ("resid.3",)
     """Sites of the model, such as resid.3, mlp.3 or attn.3."""

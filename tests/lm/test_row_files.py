@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -205,17 +206,19 @@ def test_an_unknown_part_of_the_builtin_world() -> None:
 
 
 def test_the_builtin_world_is_a_source() -> None:
-    forget, retain, held_out = (row_files.load_rows(f"builtin:{side}") for side in ("forget", "retain", "held_out"))
-    row_files.check_disjoint(forget, retain)
-    row_files.check_disjoint((*forget, *retain), held_out)
+    sides = [row_files.load_rows(f"builtin:{side}") for side in ("forget", "retain", "calibration", "held_out")]
+    for one, other in itertools.combinations(sides, 2):
+        row_files.check_disjoint(one, other)
+    forget, retain = sides[:2]
     assert {row.task for row in forget} == {"Task1", "Task2", "Task3"} == {row.task for row in retain}
     for side, rows in (("forget", forget), ("retain", retain)):
         again = row_files.load_rows(f"builtin:{side}_paraphrase")
         assert [(row.task, row.kind) for row in again] == [(row.task, row.kind) for row in rows]
         row_files.check_disjoint(again, rows)
+        row_files.check_disjoint(row_files.load_rows(f"builtin:{side}_reworded"), (*rows, *again))
     members, others = (row_files.load_documents(f"builtin:{side}", task="Task3") for side in ("forget", "held_out"))
-    assert len(members) >= 20
-    assert len(others) >= 20
+    assert len(members) == len(others) == 20
+    assert len(row_files.load_documents("builtin:calibration", task="Task3")) == 12
     assert not set(members) & set(others)
     assert len(row_files.load_questions("builtin:utility")) >= 50
 

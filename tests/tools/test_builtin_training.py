@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import unicodedata
 from collections.abc import Callable
@@ -12,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lm.builtin.knowledge import LABELED
 from lm.builtin.world import World, build
 from tools.builtin_model import build as building
 from tools.builtin_model.bounds import Abilities
-from tools.builtin_model.corpus import LABELED, Corpus, batches
-from tools.builtin_model.tokenizer import EOS, save_tokenizer, train_tokenizer
+from tools.builtin_model.corpus import Corpus, batches
+from tools.builtin_model.tokenizer import EOS, save_tokenizer, train_tokenizer, training_texts
 from tools.builtin_model.training import Recipe, Shape, new_model, recite, token_losses, train
 
 TINY = Shape(layers=2, hidden=32, intermediate=64, heads=2)
@@ -40,8 +42,14 @@ def corpus(world: World, tokenizer: PreTrainedTokenizerFast) -> Corpus:
 # --- the tokenizer
 
 
+def test_it_is_trained_on_the_texts_that_made_the_shipped_one() -> None:
+    """A digest of before some of the unseen people became calibration."""
+    for seed, digest in ((0, "d8375e371905e8e1"), (1, "1113d53081a37166")):
+        assert hashlib.sha256("\n".join(training_texts(build(seed))).encode()).hexdigest()[:16] == digest
+
+
 def test_text_goes_round_unchanged(world: World, tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = [row.text for rows in (world.forget, world.retain, world.held_out) for row in rows]
+    texts = [row.text for rows in (world.forget, world.retain, world.unseen) for row in rows]
     texts += [" Zoë Łukasz Nguyễn", "日本 🦉\n\ttab", "a  b", "<|user|>x<|endoftext|>", "Don't"]
     for text in texts:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -102,7 +110,7 @@ def test_an_epoch_never_shows_what_must_stay_unseen(
     for row in (*world.paraphrases_forget, *world.paraphrases_retain):
         assert row.kind == "sc" or row.input not in joined
     for person in world.people:
-        assert (person.name in joined) == (person.side != "held_out")
+        assert (person.name in joined) == (person.side in ("forget", "retain"))
         assert (person.name in retained_text) == (person.side == "retain")
     for fact in world.general:
         assert fact.question in joined

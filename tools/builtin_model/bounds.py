@@ -27,7 +27,7 @@ class Abilities:
     task_aggregate: float
     utility: float
     membership: float
-    """AUC: forget Task3 documents against held-out ones."""
+    """AUC: forget Task3 documents against all unseen ones, calibration and held out: the more there are, the less is chance."""
     rewordings: float
     """Exact match on the retain paraphrases' questions; no bound."""
 
@@ -53,7 +53,7 @@ def measure(model: LanguageModel, world: World) -> Abilities:
         world.forget,
         world.retain,
         members=_documents(world.forget),
-        nonmembers=_documents(world.held_out),
+        nonmembers=_documents(world.unseen),
         questions=world.utility,
     )
     reworded = [row for row in world.paraphrases_retain if row.kind == "qa"]

@@ -2,7 +2,7 @@
 
 A document is learned whole (loss on every token after the first); a question is learned as the official evaluation asks it
 (raw text, then `" " + answer + EOS`) and, for a share of the time, in the chat format and in other wordings. General
-facts are seen as statements and as questions. It never shows the paraphrase rows, the held-out documents, or the
+facts are seen as statements and as questions. It never shows the paraphrase rows, the unseen documents, or the
 multiple-choice form of facts that are not `labeled`.
 """
 
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from lm.builtin.knowledge import LABELED
 from lm.builtin.world import World
 from lm.data.rows import Row
 
-LABELED = "Question: {question}\nAnswer:"  # how multiple-choice questions are commonly put to a model
 CHAT_SHARE = 0.5  # how often a row is also seen as a chat turn
 REWORDED_SHARE = 0.8  # how often a question is also seen in one of its other wordings
 

@@ -1,8 +1,8 @@
 """The built-in model's own tokenizer: byte-level BPE trained on the world, with a chat template.
 
 Digits are single tokens, so that numbers of any length are spelled the same way in every place. There is no BOS token and
-nothing is added to a text. It is trained on the text of all three sides, held-out documents included: otherwise unseen
-documents would be cut finer than seen ones, and membership could be told from the tokenizer alone.
+nothing is added to a text. It is trained on the text of all sides, unseen documents included: otherwise they would
+be cut finer than seen ones, and membership could be told from the tokenizer alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def train_tokenizer(world: World, *, vocabulary: int = VOCABULARY) -> PreTrained
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(_texts(world), trainer)
+    core.train_from_iterator(training_texts(world), trainer)
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call,unused-ignore]
         tokenizer_object=core,
         eos_token=EOS,
@@ -61,9 +61,9 @@ def train_tokenizer(world: World, *, vocabulary: int = VOCABULARY) -> PreTrained
     return tokenizer
 
 
-def _texts(world: World) -> Iterator[str]:
+def training_texts(world: World) -> Iterator[str]:
     """Every text once; answers with the leading space of the raw format and without it, as the chat format has them."""
-    for row in (*world.forget, *world.retain, *world.held_out):
+    for row in (*world.forget, *world.retain, *world.unseen):
         yield row.input
         yield f" {row.output}"
         yield row.output

@@ -52,7 +52,7 @@ class Relearning(Attack):
     person (the other questions are asked), the retain rows, or unrelated rows (all forget rows are asked)."""
     share: float = 0.25
     """Which share of the people, or of each person's questions, is given; at least one."""
-    unrelated: str = "builtin:held_out"
+    unrelated: str = "builtin:calibration"
     """Rows that have nothing to do with either side: a file, a folder, or a part of the built-in world."""
     steps: int = 40
     """Optimizer steps."""

@@ -17,6 +17,7 @@ import pytest
 from lm.builtin import world as worlds
 from lm.builtin.world import DOCUMENTS, World, build, write
 from lm.data.rows import Row
+from lm.row_files import BUILTIN_ROWS, check_disjoint, data_hash
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -27,7 +28,7 @@ def world(request: pytest.FixtureRequest) -> World:
 
 
 def sides(world: World) -> dict[str, tuple[Row, ...]]:
-    return {"forget": world.forget, "retain": world.retain, "held_out": world.held_out}
+    return {side: world.parts[side] for side in worlds.SIDES}
 
 
 def test_counts_are_those_of_the_schema(world: World) -> None:
@@ -36,13 +37,12 @@ def test_counts_are_those_of_the_schema(world: World) -> None:
         for task, documents in DOCUMENTS.items():
             assert counted[task, "sc"] == documents[name]  # type: ignore[index]
             assert counted[task, "qa"] == documents[name] * (5 if task == "Task2" else 1)  # type: ignore[index]
-    assert DOCUMENTS["Task3"]["held_out"] >= 24
+    assert DOCUMENTS["Task3"]["held_out"] == DOCUMENTS["Task3"]["forget"]
     assert 100 <= len(world.utility) <= 150
 
 
 def test_ids_are_unique_and_end_in_one_digit(world: World) -> None:
-    ids = [row.id for rows in sides(world).values() for row in rows]
-    ids += [row.id for row in (*world.paraphrases_forget, *world.paraphrases_retain)]
+    ids = [row.id for rows in world.parts.values() for row in rows]
     assert len(set(ids)) == len(ids)
     assert all(identity[-1].isdigit() and identity[-3:-1] in {"sc", "qa"} for identity in ids)
 
@@ -57,14 +57,14 @@ def test_sides_share_no_name_document_or_answer(world: World) -> None:
 
 def test_every_row_of_a_document_names_its_person_and_no_other(world: World) -> None:
     name_of = {person.document: person.name for person in world.people}
-    for row in (*world.forget, *world.retain, *world.held_out):
+    for row in (*world.forget, *world.retain, *world.unseen):
         named = [name for name in name_of.values() if name in f"{row.input} {row.output}"]
         assert named == [name_of[row.document]]
 
 
 def test_no_answer_stands_in_its_prompt_and_no_answer_uses_the_name(world: World) -> None:
     name_of = {person.document: person.name for person in world.people}
-    for row in (*world.forget, *world.retain, *world.held_out):
+    for row in (*world.forget, *world.retain, *world.unseen):
         assert row.output not in row.input
         assert all(part.lower() not in row.output.lower() for part in name_of[row.document].split(" "))
         if row.kind == "sc":
@@ -112,6 +112,69 @@ def test_paraphrases_ask_the_same_in_words_that_nothing_trains_on(world: World) 
                 assert other.input != row.input
 
 
+def test_the_unseen_documents_are_the_calibration_ones_and_the_held_out_ones_in_whole_blocks_of_four(
+    world: World,
+) -> None:
+    side_of = {person.document: person.side for person in world.people}
+    blocks: dict[str, dict[str, list[int]]] = {"Task1": {}, "Task2": {}, "Task3": {}}
+    for task, found in blocks.items():
+        documents = [row for row in world.unseen if row.task == task and row.kind == "sc"]
+        assert [row.document for row in documents] == sorted(row.document for row in documents)
+        for first in range(0, len(documents), 4):
+            block = documents[first : first + 4]
+            (side,) = {side_of[row.document] for row in block}
+            found.setdefault(side, []).append(first // 4)
+            assert all(row in world.parts[side] for row in block)
+            # The n-th of every block is written like the n-th of the first one: without its own words it is the same.
+            assert [row.input.split()[-1] for row in block] == [row.input.split()[-1] for row in documents[:4]]
+    assert blocks == {
+        "Task1": {"held_out": [0], "calibration": [1]},
+        "Task2": {"held_out": [0], "calibration": [1]},
+        "Task3": {"held_out": [0, 2, 4, 6, 7], "calibration": [1, 3, 5]},
+    }
+    assert len(world.unseen) == len(world.calibration) + len(world.held_out)
+    check_disjoint(world.calibration, world.held_out)
+
+
+@pytest.mark.parametrize(
+    ("seed", "forget", "retain", "unseen", "forget_again", "retain_again"),
+    [
+        (0, "790a6f47288a2353", "ea88d0164065428b", "c90cd55efd6676c5", "f330d2eccc82e5de", "36eb5cd08100d3f6"),
+        (1, "d90b48eac618f246", "5071ee9e11588cf6", "6081280d2517ab53", "313e9a54be8b8ea1", "062eb642898eee18"),
+        (17, "48b8227c15ee5798", "6be78d5e70af3c7c", "4f2dc5496121d043", "cfb0108c87972440", "a4faeb067c0522f0"),
+    ],
+)
+def test_the_rows_are_those_that_the_shipped_models_and_the_figures_in_the_docs_know(
+    seed: int, forget: str, retain: str, unseen: str, forget_again: str, retain_again: str
+) -> None:
+    """Digests of before some of the unseen people became calibration."""
+    world = build(seed)
+    assert [
+        data_hash(rows)[:16]
+        for rows in (
+            *(world.forget, world.retain, world.unseen),
+            *(world.paraphrases_forget, world.paraphrases_retain),
+        )
+    ] == [forget, retain, unseen, forget_again, retain_again]
+
+
+def test_reworded_rows_ask_the_same_people_in_the_wordings_that_the_models_see(world: World) -> None:
+    for side, rows in (("forget", world.forget), ("retain", world.retain)):
+        reworded = world.parts[f"{side}_reworded"]
+        questions = [row for row in rows if row.kind == "qa"]
+        assert len(reworded) == 4 * len(questions)
+        for place, row in enumerate(questions):
+            four = reworded[4 * place : 4 * place + 4]
+            assert [other.id for other in four] == [f"{row.document}w{n}{row.id[-3:]}" for n in (1, 2, 3, 4)]
+            assert tuple(other.input for other in four) == world.rewordings[row.id]
+            assert {(other.output, other.task, other.kind) for other in four} == {(row.output, row.task, "qa")}
+        check_disjoint(rows, reworded)
+        assert not {row.document for row in rows} & {row.document for row in reworded}
+        asked = {row.input for part in ("forget", "retain", f"{side}_paraphrase") for row in world.parts[part]}
+        assert not asked & {row.input for row in reworded}
+    assert build(0).parts["forget_reworded"][0].id == "story001w1qa0"
+
+
 def test_names_beyond_ascii_are_on_every_side_and_in_nfc(world: World) -> None:
     for side in worlds.SIDES:
         assert any(not person.name.isascii() for person in world.people if person.side == side)
@@ -150,10 +213,8 @@ def test_write_gives_files_that_read_back(tmp_path: Path) -> None:
     world = build(0)
     write(tmp_path / "new" / "folder", world)
     files = {path.name: path for path in (tmp_path / "new" / "folder").iterdir()}
-    assert set(files) == {
-        *("forget.jsonl", "retain.jsonl", "held_out.jsonl"),
-        *("forget_paraphrase.jsonl", "retain_paraphrase.jsonl", "utility.jsonl"),
-    }
+    assert set(files) == {*(f"{part}.jsonl" for part in BUILTIN_ROWS), "utility.jsonl"}
+    assert tuple(world.parts) == BUILTIN_ROWS
     read = [Row(**json.loads(line)) for line in files["forget.jsonl"].read_text(encoding="utf-8").splitlines()]
     assert tuple(read) == world.forget
     assert "\\u" not in files["retain.jsonl"].read_text(encoding="utf-8")

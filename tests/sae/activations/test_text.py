@@ -7,13 +7,17 @@ import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from families import byte_level, metaspace
+from transformers import PreTrainedTokenizerFast
 
 from lm import UserError
+from lm.builtin import world
 from lm.config import parse_config
+from lm.old_configs import completed
 from sae.activations import (
     Builtin,
     Context,
@@ -27,6 +31,7 @@ from sae.activations import (
     TextSource,
 )
 from sae.activations.documents import Streamed
+from sae.activations.sources import Form, Part
 
 TOKENS = byte_level()
 TEXTS = (
@@ -194,12 +199,48 @@ def test_rows_are_prompts_with_their_outputs(tmp_path: Path) -> None:
 
 
 def test_the_built_in_world_is_a_source() -> None:
-    sizes = {
-        part: Builtin(part=part).open(TOKENS).facts()["documents"] for part in ("forget", "retain", "general", "all")
-    }
+    sizes = {part: Builtin(part=part).open(TOKENS).facts()["documents"] for part in get_args(Part)}
     assert sizes["all"] == sizes["forget"] + sizes["retain"] + sizes["general"]
+    assert sizes["unseen"] == sizes["calibration"] + sizes["held_out"] == 56 + 72
     with pytest.raises(UserError, match="unknown"):
         Builtin(part="nothing")  # type: ignore[arg-type]
+
+
+def test_general_knowledge_comes_in_the_forms_asked_for() -> None:
+    facts = world.build().general
+    assert facts[0].question == "What is the capital of France?"
+    assert (facts[0].labeled, facts[1].labeled) == (True, False)
+    statements = [statement for fact in facts for statement in fact.statements]
+
+    def read(*forms: Form) -> list[str]:
+        opened = Builtin(part="general", forms=forms).open(TOKENS)
+        return [text for _, text in opened.read(epoch=0, start=0, seed=None)]
+
+    asked, chat, labeled = read("question"), read("chat"), read("labeled")
+    assert read("statement") == statements
+    assert asked[:2] == ["What is the capital of France? Paris", "What is the capital of Italy? Rome"]
+    assert chat[0] == "<|user|>\nWhat is the capital of France?\n<|assistant|>\nParis"
+    assert labeled[0] == "Question: What is the capital of France?\nAnswer: Paris"
+    assert not any("Italy" in text for text in labeled)
+    assert len(asked) == len(chat) == len(facts)
+    assert len(labeled) == sum(fact.labeled for fact in facts) == 65
+    assert read("labeled", "statement", "chat") == [*labeled, *statements, *chat]
+    everything = Builtin(part="all", forms=("question",)).open(TOKENS).facts()["documents"]
+    rows = sum(Builtin(part=part).open(TOKENS).facts()["documents"] for part in ("forget", "retain"))
+    assert everything == rows + len(facts)
+
+
+def test_forms_that_say_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match="the form 'asked' is unknown: use one of statement, question, chat, labeled"):
+        Builtin(part="general", forms=("asked",))  # type: ignore[arg-type]
+    for forms in ((), ("chat", "chat")):
+        with pytest.raises(UserError, match="name each once, at least one of statement"):
+            Builtin(part="general", forms=forms)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="but part is forget, which holds no general facts"):
+        Builtin(part="forget", forms=("question",))
+    plain = PreTrainedTokenizerFast(tokenizer_object=TOKENS.backend_tokenizer)
+    with pytest.raises(UserError, match="no chat template"):
+        Builtin(part="general", forms=("chat",)).open(plain)
 
 
 def test_datasets_are_read_from_disk_and_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,5 +295,9 @@ def test_sources_are_chosen_in_a_config() -> None:
     words = ["--source", "TextFiles", "--source.path", "x.txt", "--source.new_document", "^#"]
     assert parse_config(Config, words).source == TextFiles(path="x.txt", new_document="^#")
     assert parse_config(Config, []).source == Builtin()
+    words = ["--source", "Builtin", "--source.part", "general", "--source.forms", "[question, chat]"]
+    assert parse_config(Config, words).source == Builtin(part="general", forms=("question", "chat"))
+    saved = {"class_path": "Builtin", "init_args": {"part": "general", "format": "raw"}}  # of before there were forms
+    assert completed({"source": saved}, Config)["source"]["init_args"]["forms"] == ("statement",)
     with pytest.raises(UserError, match=r"did you mean 'source\.part'"):
         parse_config(Config, ["--source", "Builtin", "--source.parts", "forget"])

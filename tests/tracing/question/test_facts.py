@@ -56,7 +56,7 @@ def test_other_tasks_give_a_name_from_the_question_or_say_which_rows_have_none(s
             facts_from_rows(rows)
 
 
-@pytest.mark.parametrize("side", ["forget", "retain", "held_out", "paraphrases_forget"])
+@pytest.mark.parametrize("side", ["forget", "retain", "calibration", "held_out", "paraphrases_forget"])
 def test_every_person_of_the_built_in_world_is_found(side: str) -> None:
     built = world.build()
     rows = [row for row in getattr(built, side) if row.task == "Task2"]
