@@ -8,7 +8,8 @@ back; `unlearn.Scope` says what may change, `unlearn.objectives` what is minimiz
 from lm.data.rows import Row
 from lm.row_files import load_rows
 from unlearn import objectives
-from unlearn.attacks.attacking import AttackResult, attack
+from unlearn.attacks.attacking import attack
+from unlearn.attacks.result import AttackResult
 from unlearn.evaluation.evaluate import evaluate
 from unlearn.evaluation.result import Evaluation
 from unlearn.scope.scope import Lora, Scope

@@ -156,7 +156,9 @@ def attacked(label: str = "<joint>") -> Attacked:
         low=(-0.1, -0.1, NAN),
         high=(0.1, 0.05, NAN),
     )
-    return Attacked(label=label, attack="Relearning", unit="steps", trials=(trial,))
+    return Attacked(
+        label=label, attack="Relearning", unit="steps", trials=(trial,), worst=(0, 1), worst_sentence="At worst −0.050."
+    )
 
 
 def full() -> Report:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from unlearn.attacks.answers import Answer, ask, read_answers, write_answers
 from unlearn.attacks.base import Attack, Attacked, AttackSettings, Trial
 from unlearn.attacks.curves import Comparison, mean_over_trials
 from unlearn.attacks.relearning import Relearning
+from unlearn.attacks.result import AttackResult
 from unlearn.evaluation.lume import check_rows
 from unlearn.generation.batching import Workers
 from unlearn.scratch import scratch_run
@@ -30,29 +31,6 @@ from unlearn.scratch import scratch_run
 UNLEARNED, RETAIN = "unlearned", "retain_model"
 Curve = dict[str, list[Answer]]
 """Row id -> its answer at each level."""
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """The comparison for each name that trials have, in order."""
-
-    attack: Attack
-    comparisons: tuple[Comparison, ...]
-
-    def __str__(self) -> str:
-        """A table and a sentence for each."""
-        return "\n\n".join(
-            f"{each.name}: {each.given:.0f} rows given, {len(each.ids)} rows of {each.people} people asked"
-            + (f", {each.told:.0f} left out (a given row tells the answer)" if each.told else "")
-            + f"\n{each.table(self.attack.unit)}\n{each.sentence(self.attack.words)}"
-            for each in self.comparisons
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain data, as in `attack.json`."""
-        words = self.attack.words
-        trials = [{**each.to_json(), "sentence": each.sentence(words)} for each in self.comparisons]
-        return {"unit": self.attack.unit, "trials": trials}
 
 
 def attack(
@@ -179,26 +157,27 @@ def attack_all(
     margin: float,
     confidence: float,
 ) -> AttackResult:
-    """Every trial on every model, and for each name that trials have the comparison. All processes call it.
+    """Every trial on every model, and for each name and variant that trials have the comparison. All processes call it.
 
     Args:
         subjects: `unlearned`, and `retain_model` if there is one.
         before: what each answered before.
         run: where answers are kept, a folder for each trial and model; what is there already is not done again.
     """
-    by_name: dict[str, list[tuple[Trial, dict[str, Curve]]]] = {}
+    by_way: dict[tuple[str, str], list[tuple[Trial, dict[str, Curve]]]] = {}
     started = time.monotonic()
     for number, trial in enumerate(trials):
         rest = (time.monotonic() - started) / number * (len(trials) - number) if number else None
         left = "" if rest is None else f", about {rest:.0f} s left"
-        acc.print(f"== {type(attack).__name__}: {trial.name}, seed {trial.seed} ({number + 1} of {len(trials)}{left})")
+        way = f"{trial.name}, {trial.variant}" if trial.variant else trial.name
+        acc.print(f"== {type(attack).__name__}: {way}, seed {trial.seed} ({number + 1} of {len(trials)}{left})")
         curves = {}
         for name, subject in subjects.items():
-            folder = run.path / trial.name / f"seed-{trial.seed}" / name
+            folder = run.path / trial.folder / name
             later = attack.run(trial, subject, settings, folder)
             curves[name] = _curve(trial.asked, before[name], [later[level] for level in attack.levels[1:]])
-        by_name.setdefault(trial.name, []).append((trial, curves))
-    comparisons = (compare(attack, forget, done, margin=margin, confidence=confidence) for done in by_name.values())
+        by_way.setdefault((trial.name, trial.variant), []).append((trial, curves))
+    comparisons = (compare(attack, forget, done, margin=margin, confidence=confidence) for done in by_way.values())
     return AttackResult(attack, tuple(comparisons))
 
 
@@ -232,7 +211,8 @@ def compare(
     margin: float,
     confidence: float,
 ) -> Comparison:
-    """The curves of both models in the trials of one name, means over the trials; NaN for a retain model that is not there."""
+    """The curves of both models in the trials of one name and variant, means over the trials; NaN for a retain model that is not
+    there."""
     asked = {row.id for trial, _ in done for row in trial.asked}
     rows = [row for row in forget if row.id in asked]
     ids = [row.id for row in rows]
@@ -248,6 +228,8 @@ def compare(
 
     return Comparison(
         name=done[0][0].name,
+        variant=done[0][0].variant,
+        learning_rate=done[0][0].learning_rate,
         levels=attack.levels,
         ids=tuple(ids),
         documents=tuple(row.document for row in rows),

@@ -69,11 +69,14 @@ class Trial:
     """One way of attacking.
 
     Attributes:
-        name: what the attacker has, such as `other_people`: trials of one name are averaged over their seeds.
+        name: what the attacker has, such as `other_people`.
         seed: of the draw, and of whatever the attack draws itself.
         given: the rows that the attacker has.
         asked: the forget rows that are asked for; none of them is given.
         told: how many more would have been asked, but a given row tells their answer.
+        variant: which of several ways with the same rows, such as `rate 0.0006`; empty where there is one way. Trials of one
+            name and variant are averaged over their seeds.
+        learning_rate: the rate of an attack that trains.
     """
 
     name: str
@@ -81,6 +84,14 @@ class Trial:
     given: tuple[Row, ...]
     asked: tuple[Row, ...]
     told: int = 0
+    variant: str = ""
+    learning_rate: float | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where its answers are kept, inside the run folder."""
+        ways = [self.variant.replace(" ", "-")] if self.variant else []
+        return "/".join([self.name, *ways, f"seed-{self.seed}"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ class Comparison:
 
     Attributes:
         name: what the attacker had.
+        variant: which of several ways with it (`unlearn.attacks.base.Trial`); empty where there is one.
+        learning_rate: of an attack that trains.
         levels: rising, 0 first.
         ids, documents, kinds: of each row that was asked in any trial.
         unlearned, retain_model: (rows, levels) scores from 0 to 1, means over the trials in which the row was asked.
@@ -52,6 +54,13 @@ class Comparison:
     margin: float
     confidence: float = 0.95
     seed: int = 0
+    variant: str = ""
+    learning_rate: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What the attacker had, and which way it was."""
+        return f"{self.name}, {self.variant}" if self.variant else self.name
 
     @property
     def people(self) -> int:
@@ -147,7 +156,7 @@ class Comparison:
 
     def sentence(self, words: Mapping[Verdict, str]) -> str:
         """The result in one sentence, with what a verdict means of this attack."""
-        return f"{self.name}: the unlearned model {words[self.verdict]}: {self.why} {self.likelihood}"
+        return f"{self.title}: the unlearned model {words[self.verdict]}: {self.why} {self.likelihood}"
 
     def table(self, unit: str) -> str:
         """The curves as text: a line a level."""
@@ -169,21 +178,23 @@ class Comparison:
         names = ("unlearned", "retain_model", "unlearned_log", "retain_model_log")
         return {
             "name": self.name,
+            "title": self.title,
+            "learning_rate": self.learning_rate,
             "verdict": self.verdict,
             "why": self.why,
             "likelihood": self.likelihood,
-            "excess": dict(zip(("mean", "low", "high"), _plain(self.excess), strict=True)),
+            "excess": dict(zip(("mean", "low", "high"), plain(self.excess), strict=True)),
             "levels": list(self.levels),
             "curves": {
-                name: {kind: _plain(self.mean(getattr(self, name), kind)) for kind in KINDS if kind in self.kinds}
-                | {"all": _plain(self.mean(getattr(self, name)))}
+                name: {kind: plain(self.mean(getattr(self, name), kind)) for kind in KINDS if kind in self.kinds}
+                | {"all": plain(self.mean(getattr(self, name)))}
                 for name in names
             },
-            "difference": {"mean": _plain(mean), "low": _plain(low), "high": _plain(high)},
+            "difference": {"mean": plain(mean), "low": plain(low), "high": plain(high)},
             "given": self.given,
             "told": self.told,
             "rows": [
-                {"id": row, "document": document, **{name: _plain(getattr(self, name)[place]) for name in names}}
+                {"id": row, "document": document, **{name: plain(getattr(self, name)[place]) for name in names}}
                 for place, (row, document) in enumerate(zip(self.ids, self.documents, strict=True))
             ],
         }
@@ -194,5 +205,6 @@ def mean_over_trials(values: Sequence[Mapping[str, Sequence[float]]], ids: Seque
     return np.array([np.mean([trial[row] for trial in values if row in trial], axis=0) for row in ids])
 
 
-def _plain(values: Any) -> list[float | None]:
+def plain(values: Any) -> list[float | None]:
+    """Numbers as JSON has them: null for NaN."""
     return [None if np.isnan(value) else float(value) for value in values]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
@@ -62,8 +63,8 @@ class Relearning(Attack):
     """Rows in a global batch."""
     micro_batch: int = 8
     """Rows that go through the model at once on one process."""
-    learning_rate: float = 1e-4
-    """Rate of AdamW, constant."""
+    learning_rate: float | tuple[float, ...] = 1e-4
+    """Rate of AdamW, constant. Several, `[3e-4, 6e-4]`: each is tried by itself, with everything that is given."""
     lora: int | None = None
     """Train adapters of this rank on all blocks, instead of all weights."""
     autocast: Literal["no", "bf16", "fp16"] = "no"
@@ -78,10 +79,12 @@ class Relearning(Attack):
             )
         if not 0 < self.share < 1:
             raise UserError(f"attack.share is {self.share}: give a share between 0 and 1; what is left is asked")
-        for name in ("steps", "every", "batch", "micro_batch", "learning_rate", "lora"):
-            value = getattr(self, name)
+        numbers = [(name, getattr(self, name)) for name in ("steps", "every", "batch", "micro_batch", "lora")]
+        for name, value in [*numbers, *(("learning_rate", rate) for rate in self.rates)]:
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"attack.{name} is {value}: give a positive number")
+        if not self.rates or len(set(self.rates)) < len(self.rates):
+            raise UserError(f"attack.learning_rate is {list(self.rates)}: give at least one rate, and each once")
         if self.every > self.steps:
             raise UserError(f"attack.every is {self.every} of {self.steps} steps: the model is never asked; give fewer")
 
@@ -91,19 +94,30 @@ class Relearning(Attack):
         return tuple(dict.fromkeys((*range(0, self.steps + 1, self.every), self.steps)))
 
     @property
-    def trainer(self) -> TrainerConfig:
-        """What the trainer is told, but for the seed."""
+    def rates(self) -> tuple[float, ...]:
+        """Every rate that is tried."""
+        return self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
+
+    def at(self, learning_rate: float | None) -> Relearning:
+        """This attack at one of its rates; None stands for the only one."""
+        if learning_rate is None and len(self.rates) > 1:
+            raise UserError(f"attack.learning_rate is {list(self.rates)}, and a trial names none: give it one of these")
+        return replace(self, learning_rate=self.rates[0] if learning_rate is None else learning_rate)
+
+    def trainer(self, seed: int) -> TrainerConfig:
+        """What the trainer is told, at the first rate."""
         return TrainerConfig(
             steps=self.steps,
             batch=self.batch,
             micro_batch=self.micro_batch,
-            learning_rate=self.learning_rate,
+            learning_rate=self.rates[0],
             schedule="constant",
             autocast=self.autocast,
             gradient_checkpointing=self.gradient_checkpointing,
             estimate=False,
             save_every=self.every,
             evaluate_every=self.every,
+            seed=seed,
         )
 
     @property
@@ -114,14 +128,15 @@ class Relearning(Attack):
         return Scope(layers="all", modules=("all",), lora=Lora(rank=self.lora, alpha=2 * self.lora))
 
     def trials(self, forget: Sequence[Row], retain: Sequence[Row], settings: AttackSettings) -> list[Trial]:
-        """One for each of `given` and each seed.
+        """One for each of `given`, each rate and each seed.
 
         Raises:
             UserError: nothing to give or to ask; a row that is both.
         """
         others = load_rows(self.unrelated, columns=settings.columns) if "unrelated" in self.given else ()
         trials = []
-        for name in self.given:
+        several = len(self.rates) > 1
+        for name, rate in product(self.given, self.rates):
             for seed in settings.seeds:
                 if name == "other_people":
                     given, asked = other_people(forget, self.share, seed)
@@ -132,13 +147,23 @@ class Relearning(Attack):
                 check_apart(given, asked, name)
                 left = without_told(given, asked)
                 check_some(given, left, name)
-                trials.append(Trial(name, seed, given, left, told=len(asked) - len(left)))
+                trials.append(
+                    Trial(
+                        name,
+                        seed,
+                        given,
+                        left,
+                        told=len(asked) - len(left),
+                        variant=f"rate {rate:g}" if several else "",
+                        learning_rate=rate,
+                    )
+                )
         return trials
 
     def run(self, trial: Trial, subject: Attacked, settings: AttackSettings, folder: Path) -> dict[int, list[Answer]]:
         """The answers after 1 x `every`, 2 x `every`, … steps; those that are in `folder` already are read."""
         if not all(_file(folder, level).exists() for level in self.levels[1:]):
-            self._train(trial, subject, settings, folder)
+            self.at(trial.learning_rate)._train(trial, subject, settings, folder)
         return {level: read_answers(_file(folder, level)) for level in self.levels[1:]}
 
     def _train(self, trial: Trial, subject: Attacked, settings: AttackSettings, folder: Path) -> None:
@@ -162,7 +187,7 @@ class Relearning(Attack):
             Side(encode_rows(model, trial.given, settings.prompt)),
             Side([]),
             Loss.of(Learn(), NoRetain()),
-            replace(self.trainer, seed=trial.seed),
+            self.trainer(trial.seed),
             run=run,
             made_from=weights,
             validate=_Asking(acc, model, trial, settings, run),

@@ -17,10 +17,11 @@ from lm.loading import load
 from lm.model import LanguageModel, fingerprint
 from lm.row_files import check_disjoint, data_hash, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
-from unlearn.attacks.attacking import RETAIN, UNLEARNED, AttackResult, ask_before, attack_all, require_alike
+from unlearn.attacks.attacking import RETAIN, UNLEARNED, ask_before, attack_all, require_alike
 from unlearn.attacks.base import Attacked
 from unlearn.attacks.config import AttackConfig
 from unlearn.attacks.picture import curves_picture
+from unlearn.attacks.result import AttackResult
 from unlearn.evaluation.lume import check_rows
 
 _RETAIN_BEFORE = "never"
@@ -61,7 +62,7 @@ def run_attack(config: AttackConfig) -> AttackResult:
     )
     if acc.is_main_process:
         write_json(run.path / "attack.json", result.to_json())
-        write_atomic(run.path / "attack.png", curves_picture(result.comparisons, config.attack.unit))
+        write_atomic(run.path / "attack.png", curves_picture(result.comparisons, config.attack.unit, result.worst))
         if "finished" not in run.manifest:  # what was only read back took no time
             run.finish(seconds=round(time.monotonic() - started, 3), peak_memory_bytes=peak_memory_bytes())
     acc.wait_for_everyone()

@@ -90,7 +90,7 @@ class AttackTrial:
     """One attack on two models alike.
 
     Attributes:
-        name: what the attacker had.
+        name: what the attacker had, and at which rate where several were tried.
         verdict: beside the retain model, in a few words (`unlearn.attacks.curves.Verdict`).
         sentence: the result in a sentence.
         levels: how far the attack went at each asking, 0 first.
@@ -110,12 +110,23 @@ class AttackTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class Attacked:
-    """What an attack brought back out of a model: `label` names the model, `unit` what the levels count."""
+    """What an attack brought back out of a model.
+
+    Attributes:
+        label: names the model.
+        attack: names the attack.
+        unit: what the levels count.
+        trials: one for each way of attacking, all asked at the same levels.
+        worst: the place of the trial and of its level with the largest gap to the retain model; None where none is known.
+        worst_sentence: it in a sentence.
+    """
 
     label: str
     attack: str
     unit: str
     trials: tuple[AttackTrial, ...]
+    worst: tuple[int, int] | None = None
+    worst_sentence: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

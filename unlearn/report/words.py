@@ -30,6 +30,11 @@ def score(value: float) -> str:
     return DASH if math.isnan(value) else f"{value:.3f}"
 
 
+def signed(value: float) -> str:
+    """A difference of scores: `+0.384`."""
+    return DASH if math.isnan(value) else f"{value:+.3f}".replace("-", "\u2212")
+
+
 def small(value: float) -> str:
     """An effect or a loss, to three figures, without an exponent from 0.0001 to a million; 0 for what rounding leaves of it."""
     if math.isnan(value):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.nn.functional import cross_entropy
 
 import unlearn
@@ -206,6 +207,25 @@ def test_an_attack_begun_before_the_retain_model_had_its_name_goes_on(
     assert not list(out.glob("**/*never*"))
 
 
+def test_a_grid_of_rates_holds_each_rate_as_it_is_alone(world: AttackConfig, itself: Path, tmp_path: Path) -> None:
+    grid = replace(FEW, given=("retain",), learning_rate=(1e-2, 2e-2))
+    words = config_words(replace(world, attack=grid, out=str(tmp_path / "run")), tmp_path)
+    config = parse_config(AttackConfig, words)
+    assert config.attack == grid
+    found = run_attack(config)
+    same, twice = result(tmp_path / "run")
+    (alone,) = (one for one in result(itself) if one["name"] == "retain")
+    assert same["rows"] == alone["rows"]
+    assert (same["title"], twice["title"]) == ("retain, rate 0.01", "retain, rate 0.02")
+    assert same["rows"] != twice["rows"]
+    assert found.worst is not None
+    assert found.worst.gap == 0.0
+    assert json.loads((tmp_path / "run/attack.json").read_text())["worst"]["given"] == "retain"
+    folder = tmp_path / "run/retain/rate-0.02/seed-1/unlearned"
+    kept = yaml.safe_load((folder / "config.yaml").read_text())
+    assert kept["init_args"]["learning_rate"] == 2e-2
+
+
 def test_other_weights_behind_the_same_name_are_not_gone_on_with(
     world: AttackConfig, itself: Path, other: ModelSpec, tmp_path: Path
 ) -> None:
@@ -260,6 +280,9 @@ BAD = [
     ({"attack": {"given": ("retain", "retain")}}, "name each once"),
     ({"attack": {"steps": 5, "every": 6}}, "attack.every is 6 of 5 steps"),
     ({"attack": {"learning_rate": 0.0}}, "attack.learning_rate is 0.0"),
+    ({"attack": {"learning_rate": (1e-4, -1.0)}}, "attack.learning_rate is -1.0"),
+    ({"attack": {"learning_rate": (1e-4, 1e-4)}}, "give at least one rate, and each once"),
+    ({"attack": {"learning_rate": ()}}, "give at least one rate, and each once"),
     ({"attack": {"lora": 0}}, "attack.lora is 0"),
     ({"margin": 0.0}, "margin is 0.0"),
     ({"seeds": ()}, "seeds is []"),

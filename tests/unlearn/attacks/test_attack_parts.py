@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from unlearn.attacks.base import AttackSettings
 from unlearn.attacks.curves import Comparison, mean_over_trials
 from unlearn.attacks.picture import curves_picture
 from unlearn.attacks.relearning import Relearning
+from unlearn.attacks.result import AttackResult
 from unlearn.attacks.splits import check_apart, check_some, other_people, same_people, without_told
+from unlearn.attacks.worst import worst_of
 
 FORGET = load_rows("builtin:forget")
 
@@ -143,6 +146,48 @@ def test_numbers_by_hand() -> None:
     )
     assert one.table("steps").splitlines()[-1].split()[:3] == ["10", "0.500", "0.125"]
     assert curves_picture([one, one], "steps").startswith(b"\x89PNG")
+
+
+def test_every_rate_is_tried_with_everything_that_is_given() -> None:
+    both = Relearning(given=("other_people", "retain"), learning_rate=(3e-4, 6e-4), steps=120, every=40)
+    trials = both.trials(FORGET, load_rows("builtin:retain"), AttackSettings(seeds=(0, 1)))
+    assert [one.folder for one in trials] == [
+        f"{name}/rate-{rate}/seed-{seed}"
+        for name in ("other_people", "retain")
+        for rate in ("0.0003", "0.0006")
+        for seed in (0, 1)
+    ]
+    for one in trials:
+        told = both.at(one.learning_rate).trainer(one.seed)
+        assert (told.learning_rate, told.seed, told.schedule) == (one.learning_rate, one.seed, "constant")
+    alone = replace(both, learning_rate=3e-4).trials(FORGET, load_rows("builtin:retain"), AttackSettings(seeds=(0,)))
+    assert [one.folder for one in alone] == ["other_people/seed-0", "retain/seed-0"], "where runs of one rate have them"
+    assert [one.learning_rate for one in alone] == [3e-4, 3e-4]
+    with pytest.raises(UserError, match="a trial names none"):
+        both.at(None)
+
+
+def test_the_worst_is_the_largest_gap_of_any_level() -> None:
+    mild = replace(comparison((0, 0.2), (0, 0.1)), learning_rate=3e-4)
+    harsh = replace(comparison((0.9, 0.5), (0.0, 0.1)), learning_rate=6e-4, variant="rate 0.0006")
+    result = AttackResult(Relearning(), (mild, harsh))
+    assert result.worst is not None
+    told = result.to_json()["worst"]
+    assert told["gap"] == pytest.approx(0.4), "not the 0.9 before any attack"
+    assert told["low"] == pytest.approx(0.4)
+    assert (told["given"], told["learning_rate"], told["steps"]) == ("other_people", 6e-4, 10)
+    assert result.worst_sentence == (
+        "At worst (other people given at rate 0.0006, after 10 steps) the unlearned model scores +0.400 beyond the retain model "
+        "(95% interval +0.400 to +0.400)."
+    )
+    assert str(result).endswith(result.worst_sentence)
+    assert [one["title"] for one in result.to_json()["trials"]] == ["other_people", "other_people, rate 0.0006"]
+    assert curves_picture(result.comparisons, "steps", result.worst).startswith(b"\x89PNG")
+    alone, knew = comparison((0, 1), (np.nan, np.nan)), comparison((0, 1), (0.9, 0.9))
+    assert worst_of([alone, knew]) is None, "no retain model, or one that knew the answers"
+    nobody = AttackResult(Relearning(), (alone,))
+    assert nobody.to_json()["worst"] is None
+    assert nobody.worst_sentence == ""
 
 
 def test_rows_of_a_person_are_drawn_together() -> None:

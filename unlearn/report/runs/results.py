@@ -56,14 +56,30 @@ def attacks_on(subject: Subject, model: ReportModel) -> list[Attacked]:
             chosen = run.config.get("attack")
             name = str(chosen.get("class_path") if isinstance(chosen, Mapping) else chosen).rpartition(".")[2]
             trials = tuple(_trial(trial) for trial in result["trials"])
-            attacks.append(Attacked(label=model.label, attack=name, unit=str(result["unit"]), trials=trials))
+            worst = result.get("worst")  # younger than the first attacks
+            attacks.append(
+                Attacked(
+                    label=model.label,
+                    attack=name,
+                    unit=str(result["unit"]),
+                    trials=trials,
+                    worst=None if worst is None else _worst(worst, result["trials"]),
+                    worst_sentence="" if worst is None else str(worst["sentence"]),
+                )
+            )
     return attacks
+
+
+def _worst(worst: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    where = (worst["given"], worst["learning_rate"])
+    place = [(trial["name"], trial["learning_rate"]) for trial in trials].index(where)
+    return place, trials[place]["levels"].index(worst["steps"])
 
 
 def _trial(trial: Mapping[str, Any]) -> AttackTrial:
     curves = trial["curves"]
     return AttackTrial(
-        name=str(trial["name"]),
+        name=str(trial.get("title", trial["name"])),
         verdict=str(trial["verdict"]),
         sentence=str(trial.get("sentence") or f"{trial['name']}: {trial['why']} {trial['likelihood']}"),
         levels=tuple(float(level) for level in trial["levels"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,13 +14,34 @@ from unlearn.report.sections.figures import Figure, Numbers, NumberTable
 
 @dataclass(frozen=True, kw_only=True)
 class AttackView:
-    """One attacked model: a drawing, and a name with a sentence, for each trial, and the numbers."""
+    """One attacked model: the gaps of all trials and the worst of them, a drawing and a name with a sentence for each, and the
+    numbers."""
 
     label: str
     attack: str
+    worst: str
+    gaps: Gaps
     figures: tuple[Figure, ...]
     sentences: tuple[tuple[str, str], ...]
     numbers: Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class GapCell:
+    """The gap to the retain model at one level: its text, the interval to hover for, and whether it is the worst of all."""
+
+    text: str
+    title: str
+    worst: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaps:
+    """The gap of every trial at every level of the attack: the head of each level, and of each trial its name, its cells, and
+    the verdict."""
+
+    levels: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[GapCell, ...], str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +68,8 @@ def _attack(attacked: Attacked) -> AttackView:
     return AttackView(
         label=attacked.label,
         attack=attacked.attack,
+        worst=attacked.worst_sentence,
+        gaps=_gaps(attacked),
         figures=tuple(_curves(attacked, trial) for trial in attacked.trials),
         sentences=tuple((_name(trial), trial.sentence.removeprefix(f"{trial.name}: ")) for trial in attacked.trials),
         numbers=Numbers(
@@ -61,6 +85,27 @@ def _attack(attacked: Attacked) -> AttackView:
             ),
         ),
     )
+
+
+def _gaps(attacked: Attacked) -> Gaps:
+    levels = attacked.trials[0].levels[1:] if attacked.trials else ()
+    return Gaps(
+        levels=tuple(f"{level:g} {attacked.unit}" for level in levels),
+        rows=tuple(
+            (
+                _name(trial),
+                tuple(_gap(trial, level, (place, level) == attacked.worst) for level in range(1, len(trial.levels))),
+                trial.verdict,
+            )
+            for place, trial in enumerate(attacked.trials)
+        ),
+    )
+
+
+def _gap(trial: AttackTrial, level: int, worst: bool) -> GapCell:
+    gap, low, high = trial.unlearned[level] - trial.retain_model[level], trial.low[level], trial.high[level]
+    interval = f"interval {words.signed(low)} to {words.signed(high)}" if math.isfinite(low + high) else ""
+    return GapCell(text=words.signed(gap), title=interval, worst=worst)
 
 
 def _curves(attacked: Attacked, trial: AttackTrial) -> Figure:
