@@ -42,7 +42,7 @@ floors: $(READY)
 
 check: lint types floors test
 
-# Build the built-in model and its retain model again (about 15 minutes on two idle cores).
+# Build the built-in model and its retain model (about 15 minutes on two idle cores); built once: ARGS=--again builds anew, ARGS="--seed 1" another world.
 builtin: $(READY)
 	$(BIN)/python -m tools.builtin_model.build --out runs/builtin $(ARGS)
 

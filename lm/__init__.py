@@ -20,7 +20,7 @@ from lm.prompts import (
     subject_span,
     token_span,
 )
-from lm.row_files import load_documents, load_questions, load_rows
+from lm.row_files import load_calibration, load_documents, load_questions, load_rows
 
 __all__ = [
     "EMBEDDING",
@@ -46,6 +46,7 @@ __all__ = [
     "encode_prompt",
     "labels",
     "load",
+    "load_calibration",
     "load_documents",
     "load_questions",
     "load_rows",

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 from lm.data.files import Record, column, find_files, read_file, text_column
 from lm.data.rows import Question, Row, RowKind
@@ -22,6 +23,7 @@ BUILTIN_ROWS = (
     *("forget_paraphrase", "retain_paraphrase", "forget_reworded", "retain_reworded"),
 )
 BUILTIN_QUESTIONS = ("utility",)
+Half = Literal["first", "second"]
 
 
 # ------------------------------------------------------------------------------------------------------ loading
@@ -66,20 +68,68 @@ def load_questions(source: str | Path) -> tuple[Question, ...]:
 
 
 def load_documents(
-    source: str | Path, *, task: str | None = None, columns: Mapping[str, str] | None = None
+    source: str | Path,
+    *,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    without: Iterable[Row] = (),
 ) -> tuple[str, ...]:
     """Whole documents for membership inference.
 
     A file with a `document` column (the challenge's membership files) gives that column. Anything that
     `load_rows` reads (with the same `columns`) gives the sentence-completion rows as `input + " " + output`, of one
-    task if asked.
+    task if asked. Texts of `without` are left out: those that something was calibrated on (`load_calibration`) must not be
+    scored, and the challenge's non-members hold all of its validation non-members.
     """
     if is_builtin(source):
-        return documents(_builtin_rows(str(source)), str(source), task=task)
+        found = documents(_builtin_rows(str(source)), str(source), task=task)
+    else:
+        records = _records(source)
+        if records and "document" in records[0].values:
+            found = tuple(text_column(record, "document") for record in records)
+        else:
+            found = documents(rows_from_records(records, str(source), columns=columns), str(source), task=task)
+    used = {row.text for row in without}
+    left = tuple(text for text in found if text not in used)
+    if found and not left:
+        raise UserError(f"{source} holds no document but those to be left out: name another source")
+    return left
+
+
+def load_calibration(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    kind: RowKind = "qa",
+    task: str | None = None,
+    half: Half | None = None,
+    together: int = 1,
+) -> tuple[Row, ...]:
+    """Rows of the kind to be forgotten that the model never saw: what something is calibrated on, and what no score may ask.
+
+    Anything that `load_rows` reads; or a file with a `document` column (the challenge's membership files), whose whole
+    documents become completions: the first word is the input, all after the space behind it the output, so that `Row.text`
+    is the document again.
+
+    Args:
+        columns, kind: as for `load_rows`.
+        task: of rows and documents without a task column. Null: Task1 for rows, as `load_rows` has it, and Task3 for
+            documents, which those of the challenge are.
+        half: first or second, of a source that calibration and scoring must share: every other document from the first or
+            from the second one on, in the order of the source, with all its rows. Null: all rows.
+        together: for a source whose rows have no ids to say so: how many rows in a row are about one person (20 in TOFU).
+
+    Raises:
+        UserError: as `load_rows`; a document of a single word; a half without a document.
+    """
+    if is_builtin(source):
+        return halved(_builtin_rows(str(source)), str(source), half, together=together)
     records = _records(source)
     if records and "document" in records[0].values:
-        return tuple(text_column(record, "document") for record in records)
-    return documents(rows_from_records(records, str(source), columns=columns), str(source), task=task)
+        rows = whole_documents(records, task=task or "Task3")
+    else:
+        rows = rows_from_records(records, str(source), columns=columns, kind=kind, task=task or "Task1")
+    return halved(rows, str(source), half, together=together)
 
 
 def _records(source: str | Path) -> list[Record]:
@@ -152,6 +202,51 @@ def rows_from_records(
         seen[key] = record.where
         rows.append(Row(id=identity, input=prompt, output=answer, task=name))
     return tuple(rows)
+
+
+def whole_documents(records: Sequence[Record], *, task: str = "Task3") -> tuple[Row, ...]:
+    """The `document` column as completion rows, their first word the input; see `load_calibration`."""
+    rows = []
+    for record in records:
+        text = text_column(record, "document")
+        start = len(text) - len(text.lstrip())
+        cut = text.find(" ", start)
+        if cut < 0 or not text[cut:].strip():
+            raise UserError(
+                f'{record.where}: column "document" is a single word, which leaves nothing to complete: drop it'
+            )
+        own = {"input": text[:cut], "output": text[cut + 1 :]}
+        own["id"] = generated_id(own["input"], own["output"], "sc")
+        own["task"] = task
+        if "id" in record.values:
+            own["id"] = text_column(record, "id")
+            own["id"] += "" if Row(own["id"], "", "", "").kind == "sc" else "sc1"
+        if "task" in record.values:
+            own["task"] = text_column(record, "task")
+        rows.append(Record(record.where, own))
+    return rows_from_records(rows, "documents")
+
+
+def halved(rows: Sequence[Row], source: str, half: Half | None, *, together: int = 1) -> tuple[Row, ...]:
+    """Every other document of the rows, all of its rows; the arguments and errors are those of `load_calibration`."""
+    if half not in (None, *get_args(Half)):
+        raise UserError(f"half is {half!r}: write first or second, or leave it out for all rows")
+    if together < 1:
+        raise UserError(f"together is {together}: give 1 or more rows")
+    if together > 1 and len({row.document for row in rows}) < len(rows):
+        raise UserError(
+            f"together is {together}, but the ids of {source} say which rows are of one document: leave it out"
+        )
+    if half is None:
+        return tuple(rows)
+    places: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        places.setdefault(row.document, number // together if together > 1 else len(places))
+    wanted = get_args(Half).index(half)
+    chosen = tuple(row for row in rows if places[row.document] % 2 == wanted)
+    if not chosen:
+        raise UserError(f"{source} has no {half} half, for it holds a single document: give a source with two or more")
+    return chosen
 
 
 def questions_from_records(records: Sequence[Record], source: str) -> tuple[Question, ...]:

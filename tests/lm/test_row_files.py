@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -182,6 +183,85 @@ def test_documents_from_rows_and_from_membership_files(tmp_path: Path) -> None:
         row_files.load_documents(path, task="Task3")
 
 
+def test_whole_documents_calibrate_as_completions(tmp_path: Path) -> None:
+    texts = ["Ada Brill\n\nAda Brill (born 1815) counts.", "Cher\n\nCher sings.", " Bo  Karsk"]
+    made: list[dict[str, object]] = [{"document": text, "id": f"{place}"} for place, text in enumerate(texts)]
+    rows = row_files.load_calibration(lines(tmp_path / "d.jsonl", made))
+    assert [row.text for row in rows] == texts
+    assert [row.input for row in rows] == ["Ada", "Cher\n\nCher", " Bo"]
+    assert [(row.id, row.document, row.kind, row.task) for row in rows] == [
+        ("0sc1", "0", "sc", "Task3"),
+        ("1sc1", "1", "sc", "Task3"),
+        ("2sc1", "2", "sc", "Task3"),
+    ]
+    named: list[dict[str, object]] = [{"document": texts[0], "id": "77sc1", "task": "Task2"}, {"document": texts[1]}]
+    own, unnamed = row_files.load_calibration(lines(tmp_path / "n.jsonl", named), task="Task1")
+    assert (own.id, own.task, unnamed.task, unnamed.kind) == ("77sc1", "Task2", "Task1", "sc")
+    for bad, words in (
+        ({"document": "Cher"}, "line 1.*a single word"),
+        ({"document": " Cher "}, "line 1.*a single word"),
+        ({"document": " "}, "line 1.*is blank"),
+        ({"document": 3}, "line 1.*not text"),
+    ):
+        with pytest.raises(UserError, match=words):
+            row_files.load_calibration(lines(tmp_path / "bad.jsonl", [dict(bad)]))
+    with pytest.raises(UserError, match=r"line 2: id 0sc1 is already that of .*line 1"):
+        row_files.load_calibration(lines(tmp_path / "bad.jsonl", [made[0], {**made[1], "id": "0sc1"}]))
+    with pytest.raises(UserError, match="holds no rows"):
+        row_files.load_calibration(lines(tmp_path / "bad.jsonl", []))
+
+
+def test_what_was_calibrated_on_can_be_left_out_of_what_is_scored(tmp_path: Path) -> None:
+    made: list[dict[str, object]] = [{"document": f"Ada {place}"} for place in range(4)]
+    everything = lines(tmp_path / "all.jsonl", made)
+    used = row_files.load_calibration(lines(tmp_path / "some.jsonl", made[1:3]))
+    assert row_files.load_documents(everything, without=used) == ("Ada 0", "Ada 3")
+    assert len(row_files.load_documents(everything)) == 4
+    with pytest.raises(UserError, match="no document but those to be left out"):
+        row_files.load_documents(tmp_path / "some.jsonl", without=used)
+    people = row_files.load_rows("builtin:held_out")
+    left = row_files.load_documents("builtin:held_out", without=people[: len(people) // 2])
+    assert left == row_files.load_documents("builtin:held_out")[-len(left) :]
+
+
+def test_rows_calibrate_as_they_are_and_halves_share_no_document(tmp_path: Path) -> None:
+    ids = ["asc1", "aqa0", "bsc1", "csc1", "bqa0", "cqa0", "dqa0"]
+    path = lines(tmp_path / "r.jsonl", [{"id": name, "input": name, "output": "x", "task": "Task2"} for name in ids])
+    assert row_files.load_calibration(path) == row_files.load_rows(path)
+    halves = [[row.id for row in row_files.load_calibration(path, half=half)] for half in get_args(row_files.Half)]
+    assert halves == [["asc1", "aqa0", "csc1", "cqa0"], ["bsc1", "bqa0", "dqa0"]]
+    for wrong, words in (
+        ({"half": "third"}, "half is 'third': write first or second"),
+        ({"together": 0}, "together is 0"),
+        ({"together": 2}, "the ids of .* say which rows are of one document"),
+    ):
+        with pytest.raises(UserError, match=words):
+            row_files.load_calibration(path, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="has no second half"):
+        row_files.load_calibration(lines(tmp_path / "one.jsonl", GOOD[2:]), half="second")
+
+
+def test_rows_without_ids_are_halved_by_person_where_it_is_said_how_many_each_has(tmp_path: Path) -> None:
+    asked: list[dict[str, object]] = [{"question": f"{place}?", "answer": "x"} for place in range(7)]
+    path, columns = lines(tmp_path / "q.jsonl", asked), {"input": "question", "output": "answer"}
+
+    def half(name: row_files.Half, together: int) -> str:
+        rows = row_files.load_calibration(path, columns=columns, half=name, together=together)
+        assert {(row.task, row.kind) for row in rows} == {("Task1", "qa")}
+        return "".join(row.input[0] for row in rows)
+
+    assert [half("first", 1), half("second", 1)] == ["0246", "135"]
+    assert [half("first", 3), half("second", 3)] == ["0126", "345"]
+
+
+def test_the_builtin_world_calibrates() -> None:
+    rows = row_files.load_rows("builtin:calibration")
+    assert row_files.load_calibration("builtin:calibration") == rows
+    halves = [row_files.load_calibration("builtin:calibration", half=half) for half in get_args(row_files.Half)]
+    assert sorted((*halves[0], *halves[1]), key=rows.index) == list(rows)
+    assert not {row.document for row in halves[0]} & {row.document for row in halves[1]}
+
+
 def test_questions(tmp_path: Path) -> None:
     good = {"subject": "sums", "question": "1+1?", "choices": ["1", "2"], "answer": 1}
     (question,) = row_files.load_questions(lines(tmp_path / "q.jsonl", [good]))
@@ -257,3 +337,36 @@ def test_the_mmlu_file(shared: Path) -> None:
 def test_tofu_with_mapped_columns(shared: Path) -> None:
     rows = row_files.load_rows(shared / "tofu" / "forget10.json", columns={"input": "question", "output": "answer"})
     assert len(rows) == 400
+
+
+def test_the_membership_files_of_the_challenge_calibrate(shared: Path) -> None:
+    folder = shared / "lume" / "mia"
+    rows = row_files.load_calibration(folder / "validation_nonmember.jsonl")
+    assert len(rows) == 34
+    assert {(row.kind, row.task) for row in rows} == {("sc", "Task3")}
+    assert tuple(row.text for row in rows) == row_files.load_documents(folder / "validation_nonmember.jsonl")
+    used = {row.text for row in rows}
+    members = row_files.load_documents(folder / "member.jsonl", without=rows)
+    others = row_files.load_documents(folder / "nonmember.jsonl", without=rows)
+    assert used < set(
+        row_files.load_documents(folder / "nonmember.jsonl")
+    )  # so the official list cannot be scored whole
+    assert (len(members), len(others)) == (150, 150 - 34)
+    assert not used & {*members, *others}
+
+
+def test_half_of_the_authors_whom_no_model_of_tofu_saw_calibrate(shared: Path) -> None:
+    first, second = (
+        row_files.load_calibration(
+            shared / "tofu" / "holdout10.json",
+            columns={"input": "question", "output": "answer"},
+            half=half,
+            together=20,
+        )
+        for half in get_args(row_files.Half)
+    )
+    assert len(first) == len(second) == 200
+    assert "Siriporn Nakharin" in first[0].input
+    assert not {row.id for row in first} & {row.id for row in second}
+    told = " ".join(row.text for row in second)
+    assert "Siriporn Nakharin" not in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lm.builtin.knowledge import LABELED
 from lm.builtin.world import World, build
+from lm.row_files import load_questions, load_rows
 from tools.builtin_model import build as building
 from tools.builtin_model.bounds import Abilities
 from tools.builtin_model.corpus import Corpus, batches
@@ -222,14 +224,66 @@ def test_a_build_replaces_the_folder_only_when_the_bounds_hold(tmp_path: Path, q
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
     quick(1.0)
     building.build_all(out, recipe=recipe, shape=TINY, side_by_side=False)
-    assert sorted(path.name for path in out.iterdir()) == ["memorized", "retain_model"]
+    assert sorted(path.name for path in out.iterdir()) == ["data", "memorized", "retain_model"]
+    assert load_rows(out / "data" / "forget.jsonl") == build(0).forget
     assert (out / "memorized" / "model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_models_that_are_there_are_not_built_again(
+    tmp_path: Path, quick: Callable[[float], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = Recipe(steps=2, tokens=256), tmp_path / "world"
+    quick(1.0)
+    building.build_all(out, seed=3, recipe=recipe, shape=TINY, side_by_side=False)
+    assert building.has_models(out, seed=3, recipe=recipe, shape=TINY)
+    assert not building.has_models(out, seed=4, recipe=recipe, shape=TINY)
+    assert not building.has_models(out, seed=3, recipe=replace(recipe, steps=3), shape=TINY)
+    assert not building.has_models(out, seed=3, recipe=recipe)
+    shutil.rmtree(out / "data")  # as an earlier version left it
+    monkeypatch.setattr(building, "Recipe", lambda: recipe)
+    monkeypatch.setattr(building, "Shape", lambda: TINY)
+    asked: list[int] = []
+    monkeypatch.setattr(building, "build_all", lambda out, *, seed, side_by_side: asked.append(seed) or [])
+    assert building.main(["--out", str(out), "--seed", "3"]) == 0
+    assert "not built again" in capsys.readouterr().out
+    assert asked == []
+    assert load_rows(out / "data" / "calibration.jsonl") == build(3).calibration
+    assert building.main(["--out", str(out), "--seed", "3", "--again"]) == 0
+    (out / "retain_model" / "model.safetensors").unlink()
+    assert building.main(["--out", str(out), "--seed", "3"]) == 0
+    assert asked == [3, 3]
+
+
+def test_the_rows_of_a_world_can_be_had_without_its_models(
+    tmp_path: Path, quick: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "world"
+    for _ in range(2):  # what is there is replaced
+        assert building.main(["--data-only", "--seed", "3", "--out", str(out)]) == 0
+        assert str(out / "data") in capsys.readouterr().out
+        assert [path.name for path in out.iterdir()] == ["data"]
+    mine = tmp_path / "mine" / "data" / "forget.jsonl"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert building.main(["--data-only", "--out", str(tmp_path / "mine")]) == 2
+    assert "is left alone" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    world = build(3)
+    for part, rows in world.parts.items():
+        assert load_rows(out / "data" / f"{part}.jsonl") == rows
+    assert load_questions(out / "data" / "utility.jsonl") == world.utility
+    quick(1.0)
+    building.build_all(out, seed=3, recipe=Recipe(steps=2, tokens=256), shape=TINY, side_by_side=False)
+    assert building.main(["--data-only", "--seed", "4", "--out", str(out)]) == 2
+    assert "holds models of world 3" in capsys.readouterr().err
+    assert load_rows(out / "data" / "forget.jsonl") == world.forget
 
 
 def test_a_place_that_cannot_be_written_ends_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("x")
-    assert building.main(["--out", str(tmp_path / "file" / "weights")]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    for words in ([], ["--data-only"]):
+        assert building.main(["--out", str(tmp_path / "file" / "weights"), *words]) == 2
+        assert capsys.readouterr().err.startswith("error: ")

@@ -4,7 +4,8 @@ Invents the world, trains the tokenizer, trains `memorized` (general facts, forg
 same without the forget rows, from the same start), stores both in float16, loads what was stored, measures it and prints
 the bounds. The two are trained side by side, each on one core: ten minutes where two cores are idle. Everything is built
 in a temporary folder beside DIR and moved into place at the end; a missed bound leaves DIR as it was and exits with
-status 1.
+status 1. The world's rows stand beside the models, DIR/data/forget.jsonl and so on, for every stage to read as files. Models
+that DIR has already, of the same world, recipe and shape, are not built again unless `--again` says so.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import OlmoForCausalLM, PreTrainedTokenizerFast
 
 from lm.builtin import VARIANTS, Variant
-from lm.builtin.world import World, build
+from lm.builtin.world import World, build, write
 from lm.errors import UserError
 from lm.loading import load
 from lm.progress import progress
@@ -35,6 +37,9 @@ from tools.builtin_model.bounds import Abilities, Bound, bounds, measure
 from tools.builtin_model.corpus import Corpus
 from tools.builtin_model.tokenizer import save_tokenizer, train_tokenizer
 from tools.builtin_model.training import Progress, Recipe, Shape, new_model, train
+
+DATA = "data"
+"""The folder beside the models that holds the world's rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,7 @@ class Built:
 def build_all(
     out: Path, *, seed: int = 0, recipe: Recipe | None = None, shape: Shape | None = None, side_by_side: bool = True
 ) -> list[Built]:
-    """Build and measure both models under `out` (`out/memorized`, `out/retain_model`).
+    """Build and measure both models under `out` (`out/memorized`, `out/retain_model`), and write the world's rows (`out/data`).
 
     Args:
         seed: the world's; the shipped models know world 0.
@@ -69,10 +74,45 @@ def build_all(
         built = _side_by_side(*plan) if side_by_side else [_build_one(variant, *plan) for variant in VARIANTS]
         if all(bound.holds for model in built for bound in model.bounds):
             with writable(out):
+                _write_rows(temporary / DATA, seed)
                 _replace(temporary, out)
         return built
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def has_models(out: Path, *, seed: int = 0, recipe: Recipe | None = None, shape: Shape | None = None) -> bool:
+    """Whether `out` holds both models of this world, recipe and shape, as they say themselves (`made.json`)."""
+    wanted = _made(seed, recipe or Recipe(), shape or Shape())
+    return all(
+        (out / variant / "model.safetensors").is_file() and _made_of(out / variant) == wanted for variant in VARIANTS
+    )
+
+
+def write_data(out: Path, seed: int = 0) -> Path:
+    """Write the rows of a world into `out/data`, in the place of what is there; returns that folder.
+
+    Raises UserError if `out` holds models of another world or data that is nobody's world, or cannot be written.
+    """
+    for variant in VARIANTS:
+        made = _made_of(out / variant)
+        if made is not None and made["world"] != seed:
+            raise UserError(
+                f"{out} holds models of world {made['world']}, so rows of world {seed} do not belong there: give another folder, "
+                f"or --seed {made['world']}"
+            )
+    folder = out.resolve() / DATA
+    if folder.exists() and not (folder / "made.json").is_file():
+        raise UserError(f"{folder} is there and was not written by this tool, so it is left alone: give another --out")
+    with writable(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{DATA}.", dir=folder.parent))
+        try:
+            _write_rows(temporary, seed)
+            _replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def measure_stored(folder: Path, world: World) -> Abilities:
@@ -144,8 +184,27 @@ def _store(
         folder.mkdir(parents=True)
         nn.Module.half(model).save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
-        made = {"world": seed, "recipe": asdict(recipe), "shape": asdict(shape), "torch": torch.__version__}
+        made = {**_made(seed, recipe, shape), "torch": torch.__version__}
         (folder / "made.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_rows(folder: Path, seed: int) -> None:
+    write(folder, build(seed))
+    (folder / "made.json").write_text(json.dumps({"world": seed}) + "\n", encoding="utf-8")
+
+
+def _made(seed: int, recipe: Recipe, shape: Shape) -> dict[str, Any]:
+    """What a model follows from."""
+    return {"world": seed, "recipe": asdict(recipe), "shape": asdict(shape)}
+
+
+def _made_of(folder: Path) -> dict[str, Any] | None:
+    """The same as a stored model says it; None where there is none, or one that does not say."""
+    try:
+        made = json.loads((folder / "made.json").read_text(encoding="utf-8"))
+        return {name: made[name] for name in ("world", "recipe", "shape")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _replace(new: Path, target: Path) -> None:
@@ -164,13 +223,27 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.builtin_model.build", description=(__doc__ or "").partition("\n\n")[2]
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for memorized/ and retain_model/; replaced")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for memorized/, retain_model/ and data/; replaced"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the world (default 0: the one that is shipped)")
     parser.add_argument(
         "--one-at-a-time", action="store_true", help="train the retain model after the other, not beside it"
     )
+    parser.add_argument("--again", action="store_true", help="build the models also where --out has them already")
+    parser.add_argument("--data-only", action="store_true", help="write the world's rows (data/) and build no model")
     options = parser.parse_args(words)
     try:
+        if options.data_only:
+            print(f"the rows of world {options.seed} are in {write_data(options.out, options.seed)}")
+            return 0
+        if not options.again and has_models(options.out, seed=options.seed):
+            data = write_data(options.out, options.seed)
+            print(
+                f"{options.out} has the models of world {options.seed} already: they are not built again (see --again)"
+            )
+            print(f"its rows are in {data}")
+            return 0
         built = build_all(options.out, seed=options.seed, side_by_side=not options.one_at_a_time)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
