@@ -35,6 +35,8 @@ class EvaluateConfig:
     """Documents it was never trained on: likewise."""
     membership_task: str | None = "Task3"
     """Take member and non-member rows of this task only, as officially; null takes all tasks."""
+    retain_scores: str | None = None
+    """The folder of the retain model's finished evaluation, of the same documents: membership is judged beside it."""
     utility: str | None = "builtin:utility"
     """Questions (builtin:utility, a file in MMLU's layout), or lm_eval:TASK such as lm_eval:mmlu; null leaves it out."""
     utility_style: Style = "sentence"
@@ -57,6 +59,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if (self.members is None) != (self.nonmembers is None):
             raise UserError("members and nonmembers belong together: give both, or set both to null")
+        if self.retain_scores is not None and self.members is None:
+            raise UserError(
+                "retain_scores is for membership, and there are no members: give some, or leave retain_scores out"
+            )
         if not self.forget.startswith("builtin"):
             for name in ("retain", "members", "nonmembers", "utility"):
                 if (getattr(self, name) or "").startswith("builtin"):

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lm.data.rows import Question, Row
+from lm.errors import UserError
 from lm.loading import load
 from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from lm.row_files import load_documents, load_questions, load_rows
 from unlearn.evaluation.evaluation_set import EvaluationSet
 from unlearn.evaluation.measure import Measuring
-from unlearn.evaluation.result import Evaluation
-from unlearn.evaluation.scores.base import Score, needs_of
+from unlearn.evaluation.result import Evaluation, finished_losses
+from unlearn.evaluation.scores.base import Losses, Score, needs_of
 from unlearn.evaluation.utility import Style
 from unlearn.generation.batching import ONE_PROCESS, Workers
 
@@ -38,6 +39,7 @@ def evaluate(
     batch_size: int = 32,
     style: Style = "sentence",
     lm_eval: str | None = None,
+    retain_scores: Evaluation | Losses | str | None = None,
     store: Path | str | None = None,
     workers: Workers = ONE_PROCESS,
     show: bool = False,
@@ -57,6 +59,8 @@ def evaluate(
         batch_size: prompts generated at once. Documents and questions go through in batches of the same size.
         style: how questions are asked (see `unlearn.evaluation.utility`).
         lm_eval: ask through lm-eval instead: the name of one of its tasks, or, with `questions`, any name at all.
+        retain_scores: what the retain model, which never saw the forget rows, came to on the same members and non-members: its
+            evaluation, its losses, or the folder of its finished evaluation. Without it membership is not judged beside it.
         store: a folder where each part is written as soon as it is done, and from which parts that are already there
             are read instead of computed, so that an interrupted evaluation can go on.
         workers: which process this is; all processes return the same result, and the first writes.
@@ -68,7 +72,7 @@ def evaluate(
 
     Raises:
         UserError: rows that a score cannot read, a score whose needs are not given, a file that is missing, a store of
-            another evaluation.
+            another evaluation, a retain model's losses of other documents.
 
     Example:
         >>> import unlearn
@@ -86,6 +90,7 @@ def evaluate(
         questions=load_questions(questions) if isinstance(questions, str) else tuple(questions),
         style=style,
         lm_eval=lm_eval,
+        retain_losses=_losses(retain_scores),
     )
     wanted = evaluation_set.askable(scores)
     loaded = load(model) if isinstance(model, str) else model
@@ -106,3 +111,14 @@ def evaluate(
         statistics=statistics,
         seconds=measuring.parts.seconds,
     )
+
+
+def _losses(retain_scores: Evaluation | Losses | str | None) -> Losses | None:
+    """The losses behind what is given of the retain model."""
+    if isinstance(retain_scores, str):
+        return finished_losses(retain_scores)
+    if not isinstance(retain_scores, Evaluation):
+        return retain_scores
+    if retain_scores.statistics.losses is None:
+        raise UserError("retain_scores has no losses: evaluate the retain model with members and nonmembers")
+    return retain_scores.statistics.losses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +11,7 @@ from lm.data.rows import Question, Row
 from lm.errors import UserError
 from lm.row_files import check_disjoint
 from unlearn.evaluation.scores import chosen_scores
-from unlearn.evaluation.scores.base import Need, Score
+from unlearn.evaluation.scores.base import Losses, Need, Score
 from unlearn.evaluation.utility import Style
 
 _GIVE = {
@@ -17,6 +19,7 @@ _GIVE = {
     "retain": "retain rows",
     "losses": "documents of members and non-members",
     "choices": "questions",
+    "retain_losses": "losses of the retain model (retain_scores)",
 }
 
 
@@ -30,6 +33,7 @@ class EvaluationSet:
         questions: multiple-choice questions for utility.
         style: how they are asked (see `unlearn.evaluation.utility`).
         lm_eval: ask through lm-eval instead: the name of one of its tasks, or, with `questions`, any name at all.
+        retain_losses: the losses of the same members and non-members under the retain model.
     """
 
     forget: tuple[Row, ...]
@@ -39,6 +43,7 @@ class EvaluationSet:
     questions: tuple[Question, ...] = ()
     style: Style = "sentence"
     lm_eval: str | None = None
+    retain_losses: Losses | None = None
 
     def __post_init__(self) -> None:
         check_disjoint(self.forget, self.retain)
@@ -49,11 +54,32 @@ class EvaluationSet:
             raise UserError(f'the document "{min(both)[:40]}..." is both a member and a non-member: take it out of one')
         if self.lm_eval is not None and self.questions and self.style != "sentence":
             raise UserError("questions go through lm-eval in sentence style only: set the style to sentence")
+        self._check_retain_losses()
+
+    @property
+    def documents(self) -> str:
+        """A digest of the members and the non-members, in their order: what the manifest of an evaluation holds."""
+        return digest([self.members, self.nonmembers])
+
+    def _check_retain_losses(self) -> None:
+        losses = self.retain_losses
+        if losses is None:
+            return
+        if not self.members:
+            raise UserError("retain_scores says how the retain model fares on members and non-members: give those, too")
+        counts, wanted = (len(losses.members), len(losses.nonmembers)), (len(self.members), len(self.nonmembers))
+        if counts != wanted or losses.documents not in (None, self.documents):
+            raise UserError(
+                f"retain_scores holds losses of other documents ({counts[0]} members and {counts[1]} others; here are "
+                f"{wanted[0]} and {wanted[1]}): evaluate the retain model on these members and nonmembers"
+            )
 
     def gives(self, need: Need) -> bool:
         """Whether there is something to ask for this statistic."""
         if need == "losses":
             return bool(self.members)
+        if need == "retain_losses":
+            return self.retain_losses is not None
         if need == "choices":
             return bool(self.questions) or self.lm_eval is not None
         return True
@@ -73,3 +99,8 @@ class EvaluationSet:
         for check in {type(score): score for score in wanted}.values():
             check.check_rows((*self.forget, *self.retain))
         return wanted
+
+
+def digest(values: object) -> str:
+    """sha256 of plain data."""
+    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()

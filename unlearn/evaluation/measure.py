@@ -53,6 +53,7 @@ class Measuring:
             retain=self._generations("retain", asked.retain) if "retain" in needed else None,
             losses=self._losses() if "losses" in needed and asked.gives("losses") else None,
             choices=self._choices() if "choices" in needed and asked.gives("choices") else None,
+            retain_losses=asked.retain_losses if "retain_losses" in needed else None,
         )
 
     def _generations(self, side: str, rows: Sequence[Row]) -> tuple[Generation, ...]:
@@ -87,7 +88,7 @@ class Measuring:
         members, others = self.parts.get("membership", compute)
         if (len(members), len(others)) != (count, len(self.asked.nonmembers)):
             raise UserError(f"{self.store} holds the losses of other documents: give another folder")
-        return Losses(members=tuple(members), nonmembers=tuple(others))
+        return Losses(members=tuple(members), nonmembers=tuple(others), documents=self.asked.documents)
 
     def _choices(self) -> Choices:
         stored: Any = self.parts.get(

@@ -1,7 +1,8 @@
 """Membership inference by loss: can the model's losses tell documents it was trained on from documents it never saw?
 
 `document_losses` asks the model; `auc` and `score` are the arithmetic of SemEval-2025 Task 4. Badge: faithful
-(mean token loss over the whole document, no truncation). No other attack is here.
+(mean token loss over the whole document, no truncation). `tpr_at` and `same_distribution` judge the same losses in two
+further ways. No other attack is here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
+from scipy.stats import ks_2samp, rankdata
 from torch.nn.utils.rnn import pad_sequence
 
 from lm.errors import UserError
@@ -39,6 +40,39 @@ def auc(member_losses: ArrayLike, nonmember_losses: ArrayLike) -> float:
 def score(auc: float) -> float:
     """The official membership score `1 - 2 |auc - 0.5|`: 1 is best, 0 under-unlearned or over-unlearned."""
     return 1 - abs(auc - 0.5) * 2
+
+
+def tpr_at(member_losses: ArrayLike, nonmember_losses: ArrayLike, fpr: float = 0.05) -> float:
+    """Share of the members that the loss gives away where at most a share `fpr` of the others is taken for members.
+
+    A document is taken for a member if its loss is strictly below the `(k + 1)`-th lowest non-member loss, with
+    `k = floor(fpr * n)`: no threshold that takes at most `k` of the `n` non-members finds more. Nothing is interpolated: with
+    fewer than `1 / fpr` non-members not one of them may be taken. Documents of equal loss are taken together or not at all,
+    so a member at the loss of that non-member is not found. Source: Carlini et al. 2022 (arXiv 2112.03570), section III.
+    Badge: **variant** (the attack is a threshold on the plain loss).
+
+    Args:
+        member_losses, nonmember_losses: shapes (m,), (n,), in nats; at least one each, none NaN.
+        fpr: from 0 up to, not including, 1.
+    """
+    members, others = _losses(member_losses, "member"), _losses(nonmember_losses, "non-member")
+    allowed = int(np.floor(fpr * len(others) + 1e-9))  # 0.07 * 100 is a little above 7, 0.29 * 100 a little below 29
+    return float((members < np.sort(others)[allowed]).mean())
+
+
+def same_distribution(losses: ArrayLike, retain_losses: ArrayLike) -> float:
+    """The p-value of the two-sample Kolmogorov-Smirnov test: could both samples come from one distribution of losses?
+
+    Two-sided; exact up to 10,000 losses a side, asymptotic above (`scipy.stats.ks_2samp`). The test takes the samples to be
+    independent. Losses of the same documents under two models are not: documents that are hard for one are hard for the
+    other, which makes the p-value larger than it should be. So a small one is evidence of a difference, and a large one
+    is none of its absence.
+
+    Args:
+        losses, retain_losses: shapes (m,), (n,), in nats; at least one each, none NaN.
+    """
+    mine, theirs = _losses(losses, "member"), _losses(retain_losses, "retain model's member")
+    return float(ks_2samp(mine, theirs, method="auto").pvalue)
 
 
 def document_losses(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from lm.errors import UserError
 from unlearn.evaluation import lume
-from unlearn.evaluation.scores.base import Generation, Statistics
+from unlearn.evaluation.scores.base import Generation, Losses, Statistics
 
 MEASURES = ("task_aggregate", "mia_auc", "mia_score", "utility", "final")
 """The keys beside `terms` that scores.json always has."""
@@ -50,6 +53,12 @@ class Evaluation:
         return self.values.get("utility")
 
     @property
+    def others(self) -> tuple[str, ...]:
+        """The names of the scores beside the official ones, those that have a value."""
+        official = (*lume.TERMS, *MEASURES)
+        return tuple(name for name, value in self.values.items() if name not in official and value is not None)
+
+    @property
     def forget(self) -> tuple[Generation, ...]:
         """The generations of the forget rows, in their order; empty if no score needed them."""
         return self.statistics.forget or ()
@@ -71,8 +80,9 @@ class Evaluation:
 
     def to_json(self) -> dict[str, object]:
         """The numbers alone: `terms` (the twelve, null where one does not apply), `task_aggregate`, `mia_auc`, `mia_score`,
-        `utility`, `final` (null if not everything was given), any other score under its name, `seconds` (of all parts)."""
-        others = {name: value for name, value in self.values.items() if name not in (*lume.TERMS, *MEASURES)}
+        `utility`, `final` (null if not everything was given), any other score that has a value under its name, `seconds` (of
+        all parts)."""
+        others = {name: self.values[name] for name in self.others}
         return {
             "terms": [self.values.get(name) for name in lume.TERMS],
             **{name: self.values.get(name) for name in MEASURES},
@@ -84,3 +94,26 @@ class Evaluation:
         named = [name for name in (*MEASURES, *self.values) if name in self.values and name not in lume.TERMS]
         known = [f"{name} {value:.4f}" for name in dict.fromkeys(named) if (value := self.values[name]) is not None]
         return f"Evaluation({', '.join([*known, f'{len(self.forget)} forget and {len(self.retain)} retain rows'])})"
+
+
+def finished_losses(folder: str | Path) -> Losses:
+    """The losses that a finished evaluation left in its run folder, with the digest of the documents that they are of.
+
+    Raises:
+        UserError: there is no such folder, its evaluation has not ended, had no membership documents, or does not say which.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"retain_scores names the folder {folder}, which does not exist: check the path")
+    if not (path / "scores.json").exists():
+        raise UserError(f"retain_scores names {folder}, which holds no finished evaluation: give the run folder of one")
+    if not (path / "membership.json").exists():
+        raise UserError(
+            f"the evaluation in {folder} has no losses: evaluate the retain model with members and nonmembers"
+        )
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    documents = (manifest.get("data") or {}).get("documents")
+    if documents is None:
+        raise UserError(f"the evaluation in {folder} does not say of which documents its losses are: run it again")
+    members, others = json.loads((path / "membership.json").read_text(encoding="utf-8"))
+    return Losses(members=tuple(members), nonmembers=tuple(others), documents=documents)

@@ -5,8 +5,6 @@ This is wiring; the measuring is `unlearn.evaluation.evaluate`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from dataclasses import asdict
@@ -18,10 +16,10 @@ from lm.row_files import data_hash, load_documents, load_questions, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, write_json
 from unlearn.evaluation.config import LM_EVAL, EvaluateConfig
 from unlearn.evaluation.evaluate import evaluate
-from unlearn.evaluation.evaluation_set import EvaluationSet
+from unlearn.evaluation.evaluation_set import EvaluationSet, digest
 from unlearn.evaluation.lm_eval_harness import BUILTIN_TASK
-from unlearn.evaluation.lume import SCORES, SIDES, TASKS, TERMS
-from unlearn.evaluation.result import MEASURES, Evaluation
+from unlearn.evaluation.lume import SCORES, SIDES, TASKS
+from unlearn.evaluation.result import Evaluation, finished_losses
 from unlearn.generation.batching import Workers
 
 _ROWS = (
@@ -48,13 +46,16 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
                 "data": {
                     "forget": data_hash(evaluation_set.forget),
                     "retain": data_hash(evaluation_set.retain),
-                    "documents": _hash([evaluation_set.members, evaluation_set.nonmembers]),
-                    "questions": _hash([asdict(question) for question in evaluation_set.questions]),
+                    "documents": evaluation_set.documents,
+                    "questions": digest([asdict(question) for question in evaluation_set.questions]),
                 },
                 "weights": fingerprint(model),
                 "devices": launch_facts(acc),
             }
-            RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=("data", "weights"))
+            if evaluation_set.retain_losses is not None:
+                facts["retain_losses"] = digest(asdict(evaluation_set.retain_losses))
+            same = ("data", "weights", "retain_losses")
+            RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=same)
     run = RunFolder(config.out, main=acc.is_main_process)
     result = evaluate(
         model,
@@ -65,6 +66,7 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
         questions=evaluation_set.questions,
         style=evaluation_set.style,
         lm_eval=evaluation_set.lm_eval,
+        retain_scores=evaluation_set.retain_losses,
         scores=config.scores,
         prompt=config.prompt,
         max_new_tokens=config.max_new_tokens,
@@ -102,13 +104,10 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         questions=questions,
         style=config.utility_style,
         lm_eval=lm_eval,
+        retain_losses=None if config.retain_scores is None else finished_losses(config.retain_scores),
     )
     evaluation_set.askable(config.scores)
     return evaluation_set
-
-
-def _hash(values: object) -> str:
-    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
 
 
 def first_of_each_subject(questions: tuple[Question, ...], count: int | None) -> tuple[Question, ...]:
@@ -138,12 +137,11 @@ def table(result: Evaluation) -> str:
         for place, (side, task) in enumerate((side, task) for side in SIDES for task in TASKS):
             first, second = terms[2 * place : 2 * place + 2]
             lines.append(f"{side + ' ' + task:<16}{_number(first):>14}{_number(second):>12}")
-    others = [name for name in result.values if name not in (*TERMS, *MEASURES)]
     auc = result.values.get("mia_auc")
     for name, key in _ROWS:
         extra = f"   (AUC {auc:.4f})" if name == "membership" and auc is not None else ""
         lines.append(f"{name:<16}{_number(result.values.get(key)):>14}{extra}")
-    for name in others:
+    for name in result.others:
         lines.append(f"{name.replace('_', ' '):<16} {_number(result.values[name]):>13}")
     return "\n".join(lines)
 

@@ -53,6 +53,7 @@ ASKED = EvaluationSet(
 def evaluate(model: LanguageModel, asked: EvaluationSet, **how: object) -> Evaluation:
     """Ask a whole set at once."""
     given = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
+    given["retain_scores"] = given.pop("retain_losses")
     return unlearn.evaluate(model, **given, **how)  # type: ignore[arg-type]
 
 
@@ -81,7 +82,16 @@ def test_it_is_its_parts_put_together() -> None:
     assert found.member_losses == pytest.approx(losses[0], abs=1e-6)
     assert set(found.seconds) == {"forget", "retain", "membership", "utility"}
     values = found.to_json()
-    assert set(values) == {"terms", "task_aggregate", "mia_auc", "mia_score", "utility", "final", "seconds"}
+    assert set(values) == {
+        "terms",
+        "task_aggregate",
+        "mia_auc",
+        "mia_score",
+        "utility",
+        "final",
+        "mia_tpr_at_5_fpr",
+        "seconds",
+    }
     assert values["final"] == pytest.approx((values["task_aggregate"] + values["mia_score"] + utility) / 3)
 
 

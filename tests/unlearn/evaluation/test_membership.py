@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,46 @@ def test_area_is_that_of_scikit_learn_with_ties(seed: int) -> None:
 @pytest.mark.parametrize(("auc", "score"), [(0.5, 1.0), (1.0, 0.0), (0.0, 0.0), (0.75, 0.5), (0.4, 0.8)])
 def test_the_score_is_best_in_the_middle(auc: float, score: float) -> None:
     assert membership.score(auc) == pytest.approx(score)
+
+
+def test_true_positives_at_few_false_ones_by_hand() -> None:
+    others = [5.0, 6.0, 7.0, 8.0]
+    assert (
+        membership.tpr_at([1.0, 5.0, 5.5, 9.0], others) == 0.25
+    )  # of four others none may be taken, so 5.0 is a tie too many
+    assert membership.tpr_at([1.0, 5.0, 5.5, 9.0], others, fpr=0.25) == 0.75  # one may: all below 6.0
+    assert membership.tpr_at([1.0], [2.0] * 19) == 1.0
+    twenty = [float(loss) for loss in range(1, 21)]
+    assert membership.tpr_at([0.5, 1.5, 2.0, 2.5], twenty) == 0.5  # exactly 1 of 20 may be taken: all below 2.0
+    assert membership.tpr_at([0.5, 1.5, 2.0, 2.5], twenty[:19]) == 0.25  # of 19 none may
+    tied = [1.0, 1.0, *twenty[2:]]
+    assert (
+        membership.tpr_at([0.5, 1.0, 1.5], tied) == 1 / 3
+    )  # both at 1.0 would be taken together, which is one too many
+    hundred = [float(loss) for loss in range(100)]
+    assert (
+        membership.tpr_at([28.5, 29.0], hundred, fpr=0.29) == 0.5
+    )  # 0.29 * 100 is 28.999999999999996 in floating point
+    assert membership.tpr_at([np.inf], others) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_true_positives_are_those_of_the_best_threshold(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    members = np.round(generator.normal(2.0, 1.0, 37), 1)
+    others = np.round(generator.normal(2.4, 1.0, 52), 1)
+    found = [(members <= at).mean() for at in np.r_[members, others, -9.0] if (others <= at).mean() <= 0.05]
+    assert membership.tpr_at(members, others) == max(found)
+
+
+def test_two_samples_of_losses_by_hand() -> None:
+    # the distance is 1: of the C(6, 3) = 20 ways to deal six losses two tell the samples apart like this
+    assert membership.same_distribution([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) == pytest.approx(2 / 20)
+    assert membership.same_distribution([4.0, 5.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx(2 / 20)
+    assert membership.same_distribution([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1.0
+    assert membership.same_distribution(np.arange(20.0), np.arange(20.0) + 40) == pytest.approx(2 / math.comb(40, 20))
+    with pytest.raises(UserError, match="no retain model's member losses"):
+        membership.same_distribution([1.0], [])
 
 
 def test_losses_that_cannot_be_ranked() -> None:

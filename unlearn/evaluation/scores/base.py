@@ -17,8 +17,9 @@ from lm.data.rows import Row
 T = TypeVar("T")
 Generation = Mapping[str, str]
 """A row after generation: `id`, `task`, `input`, `expected_output`, `model_output`."""
-Need = Literal["forget", "retain", "losses", "choices"]
-"""A statistic: the generations of a side, the losses of member and other documents, the multiple-choice answers."""
+Need = Literal["forget", "retain", "losses", "choices", "retain_losses"]
+"""A statistic: the generations of a side, the losses of member and other documents, the multiple-choice answers, the losses of
+the same documents under the retain model."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,17 @@ Direction = Literal["higher", "lower"] | Towards
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Mean token loss of each document, in nats: documents that the model was trained on, and others."""
+    """Mean token loss of each document, in nats: documents that the model was trained on, and others.
+
+    Attributes:
+        members, nonmembers: document by document.
+        documents: a digest of their texts (`unlearn.evaluation.evaluation_set`), by which losses of other documents are told;
+            None where it is not known.
+    """
 
     members: tuple[float, ...]
     nonmembers: tuple[float, ...]
+    documents: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +68,14 @@ class Statistics:
         forget, retain: the generations of a side, in the order of the rows.
         losses: of the membership documents.
         choices: of the multiple-choice questions.
+        retain_losses: of the membership documents under the retain model.
     """
 
     forget: tuple[Generation, ...] | None = None
     retain: tuple[Generation, ...] | None = None
     losses: Losses | None = None
     choices: Choices | None = None
+    retain_losses: Losses | None = None
     _kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def has(self, need: Need) -> bool:
@@ -111,6 +121,11 @@ class Score(ABC):
         """What it is and when it is good, a sentence or two for a reader of the page."""
 
     @property
+    def group(self) -> str:
+        """What heads its columns among the further scores of the page; empty: its column stands in the summary."""
+        return ""
+
+    @property
     def direction(self) -> Direction:
         """Which values are good: `higher`, `lower`, or those near a target."""
         return "higher"
@@ -142,8 +157,12 @@ class Score(ABC):
         """The scores that this class stands for: itself with its defaults, or a family that differs in its settings."""
         return (cls(),)
 
+    def text(self, value: float) -> str:
+        """The value as the page shows it."""
+        return f"{value:.3f}"
+
     def goodness(self, value: float) -> float:
-        """The value as a number of which more is better."""
+        """The value as a number of which more is better; NaN if no value is better than another."""
         if isinstance(self.direction, Towards):
             return -abs(value - self.direction.target)
         return value if self.direction == "higher" else -value

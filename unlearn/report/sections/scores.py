@@ -1,4 +1,4 @@
-"""The score tables: a summary with one row a model, and the twelve terms behind it.
+"""The score tables: a summary with one row a model, the twelve terms behind it, and further scores in groups.
 
 The reference model comes first as the floor, the retain model last as the ceiling; only the methods between them compete for
 the mark of the best in a column. Columns, their words and which of two values is better come from `unlearn.evaluation.scores`.
@@ -53,19 +53,31 @@ class ScoreRow:
     bars: Markup
     measures: tuple[Cell, ...]
     terms: tuple[Cell, ...]
+    further: tuple[Cell, ...]
     seconds: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTables:
-    """Both tables: their columns (of measures also the names of the scores), and the rows in groups."""
+    """The tables: their columns (of measures also the names of the scores), and the rows in groups.
+
+    Attributes:
+        further: the columns of scores that stand apart, under what heads them (`Score.group`).
+    """
 
     names: tuple[str, ...]
     measures: tuple[Column, ...]
     terms: tuple[Column, ...]
+    further: tuple[tuple[str, tuple[Column, ...]], ...]
     groups: tuple[tuple[ScoreRow, ...], ...]
     marks: str
     missing: bool
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The places of the further columns with which a group begins."""
+        counts = [len(columns) for _, columns in self.further]
+        return tuple(sum(counts[:place]) for place in range(len(counts)))
 
     @property
     def meanings(self) -> tuple[Column, ...]:
@@ -73,15 +85,27 @@ class ScoreTables:
         trained = Column(title="Trained layers", meaning=words.TRAINED)
         time = Column(title="Time", meaning=words.SECONDS)
         terms = (Column(title=term.title[:1].upper() + term.title[1:], meaning=term.meaning) for term in self.terms)
-        return (trained, *self.measures, time, *terms)
+        further = (
+            Column(title=f"{column.title} ({group})", meaning=column.meaning)
+            for group, columns in self.further
+            for column in columns
+        )
+        return (trained, *self.measures, time, *terms, *further)
 
 
 def score_tables(report: Report) -> ScoreTables:
-    """The columns of the five official measures, and of every other score that some model has."""
-    names = [*MEASURES, *dict.fromkeys(name for model in report.models for name in model.others)]
+    """The columns of the five official measures, and of every other score that some model has, those of a group apart."""
     scores = known_scores()
-    best = {name: best_of(report.methods, _goodness(name, scores.get(name))) for name in names}
+    others = dict.fromkeys(name for m in report.models for name in m.others if not math.isnan(m.value(name)))
+    group_of = {name: scores[name].group if name in scores else "" for name in others}
+    names = [*MEASURES, *(name for name in others if not group_of[name])]
+    groups_of_scores = {group: [n for n in others if group_of[n] == group] for group in group_of.values() if group}
+    further = [name for columns in groups_of_scores.values() for name in columns]
+    best = {name: best_of(report.methods, _goodness(name, scores.get(name))) for name in (*names, *further)}
     best_terms = [best_of(report.methods, lambda model, at=index: model.terms[at]) for index in range(len(TERMS))]  # type: ignore[misc]
+
+    def cells(model: ReportModel, columns: Sequence[str]) -> tuple[Cell, ...]:
+        return tuple(_cell(model.value(n), model.key in best[n], score=scores.get(n)) for n in columns)
 
     def row(model: ReportModel) -> ScoreRow:
         return ScoreRow(
@@ -91,7 +115,8 @@ def score_tables(report: Report) -> ScoreTables:
             part=model.part,
             trained=words.trained(model),
             bars=term_bars(model.terms),
-            measures=tuple(_cell(model.value(name), model.key in best[name]) for name in names),
+            measures=cells(model, names),
+            further=cells(model, further),
             terms=tuple(
                 _cell(term, model.key in best_terms[index], words.term_name(index))
                 for index, term in enumerate(model.terms)
@@ -105,6 +130,10 @@ def score_tables(report: Report) -> ScoreTables:
         measures=tuple(_column(name, scores.get(name)) for name in names),
         terms=tuple(
             Column(title=words.term_name(index), meaning=words.term_meaning(index)) for index in range(len(TERMS))
+        ),
+        further=tuple(
+            (group, tuple(_column(name, scores.get(name)) for name in columns))
+            for group, columns in groups_of_scores.items()
         ),
         groups=tuple(tuple(map(row, group)) for group in groups if group),
         marks=_marks(report),
@@ -136,8 +165,9 @@ def _goodness(name: str, score: Score | None) -> Value:
     return lambda model: math.nan if score is None else score.goodness(model.value(name))
 
 
-def _cell(value: float, best: bool, title: str = "") -> Cell:
-    return Cell(text=None if math.isnan(value) else words.score(value), best=best, title=title)
+def _cell(value: float, best: bool, title: str = "", score: Score | None = None) -> Cell:
+    text = words.score if score is None else score.text
+    return Cell(text=None if math.isnan(value) else text(value), best=best, title=title)
 
 
 def _marks(report: Report) -> str:
