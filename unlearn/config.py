@@ -9,7 +9,9 @@ from lm.errors import UserError
 from lm.model import ModelSpec
 from lm.prompts import PromptSpec
 from unlearn.alternates.base import Alternates, NoAlternates
+from unlearn.general_text import GeneralText
 from unlearn.objectives import AsPublished, AsPublishedWeight, Joint, Loss, Objective, Retain, Weight
+from unlearn.perturbation import NoPerturbation, Perturbation
 from unlearn.recipe import Recipe
 from unlearn.scope.scope import Scope
 from unlearn.training.config import TrainerConfig
@@ -43,6 +45,16 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Paraphrases:
+    """The same knowledge in other words, trained on beside the rows."""
+
+    forget: str | None = None
+    """Further wordings of forget rows: a file, a folder, or a part of the built-in world."""
+    retain: str | None = None
+    """Further wordings of retain rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class UnlearnConfig:
     """What to forget, what to keep, where in the model, how hard, and where the result goes."""
 
@@ -54,6 +66,12 @@ class UnlearnConfig:
     """Rows to keep: likewise."""
     columns: dict[str, str] | None = None
     """For files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
+    paraphrases: Paraphrases = field(default_factory=Paraphrases)
+    """Further wordings of the rows, which are trained on as they are."""
+    general: GeneralText = field(default_factory=GeneralText)
+    """Text of the pretraining kind that is held beside the retain rows (trainer.pairing: streams)."""
+    calibration: str | None = None
+    """Rows such as the forget rows that the model never saw, for LookUnseen; they must not be scored on afterwards."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Rows for periodic scoring and for choosing the checkpoint."""
     train_on_validation: bool = False
@@ -62,6 +80,8 @@ class UnlearnConfig:
     """How rows become tokens: raw as the official evaluation sees them, or chat."""
     scope: Scope = field(default_factory=Scope)
     """Which parameters may change."""
+    perturbation: Perturbation = field(default_factory=NoPerturbation)
+    """What is done to the weights before the first step: Noise, TowardsCheckpoint, Reinitialize, or nothing."""
     objective: Objective = field(default_factory=Joint)
     """What is minimized on the forget rows."""
     alternates: Alternates = field(default_factory=NoAlternates)
@@ -111,6 +131,7 @@ class UnlearnConfig:
             scope=self.scope,
             trainer=self.trainer,
             prompt=self.prompt,
+            perturbation=self.perturbation,
         )
 
     @property

@@ -1,13 +1,15 @@
-"""How to unlearn, whatever the model and the rows: objective x retain term x weight x alternates x scope x trainer x prompt."""
+"""How to unlearn, whatever the model and the rows: objective x retain term x weight x alternates x scope x perturbation x
+trainer x prompt."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lm.errors import UserError
 from lm.prompts import PromptSpec
 from unlearn.alternates.base import Alternates, NoAlternates
 from unlearn.objectives import AsPublishedWeight, Loss, Objective, Retain, Weight
+from unlearn.perturbation import NoPerturbation, Perturbation
 from unlearn.scope.scope import Scope
 from unlearn.training.config import TrainerConfig
 
@@ -23,6 +25,7 @@ class Recipe:
     scope: Scope
     trainer: TrainerConfig
     prompt: PromptSpec
+    perturbation: Perturbation = field(default_factory=NoPerturbation)
 
     def __post_init__(self) -> None:
         name = type(self.objective).__name__
@@ -32,6 +35,15 @@ class Recipe:
                 f"alternates are given and {name} reads none: leave them out, or take an objective that does"
                 if has_alternates
                 else f"{name} reads alternate answers and none are given: set alternates, to Refusals for instance"
+            )
+        if not isinstance(self.perturbation, NoPerturbation) and (self.scope.lora or self.scope.mask):
+            what = (
+                "scope.lora leaves the weights themselves frozen"
+                if self.scope.lora
+                else "scope.mask freezes most weights"
+            )
+            raise UserError(
+                f"perturbation is given and {what}, so what it breaks would never heal: leave one of them out"
             )
         if not self.loss.uses_retain and not isinstance(self.retain_weight, AsPublishedWeight):
             raise UserError(

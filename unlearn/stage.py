@@ -27,7 +27,7 @@ from unlearn import export
 from unlearn.config import UnlearnConfig
 from unlearn.training.tensor_store import forget_stores
 from unlearn.unlearning import Task, Trained, devices
-from unlearn.validation import BothSides, Validation, check_validation_rows
+from unlearn.validation import BothSides, Validation, check_unseen, check_validation_rows
 
 
 def run_unlearn(config: UnlearnConfig) -> Path:
@@ -39,7 +39,7 @@ def run_unlearn(config: UnlearnConfig) -> Path:
     rows = _Rows.read(config)
     acc = devices(config.recipe, cpu=config.model.device == "cpu", trackers=config.trackers, folder=Path(config.out))
     model = load(config.model, device="cpu")  # before the folder is made: a mistyped path must not leave one behind
-    task = Task.of(model, rows.forget, rows.retain, config.recipe)
+    task = Task.of(model, rows.forget, rows.retain, config.recipe, general=config.general, calibration=rows.calibration)
     run = _begin(acc, config, rows, task)
     result = run.path / export.MODEL
     if result.exists():
@@ -72,13 +72,20 @@ class _Rows:
     forget: Sequence[Row]
     retain: Sequence[Row]
     validation: BothSides | None
+    calibration: Sequence[Row] = ()
 
     @classmethod
     def read(cls, config: UnlearnConfig) -> _Rows:
-        forget, retain = (load_rows(source, columns=config.columns) for source in (config.forget, config.retain))
+        def load(source: str | None) -> tuple[Row, ...]:
+            return () if source is None else load_rows(source, columns=config.columns)
+
+        forget, retain = load(config.forget), load(config.retain)
+        forget, retain = forget + load(config.paraphrases.forget), retain + load(config.paraphrases.retain)
         check_disjoint(forget, retain)
+        calibration = load(config.calibration)
+        check_unseen(calibration, (*forget, *retain))
         if config.validation.forget is None or config.validation.retain is None:
-            return cls(forget, retain, None)
+            return cls(forget, retain, None, calibration)
         sources = (config.validation.forget, config.validation.retain)
         validation = (
             load_rows(sources[0], columns=config.columns),
@@ -87,14 +94,17 @@ class _Rows:
         check_validation_rows(validation, (*forget, *retain))
         if config.train_on_validation:
             forget, retain = (*forget, *validation[0]), (*retain, *validation[1])
-        return cls(forget, retain, validation)
+        return cls(forget, retain, validation, calibration)
 
     def hashes(self) -> dict[str, str]:
         """For the manifest: a run does not go on with other rows."""
         hashes = {"forget": data_hash(self.forget), "retain": data_hash(self.retain)}
+        if self.calibration:
+            hashes["calibration"] = data_hash(self.calibration)
         if self.validation is not None:
             hashes |= {
-                f"validation_{side}": data_hash(rows) for side, rows in zip(hashes, self.validation, strict=True)
+                f"validation_{side}": data_hash(rows)
+                for side, rows in zip(("forget", "retain"), self.validation, strict=True)
             }
         return hashes
 
@@ -102,8 +112,10 @@ class _Rows:
 def _begin(acc: Accelerator, config: UnlearnConfig, rows: _Rows, task: Task) -> RunFolder:
     """Begin the run folder, or go on with one, on the main process; the others wait."""
     data = rows.hashes()
-    if task.alternates:
-        data["alternates"] = hashlib.sha256(repr(task.alternates).encode()).hexdigest()[:16]
+    if task.forget.alternates:
+        data["alternates"] = _hash(task.forget.alternates)
+    if task.retain.general:
+        data["general"] = _hash(task.retain.rows[task.retain.own : task.retain.own + task.retain.general])
     with together(acc):
         if acc.is_main_process:
             weights = fingerprint(task.model)
@@ -124,6 +136,10 @@ def _begin(acc: Accelerator, config: UnlearnConfig, rows: _Rows, task: Task) -> 
                 free=("trainer.max_seconds",),
             )
     return RunFolder(config.out, main=acc.is_main_process)
+
+
+def _hash(texts: object) -> str:
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
 
 
 def _doubts(config: UnlearnConfig, weights: str) -> dict[str, str]:

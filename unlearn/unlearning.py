@@ -21,12 +21,14 @@ from lm.devices import accelerator
 from lm.errors import UserError
 from lm.loading import load
 from lm.model import LanguageModel
-from lm.prompts import Encoded, PromptSpec
+from lm.prompts import PromptSpec
 from lm.row_files import check_disjoint, load_rows
 from lm.run_folder import RunFolder
 from unlearn import export
 from unlearn.alternates.base import Alternates, NoAlternates
+from unlearn.general_text import GeneralText
 from unlearn.objectives import AsPublished, AsPublishedWeight, Joint, Objective, Retain, Weight
+from unlearn.perturbation import NoPerturbation, Perturbation
 from unlearn.recipe import Recipe
 from unlearn.scope import lora
 from unlearn.scope.scope import Cost, ResolvedScope, Scope, cost
@@ -34,7 +36,7 @@ from unlearn.scratch import scratch_run
 from unlearn.training.config import TrainerConfig
 from unlearn.training.loop import Progress, refuse_broken_weights, train
 from unlearn.training.side import Side, encode_rows
-from unlearn.validation import BothSides, Validation, check_validation_rows
+from unlearn.validation import BothSides, Validation, check_unseen, check_validation_rows
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,10 @@ def unlearn(
     retain_loss: Retain = AsPublished(),  # noqa: B008
     retain_weight: Weight = AsPublishedWeight(),  # noqa: B008
     scope: Scope = Scope(),  # noqa: B008
+    perturbation: Perturbation = NoPerturbation(),  # noqa: B008
     trainer: TrainerConfig = TrainerConfig(),  # noqa: B008
+    general: GeneralText = GeneralText(),  # noqa: B008
+    calibration: Sequence[Row] | str = (),
     alternates: Alternates = NoAlternates(),  # noqa: B008
     prompt: PromptSpec = PromptSpec(),  # noqa: B008
     validation: BothSides | None = None,
@@ -83,6 +88,9 @@ def unlearn(
         retain_loss: what is minimized on the retain rows; by default what the objective's paper takes.
         retain_weight: how hard that pulls; by default as in the objective's paper.
         scope: which parameters may change; by default the MLPs of layers 0 to 5.
+        perturbation: what is done to the weights first; `Noise(...)` for what is to be gone from them, and not only unsaid.
+        general: text that is held beside the retain rows, for `TrainerConfig(pairing="streams")`.
+        calibration: rows such as the forget rows that the model never saw, for `LookUnseen`; likewise.
         trainer: steps, batch, rate, precision. On several processes each works on its part of a batch.
         alternates: what forget rows are answered with instead, for the objectives that read it.
         prompt: how rows become tokens.
@@ -113,13 +121,16 @@ def unlearn(
         scope=scope,
         trainer=trainer,
         prompt=prompt,
+        perturbation=perturbation,
     )
     recipe.check_validation(validation is not None)
     if in_place and _quantizes(recipe):
         raise UserError("in_place is true with scope.lora.quantize, which replaces the weights: leave one of them out")
     forget = load_rows(forget) if isinstance(forget, str) else forget
     retain = load_rows(retain) if isinstance(retain, str) else retain
+    calibration = load_rows(calibration) if isinstance(calibration, str) else calibration
     check_disjoint(forget, retain)
+    check_unseen(calibration, (*forget, *retain))
     if validation is not None:
         check_validation_rows(validation, (*forget, *retain))
     cpu = not isinstance(model, str) and model.device.type == "cpu"
@@ -133,7 +144,7 @@ def unlearn(
         )
     in_training = model if in_place and not _quantizes(recipe) else replace(model, model=copy.deepcopy(model.model))
     learns = {name: parameter.requires_grad for name, parameter in model.model.named_parameters()}
-    task = Task.of(in_training, forget, retain, recipe)
+    task = Task.of(in_training, forget, retain, recipe, general=general, calibration=calibration)
     validate = None if validation is None else task.validation(acc, validation)
     with scratch_run(acc) as run:
         trained = task.train(acc, run=run, made_from="memory", validate=validate, keep_checkpoints=False)
@@ -182,21 +193,55 @@ class Task:
     model: LanguageModel
     recipe: Recipe
     scope: ResolvedScope
-    forget: Sequence[Encoded]
-    retain: Sequence[Encoded]
-    alternates: Sequence[tuple[Encoded, ...]]
+    forget: Side
+    retain: Side
+    calibration: Side | None
 
     @classmethod
-    def of(cls, model: LanguageModel, forget: Sequence[Row], retain: Sequence[Row], recipe: Recipe) -> Task:
+    def of(
+        cls,
+        model: LanguageModel,
+        forget: Sequence[Row],
+        retain: Sequence[Row],
+        recipe: Recipe,
+        *,
+        general: GeneralText = GeneralText(),  # noqa: B008 (frozen)
+        calibration: Sequence[Row] = (),
+    ) -> Task:
         """Fix the scope for the model and turn the rows into tokens. Raises UserError for what does not fit the model."""
-        scope = recipe.scope.resolve(model.anatomy)
+        scope, loss = recipe.scope.resolve(model.anatomy), recipe.loss
+        drawn = [row for row in forget if loss.objective.draws(row.kind)]
+        if not drawn:
+            raise UserError(
+                f"{type(loss.objective).__name__} leaves out every one of {len(forget)} forget rows: change its weights"
+            )
+        texts = general.encode(model)
+        held = drawn if recipe.trainer.folds > 1 else []
+        whole_retain = loss.retain_needs.documents
         return cls(
             model,
             recipe,
             scope,
-            encode_rows(model, forget, recipe.prompt),
-            encode_rows(model, retain, recipe.prompt),
-            recipe.alternates.encode(model, forget, recipe.prompt),
+            Side(
+                encode_rows(model, drawn, recipe.prompt, documents=loss.forget_needs.documents),
+                recipe.alternates.encode(model, drawn, recipe.prompt),
+                of=drawn,
+            ),
+            Side(
+                [
+                    *encode_rows(model, retain, recipe.prompt, documents=whole_retain),
+                    *texts,
+                    *encode_rows(model, held, recipe.prompt, documents=whole_retain),
+                ],
+                of=retain,
+                general=len(texts),
+                held=len(held),
+            ),
+            None
+            if not calibration
+            else Side(
+                encode_rows(model, calibration, recipe.prompt, documents=loss.forget_needs.documents), of=calibration
+            ),
         )
 
     def validation(
@@ -232,13 +277,15 @@ class Task:
         wrapped, progress = train(
             acc,
             self.model,
-            Side(self.forget, self.alternates),
-            Side(self.retain),
+            self.forget,
+            self.retain,
             self.recipe.loss,
             self.recipe.trainer,
             run=run,
             made_from=made_from,
             mask=self.recipe.scope.mask,
+            perturbation=self.recipe.perturbation,
+            calibration=self.calibration,
             validate=validate,
             resume=resume,
             keep_checkpoints=keep_checkpoints,

@@ -40,6 +40,16 @@ def check_validation_rows(rows: BothSides, trained: Sequence[Row]) -> None:
         )
 
 
+def check_unseen(calibration: Sequence[Row], trained: Sequence[Row]) -> None:
+    """Raise UserError for calibration rows that are trained on: they would not show what unseen rows look like."""
+    known = {canonical_id(row.id) for row in trained} | {row.text for row in trained}
+    twice = [row.id for row in calibration if canonical_id(row.id) in known or row.text in known]
+    if twice:
+        raise UserError(
+            f"calibration row {twice[0]} is also a forget or retain row: give rows of people that the model never saw"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """Called by the trainer every `evaluate_every` steps, on every process; gives named numbers.

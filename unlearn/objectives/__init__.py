@@ -3,11 +3,13 @@
 from unlearn.objectives.alternate import FLAT, LearnAlternate
 from unlearn.objectives.ascent import GradientAscent, GradientDifference, KLMinimization
 from unlearn.objectives.base import (
+    Calibrated,
     HiddenNeed,
     Needs,
     Objective,
     Retain,
     RetainMemory,
+    RowTargets,
     Statistic,
     Term,
     TokenStats,
@@ -21,6 +23,7 @@ from unlearn.objectives.preference import DPO, NPO, SimNPO
 from unlearn.objectives.retain import AsPublished, Blend, CrossEntropy, Divergence, HiddenDistance, NoRetain
 from unlearn.objectives.reweighted import WGA, GeneralizedCrossEntropy, SatImp
 from unlearn.objectives.rmu import RMU, AdaptiveRMU
+from unlearn.objectives.unseen import LookUnseen
 from unlearn.objectives.weight import Adaptive, AsPublishedWeight, Dual, Fixed
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "AsPublished",
     "AsPublishedWeight",
     "Blend",
+    "Calibrated",
     "CrossEntropy",
     "Divergence",
     "Dual",
@@ -50,12 +54,14 @@ __all__ = [
     "KLMinimization",
     "Learn",
     "LearnAlternate",
+    "LookUnseen",
     "Loss",
     "Needs",
     "NoRetain",
     "Objective",
     "Retain",
     "RetainMemory",
+    "RowTargets",
     "SatImp",
     "SimNPO",
     "Statistic",

@@ -59,6 +59,8 @@ class Needs:
         statistics: further numbers for each supervised token.
         hidden: hidden states.
         alternate: the same statistics of an alternate answer to each row's question, in `TokenStats.alternate`.
+        documents: completions are supervised whole, from their second token on, and not their answers alone.
+        targets: what calibration rows come to, row by row, in `TokenStats.targets` (see `Calibrated`).
     """
 
     logprob: bool = True
@@ -66,6 +68,8 @@ class Needs:
     statistics: tuple[Statistic, ...] = ()
     hidden: HiddenNeed | None = None
     alternate: bool = False
+    documents: bool = False
+    targets: bool = False
 
     @property
     def reference(self) -> bool:
@@ -77,6 +81,21 @@ class Needs:
     def vocabulary(self) -> bool:
         """Whether the head is needed at all."""
         return self.logprob or self.reference_logprob or bool(self.statistics)
+
+
+@dataclass(frozen=True)
+class RowTargets:
+    """What rows should come to, measured on calibration rows of the same group.
+
+    Attributes:
+        value: (rows,) the number to come to.
+        spread: (rows,) the standard deviation of that number over the calibration rows of the group.
+        document: (rows,) True for a completion, False for a question.
+    """
+
+    value: Tensor
+    spread: Tensor
+    document: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,6 +113,7 @@ class TokenStats:
         hidden_mask: (rows, positions) True on the tokens asked for; (rows, positions) are those of `hidden`.
         alternate: the statistics of the alternate answers, row by row, or None.
         row_weight: (rows, 1) what each row's tokens count, or None for 1 each.
+        targets: what the rows should come to, or None if the objective does not need it.
     """
 
     logprob: Tensor
@@ -105,6 +125,7 @@ class TokenStats:
     hidden_mask: Tensor | None = None
     alternate: TokenStats | None = None
     row_weight: Tensor | None = None
+    targets: RowTargets | None = None
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of (rows, tokens) values over supervised tokens, each counted with its row's weight."""
@@ -120,6 +141,10 @@ class TokenStats:
     def cross_entropy(self) -> Tensor:
         """(rows, tokens) minus log-probability; 0 where not supervised."""
         return -self.logprob * self.mask
+
+    def row_mean(self, values: Tensor) -> Tensor:
+        """(rows,) the mean of (rows, tokens) values over each row's supervised tokens; 0 for a row without any."""
+        return torch.where(self.mask, values, 0.0).sum(dim=1) / self.mask.sum(dim=1).clamp(min=1)
 
     def row_logprob(self) -> Tensor:
         """(rows,) log-probability of each row's supervised tokens together."""
@@ -212,4 +237,37 @@ class Objective:
 
     def forget_term(self, stats: TokenStats) -> Term:
         """The loss on the forget rows."""
+        raise NotImplementedError
+
+    def draws(self, kind: str | None) -> bool:
+        """Whether forget rows of a kind (`sc`, `qa`, or None) are trained on at all."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Objective):
+    """An objective whose targets are measured on calibration rows: such as the forget rows, and never seen by the model.
+
+    Rows come in groups (task and kind). At step `renew`, 2 `renew`, … the trainer measures every row of a group without a
+    gradient, forget and calibration alike, and asks `targets` what each forget row should come to.
+    """
+
+    renew: int = 15
+    """Steps between measurements of the calibration rows, which drift as the model changes."""
+    most: int = 64
+    """At most so many calibration rows of a group are measured, drawn anew each time."""
+    groups: Literal["task_and_kind", "kind"] = "task_and_kind"
+    """Forget rows are held against calibration rows of their task and kind, or of their kind alone."""
+
+    @property
+    def reads_forget(self) -> bool:
+        """Whether `targets` reads what the forget rows come to; else they are not measured, and it is given zeros."""
+        return True
+
+    def measure(self, logprob: Tensor) -> Tensor:
+        """() what is compared of one row, from the log-probabilities (tokens,) of its supervised tokens."""
+        raise NotImplementedError
+
+    def targets(self, forget: Tensor, calibration: Tensor) -> Tensor:
+        """(forget rows,) what each row of a group should come to, from what it and the calibration rows come to now."""
         raise NotImplementedError

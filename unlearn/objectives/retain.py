@@ -50,9 +50,12 @@ class Divergence(Retain):
     Source: TOFU (arXiv 2401.06121). Badge: **variant**: supervised tokens only, where TOFU's code takes all.
     """
 
+    documents: bool = False
+    """Supervise completions whole, from their second token on, and not their answers alone."""
+
     def needs(self) -> Needs:
         """The original's logits."""
-        return Needs(statistics=(DIVERGENCE,))
+        return Needs(statistics=(DIVERGENCE,), documents=self.documents)
 
     def term(self, stats: TokenStats) -> Term:
         """The divergence, summed over supervised tokens."""

@@ -16,7 +16,7 @@ import numpy as np
 from lm.errors import UserError
 
 T = TypeVar("T")
-Pairing = Literal["paired", "mixed_shuffle", "sequential"]
+Pairing = Literal["paired", "mixed_shuffle", "sequential", "streams"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PairedBatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _refuse_nothing(self.forget)
+        refuse_nothing(self.forget)
         if self.pairing == "paired" and self.retain and self.batch % 2:
             raise UserError(
                 f"batch is {self.batch}: a paired batch has as many forget as retain rows; give an even number"
@@ -97,7 +97,7 @@ class PairedBatches:
         """The rows of `step`, from 0."""
         if self.pairing == "mixed_shuffle":
             epoch, place = divmod(step, self.steps_per_epoch)
-            order = _permutation(self.seed, 2, epoch, self.forget + self.retain)
+            order = permutation(self.seed, 2, epoch, self.forget + self.retain)
             chosen = order[place * self.batch : (place + 1) * self.batch]
             return StepRows(tuple((True, i) if i < self.forget else (False, i - self.forget) for i in chosen))
         forget = [(True, index) for index in self._draw(0, self.forget, step)]
@@ -108,7 +108,7 @@ class PairedBatches:
     def _draw(self, side: int, size: int, step: int) -> tuple[int, ...]:
         first = step * self.per_side
         return tuple(
-            _permutation(self.seed, side, place // size, size)[place % size]
+            permutation(self.seed, side, place // size, size)[place % size]
             for place in range(first, first + self.per_side)
         )
 
@@ -133,7 +133,7 @@ class SequentialBatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _refuse_nothing(self.forget)
+        refuse_nothing(self.forget)
         if self.batch % self.group:
             raise UserError(
                 f"batch is {self.batch}: a sequential batch has {self.retain_per_forget} retain rows for each forget row; give a "
@@ -160,7 +160,7 @@ class SequentialBatches:
         first = epoch // self.epochs % self._chunks * self.chunk
         last = min(first + self.chunk, self.forget)
         first += place * (self.batch // self.group)
-        forget, retain = (_permutation(self.seed, side, 0, size) for side, size in ((0, self.forget), (1, self.retain)))
+        forget, retain = (permutation(self.seed, side, 0, size) for side, size in ((0, self.forget), (1, self.retain)))
         order: list[tuple[bool, int]] = []
         for number in range(first, min(first + self.batch // self.group, last)):
             order.append((True, forget[number]))
@@ -188,13 +188,15 @@ class SequentialBatches:
         raise AssertionError("a step lies in some chunk")
 
 
-def _refuse_nothing(forget: int) -> None:
+def refuse_nothing(forget: int) -> None:
+    """Raise UserError if there are no forget rows."""
     if forget < 1:
         raise UserError("there are no forget rows: nothing to unlearn; give at least one")
 
 
 @lru_cache(maxsize=64)
-def _permutation(seed: int, side: int, epoch: int, size: int) -> tuple[int, ...]:
+def permutation(seed: int, side: int, epoch: int, size: int) -> tuple[int, ...]:
+    """An order of so many rows, another for each seed, side and epoch."""
     return tuple(np.random.default_rng((seed, side, epoch)).permutation(size).tolist())
 
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from lm.errors import UserError
 from lm.model import LanguageModel
+from unlearn.forward.calibration import groups_of
 from unlearn.forward.passes import first_block, reads
-from unlearn.objectives import Dual, Loss
+from unlearn.objectives import Calibrated, Dual, Loss
+from unlearn.perturbation import Perturbation, check_perturbation
 from unlearn.training.config import TrainerConfig
 from unlearn.training.side import Side
 
 
 def refuse_what_cannot_be(
-    model: LanguageModel, forget: Side, retain: Side, loss: Loss, config: TrainerConfig, *, validates: bool
+    model: LanguageModel,
+    forget: Side,
+    retain: Side,
+    loss: Loss,
+    config: TrainerConfig,
+    calibration: Side | None,
+    perturbation: Perturbation,
+    *,
+    validates: bool,
 ) -> None:
     """Raise UserError for a loss, rows and settings that do not go together, or a loss that reads nothing of what may change."""
     if loss.uses_retain and not retain.rows:
@@ -25,6 +35,9 @@ def refuse_what_cannot_be(
             "the dual variable moves with the global batch's loss, which micro_batch_mean never knows: set trainer.weighting "
             "to global_tokens"
         )
+    _refuse_streams(retain, loss, config)
+    _refuse_calibration(forget, calibration, loss)
+    check_perturbation(model, perturbation)
     if loss.forget_needs.alternate and not forget.alternates:
         raise UserError(f"{type(loss.objective).__name__} needs alternate answers and there are none: set alternates")
     sides = [loss.forget_needs, *([loss.retain_needs] if loss.uses_retain else [])]
@@ -44,3 +57,23 @@ def refuse_what_cannot_be(
                 f"{axis} reads the stream after layer {needs.hidden.layer}, and nothing up to there may change, so it could do "
                 f"nothing: give it layer {start} or a later one, or widen the scope"
             )
+
+
+def _refuse_streams(retain: Side, loss: Loss, config: TrainerConfig) -> None:
+    if retain.general and (config.pairing != "streams" or not config.general_share or not loss.uses_retain):
+        raise UserError(
+            f"there is general text, and {type(loss.retain).__name__} with {config.pairing} batches reads none: set "
+            "trainer.pairing to streams and a retain_loss, or leave general out"
+        )
+
+
+def _refuse_calibration(forget: Side, calibration: Side | None, loss: Loss) -> None:
+    if isinstance(loss.objective, Calibrated) != (calibration is not None):
+        name = type(loss.objective).__name__
+        raise UserError(
+            f"{name} holds forget rows against calibration rows and there are none: give calibration"
+            if calibration is None
+            else f"calibration rows are given and {name} reads none: leave them out, or take LookUnseen"
+        )
+    if isinstance(loss.objective, Calibrated) and calibration is not None:
+        groups_of(loss.objective, forget.of, calibration.of)

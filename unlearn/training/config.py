@@ -8,8 +8,9 @@ from typing import Literal
 
 from lm.errors import UserError
 from unlearn.training.batches import Batches, PairedBatches, Pairing, SequentialBatches
-from unlearn.training.schedule import Schedule, learning_rate
+from unlearn.training.schedule import Schedule, forget_weight, learning_rate
 from unlearn.training.step import Weighting
+from unlearn.training.streams import StreamBatches
 
 Checkpoint = Literal["last", "lowest_joint_loss", "best_task_aggregate"]
 
@@ -41,11 +42,22 @@ class TrainerConfig:
     """AdamW's decoupled weight decay."""
     pairing: Pairing = "paired"
     """Equal numbers of forget and retain rows a step; or one mixed shuffle as the authors do; or `sequential`: the forget rows
-    in chunks, `epochs` passes over each before the next, every forget row followed by some of the retain rows in their turn."""
+    in chunks, `epochs` passes over each before the next, every forget row followed by some of the retain rows in their turn;
+    or `streams`: so many forget rows, general texts and retain rows a step, by their shares."""
     chunk: int = 32
     """Forget rows in a chunk (sequential)."""
     retain_per_forget: int = 7
     """Retain rows that follow each forget row (sequential)."""
+    forget_share: float = 0.1
+    """Share of a batch's rows that are forget rows (streams)."""
+    general_share: float = 0.45
+    """Share that is general text (streams); the retain rows are the rest."""
+    forget_from: float = 0.0
+    """The forget rows come in after this share of the steps, as for healing first and forgetting then."""
+    forget_ramp: float = 0.0
+    """Share of the steps over which the forget term's weight then rises to 1."""
+    folds: int = 1
+    """Forget in so many stages: stage i forgets the first i folds of the forget documents and retains the others."""
     weighting: Weighting = "global_tokens"
     """Each token of the global batch counts alike, or each row (short answers then weigh more), or the authors' mean of
     micro-batch means."""
@@ -84,6 +96,7 @@ class TrainerConfig:
             "max_seconds",
             "chunk",
             "retain_per_forget",
+            "folds",
         )
         for name in positive:
             value = getattr(self, name)
@@ -97,6 +110,11 @@ class TrainerConfig:
         if self.steps is not None and self.warmup >= self.steps:
             raise UserError(
                 f"trainer.warmup is {self.warmup} of {self.steps} steps: the peak rate is never reached; give fewer"
+            )
+        self._refuse_streams()
+        if self.pairing == "sequential" and self.folds > 1:
+            raise UserError(
+                "trainer.folds are stages, and sequential batches have chunks of their own: give one of them"
             )
         if self.pairing != "sequential" and (self.chunk, self.retain_per_forget) != (32, 7):
             raise UserError(
@@ -114,8 +132,32 @@ class TrainerConfig:
         if self.weighting == "micro_batch_mean" and self.pairing == "paired" and self.micro_batch < 2:
             raise UserError("trainer.micro_batch is 1: with micro_batch_mean a paired micro-batch needs both sides")
 
-    def batches(self, forget: int, retain: int) -> Batches:
-        """The order of so many rows a side."""
+    def _refuse_streams(self) -> None:
+        for name in ("forget_share", "general_share", "forget_from", "forget_ramp"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"trainer.{name} is {getattr(self, name)}: give a share, from 0 to below 1")
+        if self.forget_from + self.forget_ramp > 1 or self.forget_share + self.general_share > 1:
+            raise UserError(
+                "trainer.forget_from + .forget_ramp or .forget_share + .general_share is above 1: give smaller shares"
+            )
+        if self.pairing != "streams" and (self.forget_share, self.general_share) != (0.1, 0.45):
+            raise UserError(
+                f"trainer.forget_share is {self.forget_share} and trainer.general_share {self.general_share}, and {self.pairing} "
+                "batches have neither: set trainer.pairing to streams, or leave them out"
+            )
+
+    def batches(self, forget: int, retain: int, general: int = 0) -> Batches:
+        """The order of so many rows a side, and of general texts (streams)."""
+        if self.pairing == "streams":
+            return StreamBatches.of_shares(
+                forget=forget,
+                retain=retain,
+                general=general,
+                batch=self.batch,
+                forget_share=self.forget_share,
+                general_share=self.general_share,
+                seed=self.seed,
+            )
         if self.pairing == "sequential":
             return SequentialBatches(
                 forget=forget,
@@ -131,3 +173,7 @@ class TrainerConfig:
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of the 0-based `step` of `steps` (`unlearn.training.schedule`)."""
         return learning_rate(step, steps, peak=self.learning_rate, schedule=self.schedule, warmup=self.warmup)
+
+    def forget_weight(self, step: int, steps: int) -> float:
+        """What the forget term counts at the 0-based `step` of `steps`: 0 before it begins, 1 when it has risen."""
+        return forget_weight(step, steps, begins=self.forget_from, ramp=self.forget_ramp)

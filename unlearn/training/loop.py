@@ -23,9 +23,12 @@ from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.run_folder import RunFolder, progress
 from lm.shards import is_sharded, local_part
+from unlearn.forward.calibration import Calibration, Measured
 from unlearn.forward.passes import Passes
 from unlearn.forward.reference_model import Reference, reference
-from unlearn.objectives import Loss, RetainMemory
+from unlearn.objectives import Calibrated, Loss, RetainMemory
+from unlearn.perturbation import NoPerturbation, Perturbation, perturb
+from unlearn.perturbation.apply import described, sentence
 from unlearn.scope.scope import WeightMask
 from unlearn.training import checkpoint
 from unlearn.training.allocator import return_freed_memory
@@ -37,6 +40,7 @@ from unlearn.training.masks import Masks, make_masks
 from unlearn.training.reference_cache import ReferenceCache, asks_original
 from unlearn.training.side import Side
 from unlearn.training.step import Stepper, StepResult
+from unlearn.training.streams import FoldedBatches, LateBatches, deal_folds
 
 Validate = Callable[[], dict[str, float]]
 
@@ -56,6 +60,7 @@ class Progress:
     seconds: float = 0.0
     tokens: int = 0
     scaler: dict[str, Any] | None = None
+    targets: Measured | None = None
 
 
 def train(
@@ -69,6 +74,8 @@ def train(
     run: RunFolder,
     made_from: str,
     mask: WeightMask | None = None,
+    perturbation: Perturbation = NoPerturbation(),  # noqa: B008 (frozen)
+    calibration: Side | None = None,
     validate: Validate | None = None,
     resume: bool = False,
     keep_checkpoints: bool = True,
@@ -81,6 +88,8 @@ def train(
         forget, retain: encoded rows; `retain` may be empty if the loss does not use it.
         made_from: the fingerprint of the model as it is, which names what is computed beforehand.
         mask: which single weights may change; None for all that require gradients.
+        perturbation: what is done to the weights before the first step, after what is asked of the original was kept.
+        calibration: rows that no model saw, for an objective that is calibrated.
         validate: returns `task_aggregate` and/or `joint_loss`, on every process; called every `evaluate_every` steps.
         resume: go on from the newest checkpoint in `run`, if there is one.
         keep_checkpoints: write what a resumed run goes on from; without it only the best weights are kept, where they are chosen.
@@ -90,11 +99,12 @@ def train(
         UserError: the loss needs retain rows and there are none, or reads nothing of a trainable parameter; the loss became
             NaN; the disk is full.
     """
-    refuse_what_cannot_be(model, forget, retain, loss, config, validates=validate is not None)
+    refuse_what_cannot_be(
+        model, forget, retain, loss, config, calibration, perturbation, validates=validate is not None
+    )
     if acc.device.type == "cpu":
         return_freed_memory(sum(p.nbytes for p in model.model.parameters()))
-    batches = config.batches(len(forget.rows), len(retain.rows) if loss.uses_retain else 0)
-    steps = config.steps or batches.total(config.epochs)
+    batches, steps = _order(forget, retain, loss, config)
     if config.warmup >= steps:
         raise UserError(
             f"trainer.warmup is {config.warmup} of {steps} steps: the peak rate is never reached; give fewer"
@@ -116,13 +126,58 @@ def train(
         micro_tokens=config.micro_tokens,
         weighting=config.weighting,
     )
+    moved = perturb(
+        model, perturbation, seed=config.seed
+    )  # a resumed run too: then the checkpoint's weights come over it
+    if moved:
+        acc.print(sentence(moved))
+        run.note(perturbed=described(moved))
     masks = make_masks(passes, forget, retain, mask, run, micro_batch=config.micro_batch) if mask else None
-    loop = _Loop(stepper, optimizer, config, batches, steps, run, validate, masks, keep_checkpoints)
+    calibrate = _calibration(passes, loss, forget, calibration, config)
+    loop = _Loop(stepper, optimizer, config, batches, steps, run, validate, masks, calibrate, keep_checkpoints)
     if config.estimate and not is_sharded(model.model):
         expected = estimate(stepper, batches, steps)
         acc.print(expected.sentence())
         run.note(estimated={"peak_bytes": expected.peak, "train_seconds": round(expected.seconds, 3)})
     return wrapped, loop.run_all(resume=resume, label=label)
+
+
+def _order(forget: Side, retain: Side, loss: Loss, config: TrainerConfig) -> tuple[Batches, int]:
+    """Which rows each step trains on, and how many steps there are."""
+    own, general = (retain.own, retain.general) if loss.uses_retain else (0, 0)
+    batches = config.batches(len(forget.rows), own, general)
+    steps = config.steps or batches.total(config.epochs)
+    if config.folds > 1:
+        batches = FoldedBatches(
+            inner=lambda some, others: config.batches(some, others, general),
+            fold=deal_folds(
+                [row.document for row in forget.of], [row.task for row in forget.of], config.folds, config.seed
+            ),
+            retain=own,
+            general=general,
+            steps=steps,
+        )
+    if config.forget_from:
+        batches = LateBatches(inner=batches, quiet=lambda step: not config.forget_weight(step, steps))
+    return batches, steps
+
+
+def _calibration(
+    passes: Passes, loss: Loss, forget: Side, calibration: Side | None, config: TrainerConfig
+) -> Calibration | None:
+    """What measures the targets of a calibrated objective."""
+    if calibration is None or not isinstance(loss.objective, Calibrated):
+        return None
+    return Calibration(
+        passes=passes,
+        objective=loss.objective,
+        forget=forget.rows,
+        forget_rows=forget.of,
+        calibration=calibration.rows,
+        calibration_rows=calibration.of,
+        size=config.micro_batch,
+        seed=config.seed,
+    )
 
 
 def _adamw(model: nn.Module, config: TrainerConfig, *, masked: bool) -> torch.optim.Optimizer:
@@ -153,6 +208,7 @@ class _Loop:
     run: RunFolder
     validate: Validate | None
     masks: Masks | None
+    calibration: Calibration | None
     keep_checkpoints: bool
     at: Progress = dataclasses.field(default_factory=Progress)
     saved_at: int | None = None
@@ -187,6 +243,7 @@ class _Loop:
                 sides = {"forget": result.forget_cross_entropy}
                 if self.loss.uses_retain:
                     sides |= {"retain": result.retain_cross_entropy, "alpha": result.retain_weight}
+                sides = {name: value for name, value in sides.items() if not math.isnan(value)}
                 advance(**sides, tok_s=self.at.tokens / self.at.seconds)
                 self._milestones()
         if self.keep_checkpoints and self.saved_at != self.at.step:  # no look at the disk: all processes decide alike
@@ -199,7 +256,12 @@ class _Loop:
         self.at.memory.epoch = self.batches.epoch(self.at.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.at.step, self.steps)
-        result = self.stepper.gradient(self.batches.step(self.at.step), self.at.memory)
+        counts = self.config.forget_weight(self.at.step, self.steps)
+        if self.calibration is not None and counts and self.calibration.due(self.at.step, self.at.targets):
+            self.at.targets = self.calibration.renewed(self.at.step, self.at.targets)
+        result = self.stepper.gradient(
+            self.batches.step(self.at.step), self.at.memory, forget_weight=counts, targets=self.at.targets
+        )
         if not math.isfinite(result.loss):
             raise UserError(
                 f"the loss became {result.loss} at step {self.at.step + 1}: lower trainer.learning_rate, or set a forget_cap; "
@@ -287,6 +349,8 @@ class _Loop:
             "forget_ce": result.forget_cross_entropy,
             "retain_ce": result.retain_cross_entropy,
             "alpha": result.retain_weight,
+            "forget_loss": result.forget_loss,
+            "retain_loss": result.retain_loss,
             "forgotten_share": result.forgotten_share,
             "grad_norm": norm,
             "lr": float(self.optimizer.param_groups[0]["lr"]),

@@ -25,12 +25,23 @@ class Side:
         alternates: for each row its alternate answers to the same question, or nothing.
         original: the original model's log-probabilities of `texts`, (supervised tokens,) each, where they are known already.
         below: the stream that the first block that may change reads for `texts`, (tokens, hidden) each, likewise.
+        of: what the rows were made of, as far as that is known: of the first so many.
+        general: of a retain side, how many texts of general language stand after its own rows.
+        held: of a retain side, how many forget rows stand after those, to be held while their fold is not yet forgotten.
     """
 
     rows: Sequence[Encoded]
     alternates: Sequence[tuple[Encoded, ...]] = ()
     original: RowStore | None = None
     below: RowStore | None = None
+    of: Sequence[Row] = ()
+    general: int = 0
+    held: int = 0
+
+    @property
+    def own(self) -> int:
+        """How many rows are the side's own."""
+        return len(self.rows) - self.general - self.held
 
     @cached_property
     def texts(self) -> list[Encoded]:
@@ -67,9 +78,20 @@ class Micro:
     supervised: int
 
 
-def encode_rows(model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> list[Encoded]:
-    """Rows as token ids, in order. Raises UserError for a row that is longer than the model can read."""
+def encode_rows(
+    model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec, *, documents: bool = False
+) -> list[Encoded]:
+    """Rows as token ids, in order; with `documents` completions are supervised from their second token on.
+
+    Raises:
+        UserError: a row that is longer than the model can read.
+    """
     encoded = [encode_pair(model.tokenizer, row.input, row.output, prompt) for row in rows]
+    if documents:
+        encoded = [
+            Encoded(text.ids, min(1, text.answer_start)) if row.kind == "sc" else text
+            for row, text in zip(rows, encoded, strict=True)
+        ]
     limit = max_positions(model)
     for row, text in zip(rows, encoded, strict=True):
         if limit is not None and len(text.ids) > limit:

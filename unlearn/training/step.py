@@ -19,6 +19,7 @@ from torch import Tensor
 from lm.devices import sum_over_processes, without_gradient_sync
 from lm.prompts import Encoded
 from lm.shards import is_sharded, reshard
+from unlearn.forward.calibration import Measured, row_targets
 from unlearn.forward.passes import Passes
 from unlearn.objectives import Loss, Needs, RetainMemory, TokenStats
 from unlearn.objectives.base import Term
@@ -40,6 +41,10 @@ class StepResult:
     retain_weight: float
     forgotten_share: float
     """Share of forget tokens beyond the objective's cap (0 if it has none)."""
+    forget_loss: float
+    """The forget term, as it stands in `loss`; NaN without such rows."""
+    retain_loss: float
+    """The retain term, before its weight; likewise."""
     tokens: int
     """Real tokens, prompt and answer, that went through the model in the global batch."""
 
@@ -60,6 +65,7 @@ class _MicroSums(NamedTuple):
         forget_cross_entropy: over its forget tokens, nats; `retain_cross_entropy` likewise.
         beyond_cap: forget tokens beyond the objective's cap.
         retain_mean: the mean retain cross-entropy, nats a token; 0 without retain rows, and its weight too.
+        forget_loss, retain_loss: the two terms, the latter before its weight.
     """
 
     loss: float
@@ -71,6 +77,8 @@ class _MicroSums(NamedTuple):
     retain_rows: float
     retain_mean: float
     retain_weight: float
+    forget_loss: float
+    retain_loss: float
 
     @classmethod
     def over_processes(cls, parts: Sequence[_MicroSums], device: torch.device) -> _MicroSums:
@@ -101,10 +109,20 @@ class Stepper:
         reshard(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.forget_needs, self.retain_needs, self.uses_retain = loss.forget_needs, loss.retain_needs, loss.uses_retain
+        self._forget_weight = 1.0
+        self._targets: Measured | None = None
         self._unread = {True: passes.unread(self.forget_needs), False: passes.unread(self.retain_needs)}
 
-    def gradient(self, rows: StepRows, memory: RetainMemory) -> StepResult:
-        """Add this step's gradient to the parameters' `.grad`, and epoch-0 sums to `memory`."""
+    def gradient(
+        self, rows: StepRows, memory: RetainMemory, *, forget_weight: float = 1.0, targets: Measured | None = None
+    ) -> StepResult:
+        """Add this step's gradient to the parameters' `.grad`, and epoch-0 sums to `memory`.
+
+        Args:
+            forget_weight: what the forget term counts at this step.
+            targets: what forget rows should come to, for objectives that are calibrated.
+        """
+        self._forget_weight, self._targets = forget_weight, targets
         if self.weighting == "micro_batch_mean":
             return self._micro(rows, memory)
         return self._global(rows, memory)
@@ -145,7 +163,7 @@ class Stepper:
             last = number == len(micros)
             with self._syncing(last):
                 stats = self._stats(micro, forget=True, epoch=memory.epoch)
-                loss = self._share(self.loss.objective.forget_term(stats), divisor)
+                loss = self._forget_weight * self._share(self.loss.objective.forget_term(stats), divisor)
                 reached = loss + self._unreached(forget=True) if last else loss
                 self.acc.backward(reached * self.acc.num_processes)
             sums += torch.stack([stats.cross_entropy.detach().sum(), loss.detach(), self._beyond_cap(stats)])
@@ -156,6 +174,8 @@ class Stepper:
             retain_cross_entropy=held.cross_entropy,
             retain_weight=held.weight,
             forgotten_share=beyond_cap / divisor.tokens,
+            forget_loss=forget_loss if rows.forget else math.nan,
+            retain_loss=held.loss if self.uses_retain and rows.retain else math.nan,
             tokens=self._tokens(rows, memory.epoch),
         )
 
@@ -203,6 +223,8 @@ class Stepper:
             retain_cross_entropy=_mean(sums.retain_cross_entropy, sums.retain_tokens, self.retain_needs),
             retain_weight=sums.retain_weight / count,
             forgotten_share=sums.beyond_cap / max(sums.forget_tokens, 1.0),
+            forget_loss=sums.forget_loss / count if rows.forget else math.nan,
+            retain_loss=sums.retain_loss / count if self.uses_retain and rows.retain else math.nan,
             tokens=self._tokens(rows, memory.epoch),
         )
 
@@ -215,11 +237,12 @@ class Stepper:
         with self._syncing(last and not self.uses_retain):
             stats = self._stats(forget, forget=True, epoch=memory.epoch)
             divisor = _Counts.of([self.forget.rows[row] for row in forget], self.forget_needs)
-            loss = self._share(self.loss.objective.forget_term(stats), divisor)
+            loss = self._forget_weight * self._share(self.loss.objective.forget_term(stats), divisor)
             self.acc.backward(loss * scale)
         forget_ce, beyond_cap = float(stats.cross_entropy.detach().sum()), float(self._beyond_cap(stats))
         forget_tokens, total = stats.tokens, float(loss.detach())
-        retain_mean, retain_weight, retain_tokens = 0.0, 0.0, 0
+        retain_mean, retain_weight, retain_tokens, forget_loss = 0.0, 0.0, 0, total
+        retain_loss = 0.0
         if self.uses_retain:
             with self._syncing(last):
                 stats = self._stats(retain, forget=False, epoch=memory.epoch)
@@ -230,7 +253,8 @@ class Stepper:
                     retain_weight = self.loss.weight.at(memory, retain_mean, float(loss.detach()))
                 reached = retain_weight * loss + self._unreached(forget=False) if last else retain_weight * loss
                 self.acc.backward(reached * scale)
-            total += retain_weight * float(loss.detach())
+            retain_loss = float(loss.detach())
+            total += retain_weight * retain_loss
         return _MicroSums(
             loss=total,
             forget_cross_entropy=forget_ce,
@@ -241,6 +265,8 @@ class Stepper:
             retain_rows=len(retain),
             retain_mean=retain_mean,
             retain_weight=retain_weight,
+            forget_loss=forget_loss,
+            retain_loss=retain_loss,
         )
 
     def _dealt(self, rows: StepRows) -> list[Sequence[tuple[bool, int]]]:
@@ -277,6 +303,8 @@ class Stepper:
             originals=None if side.original is None else [side.original[index] for index in places],
             below=side.streams(places),
         )
+        if needs.targets and forget:
+            stats = replace(stats, targets=row_targets(side.of, self._targets, rows, self.acc.device))
         return _by_row(stats) if self._by_row else stats
 
     def _syncing(self, sync: bool) -> AbstractContextManager[None]:

@@ -1,0 +1,120 @@
+"""Moves the weights of a model, whole or in shards, and says what is left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from lm.devices import sum_over_processes
+from lm.errors import UserError
+from lm.model import LanguageModel
+from lm.shards import is_sharded, local_part, reshard, scatter_into
+from unlearn.perturbation.base import NoPerturbation, Perturbation, place_of
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a perturbation did in one place: a layer, the embeddings, the head.
+
+    Attributes:
+        weights: how many were moved.
+        share: how far, a mean over them.
+        kept: `<after, before> / <before, before>`: how much of what was there is there still.
+        norm: `|after| / |before|`.
+    """
+
+    place: str
+    weights: int
+    share: float
+    kept: float
+    norm: float
+
+
+def check_perturbation(model: LanguageModel, perturbation: Perturbation) -> None:
+    """Raise UserError for a perturbation that moves nothing, or weights that nothing would heal. The scope is applied already."""
+    if isinstance(perturbation, NoPerturbation):
+        return
+    shares = shares_of(model, perturbation)
+    if not shares:
+        raise UserError("perturbation.parts holds no weight of this model: name layers, or embeddings, that it has")
+    learns = {name for name, parameter in model.model.named_parameters() if parameter.requires_grad}
+    frozen = [name for name in shares if name not in learns]
+    if frozen:
+        raise UserError(
+            f"{frozen[0]} and {len(frozen) - 1} more would be perturbed but may not change, so nothing would heal them: widen "
+            "the scope (no adapters: they leave the weights frozen), or narrow perturbation.parts"
+        )
+
+
+def shares_of(model: LanguageModel, perturbation: Perturbation) -> dict[str, float]:
+    """Name of each parameter that is moved -> how far."""
+    parts = [part.resolve(model) for part in perturbation.parts]
+    shares = {}
+    for name, _ in model.model.named_parameters():
+        holding = [each.part.share for each in parts if each.contains(model.anatomy, name)]
+        if holding:
+            shares[name] = holding[0]
+    return shares
+
+
+@torch.no_grad()
+def perturb(model: LanguageModel, perturbation: Perturbation, *, seed: int) -> tuple[Moved, ...]:
+    """Move the weights in place; every process must call it. The same for any number of processes, sharded or not.
+
+    Args:
+        seed: taken where the perturbation has none of its own.
+    """
+    if isinstance(perturbation, NoPerturbation):
+        return ()
+    reshard(model.model)
+    shares = shares_of(model, perturbation)
+    other = perturbation.other(model, seed if perturbation.seed is None else perturbation.seed)
+    sums: dict[str, Tensor] = {}
+    for name, parameter in model.model.named_parameters():
+        if name not in shares:
+            continue
+        share, target = shares[name], torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+        scatter_into(target, other(name, parameter.shape))
+        local = local_part(parameter)
+        before = local.float()
+        after = torch.lerp(before, local_part(target), share).to(local.dtype)
+        local.copy_(after)
+        place = place_of(model.anatomy, name)
+        measured = _sums(before, after.float(), share)
+        sums[place] = sums.get(place, torch.zeros_like(measured)) + measured
+    return tuple(_moved(place, _total(values, model)) for place, values in sums.items())
+
+
+def _sums(before: Tensor, after: Tensor, share: float) -> Tensor:
+    """(5,) how many, their share, `<after, before>`, `<before, before>`, `<after, after>`."""
+    count = float(before.numel())
+    products = [(a.double() * b.double()).sum() for a, b in ((after, before), (before, before), (after, after))]
+    return torch.stack([products[0].new_tensor(count), products[0].new_tensor(share * count), *products])
+
+
+def _total(values: Tensor, model: LanguageModel) -> Sequence[float]:
+    found: list[float] = (sum_over_processes(values) if is_sharded(model.model) else values).tolist()
+    return found
+
+
+def _moved(place: str, sums: Sequence[float]) -> Moved:
+    count, share, across, before, after = sums
+    kept, norm = (across / before, (after / before) ** 0.5) if before else (float("nan"), float("nan"))
+    return Moved(place, round(count), share / count, kept, norm)
+
+
+def described(moved: Sequence[Moved]) -> list[dict[str, object]]:
+    """For the manifest."""
+    return [
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(each).items()}
+        for each in moved
+    ]
+
+
+def sentence(moved: Sequence[Moved]) -> str:
+    """For a person."""
+    parts = ", ".join(f"{each.place} {each.kept:.2f}" for each in moved)
+    return f"perturbed {sum(each.weights for each in moved):,} weights; share of what was there that is left: {parts}"
