@@ -292,7 +292,24 @@ def _axis_value(cls: type[Any], words: list[str], name: str, default: Any) -> An
     module, _, kind = str(setting["class_path"]).rpartition(".")
     chosen = getattr(importlib.import_module(module), kind)
     kept = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)} if type(default) is chosen else {}
-    return chosen(**{**kept, **(setting.get("init_args") or {})})
+    hints, given = typing.get_type_hints(chosen), setting.get("init_args") or {}
+    return chosen(**{**kept, **{name: _built(hints[name], value) for name, value in dict(given).items()}})
+
+
+def _built(hint: Any, value: Any) -> Any:
+    """What the parser left as names and values, as the dataclass that `hint` says; lists of them as tuples."""
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_built(typing.get_args(hint)[0], each) for each in value)
+    if isinstance(value, jsonargparse.Namespace | dict):
+        options = (hint, *typing.get_args(hint))
+        for option in options:
+            if isinstance(option, type) and dataclasses.is_dataclass(option):
+                hints = typing.get_type_hints(option)
+                values = vars(value) if isinstance(value, jsonargparse.Namespace) else value
+                if set(values) <= {"class_path", "init_args"}:  # as the parser names a class inside a list
+                    values = dict(values.get("init_args") or {})
+                return option(**{name: _built(hints[name], each) for name, each in values.items()})
+    return value
 
 
 def _fields(cls: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:

@@ -8,6 +8,7 @@ from typing import Literal
 from lm.errors import UserError
 from lm.model import ModelSpec
 from lm.prompts import PromptSpec
+from sae.activations.sources import NoSource, Source
 from unlearn.alternates.base import Alternates, NoAlternates
 from unlearn.general_text import GeneralText
 from unlearn.objectives import AsPublished, AsPublishedWeight, Joint, Loss, Objective, Retain, Weight
@@ -68,8 +69,12 @@ class UnlearnConfig:
     """For files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
     paraphrases: Paraphrases = field(default_factory=Paraphrases)
     """Further wordings of the rows, which are trained on as they are."""
-    general: GeneralText = field(default_factory=GeneralText)
+    general: Source = field(default_factory=NoSource)
     """Text of the pretraining kind that is held beside the retain rows (trainer.pairing: streams)."""
+    general_longest: int = 256
+    """Tokens; a longer general text is cut into pieces."""
+    general_most: int = 20_000
+    """At most so many pieces of general text, from the front of its source."""
     calibration: str | None = None
     """Rows such as the forget rows that the model never saw, for LookUnseen; they must not be scored on afterwards."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -111,7 +116,7 @@ class UnlearnConfig:
             raise UserError(
                 "train_on_validation is true but there are no validation rows: set validation.forget, .retain"
             )
-        recipe = self.recipe
+        recipe, _ = self.recipe, self.general_text
         recipe.check_dtype(self.model.dtype)
         recipe.check_validation(self.validation.forget is not None)
         if self.forget.startswith("builtin") != self.retain.startswith("builtin"):
@@ -133,6 +138,11 @@ class UnlearnConfig:
             prompt=self.prompt,
             perturbation=self.perturbation,
         )
+
+    @property
+    def general_text(self) -> GeneralText:
+        """The third stream of rows."""
+        return GeneralText(source=self.general, longest=self.general_longest, most=self.general_most)
 
     @property
     def loss(self) -> Loss:

@@ -25,12 +25,10 @@ class GeneralText:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, TextSource | NoSource):
-            raise UserError(
-                f"general.source is {type(self.source).__name__}, which holds no text: take TextFiles or Datasets"
-            )
+            raise UserError(f"general is {type(self.source).__name__}, which holds no text: take TextFiles or Datasets")
         if not 2 <= self.longest < math.inf or not 1 <= self.most < math.inf:
             raise UserError(
-                f"general.longest is {self.longest} and .most {self.most}: give at least 2 tokens and 1 piece"
+                f"general_longest is {self.longest} and general_most {self.most}: give at least 2 tokens and 1 piece"
             )
 
     def encode(self, model: LanguageModel) -> list[Encoded]:
@@ -43,7 +41,7 @@ class GeneralText:
             if len(pieces) == self.most:
                 break
         if not pieces:
-            raise UserError(f"general.source {self.source.described()} holds no text of two tokens: give another")
+            raise UserError(f"general {self.source.described()} holds no text of two tokens: give another")
         return pieces
 
     def _pieces(self, model: LanguageModel, source: TextSource) -> Iterator[Encoded]:

@@ -39,7 +39,9 @@ def run_unlearn(config: UnlearnConfig) -> Path:
     rows = _Rows.read(config)
     acc = devices(config.recipe, cpu=config.model.device == "cpu", trackers=config.trackers, folder=Path(config.out))
     model = load(config.model, device="cpu")  # before the folder is made: a mistyped path must not leave one behind
-    task = Task.of(model, rows.forget, rows.retain, config.recipe, general=config.general, calibration=rows.calibration)
+    task = Task.of(
+        model, rows.forget, rows.retain, config.recipe, general=config.general_text, calibration=rows.calibration
+    )
     run = _begin(acc, config, rows, task)
     result = run.path / export.MODEL
     if result.exists():

@@ -81,9 +81,9 @@ def perturb(model: LanguageModel, perturbation: Perturbation, *, seed: int) -> t
         local = local_part(parameter)
         before = local.float()
         after = torch.lerp(before, local_part(target), share).to(local.dtype)
-        local.copy_(after)
         place = place_of(model.anatomy, name)
-        measured = _sums(before, after.float(), share)
+        measured = _sums(before, after.float(), share)  # before the weights change: `before` may be they themselves
+        local.copy_(after)
         sums[place] = sums.get(place, torch.zeros_like(measured)) + measured
     return tuple(_moved(place, _total(values, model)) for place, values in sums.items())
 
