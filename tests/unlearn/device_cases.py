@@ -20,11 +20,13 @@ from safetensors.torch import save_file
 import unlearn
 from lm.errors import UserError
 from lm.loading import load
+from sae.activations.sources import Texts
 from unlearn import stage
 from unlearn.alternates.base import Refusals
 from unlearn.config import UnlearnConfig
 from unlearn.forward import passes
-from unlearn.objectives import DPO, NPO, PDU, RMU, AdaptiveRMU, Fixed, Joint, KLMinimization
+from unlearn.objectives import DPO, NPO, PDU, RMU, AdaptiveRMU, Fixed, Joint, KLMinimization, LookUnseen
+from unlearn.perturbation import Noise, Part, Reinitialize
 from unlearn.scope.scope import Lora, Scope, WeightMask
 from unlearn.training import loop as trainer
 from unlearn.training.config import TrainerConfig
@@ -39,6 +41,7 @@ FIVE = TrainerConfig(steps=4, batch=10, micro_batch=2, learning_rate=3e-3, save_
 ONE = replace(FIVE, batch=2)
 """One row a side: the second process has none."""
 
+GENERAL = Texts(texts=("the house stands by the sea", "rain fell all night on the town", "a b c d e f g h"))
 CASES: dict[str, dict[str, Any]] = {
     "joint": {
         "objective": Joint(),
@@ -72,6 +75,20 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": Joint(),
         "scope": Scope(layers=(1,), lora=Lora(rank=2, use_dora=True)),
     },
+    "wiped, healed, unseen": {
+        "perturbation": Noise(scale=0.05, parts=(Part(share=0.7, layers=(1,)), Part(share=0.3))),
+        "objective": LookUnseen(renew=1, match="quantiles", within=0.1),
+        "scope": Scope(layers="model"),
+        "general": GENERAL,
+        "trainer": replace(
+            FIVE, pairing="streams", forget_share=0.3, general_share=0.3, forget_from=0.25, forget_ramp=0.5
+        ),
+    },
+    "made anew, in folds": {
+        "perturbation": Reinitialize(parts=(Part(share=0.8, layers=(1,), modules=("mlp",)),)),
+        "objective": KLMinimization(),
+        "trainer": replace(FIVE, folds=2),
+    },
     "rmu": {"objective": RMU(layer=1), "scope": Scope(layers=(0, 1))},
     "adaptive rmu, kept": {"objective": AdaptiveRMU(layer=1), "trainer": replace(FIVE, cache_below=True)},
     "dpo": {"objective": DPO(), "alternates": Refusals(per_row=2), "trainer": replace(FIVE, micro_batch=3)},
@@ -83,7 +100,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
-GO_ON = ("dual", "npo, kept", "npo, whole model, exchanged", "kl, adapters", "npo, masked")
+GO_ON = ("dual", "wiped, healed, unseen", "npo, kept", "npo, whole model, exchanged", "kl, adapters", "npo, masked")
 """Stopped after step 3, of which 2 are saved, and gone on with."""
 STOP = 3
 HELD = ("npo, kept", "joint, adapters with lengths")
@@ -139,9 +156,9 @@ def watching() -> Iterator[Ran]:
     ran: Ran = []
     gradient, stats = Stepper.gradient, Stepper._stats
 
-    def noted_gradient(stepper: Stepper, *args: Any) -> Any:
+    def noted_gradient(stepper: Stepper, *args: Any, **settings: Any) -> Any:
         ran.append([])
-        return gradient(stepper, *args)
+        return gradient(stepper, *args, **settings)
 
     def noted_stats(stepper: Stepper, rows: Any, *, forget: bool, epoch: int) -> Any:
         if ran:

@@ -108,6 +108,12 @@ def config_words(config: UnlearnConfig, folder: Path) -> list[str]:
     return ["--config", str(folder / "config.yaml")]
 
 
+def unseen_rows(tiny: Path, file: Path) -> None:
+    """Rows such as the tiny forget rows, of nobody whom they name."""
+    text = (tiny / "forget.jsonl").read_text().replace('"id": "p', '"id": "u')
+    file.write_text(text.replace("born", "raised").replace("code", "number"))
+
+
 def reworded(tiny: Path, folder: Path) -> ValidationConfig:
     """The tiny rows in other words, as a validation split."""
     (folder / "v").mkdir()

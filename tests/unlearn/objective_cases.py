@@ -6,7 +6,7 @@ The formulas here are written on whole logits in loops over rows and tokens, in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -32,9 +32,11 @@ from unlearn.objectives import (
     KLMinimization,
     Learn,
     LearnAlternate,
+    LookUnseen,
     Needs,
     Objective,
     Retain,
+    RowTargets,
     SatImp,
     SimNPO,
     Term,
@@ -53,6 +55,7 @@ class Batch:
         targets, mask: (rows, tokens).
         hidden, reference_hidden: (rows, places, hidden); hidden_mask (rows, places).
         alternate: the same for alternate answers.
+        row_value, row_spread, row_document: (rows,) what calibration rows come to.
     """
 
     logits: Tensor
@@ -63,6 +66,9 @@ class Batch:
     reference_hidden: Tensor
     hidden_mask: Tensor
     alternate: Batch | None = None
+    row_value: Tensor = field(default_factory=lambda: torch.tensor([2.0, 4.5, 1.0, 3.0, 2.6], dtype=torch.float64))
+    row_spread: Tensor = field(default_factory=lambda: torch.tensor([0.5, 0.2, 0.9, 0.1, 0.3], dtype=torch.float64))
+    row_document: Tensor = field(default_factory=lambda: torch.tensor([True, False, True, False, False]))
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -86,6 +92,8 @@ class Batch:
         """The same rows with places after them, which hold large numbers and are not asked for."""
 
         def pad(name: str, values: Tensor) -> Tensor:
+            if values.ndim == 1:
+                return values
             more = values.new_full((len(values), extra, *values.shape[2:]), 0 if name == "targets" else 300)
             return torch.cat([values, more.zero_() if name in {"mask", "hidden_mask"} else more], dim=1)
 
@@ -142,6 +150,7 @@ def statistics(batch: Batch, needs: Needs) -> TokenStats:
         alternate=statistics(batch.alternate, replace(needs, alternate=False))
         if needs.alternate and batch.alternate
         else None,
+        targets=RowTargets(batch.row_value, batch.row_spread, batch.row_document) if needs.targets else None,
     )
 
 
@@ -264,6 +273,13 @@ def steered_adaptively(batch: Batch, row: int, place: int) -> Tensor:
     return steered(batch, row, place) / 2.0 * 5.0 * norm
 
 
+def unseen(batch: Batch, row: int) -> Tensor:
+    """With weights 0.7 and 0.3, cap 2.5, above 0.2, within 0.5."""
+    losses = [(-torch.log(p(z, y))).clamp(max=2.5) for z, _, y in tokens(batch, row)]
+    away = abs(batch.row_value[row] + 0.2 - sum(losses) / len(losses)) - 0.5 * batch.row_spread[row]
+    return (0.7 if batch.row_document[row] else 0.3) * (away if float(away.detach()) > 0 else 0.0 * away)
+
+
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
@@ -327,6 +343,7 @@ CASES = [
         row_mean(lambda b, r: -sequence(other(b), r, ratio=False) / int(other(b).mask[r].sum())),
     ),
     *(Case(FLAT(divergence=d), flat(d)) for d in ("total_variation", "kl", "jensen_shannon", "pearson")),
+    Case(LookUnseen(documents=0.7, questions=0.3, cap=2.5, above=0.2, within=0.5), row_mean(unseen)),
     Case(RMU(layer=1, scale=2.0, seed=3), hidden_mean(steered)),
     Case(AdaptiveRMU(layer=1, scale=5.0, seed=3), hidden_mean(steered_adaptively)),
     Case(CrossEntropy(), token_mean(lambda z, _, y: -torch.log(p(z, y)))),

@@ -13,7 +13,8 @@ from tests.unlearn.helpers import ROOT
 from tests.unlearn.objective_cases import CASES, HIDDEN, VOCABULARY, Batch, Case, draw, statistics
 from unlearn.alternates.base import Alternates, NoAlternates
 from unlearn.merging.merge import Merge
-from unlearn.objectives import AsPublished, AsPublishedWeight, Loss, NoRetain, Objective, Retain, Weight
+from unlearn.objectives import AsPublished, AsPublishedWeight, Calibrated, Loss, NoRetain, Objective, Retain, Weight
+from unlearn.perturbation import NoPerturbation, Perturbation
 
 
 def each(cases: list[Case]) -> pytest.MarkDecorator:
@@ -36,13 +37,20 @@ def test_every_objective_and_retain_term_is_in_the_table() -> None:
     known = {
         one for one in subclasses(Objective) | subclasses(Retain) if one.__module__.startswith("unlearn.objectives.")
     }
-    assert known - {type(case.of) for case in CASES} == {Objective, Retain, AsPublished, NoRetain}
+    assert known - {type(case.of) for case in CASES} == {Objective, Calibrated, Retain, AsPublished, NoRetain}
 
 
 def test_the_page_of_methods_names_every_one_with_its_badges() -> None:
     page = (ROOT / "docs" / "methods.md").read_text().splitlines()
-    axes = (Objective, Retain, Weight, Alternates, Merge)
-    for kind in set[type]().union(*map(subclasses, axes)) - {*axes, AsPublished, AsPublishedWeight, NoAlternates}:
+    axes = (Objective, Retain, Weight, Alternates, Merge, Perturbation)
+    for kind in set[type]().union(*map(subclasses, axes)) - {
+        *axes,
+        AsPublished,
+        AsPublishedWeight,
+        Calibrated,
+        NoAlternates,
+        NoPerturbation,
+    }:
         if kind.__module__.startswith("unlearn."):
             rows = "".join(line for line in page if line.startswith(f"| `{kind.__name__}`"))
             assert rows, kind.__name__

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from lm.run_folder import RunFolder
 from tests.unlearn.device_cases import CASES, FIVE, GO_ON, HELD, STOP, Job, work
-from tests.unlearn.helpers import launch, reworded, small_config
+from tests.unlearn.helpers import launch, reworded, small_config, unseen_rows
 from unlearn.config import UnlearnConfig
+from unlearn.objectives import Calibrated
 
 Make = Callable[[str, Path], UnlearnConfig]
 
@@ -30,10 +31,15 @@ def make(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     rows = Path(validation.forget).read_text().splitlines(keepends=True)
     Path(validation.forget).write_text("".join(rows[:-1]))  # eleven: the shares differ here too
 
+    unseen = tmp_path_factory.mktemp("unseen") / "calibration.jsonl"
+    unseen_rows(tiny, unseen)
+
     def made(case: str, out: Path) -> UnlearnConfig:
         settings: dict[str, Any] = {"trainer": FIVE, **CASES[case]}
         if settings["trainer"].evaluate_every:
             settings["validation"] = validation
+        if isinstance(settings["objective"], Calibrated):
+            settings["calibration"] = str(unseen)
         return small_config(tiny, out, **settings)
 
     return made
