@@ -13,7 +13,7 @@ from tracing.effects.effects import Effects
 from tracing.effects.roles import ROLES
 from tracing.effects.table import EffectTable
 from tracing.plan.layer_plan import LayerPlan
-from unlearn.report import Answer, Attacked, AttackTrial, Depth, Report, ReportModel, Retraced
+from unlearn.report import Answer, Attacked, AttackTrial, Audited, Depth, Report, ReportModel, Retraced
 from unlearn.report.records import Part
 
 NAN = math.nan
@@ -156,8 +156,23 @@ def attacked(label: str = "<joint>") -> Attacked:
         low=(-0.1, -0.1, NAN),
         high=(0.1, 0.05, NAN),
     )
+    known, alone = (-1.5, -2.0, -1.0), (-0.5, NAN, NAN)
+    ends = ((known, alone), (known, (NAN, NAN, NAN)), (known, known))
+    measured = {"log_probability": ends, "score": ends}
+    audit = Audited(
+        sentence="The forgotten answers are likelier.",
+        groups=(("forgotten", 20), ("retained", 20), ("never seen", 8)),
+        unlearned=measured,
+        retain_model=measured,
+    )
     return Attacked(
-        label=label, attack="Relearning", unit="steps", trials=(trial,), worst=(0, 1), worst_sentence="At worst −0.050."
+        label=label,
+        attack="Relearning",
+        unit="steps",
+        trials=(trial,),
+        worst=(0, 1),
+        worst_sentence="At worst -0.05.",
+        audit=audit,
     )
 
 

@@ -6,9 +6,8 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import product
 
-import numpy as np
 from accelerate import Accelerator
 
 from lm.data.rows import Row
@@ -19,18 +18,15 @@ from lm.prompts import PromptSpec, encode_pair
 from lm.row_files import check_disjoint, load_rows
 from lm.run_folder import RunFolder, progress
 from lm.shards import is_sharded
-from unlearn.attacks.answers import Answer, ask, read_answers, write_answers
+from unlearn.attacks.answers import ask, read_answers, write_answers
 from unlearn.attacks.base import Attack, Attacked, AttackSettings, Trial
-from unlearn.attacks.curves import Comparison, mean_over_trials
+from unlearn.attacks.comparing import RETAIN, UNLEARNED, Curve, Done, audit_of, compare, curve_of
+from unlearn.attacks.others import Others, others_of
 from unlearn.attacks.relearning import Relearning
 from unlearn.attacks.result import AttackResult
 from unlearn.evaluation.lume import check_rows
 from unlearn.generation.batching import Workers
 from unlearn.scratch import scratch_run
-
-UNLEARNED, RETAIN = "unlearned", "retain_model"
-Curve = dict[str, list[Answer]]
-"""Row id -> its answer at each level."""
 
 
 def attack(
@@ -38,6 +34,7 @@ def attack(
     forget: Sequence[Row] | str,
     retain: Sequence[Row] | str = (),
     *,
+    unseen: Sequence[Row] | str = (),
     retain_model: LanguageModel | str | None = None,
     method: Attack = Relearning(),  # noqa: B008 (frozen)
     seeds: Sequence[int] = (0, 1, 2),
@@ -53,6 +50,8 @@ def attack(
         model: the unlearned model, or what `lm.load` takes: a folder, a hub id.
         forget: the rows that it should have forgotten, or a source of them: a file, a folder, `builtin:forget`.
         retain: the rows that it kept, which an attacker may have; likewise.
+        unseen: rows of people whom neither model saw, of the same tasks and kinds: they are asked too, and `residue` says whether
+            the forgotten look like them. Empty: nobody else is asked.
         retain_model: one of the same shape that never saw the forget rows, attacked alike. Without it what the attack taught
             cannot be told from what was still inside: the curves are there, and every verdict is "cannot tell".
         method: what is done; `Relearning()` trains the model a little, on each of four kinds of rows.
@@ -65,7 +64,8 @@ def attack(
 
     Returns:
         a comparison for each kind of rows that the attacker may have: `verdict`, `excess` (mean, low, high), and the curves
-        `unlearned` and `retain_model`, (rows, levels) scores from 0 to 1. Printed, it is a table and a sentence for each.
+        `unlearned` and `retain_model`, (rows, levels) scores from 0 to 1; the `worst` of all, and with unseen rows the `residue`.
+        Printed, it is a table and a sentence for each.
 
     Raises:
         UserError: rows on both sides, rows that no score is defined for, nothing to give or to ask, models that differ in shape.
@@ -85,22 +85,24 @@ def attack(
     """
     forget = load_rows(forget) if isinstance(forget, str) else tuple(forget)
     retain = load_rows(retain) if isinstance(retain, str) else tuple(retain)
+    unseen = load_rows(unseen) if isinstance(unseen, str) else tuple(unseen)
     check_disjoint(forget, retain)
-    check_rows(forget)
+    check_rows((*forget, *unseen))
     settings = AttackSettings(seeds=tuple(seeds), prompt=prompt, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    trials = method.trials(forget, retain, settings)
+    others = others_of(forget, retain, unseen)
+    trials = [others.beside(trial) for trial in method.trials(forget, retain, settings)]
     cpu = not isinstance(model, str) and model.device.type == "cpu"
     acc = accelerator(cpu=cpu)
     models = {UNLEARNED: _loaded(acc, model)}
     if retain_model is not None:
         models[RETAIN] = _loaded(acc, retain_model)
     if RETAIN in models:
-        require_alike(models[UNLEARNED], models[RETAIN], forget, prompt)
+        require_alike(models[UNLEARNED], models[RETAIN], (*forget, *others.rows), prompt)
     subjects = {name: in_memory(each, cpu=cpu) for name, each in models.items()}
     with scratch_run(acc) as run:
-        before = ask_before(acc, models, forget, settings, run)
+        before = ask_before(acc, models, forget, others, settings, run)
         return attack_all(
-            acc, subjects, before, trials, forget, method, settings, run, margin=margin, confidence=confidence
+            acc, subjects, before, trials, forget, others, method, settings, run, margin=margin, confidence=confidence
         )
 
 
@@ -119,18 +121,22 @@ def ask_before(
     acc: Accelerator,
     models: Mapping[str, LanguageModel],
     forget: Sequence[Row],
+    others: Others,
     settings: AttackSettings,
     run: RunFolder,
 ) -> dict[str, Curve]:
-    """What each model answers to all forget rows before it is attacked; what is in the run folder already is read."""
-    curves = {}
-    for name, model in models.items():
-        path = run.path / f"before-{name}.json"
+    """What each model answers to all forget rows and to others' before it is attacked; what is in the run folder is read."""
+    curves: dict[str, Curve] = {name: {} for name in models}
+    asked = [("", tuple(forget)), ("-others", others.rows)]
+    for (name, model), (suffix, rows) in product(models.items(), asked):
+        if not rows:
+            continue
+        path = run.path / f"before-{name}{suffix}.json"
         if not path.exists():
-            with progress(len(forget), label=f"before: {name}", unit="rows", enabled=run.main) as advance:
+            with progress(len(rows), label=f"before: {name}{suffix}", unit="rows", enabled=run.main) as advance:
                 answers = ask(
                     model,
-                    forget,
+                    rows,
                     settings.prompt,
                     max_new_tokens=settings.max_new_tokens,
                     batch_size=settings.batch_size,
@@ -140,7 +146,7 @@ def ask_before(
             if run.main:
                 write_answers(path, answers)
             acc.wait_for_everyone()
-        curves[name] = {answer.id: [answer] for answer in read_answers(path)}
+        curves[name] |= {answer.id: [answer] for answer in read_answers(path)}
     return curves
 
 
@@ -150,6 +156,7 @@ def attack_all(
     before: Mapping[str, Curve],
     trials: Sequence[Trial],
     forget: Sequence[Row],
+    others: Others,
     attack: Attack,
     settings: AttackSettings,
     run: RunFolder,
@@ -162,9 +169,10 @@ def attack_all(
     Args:
         subjects: `unlearned`, and `retain_model` if there is one.
         before: what each answered before.
+        others: who is asked beside the forgotten, as the trials name them.
         run: where answers are kept, a folder for each trial and model; what is there already is not done again.
     """
-    by_way: dict[tuple[str, str], list[tuple[Trial, dict[str, Curve]]]] = {}
+    by_way: dict[tuple[str, str], list[Done]] = {}
     started = time.monotonic()
     for number, trial in enumerate(trials):
         rest = (time.monotonic() - started) / number * (len(trials) - number) if number else None
@@ -175,10 +183,13 @@ def attack_all(
         for name, subject in subjects.items():
             folder = run.path / trial.folder / name
             later = attack.run(trial, subject, settings, folder)
-            curves[name] = _curve(trial.asked, before[name], [later[level] for level in attack.levels[1:]])
-        by_way.setdefault((trial.name, trial.variant), []).append((trial, curves))
-    comparisons = (compare(attack, forget, done, margin=margin, confidence=confidence) for done in by_way.values())
-    return AttackResult(attack, tuple(comparisons))
+            curves[name] = curve_of(trial, before[name], [later[level] for level in attack.levels[1:]])
+        by_way.setdefault((trial.name, trial.variant), []).append(Done(trial, curves))
+    comparisons, audits = [], []
+    for done in by_way.values():
+        comparisons.append(compare(attack, forget, done, margin=margin, confidence=confidence))
+        audits.append(audit_of(comparisons[-1], forget, others, done, confidence=confidence))
+    return AttackResult(attack, tuple(comparisons), tuple(audits))
 
 
 def require_alike(one: LanguageModel, other: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> None:
@@ -196,50 +207,3 @@ def require_alike(one: LanguageModel, other: LanguageModel, rows: Sequence[Row],
             raise UserError(
                 f"{other.name} cuts row {row.id} into other tokens than {one.name}: give it the same tokenizer"
             )
-
-
-def _curve(asked: Sequence[Row], before: Curve, later: Sequence[Sequence[Answer]]) -> Curve:
-    by_id = [{answer.id: answer for answer in level} for level in later]
-    return {row.id: [*before[row.id], *(level[row.id] for level in by_id)] for row in asked}
-
-
-def compare(
-    attack: Attack,
-    forget: Sequence[Row],
-    done: Sequence[tuple[Trial, Mapping[str, Curve]]],
-    *,
-    margin: float,
-    confidence: float,
-) -> Comparison:
-    """The curves of both models in the trials of one name and variant, means over the trials; NaN for a retain model that is not
-    there."""
-    asked = {row.id for trial, _ in done for row in trial.asked}
-    rows = [row for row in forget if row.id in asked]
-    ids = [row.id for row in rows]
-
-    def mean(model: str, what: str) -> Any:
-        if model not in done[0][1]:
-            return np.full((len(rows), len(attack.levels)), np.nan)
-        trials = [
-            {row: [getattr(answer, what) for answer in answers] for row, answers in curves[model].items()}
-            for _, curves in done
-        ]
-        return mean_over_trials(trials, ids)
-
-    return Comparison(
-        name=done[0][0].name,
-        variant=done[0][0].variant,
-        learning_rate=done[0][0].learning_rate,
-        levels=attack.levels,
-        ids=tuple(ids),
-        documents=tuple(row.document for row in rows),
-        kinds=tuple(str(row.kind) for row in rows),
-        unlearned=mean(UNLEARNED, "score"),
-        retain_model=mean(RETAIN, "score"),
-        unlearned_log=mean(UNLEARNED, "log_probability"),
-        retain_model_log=mean(RETAIN, "log_probability"),
-        given=sum(len(trial.given) for trial, _ in done) / len(done),
-        told=sum(trial.told for trial, _ in done) / len(done),
-        margin=margin,
-        confidence=confidence,
-    )

@@ -77,6 +77,7 @@ class Trial:
         variant: which of several ways with the same rows, such as `rate 0.0006`; empty where there is one way. Trials of one
             name and variant are averaged over their seeds.
         learning_rate: the rate of an attack that trains.
+        beside: rows of others (kept, or never seen) that are asked beside `asked` at the last level; none of them is given.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Trial:
     told: int = 0
     variant: str = ""
     learning_rate: float | None = None
+    beside: tuple[Row, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -117,7 +119,7 @@ class Attack:
         raise NotImplementedError
 
     def run(self, trial: Trial, subject: Attacked, settings: AttackSettings, folder: Path) -> dict[int, list[Answer]]:
-        """Attack a model and ask it at every level above 0.
+        """Attack a model and ask it `trial.asked` at every level above 0; at the last one `trial.beside` too.
 
         `folder` is this trial's and model's own: what is in it already is not done again. All processes call it.
         """

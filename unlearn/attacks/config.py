@@ -34,6 +34,9 @@ class AttackConfig:
     """The rows that it should have forgotten: a JSONL or Parquet file, a folder of them, or a part of the built-in world."""
     retain: str = "builtin:retain"
     """The rows that it kept: likewise. An attacker may have them."""
+    unseen: str | None = None
+    """Rows of people whom neither model saw, of the forget rows' tasks and kinds: likewise. They are asked as well, before the
+    attack and at its end, and retain rows too: forgotten people should look like these. Null: nobody else is asked."""
     columns: dict[str, str] | None = None
     """For files with other column names: our field -> their column, e.g. {"input": "question", "output": "answer"}."""
     tasks: tuple[str, ...] = ()
@@ -69,7 +72,12 @@ class AttackConfig:
                     "and set CUDA_VISIBLE_DEVICES, or give cpu"
                 )
         if not self.forget.startswith("builtin"):
-            for name, given in (("retain", self.retain), ("retain_model.path", self.retain_model.path)):
+            own = (
+                ("retain", self.retain),
+                ("retain_model.path", self.retain_model.path),
+                ("unseen", self.unseen or ""),
+            )
+            for name, given in own:
                 if given.startswith("builtin"):
                     raise UserError(
                         f"{name} is {given} but forget is {self.forget}: the built-in one says nothing about other data, so give "

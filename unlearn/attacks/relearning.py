@@ -175,6 +175,7 @@ class Relearning(Attack):
         with together(acc):
             if acc.is_main_process:
                 data = {"given": data_hash(trial.given), "asked": data_hash(trial.asked)}
+                data |= {"beside": data_hash(trial.beside)} if trial.beside else {}
                 facts = {"weights": weights, "data": data, "seed": trial.seed}
                 RunFolder.create(folder, self, resume=folder.exists(), facts=facts, same=("weights", "data"))
         resolved = scope.resolve(model.anatomy)
@@ -190,7 +191,7 @@ class Relearning(Attack):
             self.trainer(trial.seed),
             run=run,
             made_from=weights,
-            validate=_Asking(acc, model, trial, settings, run),
+            validate=_Asking(acc, model, trial, settings, run, last=self.steps),
             resume=True,
             label=f"relearn {trial.name}",
         )
@@ -201,30 +202,32 @@ class Relearning(Attack):
 
 @dataclass(frozen=True)
 class _Asking:
-    """Asks the model in training, and keeps every answer under the step that the log stands at."""
+    """Asks the model in training, and keeps every answer under the step that the log stands at; at the last, others' too."""
 
     acc: Accelerator
     model: LanguageModel
     trial: Trial
     settings: AttackSettings
     run: RunFolder
+    last: int
 
     def __call__(self) -> dict[str, float]:
         """The mean score and log-probability, for the log."""
         workers = Workers(self.acc.process_index, self.acc.num_processes)
+        step = int(self.run.metrics()[-1]["step"])
         answers = ask(
             self.model,
-            self.trial.asked,
+            (*self.trial.asked, *(self.trial.beside if step == self.last else ())),
             self.settings.prompt,
             max_new_tokens=self.settings.max_new_tokens,
             batch_size=self.settings.batch_size,
             workers=workers,
         )
         if self.run.main:
-            write_answers(_file(self.run.path, int(self.run.metrics()[-1]["step"])), answers)
+            write_answers(_file(self.run.path, step), answers)
+        asked = answers[: len(self.trial.asked)]
         return {
-            name: sum(getattr(answer, name) for answer in answers) / len(answers)
-            for name in ("score", "log_probability")
+            name: sum(getattr(answer, name) for answer in asked) / len(asked) for name in ("score", "log_probability")
         }
 
 

@@ -17,9 +17,11 @@ from lm.loading import load
 from lm.model import LanguageModel, fingerprint
 from lm.row_files import check_disjoint, data_hash, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
-from unlearn.attacks.attacking import RETAIN, UNLEARNED, ask_before, attack_all, require_alike
+from unlearn.attacks.attacking import ask_before, attack_all, require_alike
 from unlearn.attacks.base import Attacked
+from unlearn.attacks.comparing import RETAIN, UNLEARNED
 from unlearn.attacks.config import AttackConfig
+from unlearn.attacks.others import others_of
 from unlearn.attacks.picture import curves_picture
 from unlearn.attacks.result import AttackResult
 from unlearn.evaluation.lume import check_rows
@@ -36,16 +38,20 @@ def run_attack(config: AttackConfig) -> AttackResult:
     """
     started = time.monotonic()
     forget, retain = load_rows(config.forget, columns=config.columns), load_rows(config.retain, columns=config.columns)
+    unseen = () if config.unseen is None else load_rows(config.unseen, columns=config.columns)
     check_disjoint(forget, retain)
     forget = _of_tasks(forget, config)
-    check_rows(forget)
-    trials = config.attack.trials(forget, retain, config.settings)
+    check_rows((*forget, *unseen))
+    others = others_of(forget, retain, unseen)
+    trials = [others.beside(trial) for trial in config.attack.trials(forget, retain, config.settings)]
     acc = accelerator(cpu=config.model.device == "cpu")
     specs = {UNLEARNED: config.model, RETAIN: config.retain_model}
     models = {name: load(spec, device=spec.device or str(acc.device)) for name, spec in specs.items()}
-    require_alike(models[UNLEARNED], models[RETAIN], forget, config.prompt)
-    run = _begin(acc, config, models, forget, retain)
-    before = ask_before(acc, models, forget, config.settings, run)
+    require_alike(models[UNLEARNED], models[RETAIN], (*forget, *others.rows), config.prompt)
+    data = {"forget": data_hash(forget), "retain": data_hash(retain)}
+    data |= {"unseen": data_hash(unseen)} if unseen else {}
+    run = _begin(acc, config, models, data)
+    before = ask_before(acc, models, forget, others, config.settings, run)
     del models  # each attack begins with a fresh one
     subjects = {name: Attacked.from_spec(spec) for name, spec in specs.items()}
     result = attack_all(
@@ -54,6 +60,7 @@ def run_attack(config: AttackConfig) -> AttackResult:
         before,
         trials,
         forget,
+        others,
         config.attack,
         config.settings,
         run,
@@ -86,8 +93,7 @@ def _begin(
     acc: Accelerator,
     config: AttackConfig,
     models: Mapping[str, LanguageModel],
-    forget: Sequence[Row],
-    retain: Sequence[Row],
+    data: Mapping[str, str],
 ) -> RunFolder:
     """Begin the run folder, or go on with one, on the main process; the others wait."""
     run = RunFolder(config.out, main=acc.is_main_process)
@@ -96,7 +102,7 @@ def _begin(
             if config.resume:
                 _rename_what_is_old(run)
             facts = {
-                "data": {"forget": data_hash(forget), "retain": data_hash(retain)},
+                "data": dict(data),
                 "weights": {name: fingerprint(model) for name, model in models.items()},
                 "devices": launch_facts(acc),
             }

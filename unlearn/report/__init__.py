@@ -5,12 +5,13 @@ read the page: docs/reading_the_report.md.
 """
 
 from unlearn.report.page import render, write_report
-from unlearn.report.records import Answer, Attacked, AttackTrial, Depth, Report, ReportModel, Retraced
+from unlearn.report.records import Answer, Attacked, AttackTrial, Audited, Depth, Report, ReportModel, Retraced
 
 __all__ = [
     "Answer",
     "AttackTrial",
     "Attacked",
+    "Audited",
     "Depth",
     "Report",
     "ReportModel",

@@ -108,6 +108,26 @@ class AttackTrial:
     high: tuple[float, ...]
 
 
+Estimate = tuple[float, float, float]
+"""A mean and the ends of its interval; NaN for what is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audited:
+    """Three groups of people, asked before an attack and after it.
+
+    Attributes:
+        sentence: what was found.
+        groups: the name of each, and how many people it has.
+        unlearned, retain_model: measure -> for each group what the model has before and after; NaN without a model.
+    """
+
+    sentence: str
+    groups: tuple[tuple[str, int], ...]
+    unlearned: Mapping[str, tuple[tuple[Estimate, Estimate], ...]]
+    retain_model: Mapping[str, tuple[tuple[Estimate, Estimate], ...]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attacked:
     """What an attack brought back out of a model.
@@ -119,6 +139,8 @@ class Attacked:
         trials: one for each way of attacking, all asked at the same levels.
         worst: the place of the trial and of its level with the largest gap to the retain model; None where none is known.
         worst_sentence: it in a sentence.
+        audit: what the models make of people forgotten, retained and never seen, where the attack leaves most; None where nobody
+            else was asked.
     """
 
     label: str
@@ -127,6 +149,7 @@ class Attacked:
     trials: tuple[AttackTrial, ...]
     worst: tuple[int, int] | None = None
     worst_sentence: str = ""
+    audit: Audited | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

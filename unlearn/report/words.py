@@ -35,6 +35,11 @@ def signed(value: float) -> str:
     return DASH if math.isnan(value) else f"{value:+.3f}".replace("-", "\u2212")
 
 
+def nats(value: float) -> str:
+    """A log-probability a token, or a score beside it: two decimals."""
+    return DASH if math.isnan(value) else f"{value:.2f}".replace("-", "\u2212")
+
+
 def small(value: float) -> str:
     """An effect or a loss, to three figures, without an exponent from 0.0001 to a million; 0 for what rounding leaves of it."""
     if math.isnan(value):

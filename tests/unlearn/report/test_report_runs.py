@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import yaml
 
 from lm.config import parse_config
 from lm.errors import UserError
+from tests.unlearn.attacks.test_attack_parts import comparison
+from tests.unlearn.attacks.test_audit import audit
 from tests.unlearn.report_samples import Page, plan, traced
+from unlearn.attacks import AttackResult, Relearning
 from unlearn.evaluation.lume import TERMS
 from unlearn.report.config import ReportConfig
 from unlearn.report.records import Report
@@ -208,6 +212,28 @@ def test_nothing_in_a_run_becomes_markup(tmp_path: Path) -> None:
     assert "<script" not in text
     assert not {"script", "b<b"} & {tag for tag, _ in page.tags}
     assert page.text.count("<script>") >= 4
+
+
+def test_a_grid_of_attacks_with_its_worst_and_its_residue(tmp_path: Path) -> None:
+    curves = comparison((0, 0.2), (0, 0.1))
+    grid = tuple(
+        replace(
+            curves, name=name, unlearned=curves.unlearned * rate, variant=f"rate {rate:g}", learning_rate=float(rate)
+        )
+        for name in ("other_people", "retain")
+        for rate in (1, 2)
+    )
+    result = AttackResult(Relearning(learning_rate=(1.0, 2.0)), grid, (None, None, audit(), None))
+    report, page = of(attacked(tmp_path / "attack", "m", result=result.to_json()))
+    (shown,) = report.attacks
+    assert [trial.name for trial in shown.trials][:2] == ["other_people, rate 1", "other_people, rate 2"]
+    assert shown.worst == (1, 1)
+    assert "At worst (other people given at rate 2, after 10 steps) the unlearned model scores +0.300" in page.text
+    assert "Other people, rate 2" in page.text
+    assert shown.audit is not None
+    assert shown.audit.groups == (("forgotten", 3), ("retained", 1), ("never seen", 2))
+    assert "a residue of +3.00" in page.text
+    assert "Never seen (2)" in page.text
 
 
 def test_an_attack_from_when_the_retain_model_was_called_never(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from lm.errors import UserError
 from tracing.effects.before_after import difference
 from tracing.effects.effects import Effects
-from unlearn.report.records import Attacked, AttackTrial, Depth, ReportModel, Retraced
+from unlearn.attacks.audit import GROUPS, MEASURES
+from unlearn.report.records import Attacked, AttackTrial, Audited, Depth, Estimate, ReportModel, Retraced
 from unlearn.report.runs.folders import Run
 from unlearn.report.runs.models import Subject
 
@@ -65,6 +66,7 @@ def attacks_on(subject: Subject, model: ReportModel) -> list[Attacked]:
                     trials=trials,
                     worst=None if worst is None else _worst(worst, result["trials"]),
                     worst_sentence="" if worst is None else str(worst["sentence"]),
+                    audit=_audit(result),
                 )
             )
     return attacks
@@ -74,6 +76,39 @@ def _worst(worst: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> tup
     where = (worst["given"], worst["learning_rate"])
     place = [(trial["name"], trial["learning_rate"]) for trial in trials].index(where)
     return place, trials[place]["levels"].index(worst["steps"])
+
+
+def _audit(result: Mapping[str, Any]) -> Audited | None:
+    """The audit of the trials that leave most, or without a residue the first; attacks of before there were audits have none."""
+    left = result.get("residue")
+    where = None if left is None else (left["given"], left["learning_rate"])
+    for trial in result["trials"]:
+        audit = trial.get("audit")
+        if audit is not None and where in (None, (trial["name"], trial["learning_rate"])):
+            groups = audit["groups"]
+            measured: dict[str, dict[str, tuple[tuple[Estimate, Estimate], ...]]] = {
+                model: {
+                    measure: tuple(
+                        (_estimate(group[model][measure]["before"]), _estimate(group[model][measure]["after"]))
+                        for group in groups.values()
+                    )
+                    for measure in MEASURES
+                }
+                for model in ("unlearned", "retain_model")
+            }
+            names = tuple((GROUPS[group], int(asked["people"])) for group, asked in groups.items())
+            return Audited(
+                sentence=str(audit["sentence"]),
+                groups=names,
+                unlearned=measured["unlearned"],
+                retain_model=measured["retain_model"],
+            )
+    return None
+
+
+def _estimate(numbers: Mapping[str, Any]) -> Estimate:
+    mean, low, high = _numbers([numbers[name] for name in ("mean", "low", "high")])
+    return mean, low, high
 
 
 def _trial(trial: Mapping[str, Any]) -> AttackTrial:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from unlearn.report import words
 from unlearn.report.drawing.lines import two_lines
-from unlearn.report.records import Attacked, AttackTrial, Depth, Report
+from unlearn.report.records import Attacked, AttackTrial, Audited, Depth, Estimate, Report
 from unlearn.report.sections.figures import Figure, Numbers, NumberTable
 
 
@@ -21,9 +21,17 @@ class AttackView:
     attack: str
     worst: str
     gaps: Gaps
+    audit: AuditView | None
     figures: tuple[Figure, ...]
     sentences: tuple[tuple[str, str], ...]
     numbers: Numbers
+
+
+MEASURES = {
+    "log_probability": "The true answer's log-probability, nats a token",
+    "score": "Said right, from 0 to 1",
+}
+"""What the audit measures -> how its table is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +50,14 @@ class Gaps:
 
     levels: tuple[str, ...]
     rows: tuple[tuple[str, tuple[GapCell, ...], str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditView:
+    """What the models make of three groups of people: the finding, and a table for each measure; hovering has the intervals."""
+
+    finding: str
+    tables: tuple[NumberTable, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +86,7 @@ def _attack(attacked: Attacked) -> AttackView:
         attack=attacked.attack,
         worst=attacked.worst_sentence,
         gaps=_gaps(attacked),
+        audit=None if attacked.audit is None else _audit(attacked.audit),
         figures=tuple(_curves(attacked, trial) for trial in attacked.trials),
         sentences=tuple((_name(trial), trial.sentence.removeprefix(f"{trial.name}: ")) for trial in attacked.trials),
         numbers=Numbers(
@@ -100,6 +117,34 @@ def _gaps(attacked: Attacked) -> Gaps:
             for place, trial in enumerate(attacked.trials)
         ),
     )
+
+
+def _audit(audited: Audited) -> AuditView:
+    tables = []
+    for measure, caption in MEASURES.items():
+        both = [("unlearned", audited.unlearned[measure]), ("retain model", audited.retain_model[measure])]
+        known = [(name, groups) for name, groups in both if any(math.isfinite(ends[0][0]) for ends in groups)]
+        tables.append(
+            NumberTable(
+                caption=caption,
+                label=caption,
+                columns=("People", *(f"{name}, {when}" for name, _ in known for when in ("before", "after"))),
+                rows=tuple(
+                    (
+                        f"{group[:1].upper()}{group[1:]} ({people})",
+                        tuple(_estimated(ends) for _, groups in known for ends in groups[place]),
+                    )
+                    for place, (group, people) in enumerate(audited.groups)
+                ),
+            )
+        )
+    return AuditView(finding=audited.sentence, tables=tuple(tables))
+
+
+def _estimated(estimate: Estimate) -> tuple[str, str]:
+    mean, low, high = estimate
+    interval = f"interval {words.nats(low)} to {words.nats(high)}" if math.isfinite(low + high) else ""
+    return words.nats(mean), interval
 
 
 def _gap(trial: AttackTrial, level: int, worst: bool) -> GapCell:
