@@ -8,6 +8,7 @@ from typing import Literal
 from lm.errors import UserError
 from lm.model import ModelSpec
 from lm.prompts import PromptSpec
+from lm.row_files import Half
 from sae.activations.sources import NoSource, Source
 from unlearn.alternates.base import Alternates, NoAlternates
 from unlearn.general_text import GeneralText
@@ -76,7 +77,12 @@ class UnlearnConfig:
     general_most: int = 20_000
     """At most so many pieces of general text, from the front of its source."""
     calibration: str | None = None
-    """Rows such as the forget rows that the model never saw, for LookUnseen; they must not be scored on afterwards."""
+    """Rows such as the forget rows that the model never saw, for LookUnseen, or a file of whole documents; they must not be
+    scored on afterwards."""
+    calibration_half: Half | None = None
+    """Only every second document of them, from the `first` or from the `second` on: the others are left to score on."""
+    calibration_together: int = 1
+    """Of a source without ids: how many rows in a row are about one person (20 in TOFU)."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Rows for periodic scoring and for choosing the checkpoint."""
     train_on_validation: bool = False
@@ -119,6 +125,11 @@ class UnlearnConfig:
         recipe, _ = self.recipe, self.general_text
         recipe.check_dtype(self.model.dtype)
         recipe.check_validation(self.validation.forget is not None)
+        if self.trainer.folds > 1 and (self.paraphrases.forget is not None):
+            raise UserError(
+                "trainer.folds is set with paraphrases.forget, and whose words each wording is cannot be known, so a person "
+                "would be forgotten in one fold and held in another: give one of them"
+            )
         if self.forget.startswith("builtin") != self.retain.startswith("builtin"):
             raise UserError(
                 f"forget is {self.forget} and retain is {self.retain}: give both sides of one data set (the built-in rows are "

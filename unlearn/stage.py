@@ -21,7 +21,7 @@ from lm.data.rows import Row
 from lm.devices import launch_facts, together
 from lm.loading import load
 from lm.model import DTYPES, LanguageModel, fingerprint
-from lm.row_files import check_disjoint, data_hash, load_rows
+from lm.row_files import check_disjoint, data_hash, load_calibration, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes
 from unlearn import export
 from unlearn.config import UnlearnConfig
@@ -84,7 +84,14 @@ class _Rows:
         forget, retain = load(config.forget), load(config.retain)
         forget, retain = forget + load(config.paraphrases.forget), retain + load(config.paraphrases.retain)
         check_disjoint(forget, retain)
-        calibration = load(config.calibration)
+        calibration: tuple[Row, ...] = ()
+        if config.calibration is not None:
+            calibration = load_calibration(
+                config.calibration,
+                columns=config.columns,
+                half=config.calibration_half,
+                together=config.calibration_together,
+            )
         check_unseen(calibration, (*forget, *retain))
         if config.validation.forget is None or config.validation.retain is None:
             return cls(forget, retain, None, calibration)

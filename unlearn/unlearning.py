@@ -22,7 +22,7 @@ from lm.errors import UserError
 from lm.loading import load
 from lm.model import LanguageModel
 from lm.prompts import PromptSpec
-from lm.row_files import check_disjoint, load_rows
+from lm.row_files import check_disjoint, load_calibration, load_rows
 from lm.run_folder import RunFolder
 from unlearn import export
 from unlearn.alternates.base import Alternates, NoAlternates
@@ -128,7 +128,7 @@ def unlearn(
         raise UserError("in_place is true with scope.lora.quantize, which replaces the weights: leave one of them out")
     forget = load_rows(forget) if isinstance(forget, str) else forget
     retain = load_rows(retain) if isinstance(retain, str) else retain
-    calibration = load_rows(calibration) if isinstance(calibration, str) else calibration
+    calibration = load_calibration(calibration) if isinstance(calibration, str) else calibration
     check_disjoint(forget, retain)
     check_unseen(calibration, (*forget, *retain))
     if validation is not None:

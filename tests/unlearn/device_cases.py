@@ -81,7 +81,13 @@ CASES: dict[str, dict[str, Any]] = {
         "scope": Scope(layers="model"),
         "general": GENERAL,
         "trainer": replace(
-            FIVE, pairing="streams", forget_share=0.3, general_share=0.3, forget_from=0.25, forget_ramp=0.5
+            FIVE,
+            pairing="streams",
+            forget_share=0.3,
+            general_share=0.3,
+            forget_from=0.25,
+            forget_ramp=0.5,
+            cached_logits=50,
         ),
     },
     "made anew, in folds": {

@@ -24,6 +24,7 @@ from lm.forward.partial import backbone, forward_replaced, head_logits, starting
 from lm.model import LanguageModel
 from lm.prompts import Encoded
 from unlearn.forward.chunked_head import Measure, chunk_tokens, in_chunks
+from unlearn.forward.known_logits import KnownLogits, joined, likeliest
 from unlearn.forward.reference_model import Reference
 from unlearn.objectives import HiddenNeed, Needs, TokenStats
 
@@ -91,6 +92,7 @@ class Passes:
         *,
         alternates: int = 0,
         originals: Sequence[Tensor] | None = None,
+        known: Sequence[Tensor] | None = None,
         below: Sequence[Tensor] | None = None,
     ) -> TokenStats:
         """The statistics of some rows.
@@ -99,17 +101,23 @@ class Passes:
             texts: the rows, and after them their alternates, which go through the model together with them.
             alternates: how many of the texts are alternates: none, or half.
             originals: (supervised tokens,) of each text, the original's log-probabilities where they are known already.
+            known: what `likeliest` kept of the original's logits at each text's supervised tokens, likewise.
             below: (tokens, hidden) of each text, what the block `self.start` reads, likewise.
         """
         if self._brief:
             texts = [Encoded(text.ids, max(text.answer_start, len(text.ids) - 2)) for text in texts]
-            originals = None if originals is None else [known[-2:] for known in originals]
+            originals = None if originals is None else [each[-2:] for each in originals]
+            known = None if known is None else [each[-2:] for each in known]
         inputs = collate(texts, self.pad, self.acc.device)
         not_yet_known = needs if originals is None else replace(needs, reference_logprob=False)
+        if known is not None:
+            not_yet_known = replace(not_yet_known, statistics=())
         reference = self._original(not_yet_known, inputs, below) if not_yet_known.reference else {}
         if originals:
             reference["logprob"] = torch.cat(list(originals)).to(self.acc.device)
-        current = self._pass(inputs, needs, reference, below)
+        current = self._pass(
+            inputs, needs, reference, below, known=None if not known else joined(known, self.acc.device)
+        )
         stats = TokenStats(
             logprob=_on_targets(current.get("logprob"), inputs),
             mask=inputs.mask,
@@ -162,6 +170,24 @@ class Passes:
         sizes = inputs.mask.sum(dim=1).tolist()
         return list(torch.split(logprob[: sum(sizes)], sizes)) if texts else []
 
+    def likeliest(self, texts: Sequence[Encoded], most: int, *, below: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """For each text what is kept of the logits at its supervised tokens (`unlearn.forward.known_logits`)."""
+        inputs = collate(texts, self.pad, self.acc.device)
+
+        def read(output: BaseModelOutput, stream: Tensor | None) -> Read:
+            assert output.last_hidden_state is not None
+            supervised = _supervised(output.last_hidden_state, inputs)
+
+            def measure(hidden: Tensor, span: slice) -> tuple[Tensor, ...]:
+                return (likeliest(head_logits(self.model, output, hidden, {}), most),)
+
+            return {"kept": in_chunks(measure, supervised, size=self.chunk, head_learns=False)[0]}
+
+        with torch.no_grad():
+            kept = self._run(inputs, read, below, whole=True, hidden=None)["kept"]
+        sizes = inputs.mask.sum(dim=1).tolist()
+        return list(torch.split(kept[: sum(sizes)], sizes)) if texts else []
+
     def streams(self, texts: Sequence[Encoded], layer: int) -> list[Tensor]:
         """For each text, (tokens, hidden) the stream after block `layer`, without a graph."""
         inputs = collate(texts, self.pad, self.acc.device)
@@ -178,7 +204,14 @@ class Passes:
             return self._pass(inputs, of_original, {}, below, state=any(each.reference for each in needs.statistics))
 
     def _pass(
-        self, inputs: Inputs, needs: Needs, reference: Read, below: Sequence[Tensor] | None, *, state: bool = False
+        self,
+        inputs: Inputs,
+        needs: Needs,
+        reference: Read,
+        below: Sequence[Tensor] | None,
+        *,
+        state: bool = False,
+        known: KnownLogits | None = None,
     ) -> Read:
         """One pass of the model as it is.
 
@@ -186,6 +219,7 @@ class Passes:
             reference: what the original gave, for statistics that compare.
             below: what the block `self.start` reads, if the blocks before it need not run.
             state: also give what the head read, and keep the head.
+            known: the original's logits, for statistics that compare.
         """
         names = [*(["logprob"] if needs.logprob else []), *(f"values.{each.name}" for each in needs.statistics)]
 
@@ -198,7 +232,7 @@ class Passes:
                     self.reference.keep_head(self._head)
                     result["state"] = supervised
                 if names:
-                    measure = self._measure(needs, output, inputs, reference)
+                    measure = self._measure(needs, output, inputs, reference, known)
                     values = in_chunks(measure, supervised, size=self.chunk, head_learns=self._head_learns)
                     result |= dict(zip(names, values, strict=True))
             return result
@@ -242,7 +276,9 @@ class Passes:
             return torch.zeros((*inputs.ids.shape, width), dtype=self.model.model.dtype, device=self.acc.device)
         return pad_sequence(list(below), batch_first=True).to(self.acc.device)
 
-    def _measure(self, needs: Needs, output: BaseModelOutput, inputs: Inputs, reference: Read) -> Measure:
+    def _measure(
+        self, needs: Needs, output: BaseModelOutput, inputs: Inputs, reference: Read, known: KnownLogits | None
+    ) -> Measure:
         """What is computed of a chunk's logits."""
         targets = inputs.targets[inputs.mask] if inputs.supervised else inputs.targets.new_zeros(1)
         compared = any(each.reference for each in needs.statistics)
@@ -250,12 +286,14 @@ class Passes:
 
         def measure(hidden: Tensor, span: slice) -> tuple[Tensor, ...]:
             logits, original = head_logits(self.model, output, hidden, cast), None
-            if compared and self.reference is not None:
+            if compared and "state" in reference and self.reference is not None:
                 original_head = {**cast, **self.reference.head_weights}
                 with torch.no_grad(), self.reference.at_head():
                     original = head_logits(self.model, output, reference["state"][span], original_head)
             with torch.autocast(logits.device.type, enabled=False):
                 logits, original = logits.float(), original.float() if original is not None else None
+                if compared and original is None:
+                    original = logits.detach() if known is None else known[span].whole(logits)
                 logprob = [-cross_entropy(logits, targets[span], reduction="none")] if needs.logprob else []
                 statistics = [
                     each.function(logits, targets[span], original if each.reference else None)

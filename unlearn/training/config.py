@@ -67,7 +67,10 @@ class TrainerConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     reference: Literal["cached", "live"] = "cached"
     """The original's log-probabilities: computed once for every row that will be drawn and kept in the run folder, or at
-    every step. Its logits and hidden states are always asked for at every step."""
+    every step. Its hidden states are always asked for at every step, its logits too without `cached_logits`."""
+    cached_logits: int | None = None
+    """Of the original's logits, the largest so many of each supervised token, computed once and kept in the run folder, for
+    retain terms and objectives that compare with them; as many as the vocabulary has keep all, exactly. Null: at every step."""
     cache_below: bool = False
     """Compute what the scope's first layer reads once, and keep it on disk: layers below do not run again."""
     estimate: bool = True
@@ -97,6 +100,7 @@ class TrainerConfig:
             "chunk",
             "retain_per_forget",
             "folds",
+            "cached_logits",
         )
         for name in positive:
             value = getattr(self, name)

@@ -26,8 +26,11 @@ from unlearn.training.tensor_store import RowStore, stored
 
 def asks_original(needs: Needs, config: TrainerConfig) -> bool:
     """Whether the original model must be asked at every step."""
-    known = config.reference == "cached"
-    return (replace(needs, reference_logprob=False) if known else needs).reference
+    if config.reference == "cached":
+        needs = replace(needs, reference_logprob=False)
+    if config.cached_logits is not None:
+        needs = replace(needs, statistics=())
+    return needs.reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +82,17 @@ class ReferenceCache:
         def logprobs(places: list[int]) -> list[Tensor]:
             return passes.logprobs([side.texts[place] for place in places], below=side.streams(places))
 
+        def likeliest(places: list[int], most: int) -> list[Tensor]:
+            return passes.likeliest([side.texts[place] for place in places], most, below=side.streams(places))
+
         with untrained(passes.model.model):
             if config.cache_below:
                 side = replace(side, below=store(f"stream-{passes.start - 1}", streams))
             if needs.reference_logprob and config.reference == "cached":
                 side = replace(side, original=store("original", logprobs))
+            most = config.cached_logits
+            if most is not None and any(statistic.reference for statistic in needs.statistics):
+                side = replace(side, known=store(f"logits-{most}", lambda places: likeliest(places, most)))
         return side
 
 

@@ -25,6 +25,7 @@ class Side:
         alternates: for each row its alternate answers to the same question, or nothing.
         original: the original model's log-probabilities of `texts`, (supervised tokens,) each, where they are known already.
         below: the stream that the first block that may change reads for `texts`, (tokens, hidden) each, likewise.
+        known: what is kept of the original's logits, (supervised tokens, …) each (`unlearn.forward.known_logits`), likewise.
         of: what the rows were made of, as far as that is known: of the first so many.
         general: of a retain side, how many texts of general language stand after its own rows.
         held: of a retain side, how many forget rows stand after those, to be held while their fold is not yet forgotten.
@@ -34,6 +35,7 @@ class Side:
     alternates: Sequence[tuple[Encoded, ...]] = ()
     original: RowStore | None = None
     below: RowStore | None = None
+    known: RowStore | None = None
     of: Sequence[Row] = ()
     general: int = 0
     held: int = 0
@@ -55,6 +57,10 @@ class Side:
     def streams(self, places: Sequence[int]) -> list[Tensor] | None:
         """What the first block that may change reads for some of `texts`, if it is known."""
         return None if self.below is None else [self.below[place] for place in places]
+
+    def logits(self, places: Sequence[int]) -> list[Tensor] | None:
+        """What is kept of the original's logits for some of `texts`, if it is."""
+        return None if self.known is None else [self.known[place] for place in places]
 
     @cached_property
     def _firsts(self) -> list[int]:

@@ -301,6 +301,7 @@ class Stepper:
             needs,
             alternates=len(places) - len(rows),
             originals=None if side.original is None else [side.original[index] for index in places],
+            known=side.logits(places),
             below=side.streams(places),
         )
         if needs.targets and forget:
