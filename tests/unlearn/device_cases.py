@@ -25,6 +25,7 @@ from unlearn import stage
 from unlearn.alternates.base import Refusals
 from unlearn.config import UnlearnConfig
 from unlearn.forward import passes
+from unlearn.gradient_filter import GradientFilter
 from unlearn.objectives import DPO, NPO, PDU, RMU, AdaptiveRMU, Fixed, Joint, KLMinimization, LookUnseen
 from unlearn.perturbation import Noise, Part, Reinitialize
 from unlearn.scope.scope import Lora, Scope, WeightMask
@@ -93,7 +94,7 @@ CASES: dict[str, dict[str, Any]] = {
     "made anew, in folds": {
         "perturbation": Reinitialize(parts=(Part(share=0.8, layers=(1,), modules=("mlp",)),)),
         "objective": KLMinimization(),
-        "trainer": replace(FIVE, folds=2),
+        "trainer": replace(FIVE, folds=2, gradient_filter=GradientFilter(share=0.2)),
     },
     "rmu": {"objective": RMU(layer=1), "scope": Scope(layers=(0, 1))},
     "adaptive rmu, kept": {"objective": AdaptiveRMU(layer=1), "trainer": replace(FIVE, cache_below=True)},

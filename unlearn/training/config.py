@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lm.errors import UserError
+from unlearn.gradient_filter import GradientFilter
 from unlearn.training.batches import Batches, PairedBatches, Pairing, SequentialBatches
 from unlearn.training.schedule import Schedule, forget_weight, learning_rate
 from unlearn.training.step import Weighting
@@ -58,6 +59,8 @@ class TrainerConfig:
     """Share of the steps over which the forget term's weight then rises to 1."""
     folds: int = 1
     """Forget in so many stages: stage i forgets the first i folds of the forget documents and retains the others."""
+    gradient_filter: GradientFilter | None = None
+    """Collapse the leading singular directions of each matrix's forget gradient, before the retain gradient joins it."""
     weighting: Weighting = "global_tokens"
     """Each token of the global batch counts alike, or each row (short answers then weigh more), or the authors' mean of
     micro-batch means."""
@@ -128,6 +131,11 @@ class TrainerConfig:
         if self.checkpoint != "last" and self.evaluate_every is None:
             raise UserError(
                 f"trainer.checkpoint is {self.checkpoint!r}, which needs scores: set trainer.evaluate_every"
+            )
+        if self.weighting == "micro_batch_mean" and self.gradient_filter is not None:
+            raise UserError(
+                "trainer.gradient_filter needs the forget rows' gradient by itself, and micro_batch_mean mixes both sides: set "
+                "trainer.weighting to global_tokens"
             )
         if self.weighting == "micro_batch_mean" and self.micro_tokens is not None:
             raise UserError(

@@ -125,6 +125,7 @@ def train(
         micro_batch=config.micro_batch,
         micro_tokens=config.micro_tokens,
         weighting=config.weighting,
+        gradient_filter=config.gradient_filter,
     )
     moved = perturb(
         model, perturbation, seed=config.seed

@@ -21,6 +21,7 @@ from lm.prompts import Encoded
 from lm.shards import is_sharded, reshard
 from unlearn.forward.calibration import Measured, row_targets
 from unlearn.forward.passes import Passes
+from unlearn.gradient_filter import GradientFilter
 from unlearn.objectives import Loss, Needs, RetainMemory, TokenStats
 from unlearn.objectives.base import Term
 from unlearn.training.batches import StepRows, dealt, micro_batches
@@ -102,6 +103,7 @@ class Stepper:
         micro_batch: int,
         weighting: Weighting,
         micro_tokens: int | None = None,
+        gradient_filter: GradientFilter | None = None,
     ) -> None:
         self.passes, self.acc, self.model = passes, passes.acc, passes.wrapped
         self.loss, self.forget, self.retain = loss, forget, retain
@@ -109,6 +111,7 @@ class Stepper:
         reshard(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.forget_needs, self.retain_needs, self.uses_retain = loss.forget_needs, loss.retain_needs, loss.uses_retain
+        self.filter = gradient_filter
         self._forget_weight = 1.0
         self._targets: Measured | None = None
         self._unread = {True: passes.unread(self.forget_needs), False: passes.unread(self.retain_needs)}
@@ -156,6 +159,7 @@ class Stepper:
     def _global(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         """Means over the global batch: the retain rows first, their gradient scaled by the weight, then the forget rows."""
         held = self._hold(rows.retain, memory) if self.uses_retain and rows.retain else _Held()
+        of_retain = self._set_aside() if self.filter is not None else []
         divisor = _Counts.of([self.forget.rows[row] for row in rows.forget], self.forget_needs)
         sums = torch.zeros(3, dtype=torch.float64, device=self.acc.device)
         micros = self._micro_batches(rows.forget, forget=True, epoch=memory.epoch)
@@ -167,6 +171,9 @@ class Stepper:
                 reached = loss + self._unreached(forget=True) if last else loss
                 self.acc.backward(reached * self.acc.num_processes)
             sums += torch.stack([stats.cross_entropy.detach().sum(), loss.detach(), self._beyond_cap(stats)])
+        if self.filter is not None:
+            self.filter.apply(self.parameters)
+            self._add(of_retain)
         cross_entropy, forget_loss, beyond_cap = sum_over_processes(sums).tolist()
         return StepResult(
             loss=forget_loss + held.weight * held.loss,
@@ -183,11 +190,16 @@ class Stepper:
         """The gradient of some retain rows, times the weight that their own loss asks for."""
         divisor = _Counts.of([self.retain.rows[row] for row in rows], self.retain_needs)
         sums = torch.zeros(2, dtype=torch.float64, device=self.acc.device)
-        for micro in self._micro_batches(rows, forget=False, epoch=memory.epoch):
-            with self._syncing(False):
+        micros = self._micro_batches(rows, forget=False, epoch=memory.epoch)
+        for number, micro in enumerate(micros, start=1):
+            last = self.filter is not None and number == len(
+                micros
+            )  # else the forget rows bring all gradients together
+            with self._syncing(last):
                 stats = self._stats(micro, forget=False, epoch=memory.epoch)
                 loss = self._share(self.loss.retain.term(stats), divisor)
-                self.acc.backward(loss * self.acc.num_processes)
+                reached = loss + self._unreached(forget=False) if last else loss
+                self.acc.backward(reached * self.acc.num_processes)
             sums += torch.stack([stats.total(stats.cross_entropy.detach()), loss.detach()])
         cross_entropy, retain_loss = sum_over_processes(sums).tolist()
         count = divisor.rows if self._by_row else divisor.tokens
@@ -200,6 +212,19 @@ class Stepper:
                 if parameter.grad is not None:
                     parameter.grad.mul_(weight)
         return _Held(cross_entropy=mean, loss=retain_loss, weight=weight)
+
+    def _set_aside(self) -> list[Tensor | None]:
+        """The gradients so far, of which the parameters then know nothing."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return gradients
+
+    @torch.no_grad()
+    def _add(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _micro(self, rows: StepRows, memory: RetainMemory) -> StepResult:
         """The authors' scaling: each mixed micro-batch has its own means and its own weight; the step is their average."""
