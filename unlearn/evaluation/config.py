@@ -37,6 +37,8 @@ class EvaluateConfig:
     """Take member and non-member rows of this task only, as officially; null takes all tasks."""
     retain_scores: str | None = None
     """The folder of the retain model's finished evaluation, of the same documents: membership is judged beside it."""
+    untouched: ModelSpec | None = None
+    """The model before unlearning, which is asked how likely it finds the answers (`perplexity`). Null: it is not asked."""
     utility: str | None = "builtin:utility"
     """Questions (builtin:utility, a file in MMLU's layout), or lm_eval:TASK such as lm_eval:mmlu; null leaves it out."""
     utility_style: Style = "sentence"

@@ -40,6 +40,7 @@ def evaluate(
     style: Style = "sentence",
     lm_eval: str | None = None,
     retain_scores: Evaluation | Losses | str | None = None,
+    untouched: LanguageModel | str | None = None,
     store: Path | str | None = None,
     workers: Workers = ONE_PROCESS,
     show: bool = False,
@@ -61,6 +62,8 @@ def evaluate(
         lm_eval: ask through lm-eval instead: the name of one of its tasks, or, with `questions`, any name at all.
         retain_scores: what the retain model, which never saw the forget rows, came to on the same members and non-members: its
             evaluation, its losses, or the folder of its finished evaluation. Without it membership is not judged beside it.
+        untouched: the model before unlearning, or what `lm.load` takes: it says how likely it finds the answers. Without it they
+            have no perplexity.
         store: a folder where each part is written as soon as it is done, and from which parts that are already there
             are read instead of computed, so that an interrupted evaluation can go on.
         workers: which process this is; all processes return the same result, and the first writes.
@@ -91,11 +94,13 @@ def evaluate(
         style=style,
         lm_eval=lm_eval,
         retain_losses=_losses(retain_scores),
+        untouched=untouched is not None,
     )
     wanted = evaluation_set.askable(scores)
     loaded = load(model) if isinstance(model, str) else model
     measuring = Measuring(
         loaded,
+        load(untouched) if isinstance(untouched, str) else untouched,
         evaluation_set,
         prompt,
         max_new_tokens,

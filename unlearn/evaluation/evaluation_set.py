@@ -19,6 +19,7 @@ _GIVE = {
     "retain": "retain rows",
     "losses": "documents of members and non-members",
     "choices": "questions",
+    "fluency": "an untouched model",
     "retain_losses": "losses of the retain model (retain_scores)",
 }
 
@@ -34,6 +35,7 @@ class EvaluationSet:
         style: how they are asked (see `unlearn.evaluation.utility`).
         lm_eval: ask through lm-eval instead: the name of one of its tasks, or, with `questions`, any name at all.
         retain_losses: the losses of the same members and non-members under the retain model.
+        untouched: whether an untouched model is at hand, to say how likely it finds the answers.
     """
 
     forget: tuple[Row, ...]
@@ -44,6 +46,7 @@ class EvaluationSet:
     style: Style = "sentence"
     lm_eval: str | None = None
     retain_losses: Losses | None = None
+    untouched: bool = False
 
     def __post_init__(self) -> None:
         check_disjoint(self.forget, self.retain)
@@ -80,6 +83,8 @@ class EvaluationSet:
             return bool(self.members)
         if need == "retain_losses":
             return self.retain_losses is not None
+        if need == "fluency":
+            return self.untouched
         if need == "choices":
             return bool(self.questions) or self.lm_eval is not None
         return True

@@ -17,8 +17,9 @@ from lm.prompts import PromptSpec
 from lm.run_folder import progress, write_atomic, write_json
 from unlearn.evaluation import lume, membership
 from unlearn.evaluation.evaluation_set import EvaluationSet
+from unlearn.evaluation.fluency import nats_per_token
 from unlearn.evaluation.lm_eval_harness import run_lm_eval, write_task
-from unlearn.evaluation.scores.base import Choices, Generation, Losses, Need, Statistics
+from unlearn.evaluation.scores.base import Choices, Fluency, Generation, Losses, Need, Statistics
 from unlearn.evaluation.utility import multiple_choice
 from unlearn.generation.batching import Workers
 from unlearn.generation.generate import generate
@@ -27,11 +28,15 @@ T = TypeVar("T")
 
 
 class Measuring:
-    """A model, what it is asked and how: measures the statistics that are needed."""
+    """A model, what it is asked and how: measures the statistics that are needed.
+
+    The untouched model, if there is one, is asked how likely it finds the answers.
+    """
 
     def __init__(
         self,
         model: LanguageModel,
+        untouched: LanguageModel | None,
         evaluation_set: EvaluationSet,
         prompt: PromptSpec,
         max_new_tokens: int,
@@ -40,20 +45,23 @@ class Measuring:
         workers: Workers,
         show: bool,
     ) -> None:
-        self.model, self.asked, self.workers = model, evaluation_set, workers
+        self.model, self.untouched, self.asked, self.workers = model, untouched, evaluation_set, workers
         self.prompt, self.max_new_tokens, self.batch_size = prompt, max_new_tokens, batch_size
         self.store, self.visible = store, show and workers.index == 0
         self.parts = _Parts(store, workers.index == 0)
 
     def statistics(self, needed: Collection[Need]) -> Statistics:
         """What is needed, as far as something to ask was given; read from the store where it is there."""
-        asked = self.asked
+        asked, judged = self.asked, "fluency" in needed and self.untouched is not None
+        forget = self._generations("forget", asked.forget) if "forget" in needed or judged else None
+        retain = self._generations("retain", asked.retain) if "retain" in needed or judged else None
         return Statistics(
-            forget=self._generations("forget", asked.forget) if "forget" in needed else None,
-            retain=self._generations("retain", asked.retain) if "retain" in needed else None,
+            forget=forget,
+            retain=retain,
             losses=self._losses() if "losses" in needed and asked.gives("losses") else None,
             choices=self._choices() if "choices" in needed and asked.gives("choices") else None,
             retain_losses=asked.retain_losses if "retain_losses" in needed else None,
+            fluency=self._fluency(self.untouched, forget or (), retain or ()) if judged and self.untouched else None,
         )
 
     def _generations(self, side: str, rows: Sequence[Row]) -> tuple[Generation, ...]:
@@ -89,6 +97,27 @@ class Measuring:
         if (len(members), len(others)) != (count, len(self.asked.nonmembers)):
             raise UserError(f"{self.store} holds the losses of other documents: give another folder")
         return Losses(members=tuple(members), nonmembers=tuple(others), documents=self.asked.documents)
+
+    def _fluency(self, untouched: LanguageModel, forget: Sequence[Generation], retain: Sequence[Generation]) -> Fluency:
+        rows = (*forget, *retain)
+
+        def compute() -> dict[str, list[float | None]]:
+            with self._progress(len(rows), "fluency", "answers") as advance:
+                nats = nats_per_token(
+                    untouched,
+                    [row["input"] for row in rows],
+                    [row["model_output"] for row in rows],
+                    prompt=self.prompt,
+                    batch_size=self.batch_size,
+                    progress=advance,
+                    workers=self.workers,
+                )
+            return {"forget": nats[: len(forget)], "retain": nats[len(forget) :]}
+
+        stored = self.parts.get("fluency", compute)
+        if (len(stored["forget"]), len(stored["retain"])) != (len(forget), len(retain)):
+            raise UserError(f"{self.store} holds the fluency of other answers: give another folder")
+        return Fluency(forget=tuple(stored["forget"]), retain=tuple(stored["retain"]))
 
     def _choices(self) -> Choices:
         stored: Any = self.parts.get(

@@ -24,7 +24,7 @@ class Evaluation:
         values: the name of a score -> its value; None where it does not apply or something it needs was not asked.
         examples: the name of a score -> id of a row, document or question -> its number; only scores that have such numbers.
         statistics: the generations, losses and choices behind them.
-        seconds: time spent on each part (`forget`, `retain`, `membership`, `utility`).
+        seconds: time spent on each part (`forget`, `retain`, `membership`, `utility`, `fluency`).
     """
 
     values: Mapping[str, float | None]

@@ -20,6 +20,7 @@ from unlearn.evaluation.evaluation_set import EvaluationSet, digest
 from unlearn.evaluation.lm_eval_harness import BUILTIN_TASK
 from unlearn.evaluation.lume import SCORES, SIDES, TASKS
 from unlearn.evaluation.result import Evaluation, finished_losses
+from unlearn.evaluation.scores import known_scores
 from unlearn.generation.batching import Workers
 
 _ROWS = (
@@ -40,6 +41,9 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
     evaluation_set = read_set(config)
     acc = accelerator(cpu=config.model.device == "cpu")
     model = load_here(acc, config.model)
+    untouched = None
+    if config.untouched is not None:
+        untouched = model if config.untouched == config.model else load_here(acc, config.untouched)
     with together(acc):
         if acc.is_main_process:
             facts = {
@@ -54,7 +58,9 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
             }
             if evaluation_set.retain_losses is not None:
                 facts["retain_losses"] = digest(asdict(evaluation_set.retain_losses))
-            same = ("data", "weights", "retain_losses")
+            if untouched is not None:
+                facts["untouched"] = fingerprint(untouched)
+            same = ("data", "weights", "retain_losses", "untouched")
             RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=same)
     run = RunFolder(config.out, main=acc.is_main_process)
     result = evaluate(
@@ -67,6 +73,7 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
         style=evaluation_set.style,
         lm_eval=evaluation_set.lm_eval,
         retain_scores=evaluation_set.retain_losses,
+        untouched=untouched,
         scores=config.scores,
         prompt=config.prompt,
         max_new_tokens=config.max_new_tokens,
@@ -105,6 +112,7 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         style=config.utility_style,
         lm_eval=lm_eval,
         retain_losses=None if config.retain_scores is None else finished_losses(config.retain_scores),
+        untouched=config.untouched is not None,
     )
     evaluation_set.askable(config.scores)
     return evaluation_set
@@ -129,7 +137,7 @@ def describe(config: EvaluateConfig, result: Evaluation) -> str:
 
 
 def table(result: Evaluation) -> str:
-    """The scores as a few lines of text: a row a side and task, then the aggregates, then any others."""
+    """The scores as a few lines of text: a row a side and task, then the aggregates, then the others."""
     lines = []
     if any(result.scores.applies):
         lines.append(f"{'':<16}{SCORES[0]:>14}{SCORES[1]:>12}   (forget: 1 - value; higher is better everywhere)")
@@ -141,9 +149,21 @@ def table(result: Evaluation) -> str:
     for name, key in _ROWS:
         extra = f"   (AUC {auc:.4f})" if name == "membership" and auc is not None else ""
         lines.append(f"{name:<16}{_number(result.values.get(key)):>14}{extra}")
+    return "\n".join([*lines, *_further(result)])
+
+
+def _further(result: Evaluation) -> list[str]:
+    """The other scores: a line each, those of a group on one line."""
+    scores, lines = known_scores(), []
+    groups: dict[str, list[str]] = {}
     for name in result.others:
-        lines.append(f"{name.replace('_', ' '):<16} {_number(result.values[name]):>13}")
-    return "\n".join(lines)
+        value, score = result.values[name], scores.get(name)
+        if score is None or value is None or not score.group:
+            lines.append(f"{name.replace('_', ' '):<16} {_number(value):>13}")
+        else:
+            groups.setdefault(score.group, []).append(f"{score.title} {score.text(value)}")
+    width = max((len(group) for group in groups), default=0)
+    return [*lines, *(f"{group:<{width}}  {', '.join(values)}" for group, values in groups.items())]
 
 
 def _number(value: float | None) -> str:

@@ -42,6 +42,7 @@ def verdict(report: Report) -> list[str]:
         _aggregate(about, reference, retain_model, len(report.methods)),
         *_weakest(about),
         *_membership(about, retain_model),
+        *_garbled(about, retain_model),
     ]
     sentences += _utility(about, reference)
     rivals = [model for model in report.methods if model is not about]
@@ -109,6 +110,16 @@ def _membership(about: ReportModel, retain_model: ReportModel | None) -> list[st
         else f", the retain model has {words.score(retain_model.mia_auc)}"
     )
     return [f"The membership AUC is {words.score(about.mia_auc)} (0.5 would tell nothing{other})."]
+
+
+def _garbled(about: ReportModel, retain_model: ReportModel | None) -> list[str]:
+    value = about.value("garbled")
+    if math.isnan(value):
+        return []
+    text = f"At least {words.percent(value)} of its answers to forget rows are garbled"
+    if retain_model is None or math.isnan(retain_model.value("garbled")):
+        return [f"{text}."]
+    return [f"{text} (retain model: {words.percent(retain_model.value('garbled'))})."]
 
 
 def _utility(about: ReportModel, reference: ReportModel | None) -> list[str]:

@@ -120,9 +120,10 @@ def test_from_run_folders_to_the_page(config: EvaluateConfig, tmp_path: Path) ->
     written = json.loads((tmp_path / "mine" / "scores" / "scores.json").read_text())
     assert {name: written[name] for name in THREE} == {name: result.values[name] for name in THREE}
     assert "mia_ks_p" not in json.loads((folder / "scores.json").read_text()), "there was nothing to judge it beside"
-    assert f"mia auc gap {written['mia_auc_gap']:>18.4f}" in table(result)
+    beside_it = [f"AUC gap {written['mia_auc_gap']:.3f}", f"KS p {written['mia_ks_p']:.3f}"]
+    assert f" {', '.join(beside_it)}, TPR at 5% FPR " in table(result).partition("\nMembership ")[2]
     page = render(collect([tmp_path / "mine" / "scores", folder]))
-    assert '<th scope="colgroup" colspan="3" class="pair">Membership beside the retain model</th>' in page
+    assert '<th scope="colgroup" colspan="3" class="pair">Membership</th>' in page
     for name in THREE:
         assert f'title="{escape(known_scores()[name].meaning)}">' in page
     run_evaluate(dataclasses.replace(beside, resume=True))

@@ -54,6 +54,7 @@ def evaluate(model: LanguageModel, asked: EvaluationSet, **how: object) -> Evalu
     """Ask a whole set at once."""
     given = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
     given["retain_scores"] = given.pop("retain_losses")
+    given["untouched"] = model if given["untouched"] else None
     return unlearn.evaluate(model, **given, **how)  # type: ignore[arg-type]
 
 
@@ -82,16 +83,9 @@ def test_it_is_its_parts_put_together() -> None:
     assert found.member_losses == pytest.approx(losses[0], abs=1e-6)
     assert set(found.seconds) == {"forget", "retain", "membership", "utility"}
     values = found.to_json()
-    assert set(values) == {
-        "terms",
-        "task_aggregate",
-        "mia_auc",
-        "mia_score",
-        "utility",
-        "final",
-        "mia_tpr_at_5_fpr",
-        "seconds",
-    }
+    faults = {f"{side}{fault}" for side in ("", "retain_") for fault in ("empty", "repeated", "scrambled", "garbled")}
+    official = {"terms", "task_aggregate", "mia_auc", "mia_score", "utility", "final", "seconds"}
+    assert set(values) == official | faults | {"mia_tpr_at_5_fpr"}
     assert values["final"] == pytest.approx((values["task_aggregate"] + values["mia_score"] + utility) / 3)
 
 

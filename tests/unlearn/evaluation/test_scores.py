@@ -60,7 +60,11 @@ def subject() -> LanguageModel:
 def test_the_scores_of_the_room_are_the_official_ones_and_some_beside_them() -> None:
     names = [score.name for score in room_scores()]
     official = {*lume.TERMS, "task_aggregate", "mia_auc", "mia_score", "utility", "final"}
-    assert set(names) == official | {"mia_auc_gap", "mia_ks_p", "mia_tpr_at_5_fpr"}
+    assert set(names) == official | {"mia_auc_gap", "mia_ks_p", "mia_tpr_at_5_fpr"} | {
+        f"{side}{fault}"
+        for side in ("", "retain_")
+        for fault in ("empty", "repeated", "scrambled", "garbled", "perplexity")
+    }
     assert tuple(term.name for term in LUME_TERMS) == lume.TERMS
     everything = chosen_scores(["final"])
     assert everything[-1].name == "final"

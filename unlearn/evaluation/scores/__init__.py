@@ -14,10 +14,13 @@ __all__ = ["Score", "Statistics", "chosen_scores", "known_scores", "room_scores"
 
 
 def known_scores() -> dict[str, Score]:
-    """Every score by name: those of this room's files, and those of any other class that is imported."""
-    for module in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
-        importlib.import_module(module.name)
-    return {score.name: score for cls in subclasses(Score).values() for score in cls.all()}
+    """Every score by name: those of this room's files in the files' order, then those of any other class that is imported."""
+    modules = [module.name for module in pkgutil.iter_modules(__path__, prefix=f"{__name__}.")]
+    for name in modules:
+        importlib.import_module(name)
+    place = {name: at for at, name in enumerate(modules)}  # what happens to be imported first must not order them
+    classes = sorted(subclasses(Score).values(), key=lambda cls: place.get(cls.__module__, len(modules)))
+    return {score.name: score for cls in classes for score in cls.all()}
 
 
 def room_scores() -> tuple[Score, ...]:

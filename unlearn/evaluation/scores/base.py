@@ -17,9 +17,9 @@ from lm.data.rows import Row
 T = TypeVar("T")
 Generation = Mapping[str, str]
 """A row after generation: `id`, `task`, `input`, `expected_output`, `model_output`."""
-Need = Literal["forget", "retain", "losses", "choices", "retain_losses"]
+Need = Literal["forget", "retain", "losses", "choices", "retain_losses", "fluency"]
 """A statistic: the generations of a side, the losses of member and other documents, the multiple-choice answers, the losses of
-the same documents under the retain model."""
+the same documents under the retain model, how likely the untouched model finds the generations."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,14 @@ class Losses:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fluency:
+    """How likely the untouched model finds the generations of each side: nats a token, row by row; None for an empty one."""
+
+    forget: tuple[float | None, ...]
+    retain: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choices:
     """What came of multiple-choice questions.
 
@@ -69,6 +77,7 @@ class Statistics:
         losses: of the membership documents.
         choices: of the multiple-choice questions.
         retain_losses: of the membership documents under the retain model.
+        fluency: of the generations, under the untouched model.
     """
 
     forget: tuple[Generation, ...] | None = None
@@ -76,6 +85,7 @@ class Statistics:
     losses: Losses | None = None
     choices: Choices | None = None
     retain_losses: Losses | None = None
+    fluency: Fluency | None = None
     _kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def has(self, need: Need) -> bool:

@@ -78,7 +78,7 @@ class MembershipGap(Score):
         "Distance of the MIA AUC from the retain model's on the same documents, whatever that is. 0: losses tell as much, or as "
         "little, as those of a model that never saw the forget set."
     )
-    group = "Membership beside the retain model"
+    group = "Membership"
 
     @property
     def direction(self) -> Direction:
@@ -113,7 +113,7 @@ class MembershipTest(Score):
         "same documents under the retain model. Small (below 0.05): the losses are distributed otherwise than those of a model "
         "that never saw the documents. Large: these documents show no difference, which does not prove that there is none."
     )
-    group = "Membership beside the retain model"
+    group = "Membership"
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -145,7 +145,7 @@ class MembershipTpr(Score):
         "Share of the forget documents that their low loss gives away where at most 5% of the documents never seen are taken for "
         "them too. About 0.05: nothing is given away; an AUC near 0.5 can hide a few that are."
     )
-    group = "Membership beside the retain model"
+    group = "Membership"
 
     @property
     def direction(self) -> Direction:
