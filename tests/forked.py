@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 
-from unlearn.search.process import HEAVY
+from unlearn.processes import HEAVY
 
 ROOT = Path(__file__).resolve().parents[1]
 _LEAVING = 20.0

@@ -1,4 +1,4 @@
-"""What a model answers to rows, scored row by row. Averages over rows and models are `unlearn.attacks.curves`."""
+"""What a model answers to rows, scored row by row. Averages over rows and models are `unlearn.attacks.comparison.curves`."""
 
 from __future__ import annotations
 

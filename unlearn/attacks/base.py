@@ -1,7 +1,7 @@
 """The axis "attack": what somebody does to an unlearned model to bring the forgotten back.
 
 An attack has levels (steps of training, shots, bits): 0 is no attack at all. It makes trials from the rows, and for a trial
-and a model it gives what is answered at each level. Comparing with the retain model is `unlearn.attacks.curves`.
+and a model it gives what is answered at each level. Comparing with the retain model is `unlearn.attacks.comparison.curves`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from lm.errors import UserError
 from lm.loading import load
 from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec
+from lm.row_files import data_hash
 from unlearn.attacks.answers import Answer
-from unlearn.attacks.curves import Verdict
+from unlearn.attacks.comparison.curves import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,12 @@ class Trial:
         ways = [self.variant.replace(" ", "-")] if self.variant else []
         return "/".join([self.name, *ways, f"seed-{self.seed}"])
 
+    @property
+    def data(self) -> dict[str, str]:
+        """The hashes of its rows: given, asked, and beside these."""
+        rows = {"given": self.given, "asked": self.asked, "beside": self.beside}
+        return {name: data_hash(each) for name, each in rows.items() if each or name != "beside"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
@@ -117,6 +124,14 @@ class Attack:
     def trials(self, forget: Sequence[Row], retain: Sequence[Row], settings: AttackSettings) -> list[Trial]:
         """What is tried, each once for each of `settings.seeds`. Raises UserError where the rows do not allow it."""
         raise NotImplementedError
+
+    def of_trial(self, trial: Trial) -> Attack:
+        """This attack with only what one of its trials depends on: two attacks that agree in it give the same answers."""
+        return self
+
+    def finished(self, folder: Path) -> bool:
+        """Whether a trial's folder holds all answers already, so that `run` would only read them."""
+        return False
 
     def run(self, trial: Trial, subject: Attacked, settings: AttackSettings, folder: Path) -> dict[int, list[Answer]]:
         """Attack a model and ask it `trial.asked` at every level above 0; at the last one `trial.beside` too.

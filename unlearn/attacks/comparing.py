@@ -11,9 +11,9 @@ import numpy as np
 from lm.data.rows import Row
 from lm.errors import UserError
 from unlearn.attacks.answers import Answer
-from unlearn.attacks.audit import MEASURES, MODELS, Audit, Group, People
 from unlearn.attacks.base import Attack, Trial
-from unlearn.attacks.curves import Comparison, mean_over_trials
+from unlearn.attacks.comparison.audit import MEASURES, MODELS, Audit, Group, People
+from unlearn.attacks.comparison.curves import Comparison, mean_over_trials
 from unlearn.attacks.others import Others
 
 UNLEARNED, RETAIN = MODELS

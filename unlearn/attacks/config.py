@@ -55,6 +55,12 @@ class AttackConfig:
     """A mean difference (of scores from 0 to 1) from the retain model below this counts as none."""
     confidence: float = 0.95
     """Of the interval over people."""
+    workers: int = 1
+    """How many trials run at once, each in a process of its own; they share the cores, or the memory of the GPU. The numbers are
+    the same."""
+    retain_answers: str | None = None
+    """The run folder of an earlier attack with the same retain model, rows and settings, whose answers of the retain model are
+    read: half of the work. Refused where anything else was asked."""
     out: str = "runs/attack"
     """The run folder; the result is in its attack.json and attack.png, every answer beside them."""
     resume: bool = False
@@ -64,6 +70,8 @@ class AttackConfig:
         check_confidence(self.confidence)
         if not 0 < self.margin < 1:
             raise UserError(f"margin is {self.margin}: give a difference of scores between 0 and 1 (0.1 is usual)")
+        if self.workers < 1:
+            raise UserError(f"workers is {self.workers}: give at least 1")
         _ = self.settings  # refuses what no attack can be told
         for name in ("model", "retain_model"):
             if getattr(self, name).device not in (None, "cpu", "cuda"):

@@ -20,11 +20,11 @@ from lm.data.rows import Row
 from lm.devices import accelerator, together
 from lm.errors import UserError
 from lm.model import LanguageModel, fingerprint
-from lm.row_files import data_hash, load_rows
+from lm.row_files import load_rows
 from lm.run_folder import RunFolder
 from unlearn.attacks.answers import Answer, ask, read_answers, write_answers
 from unlearn.attacks.base import Attack, Attacked, AttackSettings, Trial
-from unlearn.attacks.curves import Verdict
+from unlearn.attacks.comparison.curves import Verdict
 from unlearn.attacks.splits import Given, check_apart, check_some, other_people, same_people, without_told
 from unlearn.generation.batching import Workers
 from unlearn.objectives import Learn, Loss, NoRetain
@@ -160,9 +160,17 @@ class Relearning(Attack):
                 )
         return trials
 
+    def of_trial(self, trial: Trial) -> Relearning:
+        """At its rate alone, with what it gives alone."""
+        return replace(self.at(trial.learning_rate), given=tuple(name for name in self.given if name == trial.name))
+
+    def finished(self, folder: Path) -> bool:
+        """Whether there are answers at every level."""
+        return all(_file(folder, level).exists() for level in self.levels[1:])
+
     def run(self, trial: Trial, subject: Attacked, settings: AttackSettings, folder: Path) -> dict[int, list[Answer]]:
         """The answers after 1 x `every`, 2 x `every`, … steps; those that are in `folder` already are read."""
-        if not all(_file(folder, level).exists() for level in self.levels[1:]):
+        if not self.finished(folder):
             self.at(trial.learning_rate)._train(trial, subject, settings, folder)
         return {level: read_answers(_file(folder, level)) for level in self.levels[1:]}
 
@@ -174,9 +182,7 @@ class Relearning(Attack):
         run = RunFolder(folder, main=acc.is_main_process)
         with together(acc):
             if acc.is_main_process:
-                data = {"given": data_hash(trial.given), "asked": data_hash(trial.asked)}
-                data |= {"beside": data_hash(trial.beside)} if trial.beside else {}
-                facts = {"weights": weights, "data": data, "seed": trial.seed}
+                facts = {"weights": weights, "data": trial.data, "seed": trial.seed}
                 RunFolder.create(folder, self, resume=folder.exists(), facts=facts, same=("weights", "data"))
         resolved = scope.resolve(model.anatomy)
         resolved.apply(model.model, model.anatomy)

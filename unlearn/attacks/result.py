@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from unlearn.attacks.audit import Audit, Residue
 from unlearn.attacks.base import Attack
-from unlearn.attacks.curves import Comparison
-from unlearn.attacks.worst import Worst, worst_of
+from unlearn.attacks.comparison.audit import Audit, Residue
+from unlearn.attacks.comparison.curves import Comparison
+from unlearn.attacks.comparison.worst import Worst, worst_of
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,18 @@ from lm.data.rows import Row
 from lm.devices import accelerator, launch_facts, together
 from lm.errors import UserError
 from lm.loading import load
-from lm.model import LanguageModel, fingerprint
+from lm.model import fingerprint
 from lm.row_files import check_disjoint, data_hash, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
 from unlearn.attacks.attacking import ask_before, attack_all, require_alike
 from unlearn.attacks.base import Attacked
 from unlearn.attacks.comparing import RETAIN, UNLEARNED
+from unlearn.attacks.comparison.picture import curves_picture
 from unlearn.attacks.config import AttackConfig
 from unlearn.attacks.others import others_of
-from unlearn.attacks.picture import curves_picture
+from unlearn.attacks.parallel import run_trials
 from unlearn.attacks.result import AttackResult
+from unlearn.attacks.reuse import check_retain_answers, copy_retain_answers
 from unlearn.evaluation.lume import check_rows
 
 _RETAIN_BEFORE = "never"
@@ -45,14 +47,28 @@ def run_attack(config: AttackConfig) -> AttackResult:
     others = others_of(forget, retain, unseen)
     trials = [others.beside(trial) for trial in config.attack.trials(forget, retain, config.settings)]
     acc = accelerator(cpu=config.model.device == "cpu")
+    if acc.num_processes > 1 and config.workers > 1:
+        raise UserError(
+            f"workers is {config.workers}, and the attack was launched on {acc.num_processes} processes: leave workers out, or "
+            "use python, not accelerate launch"
+        )
     specs = {UNLEARNED: config.model, RETAIN: config.retain_model}
     models = {name: load(spec, device=spec.device or str(acc.device)) for name, spec in specs.items()}
     require_alike(models[UNLEARNED], models[RETAIN], (*forget, *others.rows), config.prompt)
     data = {"forget": data_hash(forget), "retain": data_hash(retain)}
     data |= {"unseen": data_hash(unseen)} if unseen else {}
-    run = _begin(acc, config, models, data)
+    weights = {name: fingerprint(model) for name, model in models.items()}
+    if config.retain_answers is not None:
+        check_retain_answers(config, trials, weights=weights[RETAIN], data=data)
+    run = _begin(acc, config, {"data": data, "weights": weights, "trials": {one.folder: one.data for one in trials}})
+    if config.retain_answers is not None:
+        with together(acc):
+            if acc.is_main_process:
+                copy_retain_answers(config, run, trials)
     before = ask_before(acc, models, forget, others, config.settings, run)
     del models  # each attack begins with a fresh one
+    if config.workers > 1:
+        run_trials(specs, trials, config.attack, config.settings, run, workers=config.workers)
     subjects = {name: Attacked.from_spec(spec) for name, spec in specs.items()}
     result = attack_all(
         acc,
@@ -89,24 +105,21 @@ def _of_tasks(rows: Sequence[Row], config: AttackConfig) -> tuple[Row, ...]:
     return kept
 
 
-def _begin(
-    acc: Accelerator,
-    config: AttackConfig,
-    models: Mapping[str, LanguageModel],
-    data: Mapping[str, str],
-) -> RunFolder:
+def _begin(acc: Accelerator, config: AttackConfig, facts: Mapping[str, object]) -> RunFolder:
     """Begin the run folder, or go on with one, on the main process; the others wait."""
     run = RunFolder(config.out, main=acc.is_main_process)
     with together(acc):
         if acc.is_main_process:
             if config.resume:
                 _rename_what_is_old(run)
-            facts = {
-                "data": dict(data),
-                "weights": {name: fingerprint(model) for name, model in models.items()},
-                "devices": launch_facts(acc),
-            }
-            RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=("data", "weights"))
+            RunFolder.create(
+                config.out,
+                config,
+                resume=config.resume,
+                facts={**facts, "devices": launch_facts(acc)},
+                same=("data", "weights"),
+                free=("workers", "retain_answers"),
+            )
     return run
 
 

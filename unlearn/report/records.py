@@ -91,7 +91,7 @@ class AttackTrial:
 
     Attributes:
         name: what the attacker had, and at which rate where several were tried.
-        verdict: beside the retain model, in a few words (`unlearn.attacks.curves.Verdict`).
+        verdict: beside the retain model, in a few words (`unlearn.attacks.comparison.curves.Verdict`).
         sentence: the result in a sentence.
         levels: how far the attack went at each asking, 0 first.
         unlearned, retain_model: what each said right of the forgotten, from 0 to 1, at each level.

@@ -29,7 +29,7 @@ from unlearn.search import choice
 from unlearn.search.config import Method, SearchConfig, Value
 from unlearn.search.picture import pareto
 from unlearn.search.plan import Plan
-from unlearn.search.process import run_apart
+from unlearn.search.process import unlearn_and_score
 from unlearn.search.result import MethodResult, SearchResult
 from unlearn.search.scored import Finished, Measures, Scored, check_runs, read_scored
 from unlearn.search.table import page, table, terms
@@ -183,7 +183,7 @@ class _Search:
         self, folder: str, params: Mapping[str, Value], unlearning: UnlearnConfig | None, model: ModelSpec | None = None
     ) -> Finished:
         self.advance(0, running=folder)
-        failed = run_apart(self.out / folder, unlearning, self.plan.scoring(self.out / folder, model))
+        failed = unlearn_and_score(self.out / folder, unlearning, self.plan.scoring(self.out / folder, model))
         scored = read_scored(self.out, folder, self.measures) if failed is None else None
         self.advance(1)
         return Finished(params=dict(params), scored=scored, failed=failed)

@@ -12,12 +12,12 @@ from lm.data.rows import Row
 from lm.errors import UserError
 from lm.row_files import load_rows
 from unlearn.attacks.base import AttackSettings
-from unlearn.attacks.curves import Comparison, mean_over_trials
-from unlearn.attacks.picture import curves_picture
+from unlearn.attacks.comparison.curves import Comparison, mean_over_trials
+from unlearn.attacks.comparison.picture import curves_picture
+from unlearn.attacks.comparison.worst import worst_of
 from unlearn.attacks.relearning import Relearning
 from unlearn.attacks.result import AttackResult
 from unlearn.attacks.splits import check_apart, check_some, other_people, same_people, without_told
-from unlearn.attacks.worst import worst_of
 
 FORGET = load_rows("builtin:forget")
 

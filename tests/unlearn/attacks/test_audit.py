@@ -18,8 +18,8 @@ from lm.row_files import load_rows
 from tests.unlearn.attacks.test_attack import FEW, people
 from tests.unlearn.attacks.test_attack_parts import comparison, row
 from unlearn.attacks import AttackConfig, Relearning, run_attack
-from unlearn.attacks.audit import Audit, Group, People
 from unlearn.attacks.base import Trial
+from unlearn.attacks.comparison.audit import Audit, Group, People
 from unlearn.attacks.others import others_of
 from unlearn.attacks.result import AttackResult
 

@@ -27,7 +27,7 @@ from unlearn.evaluation.stage import run_evaluate
 from unlearn.search import Method, Range, SearchConfig, run_search
 from unlearn.search.ledger import Ledger
 from unlearn.search.plan import Plan
-from unlearn.search.process import LOG, run_apart
+from unlearn.search.process import LOG, unlearn_and_score
 from unlearn.search.result import SearchResult
 from unlearn.search.scored import Measures, check_runs, read_scored
 from unlearn.search.table import commands_of
@@ -128,7 +128,7 @@ def test_only_the_best_trials_weights_are_kept(done: SearchResult) -> None:
 
 
 def test_a_finished_search_runs_nothing_again(done: SearchResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unlearn.search.stage.run_apart", lambda *a: pytest.fail("ran again"))
+    monkeypatch.setattr("unlearn.search.stage.unlearn_and_score", lambda *a: pytest.fail("ran again"))
     assert run_search(replace(done.config, resume=True)).methods == done.methods
     with pytest.raises(UserError, match="already holds a run"):
         run_search(done.config)
@@ -229,7 +229,7 @@ def test_a_killed_run_is_a_failed_trial(files: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     unlearning = plan.unlearning(plan.config.methods[0], {"trainer.learning_rate": 1e-3}, folder, None)
     said: list[str | None] = []
-    thread = threading.Thread(target=lambda: said.append(run_apart(folder, unlearning, plan.scoring(folder))))
+    thread = threading.Thread(target=lambda: said.append(unlearn_and_score(folder, unlearning, plan.scoring(folder))))
     thread.start()
     _wait_for(lambda: (folder / "metrics.jsonl").exists() or not thread.is_alive())
     (child,) = active_children()
@@ -246,9 +246,9 @@ def test_what_would_fail_every_run_ends_the_search_and_a_defect_is_no_failed_tri
     folder.mkdir()
     (folder / "checkpoints").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
-        run_apart(folder, unlearning, plan.scoring(folder))
+        unlearn_and_score(folder, unlearning, plan.scoring(folder))
     with pytest.raises(RuntimeError, match="broke off"):
-        run_apart(folder, None, 7)  # type: ignore[arg-type]
+        unlearn_and_score(folder, None, 7)  # type: ignore[arg-type]
     assert "Traceback" in (folder / LOG).read_text()
 
 

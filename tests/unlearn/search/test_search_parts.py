@@ -317,7 +317,7 @@ def test_the_leading_methods_are_those_of_the_best_trials_within_the_budget() ->
 
 def test_only_the_leading_methods_are_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qualities = {"base": 0.0, "first": 0.3, "second": 0.8, "third": 0.5}
-    monkeypatch.setattr(stage, "run_apart", lambda *_: None)
+    monkeypatch.setattr(stage, "unlearn_and_score", lambda *_: None)
     monkeypatch.setattr(stage, "check_runs", lambda *_: None)
     monkeypatch.setattr(stage, "read_scored", lambda _, name, __: scored(qualities[name.split("/")[0]], 1.0, name))
     space = {"trainer.learning_rate": Range(log_uniform=(1e-4, 1e-3))}
@@ -335,7 +335,7 @@ def test_a_search_begun_before_the_retain_model_had_its_name_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
-    monkeypatch.setattr(stage, "run_apart", lambda folder, *_: ran.append(folder.name))
+    monkeypatch.setattr(stage, "unlearn_and_score", lambda folder, *_: ran.append(folder.name))
     monkeypatch.setattr(stage, "check_runs", lambda *_: None)
     monkeypatch.setattr(stage, "read_scored", lambda _, name, __: scored(0.5, 1.0, name))
     space = {"trainer.learning_rate": Range(log_uniform=(1e-4, 1e-3))}
@@ -365,7 +365,7 @@ def test_a_search_begun_before_the_retain_model_had_its_name_goes_on(
 
 
 def test_a_search_whose_base_configs_changed_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "run_apart", lambda *_: None)
+    monkeypatch.setattr(stage, "unlearn_and_score", lambda *_: None)
     monkeypatch.setattr(stage, "check_runs", lambda *_: None)
     monkeypatch.setattr(stage, "read_scored", lambda _, name, __: scored(0.5, 1.0, name))
     space = {"trainer.learning_rate": Range(log_uniform=(1e-4, 1e-3))}

@@ -11,7 +11,7 @@ from typing import Any
 from lm.errors import UserError
 from tracing.effects.before_after import difference
 from tracing.effects.effects import Effects
-from unlearn.attacks.audit import GROUPS, MEASURES
+from unlearn.attacks.comparison.audit import GROUPS, MEASURES
 from unlearn.report.records import Attacked, AttackTrial, Audited, Depth, Estimate, ReportModel, Retraced
 from unlearn.report.runs.folders import Run
 from unlearn.report.runs.models import Subject

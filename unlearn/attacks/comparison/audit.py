@@ -16,7 +16,7 @@ import numpy as np
 
 from tracing.arrays import Array
 from tracing.bootstrap import interval, resample_counts, units, weighted_means
-from unlearn.attacks.curves import plain
+from unlearn.attacks.comparison.curves import plain
 
 Group = Literal["forgotten", "retained", "unseen"]
 GROUPS: dict[Group, str] = {"forgotten": "forgotten", "retained": "retained", "unseen": "never seen"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from unlearn.attacks.curves import KNOWS, Comparison, plain
+from unlearn.attacks.comparison.curves import KNOWS, Comparison, plain
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from unlearn.attacks.curves import Comparison
-from unlearn.attacks.worst import Worst
+from unlearn.attacks.comparison.curves import Comparison
+from unlearn.attacks.comparison.worst import Worst
 
 _UNLEARNED, _RETAIN, _INK = "#d1495b", "#26467f", "#1f2933"
 
