@@ -274,10 +274,13 @@ def steered_adaptively(batch: Batch, row: int, place: int) -> Tensor:
 
 
 def unseen(batch: Batch, row: int) -> Tensor:
-    """With weights 0.7 and 0.3, cap 2.5, above 0.2, within 0.5."""
+    """With weights 0.7 and 0.3, cap 2.5, above 0.2, within 0.5, smooth 2."""
     losses = [(-torch.log(p(z, y))).clamp(max=2.5) for z, _, y in tokens(batch, row)]
     away = abs(batch.row_value[row] + 0.2 - sum(losses) / len(losses)) - 0.5 * batch.row_spread[row]
-    return (0.7 if batch.row_document[row] else 0.3) * (away if float(away.detach()) > 0 else 0.0 * away)
+    width, weight = 2 * float(batch.row_spread[row]), 0.7 if batch.row_document[row] else 0.3
+    if float(away.detach()) >= width:
+        return weight * (away - width / 2)
+    return weight * (away**2 / (2 * width) if float(away.detach()) > 0 else 0.0 * away)
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -343,7 +346,7 @@ CASES = [
         row_mean(lambda b, r: -sequence(other(b), r, ratio=False) / int(other(b).mask[r].sum())),
     ),
     *(Case(FLAT(divergence=d), flat(d)) for d in ("total_variation", "kl", "jensen_shannon", "pearson")),
-    Case(LookUnseen(documents=0.7, questions=0.3, cap=2.5, above=0.2, within=0.5), row_mean(unseen)),
+    Case(LookUnseen(documents=0.7, questions=0.3, cap=2.5, above=0.2, within=0.5, smooth=2.0), row_mean(unseen)),
     Case(RMU(layer=1, scale=2.0, seed=3), hidden_mean(steered)),
     Case(AdaptiveRMU(layer=1, scale=5.0, seed=3), hidden_mean(steered_adaptively)),
     Case(CrossEntropy(), token_mean(lambda z, _, y: -torch.log(p(z, y)))),

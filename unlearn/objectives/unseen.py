@@ -17,8 +17,9 @@ from unlearn.objectives.weight import Fixed
 
 @dataclass(frozen=True, kw_only=True)
 class LookUnseen(Calibrated):
-    """`L = mean_rows weight * max(|target + above - l| - within * spread, 0) + KL(original || model)(retain)`.
+    """`L = mean_rows weight * huber(max(|target + above - l| - within * spread, 0)) + KL(original || model)(retain)`.
 
+    `huber(x)` is `x^2 / 2w` below `w = smooth * spread` and `x - w / 2` above, so that a row that has arrived pushes no more.
     `l` is a row's mean over tokens of `min(-log p, cap)`, of a completion over the whole document; `target` and `spread` are of
     calibration rows of the same group, renewed as the model changes. Two-sided: a row that became too unlikely is drawn back,
     since that betrays it too. Bounded: no token is pushed beyond `cap`, no row beyond its target. Made to stand after a
@@ -39,12 +40,14 @@ class LookUnseen(Calibrated):
     """Nats a token that the target lies above what the calibration rows come to."""
     within: float = 0.0
     """A row this near to its target, in standard deviations of the calibration rows, is left alone."""
+    smooth: float = 1.0
+    """A row this near to that, in standard deviations, is pushed less and less; 0 pushes as hard until it arrives."""
     match: Literal["mean", "quantiles"] = "mean"
     """Every row of a group to the calibration rows' mean; or the forget rows, in their own order, to the calibration rows'
     quantiles, so that they keep as much spread."""
 
     def __post_init__(self) -> None:
-        for name in ("documents", "questions", "within"):
+        for name in ("documents", "questions", "within", "smooth"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"objective.{name} is {getattr(self, name)}: give 0 or more")
         if not self.documents and not self.questions:
@@ -71,7 +74,9 @@ class LookUnseen(Calibrated):
         assert targets is not None  # the trainer measures them before the first step that reads them
         away = targets.value + self.above - stats.row_mean((-stats.logprob).clamp(max=self.cap))
         weight = torch.where(targets.document, self.documents, self.questions) * stats.mask.any(dim=1)
-        return Term((weight * (away.abs() - self.within * targets.spread).clamp(min=0.0)).sum(), unit="row")
+        beyond, width = (away.abs() - self.within * targets.spread).clamp(min=0.0), self.smooth * targets.spread
+        near = beyond.square() / (2 * width.clamp(min=torch.finfo(width.dtype).tiny))
+        return Term((weight * torch.where(beyond < width, near, beyond - width / 2)).sum(), unit="row")
 
     @property
     def reads_forget(self) -> bool:
