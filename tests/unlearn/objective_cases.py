@@ -273,6 +273,12 @@ def steered_adaptively(batch: Batch, row: int, place: int) -> Tensor:
     return steered(batch, row, place) / 2.0 * 5.0 * norm
 
 
+def unseen_sharp(batch: Batch, row: int) -> Tensor:
+    """With weights 1 and 0.5, cap 16, above 0."""
+    losses = [-torch.log(p(z, y)) for z, _, y in tokens(batch, row)]
+    return (1.0 if batch.row_document[row] else 0.5) * abs(batch.row_value[row] - sum(losses) / len(losses))
+
+
 def unseen(batch: Batch, row: int) -> Tensor:
     """With weights 0.7 and 0.3, cap 2.5, above 0.2, within 0.5, smooth 2."""
     losses = [(-torch.log(p(z, y))).clamp(max=2.5) for z, _, y in tokens(batch, row)]
@@ -347,6 +353,7 @@ CASES = [
     ),
     *(Case(FLAT(divergence=d), flat(d)) for d in ("total_variation", "kl", "jensen_shannon", "pearson")),
     Case(LookUnseen(documents=0.7, questions=0.3, cap=2.5, above=0.2, within=0.5, smooth=2.0), row_mean(unseen)),
+    Case(LookUnseen(documents=1.0, questions=0.5, above=0.0, smooth=0.0), row_mean(unseen_sharp)),
     Case(RMU(layer=1, scale=2.0, seed=3), hidden_mean(steered)),
     Case(AdaptiveRMU(layer=1, scale=5.0, seed=3), hidden_mean(steered_adaptively)),
     Case(CrossEntropy(), token_mean(lambda z, _, y: -torch.log(p(z, y)))),

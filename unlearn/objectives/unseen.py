@@ -75,7 +75,7 @@ class LookUnseen(Calibrated):
         away = targets.value + self.above - stats.row_mean((-stats.logprob).clamp(max=self.cap))
         weight = torch.where(targets.document, self.documents, self.questions) * stats.mask.any(dim=1)
         beyond, width = (away.abs() - self.within * targets.spread).clamp(min=0.0), self.smooth * targets.spread
-        near = beyond.square() / (2 * width.clamp(min=torch.finfo(width.dtype).tiny))
+        near = beyond.square() / (2 * width.clamp(min=1e-6))  # a slope that is not a number would pass through `where`
         return Term((weight * torch.where(beyond < width, near, beyond - width / 2)).sum(), unit="row")
 
     @property
