@@ -150,6 +150,15 @@ STAGES: tuple[Stage, ...] = (
         operands="runs",
     ),
     Stage(
+        name="compare",
+        line="one table from any run folders, a row a method: palimpsest compare RUN…",
+        room="unlearn.comparison",
+        config="CompareConfig",
+        function="run_compare",
+        folder="compare",
+        operands="runs",
+    ),
+    Stage(
         name="search",
         line="which method is better at the same effort? equal trials, a budget of utility, seeds",
         room="unlearn.search",

@@ -234,7 +234,7 @@ def test_every_stage_follows_the_pattern(stage: Stage) -> None:
 
 def test_every_stage_has_its_script_and_every_config_its_stage() -> None:
     scripts = {path.stem.replace("_", "-") for path in (ROOT / "scripts").glob("*.py")}
-    assert scripts == {stage.name for stage in STAGES}
+    assert scripts | {"compare"} == {stage.name for stage in STAGES}  # which reads run folders and needs no launcher
     folders = {name.rpartition("/")[0] for name in all_shipped()} - {"accelerate"}
     assert folders <= {stage.folder for stage in STAGES}
 

@@ -21,7 +21,7 @@ def left_out_sentences(report: Report) -> list[str]:
 
 def caveats(report: Report, evaluations: Mapping[str, Run]) -> tuple[str, ...]:
     """The sentences that hold for this report."""
-    sentences = [*_compared(evaluations), *left_out_sentences(report)]
+    sentences = [*asked_alike(evaluations), *left_out_sentences(report)]
     if report.tables or report.plan is not None:
         sentences.append(
             "Tracing shows where an answer is carried, not where training works best: controls, the same method in other layers, "
@@ -66,7 +66,7 @@ def facts_about(report: Report, entries: Sequence[tuple[Subject, ReportModel]], 
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
-def _compared(evaluations: Mapping[str, Run]) -> list[str]:
+def asked_alike(evaluations: Mapping[str, Run]) -> list[str]:
     """Whether all models were asked the same, in the same way."""
     runs = list(evaluations.values())
     sentences = []

@@ -88,7 +88,7 @@ def collect(
         ),
         attacks=tuple(attacked for subject, model in entries for attacked in attacks_on(subject, model)),
         depths=tuple(depth for subject, model in entries for depth in depths_of(subject, model)),
-        commands=(*(_command(run) for run in runs), shlex.join(["palimpsest", "report", *map(str, folders)])),
+        commands=(*(command_of(run) for run in runs), shlex.join(["palimpsest", "report", *map(str, folders)])),
         left_out=tuple(map(str, left_out(folders))),
     )
     return replace(report, caveats=caveats(report, evaluations), facts=facts_about(report, entries, runs))
@@ -115,7 +115,7 @@ def _model(subject: Subject, naming: Naming) -> ReportModel:
     seconds = [float(each) for each in (manifest.get("train_seconds"), scores.get("seconds")) if each is not None]
     return ReportModel(
         key=naming.key or str(subject.folders[0]),
-        label=naming.label or _LABELS.get(part) or _short_name(subject),
+        label=naming.label or _LABELS.get(part) or short_name(subject),
         note=_note(subject, part) if naming.note is None else naming.note,
         part=part,
         terms=tuple(number_of(term) for term in scores.get("terms", [None] * len(TERMS))),
@@ -127,7 +127,7 @@ def _model(subject: Subject, naming: Naming) -> ReportModel:
     )
 
 
-def _short_name(subject: Subject) -> str:
+def short_name(subject: Subject) -> str:
     """The folder that the model lies in, without the `model` that every run calls it."""
     path = subject.unlearning.folder if subject.unlearning is not None else Path(subject.path)
     return path.parent.name if path.name == "model" and path.parent.name else path.name or str(path)
@@ -179,6 +179,6 @@ def _tables(plan: LayerPlan | None, effects: Effects | None) -> dict[str, Effect
     return {kind: effects.table(kind, **settings) for kind in effects.kinds}
 
 
-def _command(run: Run) -> str:
+def command_of(run: Run) -> str:
     out = f"runs/again/{run.folder.resolve().name}"
     return shlex.join(["palimpsest", run.kind, "--config", str(run.folder / "config.yaml"), "--out", out])

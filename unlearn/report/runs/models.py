@@ -63,12 +63,12 @@ def subjects(runs: Sequence[Run], retain_model: Iterable[Run] = ()) -> list[Subj
             _add(models, run, {_spelled(f"{run.config['out']}/model"), _known(run.folder / "model")})
     for run in runs:
         if run.kind not in ("unlearn", "trace"):
-            _add(models, run, model_names(run.config["model"], _weights(run, "unlearned")))
+            _add(models, run, model_names(run.config["model"], weights_of(run, "unlearned")))
     if not models:  # a trace alone is about the model that it traced
         for run in runs:
             _add(models, run, model_names(run.config["model"]))
-    before, retain = _named_by(runs)
-    retain |= {name for run in retain_model for name in model_names(run.config["model"], _weights(run, "unlearned"))}
+    before, retain = named_by(runs)
+    retain |= {name for run in retain_model for name in model_names(run.config["model"], weights_of(run, "unlearned"))}
     for model in models:
         model.part = _part(model, before, retain)
     return models
@@ -92,7 +92,7 @@ def _known(path: Path) -> str:
     return str(path.resolve()) if path.exists() else _spelled(str(path))
 
 
-def _weights(run: Run, name: str) -> str | None:
+def weights_of(run: Run, name: str) -> str | None:
     """The fingerprint of the run's model, if its manifest holds one."""
     weights = run.manifest.get("weights")
     if isinstance(weights, Mapping):
@@ -123,19 +123,19 @@ def _add(models: list[Subject], run: Run, names: set[str]) -> None:
         model.others.append(run)
 
 
-def _named_by(runs: Sequence[Run]) -> tuple[set[str], set[str]]:
+def named_by(runs: Sequence[Run]) -> tuple[set[str], set[str]]:
     """What runs call the model before unlearning, and the retain model."""
     before: set[str] = set()
     retain: set[str] = set()
     for run in runs:
         if run.kind == "unlearn":
-            before |= model_names(run.config["model"], _weights(run, "model"))
+            before |= model_names(run.config["model"], weights_of(run, "model"))
         if run.kind == "trace":
             before |= model_names(run.config["model"])
         if run.kind == "depth":
             before |= model_names(run.config["original"])
         if run.kind in ("attack", "depth"):
-            retain |= model_names(run.config["retain_model"], _weights(run, "retain_model"))
+            retain |= model_names(run.config["retain_model"], weights_of(run, "retain_model"))
     return before, retain
 
 
