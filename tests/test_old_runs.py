@@ -52,7 +52,7 @@ def test_an_unlearning_run_goes_on(folder: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     whole = [json.loads(line) for line in (folder / "unlearn_to_the_end.jsonl").read_text().splitlines()]
     for one, other in zip(lines, whole, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+        assert {name: one[name] for name in other} == pytest.approx(other, rel=1e-4)  # a line says more since then
 
 
 def test_a_trace_goes_on_with_its_finished_facts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
