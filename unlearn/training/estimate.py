@@ -30,7 +30,7 @@ from unlearn.training.side import Micro
 from unlearn.training.step import Stepper
 
 _LOOKED_AT = 200
-"""Steps whose micro-batches are looked at; the rest is like them."""
+"""At most so many steps' micro-batches are looked at; the others are like them."""
 _SAMPLE = 1 << 22
 """Weights of which the optimizer's time is taken."""
 
@@ -69,8 +69,8 @@ class Estimate:
 def estimate(stepper: Stepper, batches: Batches, steps: int) -> Estimate:
     """Before the first step; every process must call it."""
     (now, before), original = _in_use(), sum(tensor.nbytes for tensor in _kept(stepper))
-    looked = min(steps, _LOOKED_AT)
-    micros = [micro for step in range(looked) for micro in stepper.micros(batches.step(step), batches.epoch(step))]
+    looked = range(0, steps, -(-steps // _LOOKED_AT))  # all through the run: forget rows may come late
+    micros = [micro for step in looked for micro in stepper.micros(batches.step(step), batches.epoch(step))]
     gradients = sum(local_part(p).nbytes for p in stepper.parameters)
     for parameter in stepper.parameters:  # a step's later micro-batches find one there
         parameter.grad = torch.zeros_like(parameter)
@@ -97,7 +97,7 @@ def estimate(stepper: Stepper, batches: Batches, steps: int) -> Estimate:
         activations=round(activations),
         logits=round(logits),
         before=before,
-        seconds=seconds * steps / looked + steps * _optimizer_seconds(stepper),
+        seconds=seconds * steps / len(looked) + steps * _optimizer_seconds(stepper),
     )
 
 
