@@ -23,7 +23,8 @@ def test_every_method_of_the_comparison_is_a_config_on_the_same_terms(tmp_path: 
 
 def test_no_objective_of_the_table_is_left_out() -> None:
     table = (ROOT / "docs/methods.md").read_text().split("## Objectives")[1].split("\n## ")[0]
-    documented = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) - {"objective", "Learn"}
+    perturbed = {"NoForget", "LookUnseen"}  # these stand after a perturbation
+    documented = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) - {"objective", "Learn"} - perturbed
     assert documented
     assert documented <= {fixed["objective"] for fixed in settings(5, Path("x")).values()}
 

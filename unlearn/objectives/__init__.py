@@ -16,7 +16,7 @@ from unlearn.objectives.base import (
     Weight,
 )
 from unlearn.objectives.distillation import CEU, PDU, UNDIAL
-from unlearn.objectives.finetune import Learn
+from unlearn.objectives.finetune import Learn, NoForget
 from unlearn.objectives.joint import Joint
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.preference import DPO, NPO, SimNPO
@@ -57,6 +57,7 @@ __all__ = [
     "LookUnseen",
     "Loss",
     "Needs",
+    "NoForget",
     "NoRetain",
     "Objective",
     "Retain",

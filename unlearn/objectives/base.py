@@ -230,6 +230,8 @@ class Objective:
     """The retain term of the paper."""
     published_weight: ClassVar[Weight]
     """Its weight."""
+    forgets: ClassVar[bool] = True
+    """Whether it has a forget term at all; without one no step has a forget row."""
 
     def forget_needs(self) -> Needs:
         """What the forget term reads."""

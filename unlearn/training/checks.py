@@ -24,6 +24,8 @@ def refuse_what_cannot_be(
     validates: bool,
 ) -> None:
     """Raise UserError for a loss, rows and settings that do not go together, or a loss that reads nothing of what may change."""
+    if not loss.objective.forgets:
+        _refuse_what_forgets(loss, config)
     if loss.uses_retain and not retain.rows:
         raise UserError(f"{type(loss.objective).__name__} needs retain rows and there are none: give a retain set")
     if config.checkpoint != "last" and not validates:
@@ -57,6 +59,24 @@ def refuse_what_cannot_be(
                 f"{axis} reads the stream after layer {needs.hidden.layer}, and nothing up to there may change, so it could do "
                 f"nothing: give it layer {start} or a later one, or widen the scope"
             )
+
+
+def _refuse_what_forgets(loss: Loss, config: TrainerConfig) -> None:
+    name = type(loss.objective).__name__
+    if not loss.uses_retain:
+        raise UserError(
+            f"{name} reads no forget row and the retain term is NoRetain, so nothing would be trained: set retain_loss"
+        )
+    if config.pairing in ("mixed_shuffle", "sequential") or config.weighting == "micro_batch_mean":
+        raise UserError(
+            f"{name} leaves the places of forget rows empty, and {config.pairing} batches weighted by {config.weighting} may "
+            "have nothing else: set trainer.pairing to paired or streams, and trainer.weighting to global_tokens or global_rows"
+        )
+    late = ("forget_from", "forget_ramp", "gradient_filter")
+    if config.folds > 1 or any(getattr(config, each) for each in late):
+        raise UserError(
+            f"{name} forgets nothing, so trainer.folds and {', '.join(f'.{each}' for each in late)} say nothing: leave them out"
+        )
 
 
 def _refuse_streams(retain: Side, loss: Loss, config: TrainerConfig) -> None:

@@ -158,8 +158,10 @@ def _order(forget: Side, retain: Side, loss: Loss, config: TrainerConfig) -> tup
             general=general,
             steps=steps,
         )
-    if config.forget_from:
-        batches = LateBatches(inner=batches, quiet=lambda step: not config.forget_weight(step, steps))
+    if config.forget_from or not loss.objective.forgets:
+        batches = LateBatches(
+            inner=batches, quiet=lambda step: not (loss.objective.forgets and config.forget_weight(step, steps))
+        )
     return batches, steps
 
 

@@ -13,7 +13,17 @@ from tests.unlearn.helpers import ROOT
 from tests.unlearn.objective_cases import CASES, HIDDEN, VOCABULARY, Batch, Case, draw, statistics
 from unlearn.alternates.base import Alternates, NoAlternates
 from unlearn.merging.merge import Merge
-from unlearn.objectives import AsPublished, AsPublishedWeight, Calibrated, Loss, NoRetain, Objective, Retain, Weight
+from unlearn.objectives import (
+    AsPublished,
+    AsPublishedWeight,
+    Calibrated,
+    Loss,
+    NoForget,
+    NoRetain,
+    Objective,
+    Retain,
+    Weight,
+)
 from unlearn.perturbation import NoPerturbation, Perturbation
 
 
@@ -37,7 +47,14 @@ def test_every_objective_and_retain_term_is_in_the_table() -> None:
     known = {
         one for one in subclasses(Objective) | subclasses(Retain) if one.__module__.startswith("unlearn.objectives.")
     }
-    assert known - {type(case.of) for case in CASES} == {Objective, Calibrated, Retain, AsPublished, NoRetain}
+    assert known - {type(case.of) for case in CASES} == {
+        Objective,
+        Calibrated,
+        NoForget,
+        Retain,
+        AsPublished,
+        NoRetain,
+    }
 
 
 def test_the_page_of_methods_names_every_one_with_its_badges() -> None:
