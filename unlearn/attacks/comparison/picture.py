@@ -41,7 +41,7 @@ def curves_picture(comparisons: Sequence[Comparison], unit: str, worst: Worst | 
     for row, way in enumerate(ways):
         panels[row][0].set_ylabel((f"{way}\n" if way else "") + "of the forgotten, said right", fontsize=8)
     panels[0][0].set_ylim(-0.02, 1.02)
-    panels[0][0].legend(fontsize=8, frameon=False, loc="upper left")
+    panels[0][0].legend(fontsize=8, frameon=False, loc="best")
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
