@@ -33,6 +33,8 @@ class EvaluateConfig:
     """Documents it was trained on: rows (completions are taken), or a file with a `document` column. Null: no membership."""
     nonmembers: str | None = "builtin:held_out"
     """Documents it was never trained on: likewise."""
+    calibration: str | None = None
+    """What an unlearning run was calibrated on: its documents are left out of the non-members, in which LUME has them too."""
     membership_task: str | None = "Task3"
     """Take member and non-member rows of this task only, as officially; null takes all tasks."""
     retain_scores: str | None = None

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from lm.data.rows import Question
 from lm.devices import accelerator, launch_facts, load_here, together
 from lm.model import fingerprint
-from lm.row_files import data_hash, load_documents, load_questions, load_rows
+from lm.row_files import data_hash, load_calibration, load_documents, load_questions, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes, write_json
 from unlearn.evaluation.config import LM_EVAL, EvaluateConfig
 from unlearn.evaluation.evaluate import evaluate
@@ -98,9 +98,12 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         questions = load_questions("builtin:utility")
     elif config.utility is not None and lm_eval is None:
         questions = first_of_each_subject(load_questions(config.utility), config.utility_per_subject)
+    used = () if config.calibration is None else load_calibration(config.calibration, columns=config.columns)
     members, nonmembers = (
-        () if source is None else load_documents(source, task=config.membership_task, columns=config.columns)
-        for source in (config.members, config.nonmembers)
+        ()
+        if source is None
+        else load_documents(source, task=config.membership_task, columns=config.columns, without=unseen)
+        for source, unseen in ((config.members, ()), (config.nonmembers, used))
     )
     forget, retain = (load_rows(source, columns=config.columns) for source in (config.forget, config.retain))
     evaluation_set = EvaluationSet(
