@@ -203,6 +203,17 @@ def test_the_command_on_two_processes_gives_what_one_gives(files: Path, tmp_path
         run_evaluate(parse_config(EvaluateConfig, words(files, tmp_path / "one")))
 
 
+def test_what_was_calibrated_on_is_no_nonmember(files: Path, tmp_path: Path) -> None:
+    texts = (files / "nonmember.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "calibration.jsonl").write_text(texts[1])
+    plain = parse_config(EvaluateConfig, words(files, tmp_path / "plain"))
+    less = parse_config(
+        EvaluateConfig, [*words(files, tmp_path / "less"), "--calibration", str(tmp_path / "calibration.jsonl")]
+    )
+    every, some = (run_evaluate(config).nonmember_losses for config in (plain, less))
+    assert some == (*every[:1], *every[2:])
+
+
 def test_a_broken_run_goes_on(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = EvaluateConfig(
         model=dataclasses.replace(EvaluateConfig().model, path=str(files / "model"), device="cpu"),
