@@ -60,11 +60,13 @@ def parse_config(
     words = _upgraded(list(sys.argv[1:] if argv is None else argv), cls)
     parser = _parser(cls, description, program=program)
     try:
-        values = parser.instantiate(parser.parse_args(words))
-        chosen = {field.name: values[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        for field, hint in _fields(cls):
-            if axis_of(hint) is not None:
-                chosen[field.name] = _axis_value(cls, words, field.name, default_of(field))
+        axes = [field for field, hint in _fields(cls) if axis_of(hint) is not None]
+        parsed = parser.parse_args(words)
+        for axis in axes:  # made below: here fields of the default's class stand in it
+            parsed.pop(axis.name, None)
+        values = parser.instantiate(parsed)
+        chosen = {field.name: values[field.name] for field, _ in _fields(cls) if field not in axes}
+        chosen |= {axis.name: _axis_value(cls, words, axis.name, default_of(axis)) for axis in axes}
         return cls(**chosen)
     except UserError:
         raise

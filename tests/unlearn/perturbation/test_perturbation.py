@@ -230,3 +230,11 @@ def test_a_config_comes_back_from_its_file(tiny: Path, tmp_path: Path, perturbat
     config = small_config(tiny, tmp_path / "run", objective=GradientAscent(), perturbation=perturbation)
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     assert parse_config(UnlearnConfig, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_a_kind_that_is_named_alone_has_its_own_defaults() -> None:
+    assert parse_config(UnlearnConfig, ["--perturbation", "Noise"]).perturbation == Noise()
+    assert parse_config(UnlearnConfig, ["--perturbation", "Reinitialize"]).perturbation == Reinitialize()
+    assert parse_config(UnlearnConfig, ["--perturbation", "Noise", "--perturbation.seed", "3"]).perturbation == Noise(
+        seed=3
+    )
