@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def run_compare(config: CompareConfig) -> Comparison:
         missing=missing,
         caveats=(*asked_alike(found.evaluations), *_attacked_alike(found.attacks)),
         command=config.command,
+        made_by=tuple(filter(None, map(_made_by, config.runs))),
     )
     page = None if config.page is None else placed(_read(config.page), config.place, result.markdown, name=config.page)
     out = Path(config.out)
@@ -66,6 +68,12 @@ def _attacked_alike(attacks: Sequence[Run]) -> list[str]:
     if not differing:
         return []
     return [f"The attacks differ in {', '.join(differing)}: their gaps and residues do not compare one to one."]
+
+
+def _made_by(folder: str) -> str | None:
+    """The command that a benchmark left in the folder of its runs."""
+    path = Path(folder) / "benchmark.json"
+    return str(json.loads(path.read_text(encoding="utf-8"))["command"]) if path.is_file() else None
 
 
 def _read(page: str) -> str:

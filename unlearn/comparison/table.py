@@ -21,6 +21,7 @@ class Comparison:
         missing: headings of columns in which no run has a value.
         caveats: what the table does not say, in sentences.
         command: what printed it.
+        made_by: what made the runs, where a benchmark says so.
     """
 
     rows: tuple[Row, ...]
@@ -28,6 +29,7 @@ class Comparison:
     missing: tuple[str, ...]
     caveats: tuple[str, ...]
     command: str
+    made_by: tuple[str, ...] = ()
 
     @property
     def table(self) -> str:
@@ -46,7 +48,7 @@ class Comparison:
     @property
     def markdown(self) -> str:
         """The command, the table, and what it does not say."""
-        parts = [f"    {self.command}", self.table]
+        parts = ["\n".join(f"    {command}" for command in (*self.made_by, self.command)), self.table]
         if any(len(row.measures) > 1 for row in self.rows):
             parts.append("Of several seeds: the mean (smallest to largest).")
         if self.missing:
@@ -69,7 +71,8 @@ class Comparison:
             for row in self.rows
         ]
         columns = {column.name: {"head": column.head, "meaning": column.meaning} for column in self.columns}
-        return {"command": self.command, "columns": columns, "rows": rows, "caveats": list(self.caveats)}
+        commands = {"command": self.command, "made_by": list(self.made_by)}
+        return {**commands, "columns": columns, "rows": rows, "caveats": list(self.caveats)}
 
 
 def placed(page: str, place: str, text: str, *, name: str) -> str:

@@ -22,7 +22,7 @@ CAVEATS = (
     "Tracing shows where an answer is carried, not where training works best. The controls are the test of the choice.",
     "The membership score looks at whole documents, prompt and answer; only answers are trained to be forgotten, so a "
     "model can answer nothing and still know a document's beginning.",
-    "Each method ran once here, with one seed; benchmarks/builtin_seeds.py repeats it over seeds and prints the spread.",
+    "Each method ran once here, with one seed; benchmarks/compare_methods.py repeats it over seeds and prints the spread.",
     "Nothing on this page attacks the result: relearning and paraphrases are separate tests.",
 )
 

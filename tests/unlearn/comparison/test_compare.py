@@ -130,6 +130,10 @@ def test_what_is_written_can_be_read_back(runs: Path) -> None:
     assert wipe["commands"][0].startswith("palimpsest unlearn --config")
     assert (out / "comparison.md").read_text() == result.markdown
     assert result.markdown.startswith("    palimpsest compare ")
+    (runs / "benchmark.json").write_text('{"command": "python -m benchmarks.compare_methods --list x"}')
+    assert compare(runs).markdown.startswith(
+        "    python -m benchmarks.compare_methods --list x\n    palimpsest compare "
+    )
     assert "wrote" in describe(CompareConfig(runs=(str(runs),)), result)
 
 
