@@ -20,10 +20,12 @@ from pathlib import Path
 from lm.config import script
 from lm.data.rows import Row
 from lm.errors import UserError
-from lm.row_files import load_rows
+from lm.row_files import Half, halved, load_rows
 from lm.run_folder import write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+HALVES: dict[str, Half] = {"calibration": "first", "held_out": "second"}
+"""Of the unseen people: those that something may be calibrated on, and those that are scored (benchmarks/compare_methods.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,12 @@ def prepare(asked: Benchmark, folder: Path) -> None:
     write_rows(folder / "retain_a.jsonl", retain[::2])
     write_rows(folder / "retain_b.jsonl", retain[1::2])
     write_rows(folder / "facts.jsonl", [*forget, *retain])
-    write_rows(folder / "unseen.jsonl", [row for row in unseen if row.task == "Task2"])
+    unseen = [row for row in unseen if row.task == "Task2"]
+    write_rows(folder / "unseen.jsonl", unseen)
+    for name, half in HALVES.items():
+        write_rows(folder / f"{name}.jsonl", list(halved(unseen, "unseen.jsonl", half)))
+    made = {"memorized": "base/model", "retain_model": "retain_only/model", "plan": "trace/plan.json"}
+    write_json(folder.parent / "sources.json", {name: str(folder.parent / path) for name, path in made.items()})
 
 
 def first_people(rows: tuple[Row, ...], count: int) -> list[Row]:

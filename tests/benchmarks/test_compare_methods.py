@@ -18,6 +18,8 @@ from lm.config import parse_config
 from lm.errors import UserError
 from tests.conftest import tiny_rows
 from tests.unlearn.helpers import ROOT
+from unlearn.comparison.columns import COLUMNS
+from unlearn.comparison.table import placed
 from unlearn.objectives import NoForget
 from unlearn.perturbation import Noise
 
@@ -76,7 +78,7 @@ def configs(name: str, world: str, out: Path, **more: Any) -> Configs:
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
 def test_every_method_of_every_list_is_a_config(path: Path, tmp_path: Path) -> None:
     roles = (
-        "retain_healed memorized retain_model forget retain held_out calibration public real mmlu wikitext plan utility"
+        "memorized retain_model forget retain retain_healed held_out calibration plan public mmlu general held_out_text"
     )
     made = configs(str(path), "none", tmp_path, sources={name: f"x/{name}" for name in roles.split()})
     for method in made.methods.methods:
@@ -86,6 +88,14 @@ def test_every_method_of_every_list_is_a_config(path: Path, tmp_path: Path) -> N
         assert every.evaluation.model.path == f"{tmp_path}/{method.name}/seed-3/model"
         assert every.attack is not None
         assert every.attack.unseen == "x/held_out"
+
+
+def test_the_page_explains_every_column_and_has_every_place() -> None:
+    page = (ROOT / "docs" / "which_method.md").read_text()
+    for column in COLUMNS:
+        assert f"| {column.head} | {column.meaning} |" in page
+    for place in ("builtin", "fresh_world", "smollm2_lume"):
+        assert placed(page, place, "the table", name="page").count("\nthe table\n") == 1
 
 
 def test_the_places_of_the_location_list_differ_in_nothing_but_the_place() -> None:

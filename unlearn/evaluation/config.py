@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from lm.errors import UserError
 from lm.model import ModelSpec
 from lm.prompts import PromptSpec
+from sae.activations.sources import NoSource, Source
 from unlearn.evaluation.utility import Style
+from unlearn.general_text import GeneralText
 
 LM_EVAL = "lm_eval:"
 HELP = """Prove it: what a model still says about the forget and retain rows, scored as SemEval-2025 Task 4 does.
@@ -47,6 +49,12 @@ class EvaluateConfig:
     """sentence scores whole answers after "Question: ... Answer:"; letter scores A, B, C, D under MMLU's headline."""
     utility_per_subject: int | None = None
     """Only the first so many questions of each subject."""
+    general: Source = field(default_factory=NoSource)
+    """Text that has nothing to do with either side, for its perplexity: TextFiles, Datasets, Builtin; NoSource leaves it out."""
+    general_longest: int = 256
+    """Tokens; a longer general text is cut into pieces."""
+    general_most: int = 400
+    """At most so many pieces of general text, from the front of its source."""
     scores: tuple[str, ...] | None = None
     """Names of scores; what one is made of comes with it, and only what some score needs is asked. Null: all that can be had."""
     prompt: PromptSpec = field(default_factory=PromptSpec)
@@ -61,6 +69,7 @@ class EvaluateConfig:
     """Go on with the evaluation in `out`: parts that are done are not computed again."""
 
     def __post_init__(self) -> None:
+        _ = self.general_text  # refuses what holds no text
         if (self.members is None) != (self.nonmembers is None):
             raise UserError("members and nonmembers belong together: give both, or set both to null")
         if self.retain_scores is not None and self.members is None:
@@ -83,3 +92,8 @@ class EvaluateConfig:
                 raise UserError(f"utility is {self.utility}, which has its own style: leave utility_style at sentence")
             if self.utility_per_subject is not None:
                 raise UserError(f"utility is {self.utility}, which takes all questions: leave utility_per_subject out")
+
+    @property
+    def general_text(self) -> GeneralText:
+        """The text whose perplexity is measured."""
+        return GeneralText(source=self.general, longest=self.general_longest, most=self.general_most)

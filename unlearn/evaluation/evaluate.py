@@ -20,6 +20,7 @@ from unlearn.evaluation.measure import Measuring
 from unlearn.evaluation.result import Evaluation, finished_losses
 from unlearn.evaluation.scores.base import Losses, Score, needs_of
 from unlearn.evaluation.utility import Style
+from unlearn.general_text import GeneralText
 from unlearn.generation.batching import ONE_PROCESS, Workers
 
 OFFICIAL_PROMPT = PromptSpec()
@@ -41,6 +42,7 @@ def evaluate(
     lm_eval: str | None = None,
     retain_scores: Evaluation | Losses | str | None = None,
     untouched: LanguageModel | str | None = None,
+    general: GeneralText = GeneralText(),  # noqa: B008 (frozen)
     store: Path | str | None = None,
     workers: Workers = ONE_PROCESS,
     show: bool = False,
@@ -64,6 +66,7 @@ def evaluate(
             evaluation, its losses, or the folder of its finished evaluation. Without it membership is not judged beside it.
         untouched: the model before unlearning, or what `lm.load` takes: it says how likely it finds the answers. Without it they
             have no perplexity.
+        general: text whose perplexity is measured.
         store: a folder where each part is written as soon as it is done, and from which parts that are already there
             are read instead of computed, so that an interrupted evaluation can go on.
         workers: which process this is; all processes return the same result, and the first writes.
@@ -95,6 +98,7 @@ def evaluate(
         lm_eval=lm_eval,
         retain_losses=_losses(retain_scores),
         untouched=untouched is not None,
+        general=general,
     )
     wanted = evaluation_set.askable(scores)
     loaded = load(model) if isinstance(model, str) else model

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from lm.data.rows import Question, Row
 from lm.errors import UserError
 from lm.row_files import check_disjoint
+from sae.activations.sources import TextSource
 from unlearn.evaluation.scores import chosen_scores
 from unlearn.evaluation.scores.base import Losses, Need, Score
 from unlearn.evaluation.utility import Style
+from unlearn.general_text import GeneralText
 
 _GIVE = {
     "forget": "forget rows",
@@ -20,6 +22,7 @@ _GIVE = {
     "losses": "documents of members and non-members",
     "choices": "questions",
     "fluency": "an untouched model",
+    "general": "general texts",
     "retain_losses": "losses of the retain model (retain_scores)",
 }
 
@@ -36,6 +39,7 @@ class EvaluationSet:
         lm_eval: ask through lm-eval instead: the name of one of its tasks, or, with `questions`, any name at all.
         retain_losses: the losses of the same members and non-members under the retain model.
         untouched: whether an untouched model is at hand, to say how likely it finds the answers.
+        general: text that has nothing to do with either side.
     """
 
     forget: tuple[Row, ...]
@@ -47,6 +51,7 @@ class EvaluationSet:
     lm_eval: str | None = None
     retain_losses: Losses | None = None
     untouched: bool = False
+    general: GeneralText = GeneralText()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         check_disjoint(self.forget, self.retain)
@@ -85,6 +90,8 @@ class EvaluationSet:
             return self.retain_losses is not None
         if need == "fluency":
             return self.untouched
+        if need == "general":
+            return isinstance(self.general.source, TextSource)
         if need == "choices":
             return bool(self.questions) or self.lm_eval is not None
         return True

@@ -16,12 +16,12 @@ from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from lm.run_folder import progress, write_atomic, write_json
 from unlearn.evaluation import lume, membership
-from unlearn.evaluation.evaluation_set import EvaluationSet
+from unlearn.evaluation.evaluation_set import EvaluationSet, digest
 from unlearn.evaluation.fluency import nats_per_token
 from unlearn.evaluation.lm_eval_harness import run_lm_eval, write_task
-from unlearn.evaluation.scores.base import Choices, Fluency, Generation, Losses, Need, Statistics
-from unlearn.evaluation.utility import multiple_choice
-from unlearn.generation.batching import Workers
+from unlearn.evaluation.scores.base import Choices, Fluency, Generation, Losses, Need, Statistics, TextLoss
+from unlearn.evaluation.utility import log_likelihoods, multiple_choice
+from unlearn.generation.batching import Workers, unless_sharded
 from unlearn.generation.generate import generate
 
 T = TypeVar("T")
@@ -61,6 +61,7 @@ class Measuring:
             losses=self._losses() if "losses" in needed and asked.gives("losses") else None,
             choices=self._choices() if "choices" in needed and asked.gives("choices") else None,
             retain_losses=asked.retain_losses if "retain_losses" in needed else None,
+            general=self._general() if "general" in needed and asked.gives("general") else None,
             fluency=self._fluency(self.untouched, forget or (), retain or ()) if judged and self.untouched else None,
         )
 
@@ -118,6 +119,22 @@ class Measuring:
         if (len(stored["forget"]), len(stored["retain"])) != (len(forget), len(retain)):
             raise UserError(f"{self.store} holds the fluency of other answers: give another folder")
         return Fluency(forget=tuple(stored["forget"]), retain=tuple(stored["retain"]))
+
+    def _general(self) -> TextLoss:
+        pieces = [piece.ids for piece in self.asked.general.encode(self.model)]
+
+        def compute() -> dict[str, Any]:
+            workers = unless_sharded(self.workers, self.model)
+            pairs = [(pieces[index][:1], pieces[index][1:]) for index in workers.share(len(pieces))]
+            with self._progress(len(pieces), "general text", "pieces") as advance:
+                sums = log_likelihoods(self.model, pairs, batch_size=self.batch_size, progress=advance)
+            nats = workers.gather([-float(each) for each in sums])
+            return {"nats": nats, "tokens": [len(ids) - 1 for ids in pieces], "digest": digest(pieces)}
+
+        stored = self.parts.get("general", compute)
+        if stored["digest"] != digest(pieces):
+            raise UserError(f"{self.store} holds the perplexity of another text: give another folder")
+        return TextLoss(nats=tuple(stored["nats"]), tokens=tuple(stored["tokens"]))
 
     def _choices(self) -> Choices:
         stored: Any = self.parts.get(

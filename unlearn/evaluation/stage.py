@@ -74,6 +74,7 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
         lm_eval=evaluation_set.lm_eval,
         retain_scores=evaluation_set.retain_losses,
         untouched=untouched,
+        general=evaluation_set.general,
         scores=config.scores,
         prompt=config.prompt,
         max_new_tokens=config.max_new_tokens,
@@ -116,6 +117,7 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         lm_eval=lm_eval,
         retain_losses=None if config.retain_scores is None else finished_losses(config.retain_scores),
         untouched=config.untouched is not None,
+        general=config.general_text,
     )
     evaluation_set.askable(config.scores)
     return evaluation_set

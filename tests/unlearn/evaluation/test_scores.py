@@ -60,7 +60,7 @@ def subject() -> LanguageModel:
 def test_the_scores_of_the_room_are_the_official_ones_and_some_beside_them() -> None:
     names = [score.name for score in room_scores()]
     official = {*lume.TERMS, "task_aggregate", "mia_auc", "mia_score", "utility", "final"}
-    assert set(names) == official | {"mia_auc_gap", "mia_ks_p", "mia_tpr_at_5_fpr"} | {
+    assert set(names) == official | {"mia_auc_gap", "mia_ks_p", "mia_tpr_at_5_fpr", "general_perplexity"} | {
         f"{side}{fault}"
         for side in ("", "retain_")
         for fault in ("empty", "repeated", "scrambled", "garbled", "perplexity")

@@ -17,9 +17,10 @@ from lm.data.rows import Row
 T = TypeVar("T")
 Generation = Mapping[str, str]
 """A row after generation: `id`, `task`, `input`, `expected_output`, `model_output`."""
-Need = Literal["forget", "retain", "losses", "choices", "retain_losses", "fluency"]
+Need = Literal["forget", "retain", "losses", "choices", "retain_losses", "fluency", "general"]
 """A statistic: the generations of a side, the losses of member and other documents, the multiple-choice answers, the losses of
-the same documents under the retain model, how likely the untouched model finds the generations."""
+the same documents under the retain model, how likely the untouched model finds the generations, how likely the
+model finds general text."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ class Fluency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextLoss:
+    """What a model makes of general text, piece by piece: nats of all its tokens but the first, and how many they are."""
+
+    nats: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choices:
     """What came of multiple-choice questions.
 
@@ -78,6 +87,7 @@ class Statistics:
         choices: of the multiple-choice questions.
         retain_losses: of the membership documents under the retain model.
         fluency: of the generations, under the untouched model.
+        general: of general text.
     """
 
     forget: tuple[Generation, ...] | None = None
@@ -86,6 +96,7 @@ class Statistics:
     choices: Choices | None = None
     retain_losses: Losses | None = None
     fluency: Fluency | None = None
+    general: TextLoss | None = None
     _kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def has(self, need: Need) -> bool:
