@@ -4,7 +4,7 @@
     python -m benchmarks.comparison.hold_out_people --out runs/held_world --read runs/location
 
 The first command deals a share of the documents of each task out of the retain rows: the roles `retain_healed` and
-`retain_unhealed` beside all that the world has (its models are named, not copied). The second reads the runs of
+`retain_unhealed` beside all that the world has (models are named, not copied). The second reads the runs of
 benchmarks/compare_methods.py on that world: what was forgotten because it was forgotten, and what because nobody held it, is told
 by what is left of people that healing never showed.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.comparison.methods import SOURCES, world_sources
+from lm.builtin import VARIANTS, model_path, world
 from lm.config import script
 from lm.data.rows import Row
 from lm.errors import UserError
@@ -55,7 +56,7 @@ def main(asked: HoldOut) -> None:
     if asked.read is not None:
         print(table(groups_of(Path(asked.read), load_rows(out / "data" / "retain_unhealed.jsonl"))))
         return
-    sources = world_sources(asked.world)
+    sources = _as_files(out / "data") if asked.world == "builtin" else world_sources(asked.world)
     healed, unhealed = deal(load_rows(sources["retain"]), asked.share, asked.seed)
     for name, rows in (("retain_healed", healed), ("retain_unhealed", unhealed)):
         lines = (json.dumps(asdict(row), ensure_ascii=False) for row in rows)
@@ -116,6 +117,13 @@ def table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         cells = [column.text(groups[group]) for group in GROUPS]
         lines.append(f"| {name} | {len(groups['forgotten'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _as_files(folder: Path) -> dict[str, str]:
+    """The built-in world as folders and files: the stages do not mix its names with files."""
+    world.write(folder, world.build())
+    models = {variant: str(model_path(variant)) for variant in VARIANTS}
+    return models | {path.stem: str(path) for path in sorted(folder.glob("*.jsonl"))}
 
 
 def _scored(path: Path) -> dict[str, float]:

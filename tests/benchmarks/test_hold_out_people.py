@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.comparison.hold_out_people import HoldOut, deal, groups_of, main, table
-from benchmarks.comparison.methods import world_sources
+from benchmarks.comparison.methods import Configs, MethodList, world_sources
+from lm.config import parse_config
 from lm.data.rows import Row
 from lm.errors import UserError
 from lm.row_files import load_rows
+from tests.unlearn.helpers import ROOT
 
 
 def rows(task: str, people: int) -> list[Row]:
@@ -35,7 +37,13 @@ def test_a_share_of_the_documents_of_each_task_stands_apart() -> None:
 def test_the_world_has_both_and_all_else(tmp_path: Path) -> None:
     main(HoldOut(out=str(tmp_path)))
     sources = world_sources(str(tmp_path))
-    assert sources["memorized"] == "builtin"
+    assert (Path(sources["memorized"]) / "model.safetensors").is_file()
+    assert not [
+        name for name, source in sources.items() if source.startswith("builtin")
+    ]  # which stages do not mix with files
+    listed = parse_config(MethodList, ["--config", str(ROOT / "benchmarks" / "lists" / "location.yaml")])
+    configs = Configs.of(listed, str(tmp_path), tmp_path / "out")
+    assert configs.made(listed.methods[0], 1).unlearning.retain == sources["retain_healed"]
     both = [*load_rows(sources["retain_healed"]), *load_rows(sources["retain_unhealed"])]
     assert {row.id for row in both} == {row.id for row in load_rows("builtin:retain")}
 
