@@ -1,5 +1,5 @@
 # Two commands do everything, each making its own environment first (quick the second time):
-#   make demo   the main job on the built-in model: trace, choose layers, unlearn, score, report
+#   make demo   the main job on the built-in model: trace, choose layers, unlearn, score, attack, report
 #   make test   the tests
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)

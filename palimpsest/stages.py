@@ -61,7 +61,7 @@ def _named(module: str, name: str) -> Any:
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="demo",
-        line="the main job on the built-in model: trace, choose layers, unlearn, score, trace again, report",
+        line="the main job on the built-in model: trace, choose layers, unlearn, score, trace again, attack, report",
         room="unlearn.demo",
         config="DemoConfig",
         function="run_demo",

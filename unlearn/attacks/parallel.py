@@ -50,7 +50,7 @@ def run_trials(
     if not jobs:
         return
     with progress(len(jobs), label="attack", unit="trials") as advance:
-        failed = run_apart(jobs, workers=workers, ended=lambda _: advance(1))
+        failed = run_apart(jobs, workers=workers, ended=lambda _, __: advance(1))
     said = [f"{name}: {why}" for name, why in zip(names, failed, strict=True) if why is not None]
     if said:
         raise UserError(

@@ -11,9 +11,10 @@ from tracing.stages.trace.config import TraceConfig
 from unlearn.objectives import GradientDifference, Joint
 from unlearn.training.config import TrainerConfig
 
-HELP = """The main job on the built-in model: trace, choose layers, unlearn, score, report.
+HELP = """The main job on the built-in model: trace, choose layers, unlearn, score, attack, report.
 
 palimpsest demo --config demo --out runs/demo
+palimpsest demo --config demo --out runs/demo --workers 1 --attack null --wipe_heal null
 """
 
 
@@ -36,12 +37,24 @@ class DemoConfig:
     """The model that never saw the forget rows; `trace.model` names the one that did."""
     difference: GradientDifference = field(default_factory=GradientDifference)
     """The gradient-difference baseline, in the planned layers: what differs from the method is the objective alone."""
+    wipe_heal: str | None = "configs/unlearn/wipe_heal.yaml"
+    """An unlearning config that is run beside the joint method: wipe, heal, look unseen. Its model, rows, prompt and folder are
+    the demo's, and so is the plan where it names one. Null leaves it out."""
+    attack: str | None = "configs/attack/quick.yaml"
+    """An attack config: what is tried on the joint method in the planned layers and on `wipe_heal`. Its models, prompt, folder
+    and workers are the demo's, and so are its forget and retain rows. Null: nothing is attacked."""
+    workers: int | None = None
+    """How many of the models are made, scored and attacked at once, each in a process of its own on one thread, with its log in
+    its folder. 1: one after the other, in this process. Null: on a CPU as many as there are cores that it may use, on a GPU or
+    under accelerate launch on several processes 1. The numbers are the same."""
     batch_size: int = 64
     """Prompts generated at once when scoring."""
     out: str = "runs/demo"
     """The folder for results.json, report.html and the stages' run folders."""
 
     def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"workers is {self.workers}: give at least 1, or null for as many as there are cores")
         if type(self.difference) is not GradientDifference:
             raise UserError(
                 f"difference is {type(self.difference).__name__}, and its row is called gradient difference: set its "

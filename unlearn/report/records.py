@@ -17,9 +17,12 @@ from tracing.plan.layer_plan import LayerPlan
 from unlearn.evaluation.lume import TERMS
 from unlearn.evaluation.result import MEASURES
 
-Part = Literal["reference", "retain_model", "planned", "control", "all_layers", "other"]
+Part = Literal["reference", "retain_model", "planned", "control", "all_layers", "wiped", "other"]
 """A model's part in the comparison: the reference model (before unlearning), the retain model (it never saw the forget rows),
-the method in the planned layers, the same method in as many other layers (a control) or in all of them, any other model."""
+the method in the planned layers, the same method in as many other layers (a control) or in all of them, a method that wipes
+weights first and heals them, any other model."""
+ATTACK_MEASURES = ("relearned", "residue_nats")
+"""What attacks come to, in one number each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,9 @@ class ReportModel:
         part: what it is in the comparison.
         terms: the twelve terms in the order of `unlearn.evaluation.lume.TERMS`.
         others: the values of further scores, by the names of `unlearn.evaluation.scores`.
+        relearned: the largest gap to the retain model under attack, of what is said right (-1 to 1).
+        residue_nats: how much likelier its forgotten answers are than never-seen ones after an attack, nats a token, less the
+            retain model's own difference.
         seconds: wall-clock time of making and scoring it.
         layers: the trained layers; None if all weights were trained (or none: reference and retain model).
         log: its training metric lines, as in `metrics.jsonl`; empty for reference and retain model.
@@ -66,13 +72,15 @@ class ReportModel:
     utility: float = math.nan
     final: float = math.nan
     others: Mapping[str, float] = field(default_factory=dict)
+    relearned: float = math.nan
+    residue_nats: float = math.nan
     seconds: float = math.nan
     layers: tuple[int, ...] | None = None
     log: Sequence[Mapping[str, Any]] = ()
 
     def value(self, score: str) -> float:
         """The value of a score by its name; NaN if there is none."""
-        if score in MEASURES:
+        if score in (*MEASURES, *ATTACK_MEASURES):
             return float(getattr(self, score))
         return self.others.get(score, math.nan)
 
@@ -120,12 +128,15 @@ class Audited:
         sentence: what was found.
         groups: the name of each, and how many people it has.
         unlearned, retain_model: measure -> for each group what the model has before and after; NaN without a model.
+        residue: before and after, how much likelier forgotten answers are than never-seen ones, nats a token, less the retain
+            model's own difference; None where that is not known.
     """
 
     sentence: str
     groups: tuple[tuple[str, int], ...]
     unlearned: Mapping[str, tuple[tuple[Estimate, Estimate], ...]]
     retain_model: Mapping[str, tuple[tuple[Estimate, Estimate], ...]]
+    residue: tuple[Estimate, Estimate] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +161,15 @@ class Attacked:
     worst: tuple[int, int] | None = None
     worst_sentence: str = ""
     audit: Audited | None = None
+
+    @property
+    def gap(self) -> Estimate | None:
+        """The largest gap to the retain model, with the ends of its interval."""
+        if self.worst is None:
+            return None
+        place, level = self.worst
+        trial = self.trials[place]
+        return trial.unlearned[level] - trial.retain_model[level], trial.low[level], trial.high[level]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +244,7 @@ class Report:
     @property
     def methods(self) -> list[ReportModel]:
         """The unlearned models: all but the reference and the retain model."""
-        return self.only("planned", "control", "all_layers", "other")
+        return self.only("planned", "control", "all_layers", "wiped", "other")
 
     @property
     def model_layers(self) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from unlearn.report import words
-from unlearn.report.records import Report, ReportModel
+from unlearn.report.records import Estimate, Report, ReportModel
 
 _OUTCOMES = {
     "more": "more than the retain model",
@@ -45,9 +45,11 @@ def verdict(report: Report) -> list[str]:
         *_garbled(about, retain_model),
     ]
     sentences += _utility(about, reference)
-    rivals = [model for model in report.methods if model is not about]
-    sentences += _rivals(about, rivals, about.part == "planned")
-    return [*sentences, *_attacked(report)]
+    wiped = [model for model in report.only("wiped") if model is not about]
+    rivals = [model for model in report.methods if model is not about and model not in wiped]
+    if rivals or not wiped:
+        sentences += _rivals(about, rivals, about.part == "planned")
+    return [*sentences, *map(_wiped, wiped), *_attacked(report)]
 
 
 def _located(report: Report) -> str:
@@ -168,18 +170,58 @@ def _controls(about: ReportModel, controls: list[ReportModel]) -> list[str]:
     return sentences
 
 
+def _wiped(model: ReportModel) -> str:
+    """The scores of a method that wipes weights and heals them, beside the one that the page is about."""
+    measures = [
+        ("a task aggregate of", model.task_aggregate),
+        ("a membership AUC of", model.mia_auc),
+        ("a utility of", model.utility),
+        ("a final score of", model.final),
+    ]
+    known = [f"{name} {words.score(value)}" for name, value in measures if not math.isnan(value)]
+    if not known:
+        return f"“{model.label}” wipes weights and heals them; it was not scored."
+    return f"“{model.label}”, which wipes weights and heals them, reaches {words.listing(known)}."
+
+
 def _attacked(report: Report) -> list[str]:
-    """What attacks brought back, model by model, by what the attacker had."""
+    """What attacks brought back, model by model: by what the attacker had, at worst, and what is left by likelihood."""
     sentences = []
     for attacked in report.attacks:
         outcomes: dict[str, list[str]] = {}
         for trial in attacked.trials:
             outcomes.setdefault(_OUTCOMES.get(trial.verdict, trial.verdict), []).append(trial.name.replace("_", " "))
         parts = [f"{outcome} ({', '.join(names)})" for outcome, names in outcomes.items()]
+        worst = "" if attacked.gap is None else f": at worst {_gap(attacked.gap)} of the answers"
         sentences.append(
-            f"Attacked by {attacked.attack.lower()}, “{attacked.label}” gives back {words.listing(parts)}."
+            f"Attacked by {attacked.attack.lower()}, “{attacked.label}” gives back {words.listing(parts)}{worst}."
         )
+        if attacked.audit is not None and attacked.audit.residue is not None:
+            sentences.append(_left(attacked.audit.residue[1]))
     return sentences
+
+
+def _gap(gap: Estimate) -> str:
+    mean, low, high = gap
+    interval = "" if math.isnan(low + high) else f" (interval {words.signed(low)} to {words.signed(high)})"
+    return f"{words.signed(mean)}{interval}"
+
+
+def _left(residue: Estimate) -> str:
+    """What is left after an attack by likelihood, and whether it is more than chance."""
+    mean, low, high = residue
+    if mean < 0:
+        mean, low, high = -mean, -high, -low
+    likelier = "likelier" if residue[0] >= 0 else "less likely"
+    known = not math.isnan(low)
+    interval = f" (interval {words.nats(low)} to {words.nats(high)})" if known else ""
+    found = "how much of that is chance is not known" if not known else "no more than chance"
+    if low > 0:
+        found = "something of them is left" if residue[0] >= 0 else "that betrays them too"
+    return (
+        f"After it, forgotten answers are {words.nats(mean)} nats a token{interval} {likelier} there than those of people never "
+        f"seen, the retain model's own difference taken away: {found}."
+    )
 
 
 def at_least(rival: ReportModel, about: ReportModel) -> bool:

@@ -140,6 +140,21 @@ def test_a_part_follows_from_the_layers_that_were_trained(tmp_path: Path, scope:
     assert collect([unlearned(tmp_path / "run", **scope)]).models[0].part == part
 
 
+@pytest.mark.parametrize(
+    ("perturbation", "part"),
+    [
+        ({"class_path": "Noise", "init_args": {}}, "wiped"),
+        ("Reinitialize", "wiped"),
+        ({"class_path": "NoPerturbation", "init_args": {}}, "planned"),
+    ],
+)
+def test_a_part_follows_from_what_was_done_to_the_weights(tmp_path: Path, perturbation: Any, part: str) -> None:
+    run = Path(unlearned(tmp_path / "run", plan="p"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"perturbation": perturbation}))
+    assert collect([run]).models[0].part == part
+
+
 def test_models_are_told_by_paths_and_else_by_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = unlearned(tmp_path / "mine")
     config = yaml.safe_load((tmp_path / "mine" / "config.yaml").read_text())
@@ -233,6 +248,11 @@ def test_a_grid_of_attacks_with_its_worst_and_its_residue(tmp_path: Path) -> Non
     assert shown.audit is not None
     assert shown.audit.groups == (("forgotten", 3), ("retained", 1), ("never seen", 2))
     assert "a residue of +3.00" in page.text
+    (model,) = report.models
+    assert (model.relearned, model.residue_nats) == (pytest.approx(0.3), pytest.approx(3.0))
+    for head, value in (("Relearned", "+0.300"), ("Residue", "+3.000")):
+        assert head in page.text
+        assert value in page.text
     assert "Never seen (2)" in page.text
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from tests.unlearn.report_samples import BASE, NAN, PLANNED, RETAIN_MODEL, attacked, model, plan, report
 from tracing.plan.layer_plan import LayerPlan
 from unlearn.report import ReportModel
@@ -114,5 +116,44 @@ def test_a_part_is_a_field_and_no_name() -> None:
 
 def test_verdict_says_what_attacks_brought_back() -> None:
     assert said(BASE, PLANNED, attacks=(attacked("mine"),)).endswith(
-        "Attacked by relearning, “mine” gives back no more than the retain model (other people)."
+        "Attacked by relearning, “mine” gives back no more than the retain model (other people): at worst −0.050 (interval "
+        "−0.100 to +0.050) of the answers."
     )
+    nowhere = dataclasses.replace(attacked("mine"), worst=None)
+    assert said(attacks=(nowhere,)).endswith("gives back no more than the retain model (other people).")
+
+
+@pytest.mark.parametrize(
+    ("residue", "sentence"),
+    [
+        (
+            (0.62, 0.4, 0.9),
+            "are 0.62 nats a token (interval 0.40 to 0.90) likelier there than those of people never seen",
+        ),
+        ((0.62, 0.4, 0.9), "the retain model's own difference taken away: something of them is left."),
+        ((0.2, -0.1, 0.5), "(interval −0.10 to 0.50) likelier there"),
+        ((0.2, -0.1, 0.5), "taken away: no more than chance."),
+        ((-0.5, -0.9, -0.1), "are 0.50 nats a token (interval 0.10 to 0.90) less likely there"),
+        ((-0.5, -0.9, -0.1), "taken away: that betrays them too."),
+        ((0.3, NAN, NAN), "are 0.30 nats a token likelier there"),
+        ((0.3, NAN, NAN), "taken away: how much of that is chance is not known."),
+    ],
+)
+def test_verdict_says_what_is_left_after_the_attack(residue: tuple[float, float, float], sentence: str) -> None:
+    on_it = attacked("mine")
+    assert on_it.audit is not None
+    audit = dataclasses.replace(on_it.audit, residue=((9.0, 8.0, 10.0), residue))
+    assert sentence in said(attacks=(dataclasses.replace(on_it, audit=audit),))
+
+
+def test_verdict_puts_what_wipes_and_heals_beside_the_method() -> None:
+    wiped = dataclasses.replace(model("w", 0.97, 0.95, mia_auc=0.55, utility=0.98), part="wiped")
+    text = said(BASE, PLANNED, wiped, RETAIN_MODEL)
+    assert "“<joint_planned>” reaches a task aggregate of 0.930" in text
+    assert (
+        "“<w>”, which wipes weights and heals them, reaches a task aggregate of 0.970, a membership AUC of 0.550, a utility of "
+        "0.980 and a final score of 0.950."
+    ) in text
+    assert "The other method “<w>”" not in text
+    assert "There is no control and no other method" not in text
+    assert "“<w>” reaches a task aggregate of 0.970" in said(BASE, wiped), "alone it is what the page is about"

@@ -20,7 +20,7 @@ from unlearn.report.runs.answers import shown_answers
 from unlearn.report.runs.caveats import caveats, facts_about
 from unlearn.report.runs.folders import Run, find_runs, left_out
 from unlearn.report.runs.models import Subject, subjects
-from unlearn.report.runs.results import attacks_on, depths_of, number_of, traced_after
+from unlearn.report.runs.results import attacks_on, depths_of, number_of, traced_after, with_attacks
 
 TITLE = "What was forgotten"
 QUESTION = (
@@ -34,6 +34,7 @@ _NOTES: dict[Part, str] = {
     "planned": "the layers that tracing chose",
     "control": "control: as many other layers",
     "all_layers": "control: all layers",
+    "wiped": "weights perturbed first, then healed",
 }
 _KEPT = ("terms", "seconds", "model", *MEASURES)
 
@@ -69,6 +70,8 @@ def collect(
     models = subjects(runs, retain)
     named = _names(models, {Path(name).resolve(): naming for name, naming in (names or {}).items()})
     entries = [(subject, _model(subject, naming)) for subject, naming in zip(models, named, strict=True)]
+    attacks = [attacks_on(subject, model) for subject, model in entries]
+    entries = [(subject, with_attacks(model, on_it)) for (subject, model), on_it in zip(entries, attacks, strict=True)]
     trace = _only_trace(runs)
     plan, effects = _traced(trace)
     evaluations = {model.key: subject.evaluation for subject, model in entries if subject.evaluation is not None}
@@ -86,7 +89,7 @@ def collect(
             for subject, model in entries
             for retraced in traced_after(subject, model, trace, evaluations, several)
         ),
-        attacks=tuple(attacked for subject, model in entries for attacked in attacks_on(subject, model)),
+        attacks=tuple(attacked for on_it in attacks for attacked in on_it),
         depths=tuple(depth for subject, model in entries for depth in depths_of(subject, model)),
         commands=(*(command_of(run) for run in runs), shlex.join(["palimpsest", "report", *map(str, folders)])),
         left_out=tuple(map(str, left_out(folders))),

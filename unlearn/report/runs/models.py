@@ -139,8 +139,16 @@ def named_by(runs: Sequence[Run]) -> tuple[set[str], set[str]]:
     return before, retain
 
 
+def _named(axis: Any) -> str | None:
+    """The class that a config chose for an axis; None in a run that is older than the axis."""
+    name = axis.get("class_path") if isinstance(axis, Mapping) else axis
+    return None if name is None else str(name).rpartition(".")[2]
+
+
 def _part(model: Subject, before: set[str], retain: set[str]) -> Part:
     if model.unlearning is not None:
+        if _named(model.unlearning.config.get("perturbation")) not in (None, "NoPerturbation"):
+            return "wiped"
         scope = model.unlearning.config.get("scope") or {}
         return _CONTROLS.get(str(scope.get("use", "chosen")), "other") if scope.get("plan") else "other"
     if model.names & retain:

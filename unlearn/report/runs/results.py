@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def attacks_on(subject: Subject, model: ReportModel) -> list[Attacked]:
     return attacks
 
 
+def with_attacks(model: ReportModel, attacks: Sequence[Attacked]) -> ReportModel:
+    """The model with what the attacks on it came to, the largest of each; NaN where none tells."""
+    gaps = [attacked.gap[0] for attacked in attacks if attacked.gap is not None]
+    audits = [attacked.audit for attacked in attacks if attacked.audit is not None]
+    left = [audit.residue[1][0] for audit in audits if audit.residue is not None]
+    return replace(model, relearned=max(gaps, default=math.nan), residue_nats=max(left, default=math.nan))
+
+
 def _worst(worst: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     where = (worst["given"], worst["learning_rate"])
     place = [(trial["name"], trial["learning_rate"]) for trial in trials].index(where)
@@ -102,6 +111,7 @@ def _audit(result: Mapping[str, Any]) -> Audited | None:
                 groups=names,
                 unlearned=measured["unlearned"],
                 retain_model=measured["retain_model"],
+                residue=None if left is None else (_estimate(left["before"]), _estimate(left["after"])),
             )
     return None
 

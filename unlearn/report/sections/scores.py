@@ -9,19 +9,66 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from markupsafe import Markup
 
 from unlearn.evaluation.lume import TERMS
 from unlearn.evaluation.result import MEASURES
-from unlearn.evaluation.scores import Score, known_scores
+from unlearn.evaluation.scores import known_scores
 from unlearn.report import words
 from unlearn.report.drawing.term_bars import term_bars
-from unlearn.report.records import Report, ReportModel
+from unlearn.report.records import ATTACK_MEASURES, Report, ReportModel
 
 _SHORT = {"regurgitation": "regurg.", "knowledge": "know."}
 _TAGS = {"reference": "floor", "retain_model": "ceiling", "control": "control", "all_layers": "control"}
 Value = Callable[[ReportModel], float]
+
+
+class Shown(Protocol):
+    """What a column needs to know of the measure in it, as `Score` says it."""
+
+    @property
+    def title(self) -> str:
+        """The head."""
+
+    @property
+    def meaning(self) -> str:
+        """A sentence or two."""
+
+    def text(self, value: float) -> str:
+        """A value as it is shown."""
+
+    def goodness(self, value: float) -> float:
+        """A value as a number of which more is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackMeasure:
+    """What an attack comes to, beside the scores; the best is what the retain model has, 0."""
+
+    title: str
+    meaning: str
+    text: Callable[[float], str]
+    goodness: Callable[[float], float]
+
+
+_ATTACK_MEASURES: dict[str, Shown] = {
+    "relearned": AttackMeasure(
+        title="Relearned",
+        meaning="What attacks brought back at most, of what is said right, beyond the retain model under the same attack. 0 or "
+        "less: nothing.",
+        text=words.signed,
+        goodness=lambda value: -max(value, 0.0),
+    ),
+    "residue_nats": AttackMeasure(
+        title="Residue",
+        meaning="How much likelier forgotten answers are than those of people never seen, after an attack, in nats a token, "
+        "beyond the retain model's own difference. 0: nothing.",
+        text=words.signed,
+        goodness=lambda value: -abs(value),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +142,12 @@ class ScoreTables:
 
 def score_tables(report: Report) -> ScoreTables:
     """The columns of the five official measures, and of every other score that some model has, those of a group apart."""
-    scores = known_scores()
+    scores: dict[str, Shown] = {**known_scores(), **_ATTACK_MEASURES}
+    groups_known = {name: score.group for name, score in known_scores().items()}
     others = dict.fromkeys(name for m in report.models for name in m.others if not math.isnan(m.value(name)))
-    group_of = {name: scores[name].group if name in scores else "" for name in others}
-    names = [*MEASURES, *(name for name in others if not group_of[name])]
+    group_of = {name: groups_known.get(name, "") for name in others}
+    attacked = [name for name in ATTACK_MEASURES if any(not math.isnan(m.value(name)) for m in report.models)]
+    names = [*MEASURES, *(name for name in others if not group_of[name]), *attacked]
     groups_of_scores = {group: [n for n in others if group_of[n] == group] for group in group_of.values() if group}
     further = [name for columns in groups_of_scores.values() for name in columns]
     best = {name: best_of(report.methods, _goodness(name, scores.get(name))) for name in (*names, *further)}
@@ -154,18 +203,18 @@ def best_of(models: Sequence[ReportModel], compared: Value) -> set[str]:
     return {key for key, value in values.items() if value == max(values.values())}
 
 
-def _column(name: str, score: Score | None) -> Column:
+def _column(name: str, score: Shown | None) -> Column:
     if score is None:  # of a class that is not imported here
         return Column(title=name.replace("_", " "), meaning="A score that this program does not know.")
     return Column(title=score.title, meaning=score.meaning)
 
 
-def _goodness(name: str, score: Score | None) -> Value:
+def _goodness(name: str, score: Shown | None) -> Value:
     """What is compared; of a score that nobody knows, nothing."""
     return lambda model: math.nan if score is None else score.goodness(model.value(name))
 
 
-def _cell(value: float, best: bool, title: str = "", score: Score | None = None) -> Cell:
+def _cell(value: float, best: bool, title: str = "", score: Shown | None = None) -> Cell:
     text = words.score if score is None else score.text
     return Cell(text=None if math.isnan(value) else text(value), best=best, title=title)
 
