@@ -25,7 +25,7 @@ from unlearn.search.config import Method, Range
 
 SHOWN = ("trace", "unlearn", "evaluate", "attack", "retrace", "depth")
 HIDDEN = ("localize", "merge", "search", "alternates", "train-sae")
-NO_RUN_FOLDER = ("demo", "report", "harvest", "semeval")
+NO_RUN_FOLDER = ("compare", "demo", "report", "harvest", "semeval")
 GIVEN: dict[str, dict[str, Any]] = {
     "merge": {"base": "builtin", "models": ("builtin",)},
     "search": {"methods": (Method(name="npo", space={"trainer.learning_rate": Range(log_uniform=(1e-5, 1e-3))}),)},
