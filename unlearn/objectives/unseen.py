@@ -42,12 +42,15 @@ class LookUnseen(Calibrated):
     """A row this near to its target, in standard deviations of the calibration rows, is left alone."""
     smooth: float = 1.0
     """A row this near to that, in standard deviations, is pushed less and less; 0 pushes as hard until it arrives."""
-    match: Literal["mean", "quantiles"] = "mean"
-    """Every row of a group to the calibration rows' mean; or the forget rows, in their own order, to the calibration rows'
-    quantiles, so that they keep as much spread."""
+    match: Literal["mean", "quantiles", "shift"] = "mean"
+    """Every row of a group to the calibration rows' mean; forget rows, in their own order, to the calibration rows' quantiles,
+    so that they keep as much spread; or all rows of a group alike by as much as the means differ beyond what chance does, so
+    that nothing is pushed where few rows cannot tell the two apart."""
+    errors: float = 1.0
+    """With `shift`: what chance does, in standard errors of the difference of the means."""
 
     def __post_init__(self) -> None:
-        for name in ("documents", "questions", "within", "smooth"):
+        for name in ("documents", "questions", "within", "smooth", "errors"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"objective.{name} is {getattr(self, name)}: give 0 or more")
         if not self.documents and not self.questions:
@@ -80,17 +83,22 @@ class LookUnseen(Calibrated):
 
     @property
     def reads_forget(self) -> bool:
-        """For their order."""
-        return self.match == "quantiles"
+        """For their order, or their mean."""
+        return self.match != "mean"
 
     def measure(self, logprob: Tensor) -> Tensor:
         """`l`: the mean of `min(-log p, cap)`."""
         return (-logprob).clamp(max=self.cap).mean()
 
     def targets(self, forget: Tensor, calibration: Tensor) -> Tensor:
-        """The calibration rows' mean; or, of the forget row with rank i of n, their quantile `(i + 1/2) / n`."""
+        """The calibration rows' mean; of the forget row with rank i of n their quantile `(i + 1/2) / n`; or what each row comes
+        to and the difference of the means, less `errors` standard errors of it."""
         if self.match == "mean":
             return calibration.mean().expand(len(forget))
+        if self.match == "shift":
+            away = calibration.mean() - forget.mean()
+            error = sum(rows.var(correction=0) / max(len(rows) - 1, 1) for rows in (forget, calibration)) ** 0.5
+            return forget + away.sign() * (away.abs() - self.errors * error).clamp(min=0.0)
         levels = (torch.arange(len(forget), dtype=forget.dtype) + 0.5) / len(forget)
         matched = torch.empty_like(forget)
         matched[forget.argsort(stable=True)] = torch.quantile(calibration, levels)

@@ -32,6 +32,16 @@ def test_targets_are_the_mean_or_the_quantiles_in_the_rows_own_order() -> None:
     torch.testing.assert_close(got, wanted)
 
 
+def test_a_shift_is_the_difference_of_the_means_beyond_chance() -> None:
+    forget, unseen = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([4.0, 6.0]).double()
+    error = (forget.var() / 3 + unseen.var() / 2) ** 0.5
+    got = LookUnseen(match="shift", errors=1.5).targets(forget, unseen)
+    torch.testing.assert_close(got, forget + (3.0 - 1.5 * error))
+    assert torch.equal(LookUnseen(match="shift", errors=3.0).targets(forget, unseen), forget), "few rows cannot tell"
+    one = LookUnseen(match="shift").targets(torch.tensor([1.0]).double(), torch.tensor([0.0]).double())
+    assert one.tolist() == [0.0], "one row has no error that is known"
+
+
 def test_rows_are_held_against_their_own_kind() -> None:
     forget = [Row("a1sc1", "a", "b", "Task1"), Row("a1qa0", "a", "b", "Task1"), Row("b1sc1", "a", "b", "Task2")]
     unseen = [Row("c1qa0", "a", "b", "Task1"), Row("d1sc1", "a", "b", "Task2"), Row("e1sc1", "a", "b", "Task1")]
