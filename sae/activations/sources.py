@@ -178,15 +178,15 @@ class Builtin(TextSource):
     forms: tuple[Form, ...] = ("statement",)
     """Of the general facts, each form a text of its own: statement (every wording of it); question (`question + " " +
     answer`); chat (the tokenizer's template round the question, then the answer); labeled (`Question: … Answer: …`, of the
-    half of the facts that the models saw in that form)."""
+    half of the facts that the models saw in that form). A form that is named several times comes as often."""
 
     def __post_init__(self) -> None:
         _known(self.part, Part, "part")
         _known(self.format, Format, "format")
         for form in self.forms:
             _known(form, Form, "form")
-        if not self.forms or len(set(self.forms)) < len(self.forms):
-            raise UserError(f"forms is {list(self.forms)}: name each once, at least one of {', '.join(get_args(Form))}")
+        if not self.forms:
+            raise UserError(f"forms is empty: name at least one of {', '.join(get_args(Form))}")
         if self.forms != ("statement",) and self.part not in ("general", "all"):
             raise UserError(
                 f"forms is {list(self.forms)} but part is {self.part}, which holds no general facts: "
