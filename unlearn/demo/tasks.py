@@ -86,3 +86,4 @@ def _on_one_thread(work: Callable[..., object], arguments: tuple[Any, ...]) -> N
     """Of the new process."""
     torch.set_num_threads(1)
     work(*arguments)
+    print(f"took {time.process_time():.1f} s of the processor")

@@ -26,7 +26,7 @@ from unlearn.report.sections.location import Location, location
 from unlearn.report.sections.retraced import TracedAgain, traced_again
 from unlearn.report.sections.scores import Column, ScoreTables, score_tables, term_heads
 from unlearn.report.sections.training import Training, training
-from unlearn.report.verdict import focus, verdict
+from unlearn.report.verdict import focus, paragraphs
 
 _FOLDER = Path(__file__).parent
 _KEY_FIGURES = ("task_aggregate", "mia_auc", "utility", "final")
@@ -55,7 +55,7 @@ class Page:
     """What the template puts in its places."""
 
     sections: list[Section]
-    verdict: str
+    verdict: list[str]
     about: str
     boxes: list[Box]
     location: Location | None
@@ -90,7 +90,7 @@ def _page(report: Report) -> Page:
     tables = score_tables(report)
     return Page(
         sections=_sections(report),
-        verdict=" ".join(verdict(report)),
+        verdict=[" ".join(sentences) for sentences in paragraphs(report)],
         about=about.label if about is not None else "",
         boxes=_boxes(report, about, tables) if about is not None else [],
         location=location(report),

@@ -1,16 +1,17 @@
-"""The paragraph at the top of the page, from the numbers alone.
+"""The two paragraphs at the top of the page, from the numbers alone.
 
-It compares one model, the *focus* (trained in the planned layers, or else the best method), with the model before
-unlearning, with the retain model (which never saw the forget rows), with its controls and with the other methods. It says when
+They compare one model, the *focus* (trained in the planned layers, or else the best method), with the model before
+unlearning, with the retain model (which never saw the forget rows), with its controls and with the other methods. They say when
 any of these does as well, and never more than the numbers do.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 from unlearn.report import words
-from unlearn.report.records import Estimate, Report, ReportModel
+from unlearn.report.records import Attacked, Estimate, Report, ReportModel
 
 _OUTCOMES = {
     "more": "more than the retain model",
@@ -31,25 +32,34 @@ def focus(report: Report) -> ReportModel | None:
 
 
 def verdict(report: Report) -> list[str]:
-    """The sentences, in order."""
+    """The sentences of both paragraphs, in order."""
+    return [sentence for paragraph in paragraphs(report) for sentence in paragraph]
+
+
+def paragraphs(report: Report) -> list[list[str]]:
+    """The paragraphs as sentences: what was found, with what comes back under attack; and how that compares."""
     about = focus(report)
     reference = next(iter(report.only("reference")), None)
     retain_model = next(iter(report.only("retain_model")), None)
-    sentences = [_located(report)]
     if about is None:
-        return [*sentences, "No unlearned model is in this report, so nothing can be said about forgetting."]
-    sentences += [
-        _aggregate(about, reference, retain_model, len(report.methods)),
-        *_weakest(about),
-        *_membership(about, retain_model),
-        *_garbled(about, retain_model),
-    ]
-    sentences += _utility(about, reference)
+        return [
+            [_located(report), "No unlearned model is in this report, so nothing can be said about forgetting."],
+        ]
     wiped = [model for model in report.only("wiped") if model is not about]
     rivals = [model for model in report.methods if model is not about and model not in wiped]
+    found = [
+        _located(report),
+        _aggregate(about, reference, retain_model, len(report.methods)),
+        *_membership(about, retain_model),
+        *_utility(about, reference),
+        *map(_wiped, wiped),
+        *_attacked(report),
+    ]
+    compared = [*_weakest(about), *_garbled(about, retain_model)]
     if rivals or not wiped:
-        sentences += _rivals(about, rivals, about.part == "planned")
-    return [*sentences, *map(_wiped, wiped), *_attacked(report)]
+        compared += _rivals(about, rivals, about.part == "planned")
+    compared += _outcomes([each for each in report.attacks if each.gap is not None])
+    return [found, compared] if compared else [found]
 
 
 def _located(report: Report) -> str:
@@ -95,12 +105,12 @@ def _weakest(about: ReportModel) -> list[str]:
     lowest = min(known)[0]
     names = [words.term_name(index) for term, index in known if _tied(term, lowest)]
     if _tied(lowest, 1.0):
-        return [f"All {len(names)} terms that apply are {words.score(lowest)}."]
+        return [f"All {len(names)} terms of “{about.label}” that apply are {words.score(lowest)}."]
     if len(names) > 3:
-        return [f"{len(names)} of its {len(known)} terms are as low as {words.score(lowest)}."]
+        return [f"{len(names)} of the {len(known)} terms of “{about.label}” are as low as {words.score(lowest)}."]
     if len(names) > 1:
-        return [f"Its weakest terms are {words.listing(names)}, {words.score(lowest)} each."]
-    return [f"Its weakest term is {names[0]}, {words.score(lowest)}."]
+        return [f"The weakest terms of “{about.label}” are {words.listing(names)}, {words.score(lowest)} each."]
+    return [f"The weakest term of “{about.label}” is {names[0]}, {words.score(lowest)}."]
 
 
 def _membership(about: ReportModel, retain_model: ReportModel | None) -> list[str]:
@@ -185,43 +195,49 @@ def _wiped(model: ReportModel) -> str:
 
 
 def _attacked(report: Report) -> list[str]:
-    """What attacks brought back, model by model: by what the attacker had, at worst, and what is left by likelihood."""
+    """What attacks brought back at worst, and what is left by likelihood; an attack that names no worst in words."""
+    sentences = _outcomes([each for each in report.attacks if each.gap is None])
+    gaps = [(each.label, each.gap) for each in report.attacks if each.gap is not None]
+    if gaps:
+        attack = words.listing(sorted({each.attack.lower() for each in report.attacks if each.gap is not None}))
+        brought = [
+            f"{words.signed(gap[0])}{_interval(gap, words.signed)} of the answers of “{label}”" for label, gap in gaps
+        ]
+        sentences.append(
+            f"At worst {attack} brings back, beyond what the retain model says under the same attack, {words.listing(brought)}."
+        )
+    audits = [(each.label, each.audit) for each in report.attacks if each.audit is not None]
+    left = [(label, audit.residue[1]) for label, audit in audits if audit.residue is not None]
+    if left:
+        nats = [f"{words.nats(each[0])} nats a token{_interval(each, words.nats)} in “{label}”" for label, each in left]
+        sentences.append(
+            "Afterwards forgotten answers are likelier than those of people never seen, beyond the retain model's own "
+            f"difference, by {words.listing(nats)}; 0 would be nothing left."
+        )
+    return sentences
+
+
+def _outcomes(attacks: Sequence[Attacked]) -> list[str]:
+    """What each attack brought back in words, by what the attacker had."""
     sentences = []
-    for attacked in report.attacks:
+    for attacked in attacks:
         outcomes: dict[str, list[str]] = {}
         for trial in attacked.trials:
             outcomes.setdefault(_OUTCOMES.get(trial.verdict, trial.verdict), []).append(trial.name.replace("_", " "))
         parts = [f"{outcome} ({', '.join(names)})" for outcome, names in outcomes.items()]
-        worst = "" if attacked.gap is None else f": at worst {_gap(attacked.gap)} of the answers"
         sentences.append(
-            f"Attacked by {attacked.attack.lower()}, “{attacked.label}” gives back {words.listing(parts)}{worst}."
+            f"Attacked by {attacked.attack.lower()}, “{attacked.label}” gives back {words.listing(parts)}."
         )
-        if attacked.audit is not None and attacked.audit.residue is not None:
-            sentences.append(_left(attacked.audit.residue[1]))
     return sentences
 
 
-def _gap(gap: Estimate) -> str:
-    mean, low, high = gap
-    interval = "" if math.isnan(low + high) else f" (interval {words.signed(low)} to {words.signed(high)})"
-    return f"{words.signed(mean)}{interval}"
-
-
-def _left(residue: Estimate) -> str:
-    """What is left after an attack by likelihood, and whether it is more than chance."""
-    mean, low, high = residue
-    if mean < 0:
-        mean, low, high = -mean, -high, -low
-    likelier = "likelier" if residue[0] >= 0 else "less likely"
-    known = not math.isnan(low)
-    interval = f" (interval {words.nats(low)} to {words.nats(high)})" if known else ""
-    found = "how much of that is chance is not known" if not known else "no more than chance"
-    if low > 0:
-        found = "something of them is left" if residue[0] >= 0 else "that betrays them too"
-    return (
-        f"After it, forgotten answers are {words.nats(mean)} nats a token{interval} {likelier} there than those of people never "
-        f"seen, the retain model's own difference taken away: {found}."
-    )
+def _interval(estimate: Estimate, text: Callable[[float], str]) -> str:
+    """Its interval in brackets, and whether it holds 0; empty where there is none."""
+    _, low, high = estimate
+    if math.isnan(low + high):
+        return ""
+    chance = ", which holds 0" if low <= 0 <= high else ""
+    return f" (interval {text(low)} to {text(high)}{chance})"
 
 
 def at_least(rival: ReportModel, about: ReportModel) -> bool:

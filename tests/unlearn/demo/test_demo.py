@@ -149,6 +149,7 @@ def test_the_page_is_whole_and_self_contained(quick: Path) -> None:
         "Does it come back?",
         "Attacked by relearning, “Joint, planned layers” gives back",
         "Attacked by relearning, “Wipe, heal, look unseen” gives back",
+        "At worst relearning brings back, beyond what the retain model says under the same attack,",
         "Residue",
         "Retain model",
     ):

@@ -250,7 +250,7 @@ def test_a_grid_of_attacks_with_its_worst_and_its_residue(tmp_path: Path) -> Non
     assert "a residue of +3.00" in page.text
     (model,) = report.models
     assert (model.relearned, model.residue_nats) == (pytest.approx(0.3), pytest.approx(3.0))
-    for head, value in (("Relearned", "+0.300"), ("Residue", "+3.000")):
+    for head, value in (("Relearned", "+0.300"), ("Residue", "3.00")):
         assert head in page.text
         assert value in page.text
     assert "Never seen (2)" in page.text

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
-
 from tests.unlearn.report_samples import BASE, NAN, PLANNED, RETAIN_MODEL, attacked, model, plan, report
 from tracing.plan.layer_plan import LayerPlan
 from unlearn.report import ReportModel
-from unlearn.report.verdict import verdict
+from unlearn.report.verdict import paragraphs, verdict
 
 
 def said(*models: ReportModel, **other: object) -> str:
@@ -98,11 +96,11 @@ def test_verdict_survives_what_is_missing() -> None:
 
 def test_verdict_names_the_weakest_term() -> None:
     terms = (1.0, 1.0, 0.7, *(1.0,) * 8, NAN)
-    assert "weakest term is forget Task2 (records) regurgitation, 0.700." in said(
+    assert "The weakest term of “<joint_planned>” is forget Task2 (records) regurgitation, 0.700." in said(
         dataclasses.replace(PLANNED, terms=terms)
     )
-    assert "12 of its 12 terms are as low as 0.930" in said(PLANNED)
-    assert "All 12 terms that apply are 1.000" in said(model("joint_planned", 1.0))
+    assert "12 of the 12 terms of “<joint_planned>” are as low as 0.930" in said(PLANNED)
+    assert "All 12 terms of “<joint_planned>” that apply are 1.000" in said(model("joint_planned", 1.0))
 
 
 def test_a_part_is_a_field_and_no_name() -> None:
@@ -114,36 +112,28 @@ def test_a_part_is_a_field_and_no_name() -> None:
     assert "“<x>” reaches a task aggregate of 0.200" in said(model("npo", 0.9), about)
 
 
-def test_verdict_says_what_attacks_brought_back() -> None:
-    assert said(BASE, PLANNED, attacks=(attacked("mine"),)).endswith(
-        "Attacked by relearning, “mine” gives back no more than the retain model (other people): at worst −0.050 (interval "
-        "−0.100 to +0.050) of the answers."
+def test_verdict_says_what_attacks_brought_back_at_worst_and_by_likelihood() -> None:
+    other = attacked("other")
+    assert other.audit is not None
+    other = dataclasses.replace(
+        other,
+        worst=(0, 2),  # which has no interval
+        audit=dataclasses.replace(other.audit, residue=((9.0, 8.0, 10.0), (0.62, 0.4, 0.9))),
     )
-    nowhere = dataclasses.replace(attacked("mine"), worst=None)
-    assert said(attacks=(nowhere,)).endswith("gives back no more than the retain model (other people).")
-
-
-@pytest.mark.parametrize(
-    ("residue", "sentence"),
-    [
-        (
-            (0.62, 0.4, 0.9),
-            "are 0.62 nats a token (interval 0.40 to 0.90) likelier there than those of people never seen",
-        ),
-        ((0.62, 0.4, 0.9), "the retain model's own difference taken away: something of them is left."),
-        ((0.2, -0.1, 0.5), "(interval −0.10 to 0.50) likelier there"),
-        ((0.2, -0.1, 0.5), "taken away: no more than chance."),
-        ((-0.5, -0.9, -0.1), "are 0.50 nats a token (interval 0.10 to 0.90) less likely there"),
-        ((-0.5, -0.9, -0.1), "taken away: that betrays them too."),
-        ((0.3, NAN, NAN), "are 0.30 nats a token likelier there"),
-        ((0.3, NAN, NAN), "taken away: how much of that is chance is not known."),
-    ],
-)
-def test_verdict_says_what_is_left_after_the_attack(residue: tuple[float, float, float], sentence: str) -> None:
-    on_it = attacked("mine")
-    assert on_it.audit is not None
-    audit = dataclasses.replace(on_it.audit, residue=((9.0, 8.0, 10.0), residue))
-    assert sentence in said(attacks=(dataclasses.replace(on_it, audit=audit),))
+    first, second = paragraphs(report(BASE, PLANNED, attacks=(attacked("mine"), other)))
+    assert first[-2:] == [
+        "At worst relearning brings back, beyond what the retain model says under the same attack, −0.050 (interval −0.100 to "
+        "+0.050, which holds 0) of the answers of “mine” and −0.050 of the answers of “other”.",
+        "Afterwards forgotten answers are likelier than those of people never seen, beyond the retain model's own difference, "
+        "by 0.62 nats a token (interval 0.40 to 0.90) in “other”; 0 would be nothing left.",
+    ]
+    assert second[-2:] == [
+        "Attacked by relearning, “mine” gives back no more than the retain model (other people).",
+        "Attacked by relearning, “other” gives back no more than the retain model (other people).",
+    ]
+    first, second = paragraphs(report(BASE, PLANNED, attacks=(dataclasses.replace(attacked("mine"), worst=None),)))
+    assert first[-1] == "Attacked by relearning, “mine” gives back no more than the retain model (other people)."
+    assert "Attacked" not in " ".join(second)
 
 
 def test_verdict_puts_what_wipes_and_heals_beside_the_method() -> None:

@@ -65,7 +65,7 @@ _ATTACK_MEASURES: dict[str, Shown] = {
         title="Residue",
         meaning="How much likelier forgotten answers are than those of people never seen, after an attack, in nats a token, "
         "beyond the retain model's own difference. 0: nothing.",
-        text=words.signed,
+        text=words.nats,
         goodness=lambda value: -abs(value),
     ),
 }
