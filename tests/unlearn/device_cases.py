@@ -77,7 +77,10 @@ CASES: dict[str, dict[str, Any]] = {
         "scope": Scope(layers=(1,), lora=Lora(rank=2, use_dora=True)),
     },
     "wiped, healed, unseen": {
-        "perturbation": Noise(scale=0.05, parts=(Part(share=0.7, layers=(1,)), Part(share=0.3))),
+        "perturbation": Noise(
+            scale=0.05,
+            parts=(Part(share=0.7, layers=(1,)), Part(share=0.9, also=("embeddings",), unhealed=True), Part(share=0.3)),
+        ),
         "objective": LookUnseen(renew=1, match="quantiles", within=0.1),
         "scope": Scope(layers="model"),
         "general": GENERAL,

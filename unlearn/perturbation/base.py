@@ -43,11 +43,20 @@ class Part:
     """The plan's chosen layers, or one of its controls."""
     also: tuple[Also, ...] = ()
     """What lies outside the blocks (`embeddings`, `head`), and `norms`, which are moved only where they are named here."""
+    unhealed: bool = False
+    """Of embeddings and head, only the rows of tokens that no retain row and no general text has: nothing else touches them."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise UserError(
                 f"perturbation share is {self.share}: give more than 0 and at most 1, or leave the part out"
+            )
+        if self.unhealed and (
+            self.layers is not None or self.plan is not None or not {"embeddings", "head"} & {*self.also}
+        ):
+            raise UserError(
+                "perturbation unhealed is of rows of embeddings and head: set also to one of them or both, and leave layers and "
+                "plan out"
             )
         if len(set(self.also)) < len(self.also):
             raise UserError(f"perturbation also is {list(self.also)}: name each once")

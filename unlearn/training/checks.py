@@ -39,7 +39,7 @@ def refuse_what_cannot_be(
         )
     _refuse_streams(retain, loss, config)
     _refuse_calibration(forget, calibration, loss)
-    check_perturbation(model, perturbation)
+    check_perturbation(model, perturbation, retain.tokens)
     if loss.forget_needs.alternate and not forget.alternates:
         raise UserError(f"{type(loss.objective).__name__} needs alternate answers and there are none: set alternates")
     sides = [loss.forget_needs, *([loss.retain_needs] if loss.uses_retain else [])]

@@ -127,9 +127,8 @@ def train(
         weighting=config.weighting,
         gradient_filter=config.gradient_filter,
     )
-    moved = perturb(
-        model, perturbation, seed=config.seed
-    )  # a resumed run too: then the checkpoint's weights come over it
+    # A resumed run is perturbed too: the checkpoint's weights then come over it.
+    moved = perturb(model, perturbation, seed=config.seed, healed=retain.tokens)
     if moved:
         acc.print(sentence(moved))
         run.note(perturbed=described(moved))

@@ -40,6 +40,12 @@ class Side:
     general: int = 0
     held: int = 0
 
+    @cached_property
+    def tokens(self) -> frozenset[int]:
+        """The ids that occur in the side's own rows and in general text."""
+        kept = self.rows[: self.own + self.general]
+        return frozenset(itertools.chain.from_iterable(text.ids for text in kept))
+
     @property
     def own(self) -> int:
         """How many rows are the side's own."""

@@ -70,6 +70,23 @@ def test_noise_is_the_formula_in_the_first_part_that_holds_a_weight(model: Langu
     assert moved[1].norm == pytest.approx(float(new.norm() / old.norm()), rel=1e-6)
 
 
+def test_rows_of_tokens_that_healing_never_shows(model: LanguageModel) -> None:
+    before = values(model)
+    parts = (Part(share=1.0, also=("embeddings",), unhealed=True), Part(share=0.25, also=("embeddings",)))
+    moved = perturb(model, Noise(scale=0.05, parts=parts), seed=7, healed={3, 5, 8})
+    name = "model.embed_tokens.weight"
+    share = torch.ones(len(before[name]), 1)
+    share[[3, 5, 8]] = 0.25
+    wanted = (1 - share) * before[name] + share * 0.05 * drawn(7, name, before[name].shape)
+    torch.testing.assert_close(values(model)[name], wanted, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(now, before[other]) for other, now in values(model).items() if other != name)
+    assert moved[0].share == pytest.approx(float(share.mean()))
+    model.model.load_state_dict(before, strict=False)
+    alone = perturb(model, Noise(parts=parts[:1]), seed=7, healed={3, 5, 8})
+    assert alone[0].weights == before[name].numel() - 3 * before[name].shape[1]
+    assert torch.equal(values(model)[name][[3, 5, 8]], before[name][[3, 5, 8]])
+
+
 def test_the_noise_of_a_weight_depends_on_seed_and_name_alone(model: LanguageModel) -> None:
     other = replace(model, model=copy.deepcopy(model.model))
     perturb(model, Noise(seed=3), seed=0)
@@ -155,6 +172,7 @@ def test_which_weights_a_part_holds(part: Part, moves: object) -> None:
         (lambda: Part(share=1.5), "share is 1.5"),
         (lambda: Part(layers=(1,), plan="plan.json"), "both name layers"),
         (lambda: Part(also=("norms", "norms")), "name each once"),
+        (lambda: Part(unhealed=True), "rows of embeddings and head"),
         (lambda: Noise(parts=()), "parts is empty"),
         (lambda: Noise(scale=-1.0), "scale is -1.0"),
         (lambda: Noise(scale=math.nan), "scale is nan"),
