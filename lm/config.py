@@ -128,7 +128,7 @@ def script(
     program: str | None = None,
 ) -> None:
     """Run `main` on the parsed config (see `parse_config`), ending as `ending_in_one_line` says."""
-    with ending_in_one_line():
+    with ending_in_one_line(resumes=any(field.name == "resume" for field, _ in _fields(cls))):
         config = parse_config(cls, argv, description=description, program=program)
         _quiet()
         from lm.devices import reporting
@@ -137,10 +137,11 @@ def script(
 
 
 @contextmanager
-def ending_in_one_line() -> Iterator[None]:
+def ending_in_one_line(*, resumes: bool = True) -> Iterator[None]:
     """What a command does: a `UserError` prints one line on stderr and exits with status 2, Ctrl-C with status 130.
 
-    The process group, if one was opened, is left in the end.
+    The process group, if one was opened, is left in the end. `resumes`: whether the command goes on with finished work when it is
+    told to (`--resume true`) rather than by itself.
     """
     try:
         yield
@@ -148,7 +149,8 @@ def ending_in_one_line() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped: finished work is kept; the same command with --resume true goes on", file=sys.stderr)
+        how = " with --resume true" if resumes else ""
+        print(f"stopped: finished work is kept; the same command{how} goes on", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         from lm.devices import leave_process_group

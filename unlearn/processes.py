@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -31,6 +32,8 @@ NOT_BEGUN = "not begun, since what it needs is not there"
 """Why a job failed that comes after one that did."""
 _LEAVING = 60.0
 """Seconds that a process has to tidy up after its answer."""
+_STOPPING = 3.0
+"""Seconds that processes have to end when the work is given up."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def run_apart(
                 del running[ready]
                 has_ended(place, failed)
     finally:
+        _stop([child for _, child in running.values()])
         for left, (_, child) in running.items():
             _end(left, child)
     return outcomes
@@ -145,6 +149,17 @@ def _outcome(answers: Connection, process: BaseProcess, log: Path) -> str | None
     raise RuntimeError(f"the process of {log} broke off (status {process.exitcode}); the end of that file says where")
 
 
+def _stop(processes: Sequence[BaseProcess]) -> None:
+    """Ask processes to end, as Ctrl-C does, and give them a moment to tidy up."""
+    until = time.monotonic() + _STOPPING
+    for process in processes:
+        if process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGINT)
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+
+
 def _end(answers: Connection, process: BaseProcess) -> None:
     process.kill()
     process.join()
@@ -166,6 +181,8 @@ def _run(log: Path, target: Callable[..., object], arguments: tuple[Any, ...], t
     except torch.OutOfMemoryError as error:
         print(f"error: {error}", file=sys.stderr)
         teller.send(("this", f"out of memory: {str(error).splitlines()[0]}"))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
 
 
 def _end_with_parent() -> None:

@@ -202,7 +202,7 @@ def test_a_stage_without_operands_refuses_a_bare_word(brew: Path, monkeypatch: p
 def test_a_stop_by_hand_ends_with_status_130(brew: Path) -> None:
     status, _, err = run("brew", "--sugar", "stop")
     assert status == 130
-    assert err.startswith("stopped: ")
+    assert err == "stopped: finished work is kept; the same command goes on"  # it has no setting `resume`
 
 
 def test_only_the_main_process_prints(brew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
