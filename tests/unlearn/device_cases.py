@@ -78,7 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "wiped, healed, unseen": {
         "perturbation": Noise(
-            scale=0.05,
+            scale=0.3,
             parts=(Part(share=0.7, layers=(1,)), Part(share=0.9, also=("embeddings",), unhealed=True), Part(share=0.3)),
         ),
         "objective": LookUnseen(renew=1, match="quantiles", within=0.1),

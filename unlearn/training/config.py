@@ -33,6 +33,8 @@ class TrainerConfig:
     at once, which levels the peak of memory. Null for no such limit."""
     learning_rate: float = 1.5e-5
     """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """How long AdamW remembers gradients and their squares; (0.9, 0.95) follows faster where they shrink a lot, as in healing."""
     schedule: Schedule = "linear"
     """How the learning rate falls to 0."""
     warmup: int = 0
@@ -109,6 +111,10 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"trainer.{name} is {value}: give a positive number")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(
+                f"trainer.betas is {list(self.betas)}: give two numbers from 0 to below 1 (0.9 and 0.999 are usual)"
+            )
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"trainer.clip is {self.clip}: give a positive norm, or null for none")
         for name in ("warmup", "seed", "weight_decay"):

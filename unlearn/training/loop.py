@@ -187,6 +187,7 @@ def _adamw(model: nn.Module, config: TrainerConfig, *, masked: bool) -> torch.op
     return torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.learning_rate,
+        betas=config.betas,
         weight_decay=0.0 if masked else config.weight_decay,
         fused=True,  # one pass over each weight, and no temporaries of its size
     )
