@@ -111,10 +111,6 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"trainer.{name} is {value}: give a positive number")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(
-                f"trainer.betas is {list(self.betas)}: give two numbers from 0 to below 1 (0.9 and 0.999 are usual)"
-            )
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"trainer.clip is {self.clip}: give a positive norm, or null for none")
         for name in ("warmup", "seed", "weight_decay"):
@@ -124,7 +120,7 @@ class TrainerConfig:
             raise UserError(
                 f"trainer.warmup is {self.warmup} of {self.steps} steps: the peak rate is never reached; give fewer"
             )
-        self._refuse_streams()
+        self._refuse_shares()
         if self.pairing == "sequential" and self.folds > 1:
             raise UserError(
                 "trainer.folds are stages, and sequential batches have chunks of their own: give one of them"
@@ -150,7 +146,11 @@ class TrainerConfig:
         if self.weighting == "micro_batch_mean" and self.pairing == "paired" and self.micro_batch < 2:
             raise UserError("trainer.micro_batch is 1: with micro_batch_mean a paired micro-batch needs both sides")
 
-    def _refuse_streams(self) -> None:
+    def _refuse_shares(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(
+                f"trainer.betas is {list(self.betas)}: give two numbers from 0 to below 1 (0.9 and 0.999 are usual)"
+            )
         for name in ("forget_share", "general_share", "forget_from", "forget_ramp"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}: give a share, from 0 to below 1")
