@@ -80,7 +80,7 @@ def run_methods(
     jobs = [Job(_run, (_stages(each), each.folder, _threads(workers), keep_models), each.folder / LOG) for each in todo]
     for each in todo:
         (each.folder / FAILED).unlink(missing_ok=True)
-    failed = run_apart(jobs, workers=workers, ended=lambda place: say(f"{todo[place].name} has ended"))
+    failed = run_apart(jobs, workers=workers, ended=lambda place, _: say(f"{todo[place].name} has ended"))
     for each, why in zip(todo, failed, strict=True):
         if why is not None:
             write_failure(each.folder, why, each.unlearning)
