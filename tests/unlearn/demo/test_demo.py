@@ -125,7 +125,7 @@ def test_the_recipes_are_the_demos_own(tmp_path: Path) -> None:
     assert isinstance(wiped, Entry)
     assert wiped.unlearning is not None
     assert (wiped.unlearning.model, wiped.unlearning.forget) == (config.trace.model, "builtin:forget")
-    assert wiped.unlearning.objective == LookUnseen()
+    assert wiped.unlearning.objective == LookUnseen(**values["objective"]["init_args"])
     assert not wiped.planned
     part = {"share": 0.9, "plan": "of another run.json"}
     recipe.write_text(

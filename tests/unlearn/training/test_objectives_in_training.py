@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,12 @@ def whole(model: LanguageModel, original: LanguageModel, rows: list[Encoded], al
 def test_gradient_through_the_engine_is_the_papers(tiny: Path, learned: dict[str, Tensor], case: Case) -> None:
     model, original = loaded(tiny, learned), loaded(tiny, learned)
     rows = [load_rows(str(tiny / f"{side}.jsonl")) for side in ("forget", "retain")]
-    forget, retain = (encode_rows(model, each, PromptSpec()) for each in rows)
+    documents = case.needs.documents and isinstance(case.of, Objective)
+    forget = encode_rows(model, rows[0], PromptSpec(), documents=documents)
+    retain = encode_rows(model, rows[1], PromptSpec())
+    measured = {
+        name: [first + 0.3 * row for row in range(len(forget))] for name, first in (("value", 2.0), ("spread", 0.1))
+    }
     alternates = [
         *RandomTokens(seed=1).encode(model, rows[0][:6], PromptSpec()),
         *Refusals(per_row=2).encode(model, rows[0][6:], PromptSpec()),
@@ -95,16 +101,21 @@ def test_gradient_through_the_engine_is_the_papers(tiny: Path, learned: dict[str
         else Loss(objective=objective, retain=case.of, weight=Fixed(factor=0.7))
     )
     passes = Passes(Accelerator(cpu=True), model.model, model, reference=before)
-    step = Stepper(passes, loss, Side(forget, alternates), Side(retain), micro_batch=2, weighting="global_tokens")
+    sides = Side(forget, alternates, of=rows[0]), Side(retain)
+    step = Stepper(passes, loss, *sides, micro_batch=2, weighting="global_tokens")
     epoch = 3
-    result = step.gradient(ROWS, RetainMemory(epoch=epoch))
+    result = step.gradient(ROWS, RetainMemory(epoch=epoch), targets=measured)
     got = {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
 
     chosen = [alternates[row][epoch % len(alternates[row])] for row in ROWS.forget]
+    batch = replace(
+        whole(model, original, [forget[i] for i in ROWS.forget], chosen),
+        row_value=torch.tensor([measured["value"][row] for row in ROWS.forget]),
+        row_spread=torch.tensor([measured["spread"][row] for row in ROWS.forget]),
+        row_document=torch.tensor([rows[0][row].kind == "sc" for row in ROWS.forget]),
+    )
     wanted = case.naive(
-        whole(model, original, [forget[i] for i in ROWS.forget], chosen)
-        if isinstance(case.of, Objective)
-        else whole(model, original, [retain[i] for i in ROWS.retain], [])
+        batch if isinstance(case.of, Objective) else whole(model, original, [retain[i] for i in ROWS.retain], [])
     )
     if not isinstance(case.of, Objective):
         ascent = next(one for one in CASES if one.of == GradientAscent())
