@@ -65,10 +65,6 @@ class Calibration:
             for name, now in (("value", value), ("spread", spread))
         }
 
-    def targets(self, measured: Measured, rows: Sequence[int]) -> RowTargets:
-        """Of some forget rows, on the device; without rows those of one row that is none."""
-        return row_targets(self.forget_rows, measured, rows, self.passes.acc.device)
-
     def _some(self, rows: Sequence[int], step: int, group: int) -> list[int]:
         most = self.objective.most
         if len(rows) <= most:
@@ -82,9 +78,8 @@ class Calibration:
         found = torch.zeros(len(texts), dtype=torch.float64, device=acc.device)
         pieces = [order[first : first + self.size] for first in range(0, len(order), self.size)]
         mine = pieces[acc.process_index :: acc.num_processes]
-        for turn in range(
-            -(-len(pieces) // acc.num_processes)
-        ):  # as often on every process: shards are gathered in a forward
+        turns = -(-len(pieces) // acc.num_processes)  # as many on every process: shards are gathered in a forward
+        for turn in range(turns):
             piece = mine[turn] if turn < len(mine) else []
             logprobs = self.passes.logprobs([texts[place] for place in piece])
             for place, logprob in zip(piece, logprobs, strict=True):

@@ -14,6 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lm.errors import UserError
+
 Unit = Literal["token", "row", "hidden"]
 """What a term's sum is divided by: the supervised tokens, the rows, or the tokens whose hidden states were asked for."""
 
@@ -260,6 +262,11 @@ class Calibrated(Objective):
     """At most so many calibration rows of a group are measured, drawn anew each time."""
     groups: Literal["task_and_kind", "kind"] = "task_and_kind"
     """Forget rows are held against calibration rows of their task and kind, or of their kind alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("renew", "most"):
+            if getattr(self, name) < 1:
+                raise UserError(f"objective.{name} is {getattr(self, name)}: give at least 1")
 
     @property
     def reads_forget(self) -> bool:

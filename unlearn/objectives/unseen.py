@@ -23,8 +23,8 @@ class LookUnseen(Calibrated):
     `l` is a row's mean over tokens of `min(-log p, cap)`, of a completion over the whole document; `target` and `spread` are of
     calibration rows of the same group, renewed as the model changes. Two-sided: a row that became too unlikely is drawn back,
     since that betrays it too. Bounded: no token is pushed beyond `cap`, no row beyond its target. Made to stand after a
-    perturbation, late in healing (`trainer.forget_from`); alone it hides what is still there. Badge: **reconstruction**; the
-    nearest that is published is calibrating membership by unseen data (Carlini et al. 2022, arXiv 2112.03570), as an attack.
+    perturbation, late in healing (`trainer.forget_from`); alone it hides what is still there. Badge: **reconstruction**: no
+    source was found that has it.
     """
 
     published_retain: ClassVar[Retain] = Divergence(documents=True)
@@ -50,6 +50,7 @@ class LookUnseen(Calibrated):
     """With `shift`: what chance does, in standard errors of the difference of the means."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("documents", "questions", "within", "smooth", "errors"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"objective.{name} is {getattr(self, name)}: give 0 or more")
@@ -59,9 +60,6 @@ class LookUnseen(Calibrated):
             raise UserError(
                 f"objective.cap is {self.cap} and .above {self.above}: give a positive number, and a number"
             )
-        for name in ("renew", "most"):
-            if getattr(self, name) < 1:
-                raise UserError(f"objective.{name} is {getattr(self, name)}: give at least 1")
 
     def draws(self, kind: str | None) -> bool:
         """Rows whose weight is not 0."""

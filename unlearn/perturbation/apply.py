@@ -43,13 +43,16 @@ def check_perturbation(model: LanguageModel, perturbation: Perturbation, healed:
         return
     shares = shares_of(model, perturbation, healed)
     if not shares:
-        raise UserError("perturbation.parts holds no weight of this model: name layers, or embeddings, that it has")
+        raise UserError(
+            f"perturbation.parts is {list(perturbation.parts)} and {model.name} has no weight there that would be moved: name "
+            "layers or embeddings that it has, or take NoPerturbation"
+        )
     learns = {name for name, parameter in model.model.named_parameters() if parameter.requires_grad}
     frozen = [name for name in shares if name not in learns]
     if frozen:
         raise UserError(
-            f"{frozen[0]} and {len(frozen) - 1} more would be perturbed but may not change, so nothing would heal them: widen "
-            "the scope (no adapters: they leave the weights frozen), or narrow perturbation.parts"
+            f"{len(frozen)} of the weights that would be perturbed may not change ({frozen[0]}), so nothing would heal them: "
+            "widen the scope, or narrow perturbation.parts"
         )
 
 
@@ -68,7 +71,7 @@ def shares_of(
             if not part.unhealed:
                 shares[name] = part.share
                 by_row = None if by_row is None else torch.full_like(by_row, part.share)
-            elif by_row is not None:  # positions, say, have no tokens
+            elif by_row is not None and unhealed.any():  # positions, say, have no tokens
                 by_row[unhealed] = part.share
                 shares[name] = by_row
     return shares

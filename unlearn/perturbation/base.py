@@ -42,7 +42,8 @@ class Part:
     use: Use = "chosen"
     """The plan's chosen layers, or one of its controls."""
     also: tuple[Also, ...] = ()
-    """What lies outside the blocks (`embeddings`, `head`), and `norms`, which are moved only where they are named here."""
+    """What lies outside the blocks (`embeddings`, `head`), and `norms`: all of the model's, which are moved only where they are
+    named here. With these alone no block is moved."""
     unhealed: bool = False
     """Of embeddings and head, only the rows of tokens that no retain row and no general text has: nothing else touches them."""
 
@@ -51,12 +52,19 @@ class Part:
             raise UserError(
                 f"perturbation share is {self.share}: give more than 0 and at most 1, or leave the part out"
             )
-        if self.unhealed and (
-            self.layers is not None or self.plan is not None or not {"embeddings", "head"} & {*self.also}
-        ):
+        if self.layers is not None and self.plan is not None:
             raise UserError(
-                "perturbation unhealed is of rows of embeddings and head: set also to one of them or both, and leave layers and "
-                "plan out"
+                f"a part of the perturbation has layers {self.layers} and plan {self.plan}, both name layers: give one of them"
+            )
+        if self.plan is None and self.use != "chosen":
+            raise UserError(
+                f"a part of the perturbation has use {self.use!r} and no plan to take it from: give the plan's file"
+            )
+        named = (self.layers, self.plan, self.modules) != (None, None, None)
+        if self.unhealed and (named or not {"embeddings", "head"} & {*self.also}):
+            raise UserError(
+                "perturbation unhealed is of rows of embeddings and head: set also to one of them or both, and leave layers, "
+                "modules and plan out"
             )
         if len(set(self.also)) < len(self.also):
             raise UserError(f"perturbation also is {list(self.also)}: name each once")
@@ -65,11 +73,11 @@ class Part:
     @property
     def _scope(self) -> Scope | None:
         """Its blocks as a scope; None if it has none."""
-        if self.layers is None and self.plan is None:
-            if self.modules is not None and not self.also:
-                return Scope(layers="all", modules=self.modules)
-            return None if self.also else Scope(layers="model")
-        return Scope(layers=self.layers, modules=self.modules, plan=self.plan, use=self.use)
+        if self.layers is not None or self.plan is not None:
+            return Scope(layers=self.layers, modules=self.modules, plan=self.plan, use=self.use)
+        if self.modules is not None:
+            return Scope(layers="all", modules=self.modules)
+        return None if self.also else Scope(layers="model")
 
     def resolve(self, model: LanguageModel) -> ResolvedPart:
         """Fix it for one model. Raises UserError for layers that the model does not have."""
@@ -87,14 +95,10 @@ class ResolvedPart:
 
     def contains(self, anatomy: Anatomy, name: str) -> bool:
         """Whether the parameter `name` belongs to it."""
-        if name in self.norms and "norms" not in self.part.also:
-            return False
-        if self.scope is not None and self.scope.contains(anatomy, name):
-            return True
-        place = place_of(anatomy, name)
         if name in self.norms:
-            return True
-        return place in self.part.also
+            return "norms" in self.part.also
+        in_blocks = self.scope is not None and self.scope.contains(anatomy, name)
+        return in_blocks or place_of(anatomy, name) in self.part.also
 
 
 def norms_of(model: nn.Module) -> frozenset[str]:
@@ -107,9 +111,11 @@ def norms_of(model: nn.Module) -> frozenset[str]:
 
 
 def place_of(anatomy: Anatomy, name: str) -> str:
-    """Where a parameter is, for a person: `layer 3`, `embeddings`, `head`."""
+    """Where a parameter is, for a person: `layer 3`, `embeddings`, `head`, `final norm`."""
     if name.startswith(f"{anatomy.blocks}."):
         return f"layer {name.removeprefix(f'{anatomy.blocks}.').partition('.')[0]}"
+    if name.startswith(f"{anatomy.norm}."):
+        return "final norm"
     return "head" if name.startswith(f"{anatomy.head}.") else "embeddings"
 
 

@@ -85,6 +85,11 @@ def _refuse_streams(retain: Side, loss: Loss, config: TrainerConfig) -> None:
             f"there is general text, and {type(loss.retain).__name__} with {config.pairing} batches reads none: set "
             "trainer.pairing to streams and a retain_loss, or leave general out"
         )
+    if config.pairing == "streams" and config.general_share and not retain.general:
+        raise UserError(
+            f"trainer.general_share is {config.general_share} and there is no general text: give general, or set "
+            "trainer.general_share to 0"
+        )
 
 
 def _refuse_calibration(forget: Side, calibration: Side | None, loss: Loss) -> None:

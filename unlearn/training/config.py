@@ -120,7 +120,7 @@ class TrainerConfig:
             raise UserError(
                 f"trainer.warmup is {self.warmup} of {self.steps} steps: the peak rate is never reached; give fewer"
             )
-        self._refuse_shares()
+        self._refuse_out_of_range()
         if self.pairing == "sequential" and self.folds > 1:
             raise UserError(
                 "trainer.folds are stages, and sequential batches have chunks of their own: give one of them"
@@ -146,18 +146,22 @@ class TrainerConfig:
         if self.weighting == "micro_batch_mean" and self.pairing == "paired" and self.micro_batch < 2:
             raise UserError("trainer.micro_batch is 1: with micro_batch_mean a paired micro-batch needs both sides")
 
-    def _refuse_shares(self) -> None:
+    def _refuse_out_of_range(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(
                 f"trainer.betas is {list(self.betas)}: give two numbers from 0 to below 1 (0.9 and 0.999 are usual)"
             )
-        for name in ("forget_share", "general_share", "forget_from", "forget_ramp"):
+        if not 0 < self.forget_share < 1:
+            raise UserError(f"trainer.forget_share is {self.forget_share}: give a share, above 0 and below 1")
+        for name in ("general_share", "forget_from", "forget_ramp"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}: give a share, from 0 to below 1")
-        if self.forget_from + self.forget_ramp > 1 or self.forget_share + self.general_share > 1:
-            raise UserError(
-                "trainer.forget_from + .forget_ramp or .forget_share + .general_share is above 1: give smaller shares"
-            )
+        for one, other in (("forget_from", "forget_ramp"), ("forget_share", "general_share")):
+            both = getattr(self, one), getattr(self, other)
+            if sum(both) > 1:
+                raise UserError(
+                    f"trainer.{one} is {both[0]} and trainer.{other} {both[1]}, together above 1: give smaller shares"
+                )
         if self.pairing != "streams" and (self.forget_share, self.general_share) != (0.1, 0.45):
             raise UserError(
                 f"trainer.forget_share is {self.forget_share} and trainer.general_share {self.general_share}, and {self.pairing} "

@@ -25,6 +25,7 @@ from lm.run_folder import RunFolder, progress
 from lm.shards import is_sharded, local_part
 from unlearn.forward.calibration import Calibration, Measured
 from unlearn.forward.passes import Passes
+from unlearn.forward.recomputing import recompute_activations
 from unlearn.forward.reference_model import Reference, reference
 from unlearn.objectives import Calibrated, Loss, RetainMemory
 from unlearn.perturbation import NoPerturbation, Perturbation, perturb
@@ -111,7 +112,7 @@ def train(
         )
     model.model.train(False)
     if config.gradient_checkpointing:
-        _enable_gradient_checkpointing(model.model)
+        recompute_activations(model.model)
     wrapped, optimizer = acc.prepare(model.model, _adamw(model.model, config, masked=mask is not None))
     model = replace(model, model=acc.unwrap_model(wrapped))
     passes = Passes(acc, wrapped, model, reference=_way_back(model, loss, config))
@@ -147,6 +148,10 @@ def _order(forget: Side, retain: Side, loss: Loss, config: TrainerConfig) -> tup
     own, general = (retain.own, retain.general) if loss.uses_retain else (0, 0)
     batches = config.batches(len(forget.rows), own, general)
     steps = config.steps or batches.total(config.epochs)
+    if loss.objective.forgets and not config.forget_weight(steps - 1, steps):
+        raise UserError(
+            f"trainer.forget_from is {config.forget_from} of {steps} steps, so no forget row would come in: give a smaller share"
+        )
     if config.folds > 1:
         batches = FoldedBatches(
             inner=lambda some, others: config.batches(some, others, general),
@@ -381,17 +386,3 @@ def _number(norm: Any) -> float:
         return float("nan")
     full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return float(full)
-
-
-def _enable_gradient_checkpointing(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise UserError("this model has no gradient checkpointing: set trainer.gradient_checkpointing: false")
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()  # transformers recomputes in training mode only, so dropout is switched off by its rates
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for rate in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)

@@ -19,12 +19,12 @@ from lm.model import LanguageModel
 from lm.prompts import Encoded
 from unlearn.forward import chunked_head
 from unlearn.forward.passes import Inputs, Passes, collate
+from unlearn.forward.recomputing import recompute_activations
 from unlearn.forward.reference_model import reference
 from unlearn.objectives import HiddenNeed, Needs, Statistic, TokenStats
 from unlearn.objectives.retain import DIVERGENCE
 from unlearn.scope import lora
 from unlearn.scope.scope import Lora, Scope
-from unlearn.training.loop import _enable_gradient_checkpointing
 
 CPU = torch.device("cpu")
 ROWS = [Encoded([5, 9, 31, 7, 8, 40], 2), Encoded([11, 12, 13], 1), Encoded([99, 98, 97, 96], 3)]
@@ -133,7 +133,7 @@ def test_adapters_are_switched_off_for_the_original(family: str, scope: Scope) -
 def test_gradient_checkpointing_changes_nothing(family: str, scope: Scope) -> None:
     model = tiny(family)
     scope.resolve(model.anatomy).apply(model.model, model.anatomy)
-    _enable_gradient_checkpointing(model.model)
+    recompute_activations(model.model)
     compare(model)
 
 

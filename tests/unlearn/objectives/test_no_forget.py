@@ -17,7 +17,7 @@ from unlearn.objectives import NoForget, NoRetain
 from unlearn.perturbation import Noise, Part
 from unlearn.stage import run_unlearn
 
-STREAMS = replace(SMALL, pairing="streams", forget_share=0.25, steps=4)
+STREAMS = replace(SMALL, pairing="streams", forget_share=0.25, general_share=0.0, steps=4)
 
 
 def healed(tiny: Path, out: Path, **changes: object) -> UnlearnConfig:

@@ -130,5 +130,12 @@ def test_what_does_not_go_together_is_refused(tiny: Path, tmp_path: Path) -> Non
         run_unlearn(small_config(tiny, tmp_path / "c", objective=LookUnseen(), calibration=str(tiny / "retain.jsonl")))
     with pytest.raises(UserError, match=r"set trainer\.pairing to streams"):
         run_unlearn(small_config(tiny, tmp_path / "d", general=Texts(texts=("a text of the world",))))
+    streams = replace(SMALL, pairing="streams")
+    with pytest.raises(UserError, match="there is no general text"):
+        run_unlearn(small_config(tiny, tmp_path / "e", trainer=streams))
+    with pytest.raises(UserError, match="no forget row would come in"):
+        run_unlearn(small_config(tiny, tmp_path / "f", trainer=replace(SMALL, forget_from=0.99)))
+    with pytest.raises(UserError, match=r"objective\.renew is 0"):
+        LookUnseen(renew=0)
     with pytest.raises(UserError, match="nothing would be forgotten"):
         LookUnseen(documents=0.0, questions=0.0)

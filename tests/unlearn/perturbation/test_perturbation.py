@@ -8,13 +8,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from lm.anatomy import anatomy_of
 from lm.config import dump_yaml, parse_config
 from lm.errors import UserError
 from lm.loading import load
@@ -130,20 +129,6 @@ def test_reinitialized_as_the_architecture_does_and_nothing_else_is_drawn(model:
     assert all(torch.equal(value, fresh[name]) for name, value in values(model).items())
 
 
-def llama() -> LanguageModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=False,
-    )
-    hf = LlamaForCausalLM(config)
-    return LanguageModel(hf, None, anatomy_of(hf), "llama")  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("part", "moves"),
     [
@@ -154,11 +139,12 @@ def llama() -> LanguageModel:
         (Part(layers="all", modules=("attn",)), lambda name: "self_attn" in name),
         (Part(layers=(1,), modules=("all",)), lambda name: ".1." in name and "norm" not in name),
         (Part(modules=("mlp",)), lambda name: ".mlp." in name),
+        (Part(modules=("attn",), also=("embeddings",)), lambda name: "self_attn" in name or "embed_tokens" in name),
         (Part(layers=(0,), also=("embeddings",)), lambda name: ".0.mlp." in name or "embed_tokens" in name),
     ],
 )
 def test_which_weights_a_part_holds(part: Part, moves: object) -> None:
-    model = llama()
+    model = families.tiny("llama", tie_word_embeddings=False)
     before = values(model)
     perturb(model, Noise(parts=(part,)), seed=0)
     for name, now in values(model).items():
@@ -172,7 +158,9 @@ def test_which_weights_a_part_holds(part: Part, moves: object) -> None:
         (lambda: Part(share=1.5), "share is 1.5"),
         (lambda: Part(layers=(1,), plan="plan.json"), "both name layers"),
         (lambda: Part(also=("norms", "norms")), "name each once"),
+        (lambda: Part(use="random"), "use 'random' and no plan"),
         (lambda: Part(unhealed=True), "rows of embeddings and head"),
+        (lambda: Part(unhealed=True, also=("embeddings",), modules=("mlp",)), "rows of embeddings and head"),
         (lambda: Noise(parts=()), "parts is empty"),
         (lambda: Noise(scale=-1.0), "scale is -1.0"),
         (lambda: Noise(scale=math.nan), "scale is nan"),
@@ -193,7 +181,10 @@ def test_what_would_stay_broken_is_refused(tiny: Path, tmp_path: Path, model: La
         small_config(tiny, tmp_path, perturbation=Noise(), scope=Scope(lora=Lora()))
     with pytest.raises(UserError, match=r"scope\.mask freezes"):
         small_config(tiny, tmp_path, perturbation=Noise(), scope=Scope(mask=WeightMask()))
-    with pytest.raises(UserError, match="would be perturbed but may not change"):
+    every = range(model.anatomy.vocabulary)
+    with pytest.raises(UserError, match="has no weight there that would be moved"):
+        check_perturbation(model, Noise(parts=(Part(also=("embeddings",), unhealed=True),)), every)
+    with pytest.raises(UserError, match="that would be perturbed may not change"):
         run_unlearn(small_config(tiny, tmp_path / "run", perturbation=Noise(), scope=Scope(layers=(1,))))
     with pytest.raises(UserError, match="has layers 0 to 2"):
         run_unlearn(small_config(tiny, tmp_path / "other", perturbation=Noise(parts=(Part(layers=(9,)),))))

@@ -16,6 +16,7 @@ from tests.unlearn.helpers import SMALL, small_config
 from tests.unlearn.training.test_training import losses, weights
 from unlearn.alternates.base import Refusals
 from unlearn.forward.passes import Passes
+from unlearn.forward.recomputing import recompute_activations
 from unlearn.forward.reference_model import reference
 from unlearn.objectives import DPO, NPO, RMU, Divergence, GradientDifference, Loss, Objective
 from unlearn.scope import lora
@@ -23,7 +24,6 @@ from unlearn.scope.scope import Lora, Scope
 from unlearn.stage import run_unlearn
 from unlearn.training.batches import PairedBatches
 from unlearn.training.estimate import Estimate, Live, _spread, estimate
-from unlearn.training.loop import _enable_gradient_checkpointing
 from unlearn.training.side import Micro, Side
 from unlearn.training.step import Stepper
 
@@ -73,7 +73,7 @@ def test_bytes_of_a_step_are_known_within_a_fifth(  # type: ignore[no-untyped-de
     if scope.lora is not None:
         lora.inject(model.model, model.anatomy, resolved, scope.lora, seed=0)
     if checkpointing:
-        _enable_gradient_checkpointing(model.model)
+        recompute_activations(model.model)
     loss = Loss.of(objective) if retain is None else Loss.of(objective, retain)
     back = reference(model.model) if loss.needs_original else None
     passes = Passes(Accelerator(cpu=True), model.model, model, reference=back)

@@ -93,8 +93,9 @@ def test_the_forget_weight_begins_and_rises() -> None:
     ("changes", "said"),
     [
         ({"forget_share": 1.0}, "forget_share is 1.0"),
-        ({"forget_share": 0.6, "general_share": 0.6}, "above 1"),
-        ({"forget_from": 0.9, "forget_ramp": 0.2}, "above 1"),
+        ({"forget_share": 0.0}, "forget_share is 0.0"),
+        ({"forget_share": 0.6, "general_share": 0.6}, "general_share 0.6, together above 1"),
+        ({"forget_from": 0.9, "forget_ramp": 0.2}, "forget_ramp 0.2, together above 1"),
         ({"pairing": "paired"}, "set trainer.pairing to streams"),
         ({"folds": 0}, "folds is 0"),
         ({"pairing": "sequential", "forget_share": 0.1, "general_share": 0.45, "folds": 2}, "chunks of their own"),
