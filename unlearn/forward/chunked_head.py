@@ -1,7 +1,8 @@
 """From hidden states to a few numbers a token: the head, and whatever reads logits, on a few tokens at a time.
 
 The logits of a batch never exist together. Where the head is frozen each chunk's slopes in its hidden states are kept in
-place of its logits, which costs what one pass costs; where it learns too, a chunk is computed again in the backward pass.
+place of its logits, which costs what one pass costs; where it learns too, a chunk is computed again in the backward pass,
+unless it is the only one: the backward pass begins with it, and would hold it then anyway.
 What is measured is given as a function; models and losses are elsewhere.
 """
 
@@ -37,7 +38,7 @@ def in_chunks(measure: Measure, hidden: Tensor, *, size: int, head_learns: bool)
     if learns and hidden.requires_grad and not head_learns:
         values: tuple[Tensor, ...] = _KeptSlopes.apply(hidden, measure, spans)  # type: ignore[no-untyped-call]
         return values
-    if learns and head_learns:
+    if learns and head_learns and len(spans) > 1:
         parts = [
             checkpoint(measure, hidden[span], span, use_reentrant=False, preserve_rng_state=False) for span in spans
         ]
