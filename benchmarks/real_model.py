@@ -104,7 +104,7 @@ def stages(asked: Benchmark, out: Path) -> list[Stage]:
     """Every stage, in an order in which each finds what it needs."""
     data, base = out / "data", str(out / "base" / "model")
     common = ["--model.dtype", "float32", "--trainer.autocast", asked.autocast, "--trainer.batch", str(asked.batch)]
-    common += ["--trainer.micro_batch", "6", "--trainer.save_every", "40"]
+    common += ["--trainer.micro_batch", str(asked.batch), "--trainer.save_every", "40"]
     sides = ["--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.jsonl")]
     halves = ["--forget", str(data / "retain_a.jsonl"), "--retain", str(data / "retain_b.jsonl")]
     learn = ["--model.path", asked.model, *common, "--objective", "Learn", "--scope.layers", "model"]
