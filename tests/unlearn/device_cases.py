@@ -185,7 +185,7 @@ def watching() -> Iterator[Ran]:
 def work(jobs: list[Job]) -> None:
     """Make the jobs, with little vocabulary at once."""
     usual = passes.chunk_tokens
-    passes.chunk_tokens = lambda *_: CHUNK  # type: ignore[assignment]
+    passes.chunk_tokens = lambda *_, **__: CHUNK  # type: ignore[assignment]
     try:
         for job in jobs:
             if job.held:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm.model import ModelSpec
 from tests.forked import run_forked
@@ -123,3 +125,17 @@ def reworded(tiny: Path, folder: Path) -> ValidationConfig:
     return ValidationConfig(
         forget=str(folder / "v/forget.jsonl"), retain=str(folder / "v/retain.jsonl"), max_new_tokens=4
     )
+
+
+class Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what is converted to bfloat16 and has a shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and found.dtype == torch.bfloat16 and found.shape == self.shape:
+            self.count += 1
+        return found

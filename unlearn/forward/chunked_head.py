@@ -20,11 +20,14 @@ Measure = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 _ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 """Logits at a time: 16 MiB of float32 on a CPU, and enough rows to keep a GPU busy."""
+_LEARNING_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 25}
+"""The same where the head learns: each chunk adds to a gradient as large as the head, and several are computed twice."""
 
 
-def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+def chunk_tokens(vocabulary: int, device: torch.device, *, head_learns: bool) -> int:
     """How many tokens' logits are computed at once."""
-    return max(_ELEMENTS.get(device.type, _ELEMENTS["cuda"]) // vocabulary, 1)
+    elements = _LEARNING_ELEMENTS if head_learns else _ELEMENTS
+    return max(elements.get(device.type, elements["cuda"]) // vocabulary, 1)
 
 
 def in_chunks(measure: Measure, hidden: Tensor, *, size: int, head_learns: bool) -> tuple[Tensor, ...]:

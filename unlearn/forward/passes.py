@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -23,6 +24,7 @@ from lm.forward.hooks import capture
 from lm.forward.partial import backbone, forward_replaced, head_logits, starting_with, up_to
 from lm.model import LanguageModel
 from lm.prompts import Encoded
+from lm.shards import is_sharded
 from unlearn.forward.chunked_head import Measure, chunk_tokens, in_chunks
 from unlearn.forward.known_logits import KnownLogits, joined, likeliest
 from unlearn.forward.reference_model import Reference
@@ -80,10 +82,10 @@ class Passes:
     ) -> None:
         self.acc, self.wrapped, self.model, self.reference = acc, wrapped, model, reference
         self.start = first_block(model)
-        self.chunk = chunk_tokens(model.anatomy.vocabulary, acc.device)
         self.pad, self._brief = int(model.tokenizer.pad_token_id), False
         self._head: nn.Module = model.model.get_submodule(model.anatomy.head)
         self._head_learns = any(p.requires_grad for p in self._head.parameters())
+        self.chunk = chunk_tokens(model.anatomy.vocabulary, acc.device, head_learns=self._head_learns)
 
     def stats(
         self,
@@ -146,6 +148,18 @@ class Passes:
             yield
         finally:
             self.chunk, self._brief = usual, False
+
+    @contextmanager
+    def same_weights(self) -> Iterator[None]:
+        """While open, no weight changes: what autocast makes of them is made once and not at every pass. Shards come anew at
+        every pass."""
+        if is_sharded(self.wrapped):
+            yield
+            return
+        with torch.autocast(
+            self.acc.device.type, enabled=False
+        ):  # what is cached lives as long as the outermost of these
+            yield
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -252,7 +266,10 @@ class Passes:
         site = None if hidden is None else Site("resid", hidden.layer)
 
         def forward(input_ids: Tensor, attention_mask: Tensor) -> Read:
-            with self.acc.autocast(), ExitStack() as parts:
+            cached = AutocastKwargs(
+                cache_enabled=torch.is_grad_enabled()
+            )  # the original's weights, or no graph: not for others
+            with self.acc.autocast(cached), ExitStack() as parts:
                 if hidden is not None and not whole:
                     parts.enter_context(up_to(self.model, hidden.layer))
                 if below is not None and (hidden is None or hidden.layer >= self.start):
@@ -282,7 +299,7 @@ class Passes:
         """What is computed of a chunk's logits."""
         targets = inputs.targets[inputs.mask] if inputs.supervised else inputs.targets.new_zeros(1)
         compared = any(each.reference for each in needs.statistics)
-        cast = {} if self._head_learns else _autocast_weights(self._head)
+        cast = {} if self._head_learns and torch.is_grad_enabled() else _autocast_weights(self._head)
 
         def measure(hidden: Tensor, span: slice) -> tuple[Tensor, ...]:
             logits, original = head_logits(self.model, output, hidden, cast), None
@@ -324,7 +341,7 @@ def first_block(model: LanguageModel) -> int:
 
 
 def _autocast_weights(head: nn.Module) -> dict[str, Tensor]:
-    """A frozen linear head's parameters in the type that autocast would give them at every call; nothing where it is off."""
+    """A linear head's parameters, as constants, in the type that autocast would give them; nothing where it is off."""
     kind = next(head.parameters()).device.type
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or not torch.is_autocast_enabled(kind):
         return {}

@@ -126,9 +126,10 @@ class Stepper:
             targets: what forget rows should come to, for objectives that are calibrated.
         """
         self._forget_weight, self._targets = forget_weight, targets
-        if self.weighting == "micro_batch_mean":
-            return self._micro(rows, memory)
-        return self._global(rows, memory)
+        with self.passes.same_weights():
+            if self.weighting == "micro_batch_mean":
+                return self._micro(rows, memory)
+            return self._global(rows, memory)
 
     def micros(self, rows: StepRows, epoch: int) -> list[Micro]:
         """What this process will run of a step, in no particular order."""

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from families import tiny as tiny_family
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from lm.devices import accelerator
 from lm.loading import load
 from lm.model import LanguageModel
 from lm.prompts import Encoded, PromptSpec
 from lm.row_files import load_rows
+from tests.unlearn.helpers import Casts
 from unlearn.forward.passes import Passes, collate
+from unlearn.forward.recomputing import recompute_activations
 from unlearn.forward.reference_model import Original
 from unlearn.objectives import (
     DPO,
     NPO,
     Adaptive,
+    Divergence,
     Fixed,
     GradientAscent,
     Joint,
@@ -75,6 +81,50 @@ def run(
     step = stepper(model, sides, loss, **options)  # type: ignore[arg-type]
     result = step.gradient(ROWS, memory)
     return {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}, result
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("weighting", ["global_tokens", "micro_batch_mean"])
+@pytest.mark.parametrize("family", ["olmo", "gpt2"])  # a head of its own, and a tied one
+def test_weights_are_made_small_once_a_step(
+    family: str, weighting: Weighting, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast, between passes of the original that read other weights; and no bit of the gradient is another."""
+    rows = [[Encoded([first + 7 * i + j for j in range(4 + i)], 2) for i in range(6)] for first in (3, 40)]
+
+    def step() -> tuple[list[Tensor], int]:
+        model = tiny_family(family)
+        if checkpointing:
+            recompute_activations(model.model)
+        acc = accelerator(mixed_precision="bf16", cpu=True)
+        passes = Passes(acc, acc.prepare(model.model), model, reference=Original(model.model))
+        block = model.model.get_submodule(model.anatomy.block_path(0))
+        shape = next(p.shape for p in block.parameters() if p.ndim == 2)
+        with torch.no_grad():
+            for parameter in model.model.parameters():
+                parameter.add_(torch.ones_like(parameter), alpha=0.01)
+        steps = Stepper(
+            passes,
+            Loss.of(NPO(), Divergence()),
+            Side(rows[0]),
+            Side(rows[1]),
+            micro_batch=2,
+            weighting=weighting,
+        )
+        order = StepRows(tuple((side, row) for row in range(6) for side in (True, False)))
+        with Casts(shape) as casts:
+            steps.gradient(order, RetainMemory())
+        return [p.grad for p in model.model.parameters() if p.grad is not None], casts.count
+
+    try:
+        once, few = step()
+        monkeypatch.setattr(Passes, "same_weights", lambda _: nullcontext())
+        each, many = step()
+    finally:
+        accelerator(cpu=True)  # else the tests to come would be under autocast too
+    assert few < many
+    assert len(once) == len(each) > 10
+    assert all(torch.equal(one, two) for one, two in zip(once, each, strict=True))
 
 
 def mean_ce(model: nn.Module, rows: list[Encoded]) -> Tensor:
