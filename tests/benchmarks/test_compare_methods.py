@@ -21,7 +21,7 @@ from tests.unlearn.helpers import ROOT
 from unlearn.comparison.columns import COLUMNS
 from unlearn.comparison.table import placed
 from unlearn.objectives import NoForget
-from unlearn.perturbation import Noise
+from unlearn.perturbation import Noise, TowardsCheckpoint
 
 LISTS = sorted((ROOT / "benchmarks" / "lists").glob("*.yaml"))
 
@@ -98,18 +98,20 @@ def test_the_page_explains_every_column_and_has_every_place() -> None:
         assert placed(page, place, "the table", name="page").count("\nthe table\n") == 1
 
 
-def test_the_places_of_the_location_list_differ_in_nothing_but_the_place() -> None:
+@pytest.mark.parametrize("name", ["location", "location_smollm2"])
+def test_the_places_of_a_location_list_differ_in_nothing_but_the_place(name: str) -> None:
+    rows = ("forget", "retain", "retain_healed", "held_out", "general", "mmlu")
     made = configs(
-        str(ROOT / "benchmarks" / "lists" / "location.yaml"),
+        str(ROOT / "benchmarks" / "lists" / f"{name}.yaml"),
         "none",
         Path("x"),
-        sources=dict.fromkeys(("memorized", "retain_model", "forget", "retain", "retain_healed", "held_out"), "x"),
+        sources=dict.fromkeys(("memorized", "retain_model", "public", *rows), "x"),
     )
     runs = [made.made(method, 1).unlearning for method in made.methods.methods]
     assert {(repr(run.trainer), run.objective, run.retain, run.scope) for run in runs} == {
         (repr(runs[0].trainer), NoForget(), "x", runs[0].scope)
     }
-    assert sum(isinstance(run.perturbation, Noise) for run in runs) == len(runs) - 1
+    assert sum(isinstance(run.perturbation, Noise | TowardsCheckpoint) for run in runs) == len(runs) - 1
     assert len({repr(run.perturbation) for run in runs}) == len(runs)
 
 
