@@ -40,7 +40,8 @@ def aux_k_loss(
     digests of the paper, half the hidden size in others. With no dead feature the value is near 1 and moves nothing.
     `pre_bias` (hidden,): add `pre_bias - stopgrad(pre_bias)` to `e_hat`, the extra gradient of the released code.
     `variance` replaces the denominator: the residual's over the *global* batch, the input's (sparsify) or 1 (SAELens).
-    `scale_by_count` multiplies by `min(dead / k_aux, 1)` (sparsify, SAELens).
+    `scale_by_count` multiplies by `min(dead / k_aux, 1)` (sparsify, SAELens). With both as SAELens has them its loss still
+    differs where fewer than `k_aux` dead features are positive: it takes negative pre-activations as they are.
 
     Source: Gao et al. 2024 (arXiv 2406.04093), released code. Badge: **faithful** with the last three at their defaults,
     but for a single token, whose variance is 0: the released code gives the largest float there, this gives 0.

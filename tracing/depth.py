@@ -128,7 +128,9 @@ def unlearning_depth(
 
     Badge: *reconstruction*, of the formula in the authors' notes: for each layer the loss of log-probability with the retain
     model's stream (S1) and with the unlearned model's (S2), layers above the threshold weighed by S1. Decided here: the loss is
-    the mean over the scored tokens, which are the answer's names and numbers (`tracing.question.metrics.distinguishing`).
+    the mean over the scored tokens, which are the answer's names and numbers (`tracing.question.metrics.distinguishing`), and
+    the stream after the last block is taken before the final norm; as published it is the last of the hidden states that
+    transformers gives, which is after it.
 
     Args:
         original: the model that memorized the facts; give only facts that it knows.

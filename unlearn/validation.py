@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from lm.data.rows import Row
 from lm.devices import sum_over_processes
@@ -18,13 +19,15 @@ from unlearn.evaluation.lume import check_rows, score
 from unlearn.forward.passes import Passes
 from unlearn.generation.batching import Workers
 from unlearn.generation.generate import generate
-from unlearn.objectives import Loss, RetainMemory
+from unlearn.objectives import Loss, RetainMemory, Weight
 from unlearn.training.batches import dealt
 from unlearn.training.config import TrainerConfig
 from unlearn.training.side import encode_rows
 
 BothSides = tuple[Sequence[Row], Sequence[Row]]
 """Forget rows and retain rows."""
+PUBLISHED_BATCH = 8
+"""Rows of an evaluation batch in the published code of the joint method, which leaves it at its library's default."""
 
 
 def check_validation_rows(rows: BothSides, trained: Sequence[Row]) -> None:
@@ -71,23 +74,30 @@ class Validation:
     max_new_tokens: int
     batch_size: int
 
-    def __call__(self) -> dict[str, float]:
-        """`task_aggregate` (not for lowest_joint_loss), and `joint_loss`, the weighted cross-entropies, with its parts."""
+    def __call__(self, memory: RetainMemory) -> dict[str, float]:
+        """`task_aggregate` (not for lowest_joint_loss), and `joint_loss` with its parts.
+
+        The joint loss is that of the mean cross-entropies, the retain side weighed as in epoch 0; with
+        `trainer.weighting: micro_batch_mean` it is the published code's (`published_joint_loss`), whose weight knows `memory`.
+        """
         with torch.no_grad():
-            forget_ce, _ = self._cross_entropy(self.rows[0])
-            retain_ce, batch_means = self._cross_entropy(self.rows[1])
+            forget, retain = (self._cross_entropies(rows) for rows in self.rows)
+            forget_ce, retain_ce = mean(forget), mean(retain)
             answers: dict[str, float] = {}
             if self.trainer.checkpoint != "lowest_joint_loss":  # which needs no answers, and they are most of the time
                 workers = Workers(self.acc.process_index, self.acc.num_processes)
-                forget, retain = (self._answers(rows, workers) for rows in self.rows)
-                answers["task_aggregate"] = score(forget, retain).task_aggregate
+                answers["task_aggregate"] = score(*(self._answers(rows, workers) for rows in self.rows)).task_aggregate
+        batches = published_batches(forget, retain)
         weight = self.loss.weight.at(RetainMemory(), retain_ce, retain_ce)
+        published = self.trainer.weighting == "micro_batch_mean"
         return {
             **answers,
-            "joint_loss": -forget_ce + weight * retain_ce,
+            "joint_loss": published_joint_loss(batches, self.loss.weight, memory)
+            if published
+            else -forget_ce + weight * retain_ce,
             "forget_ce": forget_ce,
             "retain_ce": retain_ce,
-            "retain_batch_means": batch_means,
+            "retain_batch_means": sum(mean(retain) for _, retain in batches if len(retain)),
             "retain_rows": float(len(self.rows[1])),
         }
 
@@ -105,21 +115,47 @@ class Validation:
             for row, text in zip(rows, texts, strict=True)
         ]
 
-    def _cross_entropy(self, rows: Sequence[Row]) -> tuple[float, float]:
-        encoded = encode_rows(self.model, rows, self.prompt)
-        return mean_cross_entropy(self.acc, self.model, encoded, self.trainer.micro_batch)
+    def _cross_entropies(self, rows: Sequence[Row]) -> Tensor:
+        by_task = sorted(rows, key=lambda row: row.task)
+        encoded = encode_rows(self.model, by_task, self.prompt)
+        return cross_entropies(self.acc, self.model, encoded, self.trainer.micro_batch)
 
 
-def mean_cross_entropy(
-    acc: Accelerator, model: LanguageModel, rows: Sequence[Encoded], size: int
-) -> tuple[float, float]:
-    """Mean cross-entropy over the supervised tokens of all rows (nats a token), and the sum of the means of micro-batches of
-    `size` consecutive rows, however many processes there are."""
+def cross_entropies(acc: Accelerator, model: LanguageModel, rows: Sequence[Encoded], size: int) -> Tensor:
+    """(rows, 2) float64, the same on every process: each row's summed cross-entropy (nats) and its supervised tokens.
+
+    `size` rows are asked about at once.
+    """
     passes = Passes(acc, model.model, model)
-    sums = torch.zeros(3, dtype=torch.float64, device=acc.device)
-    for micro in dealt(rows, size, acc.process_index, acc.num_processes):
-        logprobs = passes.logprobs(micro)
-        loss, tokens = -sum((float(each.sum()) for each in logprobs), 0.0), sum(len(each) for each in logprobs)
-        sums += torch.tensor([loss, tokens, loss / max(tokens, 1)], dtype=torch.float64, device=sums.device)
-    total, count, means = sum_over_processes(sums).tolist()
-    return total / max(count, 1.0), means
+    sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=acc.device)
+    for micro in dealt(range(len(rows)), size, acc.process_index, acc.num_processes):
+        logprobs = passes.logprobs([rows[place] for place in micro])
+        for place, row in zip(micro, logprobs, strict=True):
+            sums[place] = torch.tensor([-float(row.sum()), len(row)], dtype=torch.float64)
+    return sum_over_processes(sums).cpu()
+
+
+def mean(rows: Tensor) -> float:
+    """Nats a token over (rows, 2) sums and tokens."""
+    total, tokens = rows.sum(0).tolist()
+    return total / max(tokens, 1.0)
+
+
+def published_batches(forget: Tensor, retain: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The evaluation batches of the joint method's published code: 8 rows each of the forget rows and then the retain rows,
+    each side by task; in every batch the (rows, 2) of either side, which may be empty. Badge: **faithful**."""
+    both, sides = torch.cat([forget, retain]), torch.arange(len(forget) + len(retain)) < len(forget)
+    pieces = zip(both.split(PUBLISHED_BATCH), sides.split(PUBLISHED_BATCH), strict=True)
+    return [(rows[is_forget], rows[~is_forget]) for rows, is_forget in pieces]
+
+
+def published_joint_loss(batches: Sequence[tuple[Tensor, Tensor]], weight: Weight, memory: RetainMemory) -> float:
+    """The loss by which the joint method's published code chooses a checkpoint: each batch's own, with its own retain weight,
+    averaged over rows. `memory` is read and stays as it is. Badge: **faithful**."""
+    total = 0.0
+    for forget, retain in batches:
+        loss = -mean(forget)  # 0 without rows
+        if len(retain):
+            loss += weight.at(replace(memory), mean(retain), mean(retain)) * mean(retain)
+        total += loss * (len(forget) + len(retain))
+    return total / max(sum(len(forget) + len(retain) for forget, retain in batches), 1)

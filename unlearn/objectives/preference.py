@@ -52,7 +52,8 @@ class DPO(NPO):
 
     With `Refusals` for alternates it is IdkDPO, with alternates that the model itself wrote (`AlternateFile`) AltPO. Source:
     Rafailov et al. 2023 (arXiv 2305.18290), for unlearning in TOFU (arXiv 2401.06121) and, as AltPO, in Mekala et al. 2024
-    (arXiv 2409.13474). Badge: **variant**: the factor 2/beta is that of NPO and of TOFU's code, the first paper has none.
+    (arXiv 2409.13474). Badge: **variant**: the factor 2/beta is that of NPO and of
+    OpenUnlearning; the first paper and TOFU's own code have none (a forget weight of beta/2).
     """
 
     def forget_needs(self) -> Needs:
@@ -82,7 +83,8 @@ class SimNPO(Objective):
     beta: float = 4.5
     """Inverse temperature of the mean log-probability; in the limit 0 gradient ascent with all rows alike."""
     gamma: float = 0.0
-    """Margin: a positive one keeps the push strong for longer, a negative one lets it fade sooner."""
+    """Margin, as in the paper's equation: a positive one keeps the push strong for longer, a negative one lets it fade
+    sooner. The authors' code multiplies its own by beta too: 1 there is `beta` here."""
 
     def __post_init__(self) -> None:
         check_beta(self.beta, "4.5")

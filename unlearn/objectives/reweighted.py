@@ -44,8 +44,9 @@ class WGA(Objective):
 class SatImp(Objective):
     """`L = mean_tokens p^beta1 * (1 - p)^beta2 * log p + 0.1 * CE(retain)`, the weight taken as a constant.
 
-    Source: Yang et al. 2025 (arXiv 2505.11953), saturation and importance; defaults and the forget-to-retain ratio of 10 are
-    the authors'. Badge: **faithful**.
+    Source: Yang et al. 2025 (arXiv 2505.11953), saturation and importance. Badge: **faithful** in its form; the sources
+    disagree in numbers. Defaults and the retain weight are those of the authors' trainer in OpenUnlearning; their own
+    repository takes `beta1` from the command line, has 0.2 for `beta2` in its configs and 5 in its code.
     """
 
     published_retain: ClassVar[Retain] = CrossEntropy()

@@ -43,7 +43,7 @@ from unlearn.training.side import Side
 from unlearn.training.step import Stepper, StepResult
 from unlearn.training.streams import FoldedBatches, LateBatches, deal_folds
 
-Validate = Callable[[], dict[str, float]]
+Validate = Callable[[RetainMemory], dict[str, float]]
 
 _RULES: dict[str, tuple[str, float]] = {
     "lowest_joint_loss": ("joint_loss", -1.0),
@@ -294,7 +294,8 @@ class _Loop:
     def _milestones(self) -> None:
         step, every = self.at.step, self.config.evaluate_every
         if every is not None and self.validate is not None and (step % every == 0 or step == self.steps):
-            scores = self.validate()
+            self.at.memory.epoch = self.batches.epoch(step)  # after an epoch's last step the next one has begun
+            scores = self.validate(self.at.memory)
             self.run.log(step, {f"validation/{name}": value for name, value in scores.items()})
             self.loss.weight.observe_validation(self.at.memory, scores)
             self._keep_if_best(scores)
