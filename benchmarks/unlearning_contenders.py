@@ -122,7 +122,7 @@ def ours(work: Work, model: LanguageModel, turn: Turn) -> None:
         run = RunFolder.create(Path(folder) / "run", work)
         log = Path(folder) / "run" / "metrics.jsonl"
 
-        def wait() -> dict[str, float]:
+        def wait(memory: object) -> dict[str, float]:
             losses = [line["loss"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
             turn(model.model, losses[-work.turn :])
             return {}

@@ -3,10 +3,10 @@
     loss = mean((x - x_hat)^2) / variance + coefficient * auxiliary + (1/8) * mean((x - x_hat_4k)^2) / variance
 
 over all tokens of the global batch. Then the decoder's gradient loses its part along the rows, Adam steps, rows return to
-unit length, and counters move. Source: Gao et al. 2024 (arXiv 2406.04093) and its released code. Badge: **variant** in five points of that loop: gradients
-are cleared between steps; the average of weights is taken after Adam; the decoder is brought to unit length after Adam, not
-before the projection of its gradient; the auxiliary loss moves the pre-bias through its affinities alone; and what is idle is
-what it was before this batch, whose own firings count from the next one on.
+unit length, and counters move. Source: Gao et al. 2024 (arXiv 2406.04093) and its released code. Badge: **variant** in five
+points of that loop: gradients are cleared between steps; the average of weights is taken after Adam; the decoder is brought to
+unit length after Adam, not before the projection of its gradient; the auxiliary loss moves the pre-bias through its affinities
+alone; and what is idle is what it was before this batch, whose own firings count from the next one on.
 """
 
 from __future__ import annotations

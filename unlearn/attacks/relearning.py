@@ -27,7 +27,7 @@ from unlearn.attacks.base import Attack, Attacked, AttackSettings, Trial
 from unlearn.attacks.comparison.curves import Verdict
 from unlearn.attacks.splits import Given, check_apart, check_some, other_people, same_people, without_told
 from unlearn.generation.batching import Workers
-from unlearn.objectives import Learn, Loss, NoRetain
+from unlearn.objectives import Learn, Loss, NoRetain, RetainMemory
 from unlearn.scope import lora
 from unlearn.scope.scope import Lora, Scope
 from unlearn.training.config import TrainerConfig
@@ -217,7 +217,7 @@ class _Asking:
     run: RunFolder
     last: int
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, memory: RetainMemory) -> dict[str, float]:
         """The mean score and log-probability, for the log."""
         workers = Workers(self.acc.process_index, self.acc.num_processes)
         step = int(self.run.metrics()[-1]["step"])
