@@ -86,7 +86,8 @@ class Validation:
             answers: dict[str, float] = {}
             if self.trainer.checkpoint != "lowest_joint_loss":  # which needs no answers, and they are most of the time
                 workers = Workers(self.acc.process_index, self.acc.num_processes)
-                answers["task_aggregate"] = score(*(self._answers(rows, workers) for rows in self.rows)).task_aggregate
+                answered = [self._answers(rows, workers) for rows in self.rows]
+                answers["task_aggregate"] = score(answered[0], answered[1]).task_aggregate
         batches = published_batches(forget, retain)
         weight = self.loss.weight.at(RetainMemory(), retain_ce, retain_ce)
         published = self.trainer.weighting == "micro_batch_mean"
@@ -137,7 +138,7 @@ def cross_entropies(acc: Accelerator, model: LanguageModel, rows: Sequence[Encod
 
 def mean(rows: Tensor) -> float:
     """Nats a token over (rows, 2) sums and tokens."""
-    total, tokens = rows.sum(0).tolist()
+    total, tokens = map(float, rows.sum(0))
     return total / max(tokens, 1.0)
 
 
@@ -145,7 +146,7 @@ def published_batches(forget: Tensor, retain: Tensor) -> list[tuple[Tensor, Tens
     """The evaluation batches of the joint method's published code: 8 rows each of the forget rows and then the retain rows,
     each side by task; in every batch the (rows, 2) of either side, which may be empty. Badge: **faithful**."""
     both, sides = torch.cat([forget, retain]), torch.arange(len(forget) + len(retain)) < len(forget)
-    pieces = zip(both.split(PUBLISHED_BATCH), sides.split(PUBLISHED_BATCH), strict=True)
+    pieces = zip(torch.split(both, PUBLISHED_BATCH), torch.split(sides, PUBLISHED_BATCH), strict=True)
     return [(rows[is_forget], rows[~is_forget]) for rows, is_forget in pieces]
 
 

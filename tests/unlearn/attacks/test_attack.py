@@ -24,6 +24,7 @@ from tests.unlearn.helpers import config_words, run_here, run_script
 from unlearn.attacks import AttackConfig, Relearning, run_attack
 from unlearn.attacks.base import Attacked, Trial
 from unlearn.attacks.relearning import _Asking
+from unlearn.objectives import RetainMemory
 
 FEW = Relearning(
     given=("other_people", "same_people", "retain"), steps=4, every=2, batch=4, micro_batch=2, learning_rate=1e-2
@@ -163,11 +164,11 @@ def test_an_interrupted_attack_goes_on_to_the_same_numbers(
     """Stopped at the n-th asking; before its answers are kept, and so before the checkpoint of that step."""
     config, asked, usual = replace(world, out=str(tmp_path / "run")), [0], _Asking.__call__
 
-    def stopping(self: _Asking) -> dict[str, float]:
+    def stopping(self: _Asking, memory: RetainMemory) -> dict[str, float]:
         asked[0] += 1
         if asked[0] == stop:
             raise KeyboardInterrupt
-        return usual(self)
+        return usual(self, memory)
 
     with monkeypatch.context() as patch:
         patch.setattr(_Asking, "__call__", stopping)
