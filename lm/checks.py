@@ -1,14 +1,19 @@
-"""Checks of a loaded model, each ending in one sentence: are its weights numbers, and do its named parts add up?
+"""Checks of a loaded model, each ending in one sentence: are its weights numbers, do its named parts add up, are positions
+turned as the family's are, and does it have the tokens that it is asked about?
 
-Both are cheap beside loading. They say nothing about whether the model is any good.
+All are cheap beside loading. They say nothing about whether the model is any good.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Iterable
+from typing import Any
 
-from lm.anatomy import EMBEDDING, Site
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lm.anatomy import EMBEDDING, Site, module_at
 from lm.errors import UserError
 from lm.forward.hooks import capture
 from lm.model import LanguageModel
@@ -58,3 +63,62 @@ def check_anatomy(model: LanguageModel, *, tokens: int = 8, seed: int = 0) -> No
                 f"{float(off.max()):.2g}): its blocks differ from the published architecture, so name their parts in "
                 "KNOWN in lm/anatomy.py"
             )
+
+
+def check_ids(model: LanguageModel, texts: Iterable[Iterable[int]]) -> None:
+    """Raise UserError, naming the token, if token ids that the model is to read have no row among its embeddings."""
+    rows = model.anatomy.vocabulary
+    for ids in texts:
+        beyond = max(ids, default=0)
+        if beyond >= rows:
+            raise UserError(
+                f"the token {model.tokenizer.convert_ids_to_tokens(beyond)!r} has the id {beyond} and {model.name} only {rows} "
+                "embeddings: take it out of the texts or the chat template (prompt.format: raw), or pass the model's tokenizer"
+            )
+
+
+@torch.no_grad()
+def check_positions(model: LanguageModel) -> None:
+    """Raise UserError if OLMo-3's layers with a sliding window have their positions rescaled (YaRN), as in some transformers.
+
+    The published models rescale those of the layers with full attention alone: the others see 4,096 tokens, as in training.
+    """
+    config = model.model.config
+    kinds = list(getattr(config, "layer_types", None) or ())
+    if model.anatomy.architecture != "olmo3" or len(set(kinds)) < 2:
+        return
+    seen: dict[str, Tensor] = {}
+
+    def keep(kind: str) -> Any:
+        return lambda block, args, kwargs: seen.update({kind: kwargs["position_embeddings"][0]})
+
+    handles = [
+        module_at(model.model, model.anatomy.block_path(kinds.index(kind))).register_forward_pre_hook(
+            keep(kind), with_kwargs=True
+        )
+        for kind in ("sliding_attention", "full_attention")
+    ]
+    try:
+        model.model(input_ids=torch.arange(8, device=model.device)[None] % model.anatomy.vocabulary, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    angles = torch.arange(8)[:, None] * _frequencies(config)
+    plain = torch.cat([angles, angles], dim=-1).cos()
+    sliding, full = (seen[kind][0].float().cpu() for kind in ("sliding_attention", "full_attention"))
+    if torch.equal(sliding, full) and not torch.allclose(sliding, plain, atol=1e-2):
+        raise UserError(
+            f"transformers {transformers.__version__} rescales positions (YaRN) in all layers of {model.name}, and OLMo-3 has "
+            "that in the layers with full attention alone: pip install 'transformers>=5.14', or 4.57"
+        )
+
+
+def _frequencies(config: Any) -> Tensor:
+    """(head width / 2,) angles a position, of rotary positions that are not rescaled."""
+    told = getattr(config, "rope_parameters", None) or {}
+    theta = (
+        (told.get("sliding_attention") or told).get("rope_theta") or getattr(config, "rope_theta", None) or 500_000.0
+    )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    turned: Tensor = torch.arange(0, width, 2) / width
+    return torch.pow(float(theta), -turned)

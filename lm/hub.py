@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import cast
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from lm.errors import UserError
 
@@ -20,6 +22,18 @@ CONFIGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 WEIGHTS = ("model*.safetensors",)
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What transformers, peft and safetensors raise for files that are damaged or do not fit."""
 
 
 def find_folder(path: str, files: tuple[str, ...], *, revision: str | None = None) -> Path:
@@ -37,12 +51,19 @@ def find_folder(path: str, files: tuple[str, ...], *, revision: str | None = Non
 
 
 def require_model_files(name: str, folder: Path) -> None:
-    """Raise UserError, naming what is missing, unless a folder has a config and safetensors weights."""
+    """Raise UserError, naming what is missing, unless a folder has a config, safetensors weights and no adapter beside."""
+    adapter = (folder / "adapter_config.json").is_file()
+    weights = {path.name for path in folder.glob("*.safetensors")} - {"adapter_model.safetensors"}
+    if adapter and not (weights and (folder / "config.json").is_file()):
+        raise UserError(f"{name} is a PEFT adapter: give its base model as path and {name} as adapter")
+    if adapter:
+        raise UserError(
+            f"{name} holds a model and a PEFT adapter (adapter_config.json), and which is meant cannot be known: move the "
+            "adapter's files to a folder of their own, and give that as adapter if it is to be merged"
+        )
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(f"{name} is a PEFT adapter: give its base model as path and {name} as adapter")
         raise UserError(f"{name} has no config.json: give a folder that save_pretrained wrote, or a hub id")
-    if any(folder.glob("*.safetensors")):
+    if weights:
         return
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickles:

@@ -7,44 +7,22 @@ is not done here (`lm.devices`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from logging import ERROR
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging
+from transformers import AutoConfig, PretrainedConfig
 
 from lm.anatomy import anatomy_of, known_architecture
-from lm.checks import check_anatomy, check_weights
+from lm.checks import check_anatomy, check_positions, check_weights
 from lm.errors import UserError
-from lm.hub import ADAPTER, CONFIGS, TOKENIZER_FILES, WEIGHTS, find_folder, one_line, require_model_files
-from lm.model import DTYPES, Attention, Dtype, LanguageModel, ModelSpec
-
-BROKEN = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
-"""What transformers, peft and safetensors raise for files that are damaged or do not fit."""
+from lm.hub import ADAPTER, BROKEN, CONFIGS, WEIGHTS, find_folder, one_line, require_model_files
+from lm.model import Attention, Dtype, LanguageModel, ModelSpec
+from lm.source.adapter import merge_adapter
+from lm.source.tokenizer import load_tokenizer
+from lm.source.weights import load_weights
 
 
 def load(
@@ -78,17 +56,19 @@ def load(
     target = _device(spec.device)
     folder = find_folder(spec.path, CONFIGS + WEIGHTS, revision=spec.revision)
     require_model_files(spec.path, folder)
-    _require_known(spec.path, folder)
-    own_tokenizer = _load_tokenizer(spec, folder)
+    config = _known_config(spec.path, folder)
+    tokenizer_folder = find_folder(spec.tokenizer, CONFIGS) if spec.tokenizer else folder
+    own_tokenizer = load_tokenizer(spec.tokenizer or spec.path, tokenizer_folder, config)
     adapter_folder = find_folder(spec.adapter, ADAPTER) if spec.adapter else None
-    model = _load_weights(spec, folder)
+    model = load_weights(spec.path, folder, dtype=spec.dtype, attention=spec.attention)
     if spec.adapter and adapter_folder:
-        model = _merge_adapter(model, spec.adapter, adapter_folder)
+        model = merge_adapter(model, spec.adapter, adapter_folder)
     check_weights(model, spec.path)
     nn.Module.to(model, target).train(False)
     loaded = LanguageModel(model, own_tokenizer, anatomy_of(model), spec.path)
     _require_fit(loaded)
     check_anatomy(loaded)
+    check_positions(loaded)
     return loaded
 
 
@@ -103,8 +83,8 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _require_known(name: str, folder: Path) -> None:
-    """Raise UserError for a config that is damaged, or of an architecture that `lm.anatomy` does not know."""
+def _known_config(name: str, folder: Path) -> PretrainedConfig:
+    """The config. Raises UserError for one that is damaged, or of an architecture that `lm.anatomy` does not know."""
     try:
         config, _ = PretrainedConfig.get_config_dict(folder)
         if "model_type" not in config:
@@ -116,106 +96,36 @@ def _require_known(name: str, folder: Path) -> None:
                     f"{name} asks for the attention {config[key]!r} in its config.json, which is not one of "
                     f"{', '.join(get_args(Attention))}: take the key {key} out, no code is fetched"
                 )
-        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        known: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = known.get_text_config()
+        pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+            raise UserError(
+                f"{name} has pad_token_id {pad} in its config.json and a vocab_size of {rows}: set pad_token_id to null, or to a "
+                "token that the model has"
+            )
+        return known
     except UserError:
         raise
     except BROKEN as error:
         raise UserError(f"{name} has a damaged config.json, restore it: {one_line(error)}") from error
 
 
-def _load_weights(spec: ModelSpec, folder: Path) -> PreTrainedModel:
-    options: dict[str, Any] = {} if spec.attention is None else {"attn_implementation": spec.attention}
-    try:
-        with _quiet():
-            result: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=DTYPES[spec.dtype],
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are listed, and refused below by name
-                **options,
-            )
-    except ImportError as error:
-        raise UserError(
-            f"{spec.path} needs a package that is not here, or another attention: {one_line(error)}"
-        ) from error
-    except BROKEN as error:
-        raise UserError(f"{spec.path} cannot be loaded, mend or replace its files: {one_line(error)}") from error
-    model, info = result
-    for what, names in (("lacks", info["missing_keys"]), ("has another shape for", info["mismatched_keys"])):
-        if names:
-            first = sorted(key if isinstance(key, str) else key[0] for key in names)[0]
-            raise UserError(
-                f"{spec.path}: the checkpoint {what} {len(names)} weights, {first} first: use one saved whole"
-            )
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' table of missing weights: `load` says it in a sentence."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _load_tokenizer(spec: ModelSpec, model_folder: Path) -> PreTrainedTokenizerFast:
-    name = spec.tokenizer or spec.path
-    folder = find_folder(spec.tokenizer, CONFIGS) if spec.tokenizer else model_folder
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise UserError(f"{name} has no tokenizer files: pass the folder or hub id that has them as tokenizer")
-    try:
-        tokens: Any = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise UserError(
-            f"the tokenizer of {name} cannot be loaded, mend it or pass another as tokenizer: {one_line(error)}"
-        ) from error
-    if not isinstance(tokens, PreTrainedTokenizerFast):
-        raise UserError(f"the tokenizer of {name} is a slow one, without offsets: pass a fast one as tokenizer")
-    if tokens.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {name} has no EOS token, so no answer can end: set eos_token in tokenizer_config.json"
-        )
-    if tokens.pad_token_id is None:
-        tokens.pad_token = tokens.eos_token
-    return tokens
-
-
 def _require_fit(model: LanguageModel) -> None:
     """Raise UserError for a tokenizer that is larger than the model's embedding matrix.
 
-    Added tokens may lie beyond it (Gemma-3's image token does); those in use may not.
+    Added tokens may lie beyond it (Gemma-3's image token does); those in use may not, nor may one that a text holds
+    (`lm.checks.check_ids`).
     """
     tokens = model.tokenizer
+    if tokens.pad_token_id is not None and tokens.pad_token_id >= model.anatomy.vocabulary:
+        raise UserError(
+            f"{model.name}: the pad token {tokens.pad_token!r} has the id {tokens.pad_token_id} and the model only "
+            f"{model.anatomy.vocabulary} embeddings: set pad_token in tokenizer_config.json to one that it has, EOS for instance"
+        )
     largest = max(tokens.vocab_size - 1, tokens.eos_token_id or 0, tokens.bos_token_id or 0)
     if largest >= model.anatomy.vocabulary:
         raise UserError(
             f"{model.name}: the tokenizer has ids up to {largest} but the model has only {model.anatomy.vocabulary} "
             "embeddings: pass the tokenizer that belongs to it as tokenizer"
         )
-
-
-def _merge_adapter(model: PreTrainedModel, name: str, folder: Path) -> PreTrainedModel:
-    """Merge a PEFT adapter into the weights, refusing one whose tensors do not match the model one for one."""
-    from peft import PeftModel, get_peft_model_state_dict
-
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"the adapter {name} has no adapter_model.safetensors: save it again as safetensors")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            stored = set(file.keys())
-        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-        odd = sorted(stored ^ set(get_peft_model_state_dict(wrapped)))
-        merged = wrapped.merge_and_unload()
-    except BROKEN as error:
-        raise UserError(f"the adapter {name} cannot be merged into this model: {one_line(error)}") from error
-    if odd:
-        raise UserError(f"the adapter {name} does not fit this model, {odd[0]} first: use the base it was made for")
-    assert isinstance(merged, PreTrainedModel)
-    return merged

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import Encoded, max_positions
@@ -51,6 +52,7 @@ class GeneralText:
             ids = [int(index) for index in tokenizer(text)["input_ids"]]
             if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
                 ids.append(int(tokenizer.eos_token_id))
+            check_ids(model, [ids])
             for first in range(0, len(ids), longest):
                 piece = ids[first : first + longest]
                 if len(piece) > 1:

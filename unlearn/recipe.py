@@ -57,7 +57,12 @@ class Recipe:
         return Loss.of(self.objective, self.retain_loss, self.retain_weight)
 
     def check_dtype(self, dtype: str) -> None:
-        """Raise UserError for weights of a type (`float32`, …) that the trainer's autocast does not go with."""
+        """Raise UserError for weights of a type (`float32`, …) that cannot be trained, or that autocast does not go with."""
+        if dtype == "float16":
+            raise UserError(
+                "model.dtype is float16, in which AdamW's second moments vanish and steps become a thousand times too large: set "
+                "model.dtype to float32 (with trainer.autocast bf16 or fp16 for speed) or to bfloat16"
+            )
         if self.trainer.autocast != "no" and dtype != "float32":
             raise UserError(
                 f"trainer.autocast is {self.trainer.autocast} over model.dtype {dtype}: autocast needs float32 "

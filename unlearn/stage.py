@@ -142,7 +142,7 @@ def _begin(acc: Accelerator, config: UnlearnConfig, rows: _Rows, task: Task) -> 
                 resume=config.resume,
                 facts=facts,
                 same=("data", "weights", "scope"),
-                free=("trainer.max_seconds",),
+                free=("trainer.max_seconds", "save_dtype"),
             )
     return RunFolder(config.out, main=acc.is_main_process)
 
@@ -184,10 +184,12 @@ def _closing_facts(task: Task, trained: Trained) -> dict[str, Any]:
 
 
 def _save(acc: Accelerator, config: UnlearnConfig, model: LanguageModel, trained: Trained, run: RunFolder) -> None:
-    """Write the plain checkpoint; what was held quantized is taken from the model as it was loaded."""
+    """Write the plain checkpoint and read it back; what was held quantized is taken from the model as it was loaded."""
     dense = load(config.model, device="cpu").model if trained.quantized and acc.is_main_process else None
     dtype = DTYPES[config.save_dtype] if config.save_dtype else None
-    export.save(trained.model, model.tokenizer, run, dtype=dtype, dense=dense)
+    run.note(save_dtype=config.save_dtype)  # it may be another than the run began with
+    with together(acc):
+        export.save(trained.model, model.tokenizer, run, source=config.model, dtype=dtype, dense=dense)
 
 
 def _tidy(acc: Accelerator, run: RunFolder) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lm.anatomy import Site
+from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
 from sae.activations.batch import ActivationBatch, site_name
@@ -131,6 +132,7 @@ class Harvester:
 
     def _rows(self, contexts: Sequence[Context], limits: dict[Site, float]) -> tuple[ActivationBatch, Counter[str]]:
         device, masks = self.model.device, self.spec.masks
+        check_ids(self.model, (context.ids.tolist() for context in contexts))
         width = max(len(context.ids) for context in contexts)
         lengths = torch.tensor([len(context.ids) for context in contexts], device=device)
         real = torch.arange(width, device=device) < lengths[:, None]

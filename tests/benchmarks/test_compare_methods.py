@@ -77,7 +77,9 @@ def configs(name: str, world: str, out: Path, **more: Any) -> Configs:
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
 def test_every_method_of_every_list_is_a_config(path: Path, tmp_path: Path) -> None:
-    roles = "memorized retain_model forget retain retain_healed forget_reworded retain_reworded held_out calibration plan"
+    roles = (
+        "memorized retain_model forget retain retain_healed forget_reworded retain_reworded held_out calibration plan"
+    )
     roles += " public mmlu general held_out_text"
     made = configs(str(path), "none", tmp_path, sources={name: f"x/{name}" for name in roles.split()})
     for method in made.methods.methods:

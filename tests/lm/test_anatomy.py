@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import BertConfig, BertModel, LlamaModel
 
 from lm import EMBEDDING, KNOWN, LanguageModel, Site, UserError, anatomy_of, capture, check_anatomy
 from lm.anatomy import Module
+from lm.checks import check_positions
 
 
 def identity_error(model: LanguageModel) -> float:
@@ -241,3 +243,28 @@ def test_a_peft_model_is_named_with_its_prefix(family: str) -> None:
     assert any("lora_A" in name for name in names)
     for anatomy in (outside, model.anatomy):
         check_anatomy(replace(model, model=wrapped, anatomy=anatomy))  # type: ignore[arg-type]
+
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.2,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+
+
+def test_positions_that_are_rescaled_in_every_layer_are_refused() -> None:
+    """As OLMo-3 is in transformers 5.0. The published model rescales where attention is full, and so do 4.57 and today's."""
+    model = tiny("olmo3", rope_scaling=YARN, rope_theta=500_000)
+    check_positions(model)
+    check_positions(tiny("olmo3"))  # nothing is rescaled
+    inner: Any = model.model.model
+    if hasattr(inner, "rotary_embs"):  # transformers 4
+        inner.rotary_embs["sliding_attention"] = inner.rotary_embs["full_attention"]
+    else:
+        for name in ("inv_freq", "attention_scaling"):
+            setattr(inner.rotary_emb, f"sliding_attention_{name}", getattr(inner.rotary_emb, f"full_attention_{name}"))
+    with pytest.raises(UserError, match=r"rescales positions \(YaRN\) in all layers of olmo3"):
+        check_positions(model)

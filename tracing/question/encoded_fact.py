@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import PromptSpec, answer_tokens, encode_pair, subject_span
@@ -49,9 +50,10 @@ class EncodedFact:
 def encode_fact(model: LanguageModel, fact: Fact, prompt: PromptSpec, *metrics: MetricName) -> EncodedFact:
     """Tokenize a fact for one metric, or several to be read off the same passes.
 
-    Raises UserError if the subject's tokens cannot be found in the rendered prompt.
+    Raises UserError if the subject's tokens cannot be found in the rendered prompt, or one has no embedding.
     """
     pair = encode_pair(model.tokenizer, fact.prompt, fact.answer, replace(prompt, append_eos=False))
+    check_ids(model, [pair.ids])
     ids = pair.ids[: pair.answer_start]
     answer = scored_tokens(pair.ids[pair.answer_start :], metrics)
     foil = None

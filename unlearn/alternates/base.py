@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from lm.checks import check_ids
 from lm.data.files import Record, column, find_files, read_file, text_column
 from lm.data.rows import Row
 from lm.errors import UserError
@@ -171,6 +172,7 @@ def encode_texts(
     encoded_rows = []
     for row, several in zip(rows, texts, strict=True):
         encoded = tuple(encode_pair(model.tokenizer, row.input, text, prompt) for text in several)
+        check_ids(model, (one.ids for one in encoded))
         longest = max(len(one.ids) for one in encoded)
         if limit is not None and longest > limit:
             raise UserError(

@@ -74,6 +74,10 @@ class AttackConfig:
             raise UserError(f"workers is {self.workers}: give at least 1")
         _ = self.settings  # refuses what no attack can be told
         for name in ("model", "retain_model"):
+            if getattr(self, name).dtype == "float16" and isinstance(self.attack, Relearning):
+                raise UserError(
+                    f"{name}.dtype is float16, in which AdamW's second moments vanish: relearn in float32 or bfloat16"
+                )
             if getattr(self, name).device not in (None, "cpu", "cuda"):
                 raise UserError(
                     f"{name}.device is {getattr(self, name).device}, but training runs where the launcher puts it: leave it out "

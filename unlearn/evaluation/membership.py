@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import ks_2samp, rankdata
 from torch.nn.utils.rnn import pad_sequence
 
+from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import max_positions
@@ -101,6 +102,7 @@ def document_losses(
         UserError: a document of fewer than two tokens, or longer than the model's context.
     """
     ids = [list(model.tokenizer(text)["input_ids"]) for text in texts]
+    check_ids(model, ids)
     limit = max_positions(model)
     for number, (text, tokens) in enumerate(zip(texts, ids, strict=True), start=1):
         if len(tokens) < 2:

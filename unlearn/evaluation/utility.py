@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
+from lm.checks import check_ids
 from lm.data.rows import Question
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import max_positions
+from lm.prompts import PromptSpec, encode_prompt, max_positions
 from unlearn.evaluation.lm_eval_harness import run_lm_eval
 from unlearn.evaluation.questions import LETTERS, letter_prompt, sentence_prompt
 from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, sorted_batches, unless_sharded
@@ -105,6 +106,7 @@ def log_likelihoods(
     Pairs that need the same forward pass (one-token answers to one question) share it.
     """
     limit = max_positions(model)
+    check_ids(model, ([*context, *continuation] for context, continuation in pairs))
     inputs: dict[tuple[int, ...], list[int]] = {}
     for index, (context, continuation) in enumerate(pairs):
         seen = (*context, *continuation)[:-1]
@@ -159,8 +161,10 @@ def _sentence(model: LanguageModel, question: Question) -> Pairs:
 def _letter(model: LanguageModel, question: Question) -> Pairs:
     """Context and the last token of each letter with its space."""
     context = _ids(model, letter_prompt(question))
-    return [(context, _ids(model, f" {LETTERS[index]}", special=False)[-1:]) for index in range(len(question.choices))]
+    letters = [f" {LETTERS[index]}" for index in range(len(question.choices))]
+    return [(context, model.tokenizer(text, add_special_tokens=False)["input_ids"][-1:]) for text in letters]
 
 
-def _ids(model: LanguageModel, text: str, *, special: bool = True) -> list[int]:
-    return [int(token) for token in model.tokenizer(text, add_special_tokens=special)["input_ids"]]
+def _ids(model: LanguageModel, text: str) -> list[int]:
+    """With the BOS that the tokenizer may add, without an EOS: the text goes on."""
+    return encode_prompt(model.tokenizer, text, PromptSpec())

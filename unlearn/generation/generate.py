@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import PromptSpec, encode_prompt, max_positions
@@ -55,9 +56,10 @@ def generate(
         choose: the next tokens; for the same text from any batch and process it must look at each row by itself.
 
     Raises:
-        UserError: a prompt that fills the model's context.
+        UserError: a prompt that fills the model's context, or has a token that the model has no embedding for.
     """
     ids = [encode_prompt(model.tokenizer, text, prompt) for text in prompts]
+    check_ids(model, ids)
     limit = max_positions(model)
     for text, tokens in zip(prompts, ids, strict=True):
         if limit is not None and len(tokens) >= limit:

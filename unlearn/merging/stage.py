@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lm.model import DTYPES
 from lm.run_folder import RunFolder
+from unlearn import model_files
 from unlearn.export import MODEL
 from unlearn.merging import weight_files
 from unlearn.merging.config import MergeConfig
@@ -17,7 +18,8 @@ def run_merge(config: MergeConfig) -> Path:
     """Merge as the config says; returns the folder of the resulting checkpoint (`<out>/model`).
 
     Raises:
-        UserError: checkpoints that are missing, damaged, not finite, or do not belong together.
+        UserError: checkpoints that are missing, damaged, quantized, not finite, or do not belong together; a result that is not
+            finite in `save_dtype`, or whose tokenizer does not load.
     """
     base, models = Checkpoint.find(config.base), [Checkpoint.find(name) for name in config.models]
     for model in models:
@@ -28,8 +30,11 @@ def run_merge(config: MergeConfig) -> Path:
     run = RunFolder.create(config.out, config, facts={"weights": weights, "thresholds": list(thresholds)})
     with run.writing(MODEL) as folder:
         weight_files.write(folder, base, lambda name: merged(base, models, name, config.method, thresholds, dtype))
-        weight_files.copy_config(base, folder, dtype)
-        weight_files.copy_tokenizer(config.tokenizer or config.base, folder)
+        model_files.copy_config(base.folder, folder)
+        model_files.set_config(folder, dtype=dtype)
+        model_files.copy_tokenizer(config.tokenizer or config.base, folder)
+        model_files.for_every_version(folder)
+        weight_files.read_back(folder, base)
     run.finish()
     return run.path / MODEL
 

@@ -7,37 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
 from lm.errors import UserError
-from lm.hub import CONFIGS, TOKENIZER_FILES, WEIGHTS, find_folder, one_line, require_model_files
-from lm.loading import BROKEN
+from lm.hub import BROKEN, CONFIGS, WEIGHTS, find_folder, one_line, require_model_files
 from lm.run_folder import write_json
+from lm.source.tokenizer import load_tokenizer
+from lm.source.weights import require_plain
+from unlearn.model_files import NO_MATTER
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
-_OF_THE_MODEL = ("config.json", "generation_config.json")
-_NO_MATTER = (
-    "_name_or_path",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "pad_token_id",
-    "transformers_version",
-    "use_cache",
-)
-"""Settings in which two checkpoints of one model may differ: nothing is computed from them."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +64,7 @@ class Checkpoint:
                         shapes[tensor] = tuple(opened.get_slice(tensor).get_shape())
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"the weights of {name} cannot be read, restore them: {one_line(error)}") from error
+        require_plain(name, folder)
         return cls(name, folder, files, shapes)
 
     def read(self, tensor: str) -> Tensor:
@@ -90,7 +79,7 @@ class Checkpoint:
             settings = AutoConfig.from_pretrained(self.folder, trust_remote_code=False).to_dict()
         except BROKEN as error:
             raise UserError(f"{self.name} has a damaged config.json, restore it: {one_line(error)}") from error
-        return {key: value for key, value in settings.items() if key not in _NO_MATTER}
+        return {key: value for key, value in settings.items() if key not in NO_MATTER}
 
     def digest(self) -> str:
         """16 hex digits of the weight files, in order of their names."""
@@ -146,26 +135,17 @@ def write(folder: Path, like: Checkpoint, tensor: Callable[[str], Tensor], *, sh
     _name_parts(folder, files, total)
 
 
-def copy_config(source: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
-    """Copy a model's settings; `dtype` is the type that its weights are saved in, None if it is unchanged."""
-    for file in _OF_THE_MODEL:
-        if (source.folder / file).is_file():
-            shutil.copyfile(source.folder / file, folder / file)
-    if dtype is not None:
-        config = json.loads((folder / "config.json").read_text())
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        write_json(folder / "config.json", {**config, key: str(dtype).removeprefix("torch.")})
-
-
-def copy_tokenizer(source: str, folder: Path) -> None:
-    """Copy a tokenizer's files. Raises UserError if there are none."""
-    found = find_folder(source, CONFIGS)
-    if not any((found / file).is_file() for file in TOKENIZER_FILES):
-        raise UserError(f"{source} has no tokenizer files: name the folder or hub id that has them as tokenizer")
-    for file in sorted(found.iterdir()):
-        wanted = any(fnmatch(file.name, pattern) for pattern in CONFIGS)
-        if file.is_file() and wanted and file.name not in _OF_THE_MODEL and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
+def read_back(folder: Path, like: Checkpoint) -> None:
+    """Raise UserError unless what was written holds finite tensors, named and shaped as `like`, and a tokenizer that loads."""
+    written = Checkpoint.find(str(folder))
+    assert written.shapes == like.shapes, "written under another name or shape"
+    for tensor in written.files:
+        if not bool(written.read(tensor).isfinite().all()):
+            raise UserError(
+                f"{tensor} of the merged model is too large for the type that it is saved in: set save_dtype to float32 or "
+                "bfloat16"
+            )
+    load_tokenizer("the merged model", folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def _flush(folder: Path, files: dict[str, list[str]], held: dict[str, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lm.errors import UserError
 from lm.model import LanguageModel
 from unlearn.forward.calibration import groups_of
@@ -42,6 +44,11 @@ def refuse_what_cannot_be(
     check_perturbation(model, perturbation, retain.tokens)
     if loss.forget_needs.alternate and not forget.alternates:
         raise UserError(f"{type(loss.objective).__name__} needs alternate answers and there are none: set alternates")
+    if any(p.requires_grad and p.dtype == torch.float16 for p in model.model.parameters()):
+        raise UserError(
+            f"the weights of {model.name} are held in float16, in which AdamW's second moments vanish and steps become a "
+            "thousand times too large: load it with dtype float32 or bfloat16"
+        )
     sides = [loss.forget_needs, *([loss.retain_needs] if loss.uses_retain else [])]
     for needs in sides:
         if needs.hidden is not None:

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from lm.checks import check_ids
 from lm.data.rows import Row
 from lm.errors import UserError
 from lm.model import LanguageModel
@@ -96,9 +97,10 @@ def encode_rows(
     """Rows as token ids, in order; with `documents` completions are supervised from their second token on.
 
     Raises:
-        UserError: a row that is longer than the model can read.
+        UserError: a row that is longer than the model can read, or with a token that it has no embedding for.
     """
     encoded = [encode_pair(model.tokenizer, row.input, row.output, prompt) for row in rows]
+    check_ids(model, (text.ids for text in encoded))
     if documents:
         encoded = [
             Encoded(text.ids, min(1, text.answer_start)) if row.kind == "sc" else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,17 @@ def test_log_likelihoods_are_those_of_the_slow_way() -> None:
             expected.append(slow(model, question.question, f" {choice}"))
     assert len({len(answer) for _, answer in pairs}) > 2
     assert utility.log_likelihoods(model, pairs, batch_size=3) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("style", ["sentence", "letter"])
+def test_a_tokenizer_that_ends_every_text_with_eos_changes_nothing(style: utility.Style) -> None:
+    """An EOS behind the context would be scored in place of the answer's first token."""
+    asked = questions(30)
+    plain = tiny("olmo", seed=1, max_position_embeddings=256)
+    ending = replace(plain, tokenizer=byte_level(eos=True))
+    assert ending.tokenizer("a")["input_ids"][-1] == ending.tokenizer.eos_token_id
+    expected = utility.multiple_choice(plain, asked, style=style)
+    assert utility.multiple_choice(ending, asked, style=style) == expected
 
 
 def test_the_sentence_style_is_what_lm_eval_does(tmp_path: Path) -> None:

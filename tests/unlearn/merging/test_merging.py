@@ -19,6 +19,7 @@ from lm.loading import load
 from lm.model import LanguageModel
 from lm.run_folder import RunFolder
 from tests.unlearn.helpers import run_here
+from unlearn import model_files
 from unlearn.merging import weight_files
 from unlearn.merging.config import MergeConfig
 from unlearn.merging.merge import TaskArithmetic, Ties
@@ -171,8 +172,8 @@ def test_shards_are_read_and_written_as_one_file_is(tmp_path: Path) -> None:
     weight_files.require_alike(whole, parts)
     (tmp_path / "again").mkdir()
     weight_files.write(tmp_path / "again", whole, parts.read, shard=20_000)
-    weight_files.copy_config(whole, tmp_path / "again", None)
-    weight_files.copy_tokenizer(str(tmp_path / "whole"), tmp_path / "again")
+    model_files.copy_config(whole.folder, tmp_path / "again")
+    model_files.copy_tokenizer(str(tmp_path / "whole"), tmp_path / "again")
     files = sorted((tmp_path / "again").glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 30_000 or file.stat().st_size > 40_000 for file in files), (
