@@ -211,7 +211,10 @@ def _modules(
 
 
 def _caveats(layer_scores: LayerScores, size: int, window: int) -> list[str]:
-    caveats = ["Localizing shows where an answer is carried, not where training works best: compare with the controls."]
+    caveats = [
+        "Localizing shows where an answer is carried, not where training works best: compare with the controls.",
+        "These layers carry other answers as well: wiping them removes what is to be kept too, unless it is shown again.",
+    ]
     if window > 1:
         caveats.append(
             f"Windows of {window} layers blur neighboring layers"
