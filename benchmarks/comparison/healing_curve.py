@@ -48,13 +48,13 @@ class Healing:
         name: its folder.
         tokens: (parts,) put through the model by the middle of each part.
         divergence: (parts,) mean nats a token in that part.
-        per_step: tokens of a step.
+        total: of the whole run.
     """
 
     name: str
     tokens: tuple[float, ...]
     divergence: tuple[float, ...]
-    per_step: float
+    total: float
 
 
 def main(asked: HealingCurve) -> None:
@@ -89,7 +89,7 @@ def parts(name: str, losses: Sequence[float], tokens: float, count: int = PARTS)
         name=name,
         tokens=tuple((first + last) / 2 * per_step for first, last in spans),
         divergence=tuple(fmean(losses[first:last]) for first, last in spans),
-        per_step=per_step,
+        total=tokens,
     )
 
 
@@ -99,8 +99,7 @@ def table(found: Sequence[Healing]) -> str:
     lines = [f"| run | tokens | {' | '.join(heads)} |", "|" + "---|" * (PARTS + 2)]
     for run in found:
         cells = [f"{value:.3f}" for value in run.divergence] + [""] * (PARTS - len(run.divergence))
-        total = run.tokens[-1] * 2 * len(run.tokens) / (2 * len(run.tokens) - 1)
-        lines.append(f"| {run.name} | {total:,.0f} | {' | '.join(cells)} |")
+        lines.append(f"| {run.name} | {run.total:,.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
