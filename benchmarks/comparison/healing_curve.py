@@ -2,9 +2,10 @@
 
     python -m benchmarks.comparison.healing_curve --runs runs/compare_real --out runs/healing.png
 
-Reads the metric logs of runs that were perturbed (benchmarks/compare_methods.py, or `palimpsest unlearn` by hand). The divergence is the
-retain term of each step's rows, nats a token, retain rows and general text together, before that step; it is averaged over a tenth of the
-run. Steps are of like size, so tokens are those of the whole run times the share of its steps.
+Reads the metric logs of runs that were perturbed (benchmarks/compare_methods.py, or `palimpsest unlearn` by hand). The
+divergence is the retain term of each step's rows before that step, nats a token, of retain rows and general text
+together; it is averaged over a tenth of the run. Steps are of like size, so tokens are those of the whole run times the
+share of its steps.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -83,7 +86,7 @@ def parts(name: str, losses: Sequence[float], tokens: float, count: int = PARTS)
     """
     count = min(count, len(losses))
     cuts = [round(part * len(losses) / count) for part in range(count + 1)]
-    spans = list(zip(cuts, cuts[1:], strict=False))
+    spans = list(pairwise(cuts))
     per_step = tokens / len(losses)
     return Healing(
         name=name,
@@ -104,15 +107,21 @@ def table(found: Sequence[Healing]) -> str:
 
 
 def picture(found: Sequence[Healing]) -> bytes:
-    """PNG: divergence against tokens, both on logarithmic axes."""
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    """PNG: divergence against tokens, both on logarithmic axes; runs that differ in the last folder alone have one color."""
+    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    methods = list(dict.fromkeys(str(Path(run.name).parent) for run in found))
+    labeled: set[str] = set()
     for run in found:
-        axes.plot(run.tokens, run.divergence, marker="o", markersize=3, label=run.name)
+        method = str(Path(run.name).parent)
+        color = colormaps["tab20" if len(methods) > 10 else "tab10"](methods.index(method) % 20)
+        label = "_" if method in labeled else method
+        axes.plot(run.tokens, run.divergence, marker="o", markersize=3, lw=1.2, color=color, label=label)
+        labeled.add(method)
     axes.set(xscale="log", yscale="log", xlabel="tokens of healing", ylabel="KL(untouched || model), nats a token")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
     return file.getvalue()
