@@ -21,6 +21,7 @@ from statistics import fmean
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from lm.config import script
 from lm.errors import UserError
@@ -120,6 +121,7 @@ def picture(found: Sequence[Healing]) -> bytes:
         axes.plot(run.tokens, run.divergence, marker="o", markersize=3, lw=1.2, color=color, label=label)
         labeled.add(method)
     axes.set(xscale="log", yscale="log", xlabel="tokens of healing", ylabel="KL(untouched || model), nats a token")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # else they lie upon each other
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     file = io.BytesIO()
