@@ -109,7 +109,7 @@ def check_positions(model: LanguageModel) -> None:
     if torch.equal(sliding, full) and not torch.allclose(sliding, plain, atol=1e-2):
         raise UserError(
             f"transformers {transformers.__version__} rescales positions (YaRN) in all layers of {model.name}, and OLMo-3 has "
-            "that in the layers with full attention alone: pip install 'transformers>=5.14', or 4.57"
+            "that in the layers with full attention alone: pip install 'transformers>=5.13', or 4.57"
         )
 
 

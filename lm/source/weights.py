@@ -68,7 +68,7 @@ def load_weights(name: str, folder: Path, *, dtype: Dtype, attention: Attention 
             "config.json (layers, biases), or take them out of the file"
         )
     if method is not None:
-        _multiply(name, folder, model, scales)
+        _multiply(name, folder, model, scales, DTYPES[dtype])
     return model
 
 
@@ -131,7 +131,7 @@ def _scales(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _multiply(name: str, folder: Path, model: PreTrainedModel, scales: dict[str, Tensor]) -> None:
+def _multiply(name: str, folder: Path, model: PreTrainedModel, scales: dict[str, Tensor], dtype: torch.dtype) -> None:
     """`w = w8 * s`, each block with its own scale; in float32, rounded once. Every FP8 number is exact in every type here."""
     config, _ = PretrainedConfig.get_config_dict(folder)
     asked = config["quantization_config"].get("weight_block_size")
@@ -155,7 +155,7 @@ def _multiply(name: str, folder: Path, model: PreTrainedModel, scales: dict[str,
         wide = scale
         for dim, one in enumerate(block if scale.numel() > 1 else ()):
             wide = wide.repeat_interleave(one, dim=dim).narrow(dim, 0, weight.shape[dim])
-        weight.copy_((weight.float() * wide).to(weight.dtype))
+        weight.data = (weight.float() * wide).to(dtype)  # transformers 4 left it in 8 bits
 
 
 @contextmanager

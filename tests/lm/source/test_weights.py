@@ -28,7 +28,9 @@ def saved(folder: Path, edit: Callable[[Weights], Any] = lambda weights: None, /
     edit(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {**json.loads((folder / "config.json").read_text()), **config}
-    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in settings.items() if value is not None})
+    )
     return str(folder)
 
 
