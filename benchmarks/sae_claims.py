@@ -27,6 +27,7 @@ from benchmarks.claims.scoring import Seen, in_training, matched
 from lm import UserError, load
 from lm.config import parse_config, script
 from lm.errors import did_you_mean
+from lm.model import special_ids
 from lm.run_folder import progress, write_atomic, write_json
 from sae import SparseAutoencoder, load_autoencoder
 from sae.activations import (
@@ -198,7 +199,7 @@ class Harvested:
         """(1, tokens) ids of scored contexts, and which of them an autoencoder is shown, outliers apart."""
         tokenizer, harvest = self.model.tokenizer, self.config.harvest
         spec = replace(harvest.context, epochs=1, shuffle=False)
-        special = torch.tensor(tokenizer.all_special_ids)
+        special = torch.tensor(special_ids(tokenizer))
         for context in Contexts(self.scored.open(tokenizer), tokenizer, spec):
             ids = torch.from_numpy(context.ids)
             mask = ~torch.isin(ids, special)

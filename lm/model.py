@@ -87,3 +87,10 @@ def fingerprint(model: LanguageModel) -> str:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits of everything a fast tokenizer does."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of all special tokens, rising: those with a name (BOS, EOS and their like), and those that the tokenizer only flags
+    as special, as chat tokens often are."""
+    flagged = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return sorted({int(token) for token in (*tokenizer.all_special_ids, *flagged)})

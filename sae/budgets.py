@@ -175,11 +175,29 @@ def zipf_budgets(law: ZipfLaw, *, batch: int, rare: Literal["refuse", "floor"] =
         raise _too_small(batch, law.smallest_batch(), law.features)
     shares = law.densities()
     real = _fill(shares.log(), float(total), 1.0, float(batch)) if rare == "floor" else shares * batch
-    low = (real + 1e-9).floor().clamp(1, batch)
-    missing = total - int(low.sum())
+    return _whole(real, total, least=1, most=batch)
+
+
+def rescaled(budgets: Tensor, *, batch: int, to: int) -> Tensor:
+    """(features,) int64: the mean of (cycle, features) `budgets` of a `batch`, for a batch of `to` tokens, with L0 unchanged.
+
+    The sum is that of the mean times `to / batch`, rounded; one token at least for each feature where that is enough for
+    all, which the others then pay in proportion. Badge: **reconstruction**.
+    """
+    due = budgets.double().mean(0).cpu() * to / batch
+    total = round(float(due.sum()))
+    least = 1 if total >= len(due) else 0
+    if least:
+        due = _fill(due.clamp(min=_SMALLEST).log(), float(total), 1.0, float(to))
+    return _whole(due, total, least=least, most=to)
+
+
+def _whole(real: Tensor, total: int, *, least: int, most: int) -> Tensor:
+    """Whole numbers from `least` to `most` with this sum, by largest remainder, ties to the first."""
+    low = (real + 1e-9).floor().clamp(least, most)
     order = torch.sort(real - low, descending=True, stable=True).indices
     budgets = low.long()
-    budgets[order[:missing]] += 1
+    budgets[order[: max(total - int(low.sum()), 0)]] += 1
     return budgets
 
 

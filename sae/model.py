@@ -71,10 +71,11 @@ class SparseAutoencoder(nn.Module):
         Feature choice computes them as (features, tokens) in memory, the layout its selection is fast in.
         """
         with torch.autocast(x.device.type, enabled=False):
-            centered = self._normalized(self._rows(x).float())[0] - self.b_dec
+            w_enc, b_enc = self.w_enc.float(), self.b_enc.float()  # the same tensors, but after .bfloat16() or .half()
+            centered = self._normalized(self._rows(x).float())[0] - self.b_dec.float()
             if self.config.choice == "feature":
-                return torch.addmm(self.b_enc.unsqueeze(1), self.w_enc, centered.T).T
-            return torch.addmm(self.b_enc, centered, self.w_enc.T)
+                return torch.addmm(b_enc.unsqueeze(1), w_enc, centered.T).T
+            return torch.addmm(b_enc, centered, w_enc.T)
 
     def encode(self, x: Tensor, *, budgets: Tensor | None = None) -> SparseCode:
         """The code of x (tokens, hidden). In training the allocation over this batch, else what no batch can change.
@@ -98,7 +99,7 @@ class SparseAutoencoder(nn.Module):
 
     def decode(self, code: SparseCode, x: Tensor | None = None) -> Tensor:
         """`x_hat` (tokens, hidden). With an `input_norm`, `x` (tokens, hidden) says what to undo; else it is not looked at."""
-        inner = decode(code, self.w_dec, self.b_dec)
+        inner = decode(code, self.w_dec.float(), self.b_dec.float())
         if self.config.input_norm == "none":
             return inner
         if x is None:

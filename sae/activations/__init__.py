@@ -16,7 +16,7 @@ from sae.activations.harvesting import Harvester, HarvestSpec, MaskSpec, harvest
 from sae.activations.held_out import held_out_tokens
 from sae.activations.in_memory import Activations, ActivationsInMemory, as_source, texts_of
 from sae.activations.live import BufferSpec, LiveActivations
-from sae.activations.open import open_activations
+from sae.activations.open import check_alike, open_activations
 from sae.activations.sources import (
     ActivationFiles,
     Builtin,
@@ -60,6 +60,7 @@ __all__ = [
     "TextSource",
     "Texts",
     "as_source",
+    "check_alike",
     "forward",
     "harvest",
     "held_out_tokens",

@@ -7,6 +7,7 @@ context, so no context holds a document twice. Nothing here knows of activations
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from sae.activations.documents import Documents
 Bos = Literal["tokenizer", "always", "never"]
 Ints = NDArray[np.int64]
 _AT_ONCE = 64  # documents tokenized in one call
+_LONGEST, _SEAM = 1 << 16, 200
+"""Characters that are tokenized in one piece, and of either side of a cut that are looked at: what a tokenizer takes for a
+text grows faster than the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +149,7 @@ class Contexts(Iterator[Context]):
         ids = [piece for _, _, piece in pieces]
         documents = [np.full(len(piece), number, np.int64) for number, _, piece in pieces]
         positions = [np.arange(start, start + len(piece), dtype=np.int64) for _, start, piece in pieces]
-        if self._bos is not None:
+        if self._bos is not None and int(ids[0][0]) != self._bos:  # a rendered chat brings its own: not two
             ids.insert(0, np.array([self._bos], np.int64))
             documents.insert(0, documents[0][:1])
             positions.insert(0, np.array([-1], np.int64))
@@ -168,13 +172,41 @@ class Contexts(Iterator[Context]):
 
     def _encode(self, batch: list[tuple[int, str]]) -> list[Ints]:
         try:
-            rows = self._tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
+            pieces = [self._pieces(text) for _, text in batch]
+            each = iter(self._plain([piece for own in pieces for piece in own]))
+            rows = [[token for _ in own for token in next(each)] for own in pieces]
         except Exception as error:  # the tokenizers library raises what it likes
             raise UserError(
                 f"{self._documents.name}, records {batch[0][0]} and on, cannot be tokenized: {one_line(error)}"
             ) from error
         tail = [] if self._eos is None else [self._eos]
         return [np.array([*ids, *tail] if ids else [], np.int64) for ids in rows]
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = []
+        for first in range(0, len(texts), _AT_ONCE):
+            some = texts[first : first + _AT_ONCE]
+            ids += self._tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _pieces(self, text: str) -> list[str]:
+        """A long text in pieces that give the tokens of the whole: cut before a lone space where that changes no token nearby."""
+        pieces, start = [], 0
+        while len(text) - start > _LONGEST:
+            seams = [hit.start() for hit in _LONE_SPACE.finditer(text, start + _LONGEST // 2, start + _LONGEST)]
+            for cut in reversed(seams[-8:]):  # of a tokenizer that no seam suits, the text stays whole
+                left, right = text[max(cut - _SEAM, start) : cut], text[cut : cut + _SEAM]
+                whole, one, other = self._plain([left + right, left, right])
+                if whole == one + other:
+                    break
+            else:
+                break
+            pieces.append(text[start:cut])
+            start = cut
+        return [*pieces, text[start:]]
+
+
+_LONE_SPACE = re.compile(r"(?<=\w) (?=\w)")
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase, spec: ContextSpec) -> dict[str, Any]:

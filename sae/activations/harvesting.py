@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lm.anatomy import Site
 from lm.checks import check_ids
 from lm.errors import UserError
-from lm.model import LanguageModel
+from lm.model import LanguageModel, special_ids
 from sae.activations.batch import ActivationBatch, site_name
 from sae.activations.contexts import Context, Contexts, ContextSpec, tokenizer_facts
 from sae.activations.documents import Documents
@@ -88,9 +88,7 @@ class Harvester:
             raise UserError(f"contexts of {spec.context.length} tokens are longer than the model's {longest}: cut them")
         self.documents: Documents = source.open(model.tokenizer)
         self.hidden = model.anatomy.hidden
-        self._special = torch.tensor(
-            sorted({int(token) for token in model.tokenizer.all_special_ids}), device=model.device
-        )
+        self._special = torch.tensor(special_ids(model.tokenizer), device=model.device)
         self._limits: dict[Site, float] | None = None
         self.forward_seconds = 0.0
         """Time in the model so far."""

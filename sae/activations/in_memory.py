@@ -60,6 +60,11 @@ class ActivationsInMemory(Iterator[ActivationBatch]):
         self.batches += 1
         return self._all.select(torch.cat(rows)).to(dtype=torch.float32)
 
+    @property
+    def rounds(self) -> float:
+        """How often all tokens were read so far."""
+        return self.batches * self.batch_tokens / self.tokens
+
     def facts(self) -> dict[str, Any]:
         """How many tokens there are, and at which sites."""
         return {"source": {"kind": type(self).__name__, "tokens": self.tokens}, **self._settings()}

@@ -139,6 +139,12 @@ class LiveActivations(Iterator[ActivationBatch]):
         return concatenate(parts).select(order).to(dtype=torch.float32)
 
     @property
+    def rounds(self) -> float:
+        """How often the whole text was read so far, where that is known; else only the rounds that are over."""
+        size = getattr(self.harvester.documents, "size", None)
+        return self._contexts.epoch + (self._contexts.state["place"] / size if size else 0.0)
+
+    @property
     def _capacity(self) -> int:
         return self.buffer.tokens // self.buffer.lanes
 

@@ -142,7 +142,10 @@ class TextFiles(TextSource):
         kinds = (".jsonl", ".parquet", ".json", ".txt")
         for file in find_files(Path(self.path).expanduser(), suffixes=kinds, preferred=kinds):
             if file.suffix.lower() == ".txt":
-                texts += _documents(read_text(file), self.new_document)
+                text = (
+                    read_text(file).replace("\r\n", "\n").replace("\r", "\n")
+                )  # as one line end, wherever it was written
+                texts += _documents(text, self.new_document)
             else:
                 texts += [text_column(record, self.column, blank=True) for record in read_file(file)]
         return _listed(self.path, texts)

@@ -26,4 +26,9 @@ def run_harvest(config: HarvestConfig) -> ActivationCache:
 
 def describe(config: HarvestConfig, cache: ActivationCache) -> str:
     """What the command prints at the end: where the cache is and what it holds."""
-    return f"wrote {config.out}: {cache.tokens:,} tokens at {', '.join(config.sites)}"
+    short = (
+        ""
+        if cache.tokens >= config.cache.tokens
+        else f" of the {config.cache.tokens:,} asked for: the text holds no more"
+    )
+    return f"wrote {config.out}: {cache.tokens:,} tokens at {', '.join(config.sites)}{short}"

@@ -172,7 +172,9 @@ def _detected(folder: Path) -> Format:
     for name in sorted(here):
         if name in _CONVERT or Path(name).suffix in PICKLES:
             raise _pickle(folder / name)
-    inside = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and any(entry.glob("*.safetensors")))
+    kinds = {".safetensors", *PICKLES}
+    folders = [entry for entry in folder.iterdir() if entry.is_dir()]
+    inside = sorted(entry.name for entry in folders if any(file.suffix in kinds for file in entry.iterdir()))
     if inside:
         raise UserError(
             f"{folder} holds no autoencoder itself: give one of its folders, such as {', '.join(inside[:3])}"

@@ -50,7 +50,7 @@ def read(folder: Path, scale: float | None) -> Weights:
     else:
         raise UserError(
             f"{config.where} holds a {kind}, which this project cannot represent: it reads AutoEncoder, AutoEncoderNew, "
-            f"AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE and JumpReluAutoEncoder"
+            f"AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE and JumpReluAutoEncoder; take one of these"
         )
     b_dec = tensors.take(bias, w_enc.shape[1])
     if w_dec.shape != w_enc.shape:
@@ -61,6 +61,11 @@ def read(folder: Path, scale: float | None) -> Weights:
     tensors.finish("load and save it with dictionary_learning")
     if kind in ("AutoEncoderNew", "JumpReluAutoEncoder"):
         numbers = numbers.with_pre_bias()
+    norms = w_dec.norm(dim=1)
+    if kind == "AutoEncoder" and not torch.allclose(norms, torch.ones_like(norms)):
+        numbers = (
+            numbers.with_decoder_norms()
+        )  # as the library's loader does: its April trainer leaves rows of any length
     return numbers if scale is None else numbers.with_scale(scale)
 
 

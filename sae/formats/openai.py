@@ -2,7 +2,9 @@
 
 Its loader normalizes each token (`layer_norm`) exactly if the activation is `TopK`, so a TopK without that, which training
 here makes, cannot be written and is refused. `ReLU` is read too; `Identity`, whose activations may be negative, is not.
-The activation stands in the header of the safetensors file: `activation`, and for TopK `k` and `postact_fn`.
+The activation stands in the header of the safetensors file: `activation`, and for TopK `k` and `postact_fn`. The state dict
+that their `train.py` holds is another one: TopK without any normalization, whose k stands nowhere in it. It is read as
+`train.py` with a `k`, and refused without, where their loader takes it for a ReLU.
 """
 
 from __future__ import annotations
@@ -19,14 +21,21 @@ from sae.formats.files import Tensors, write_config
 from sae.formats.files import write as write_tensors
 from sae.formats.weights import Weights
 
+TRAINED = "train.py"
 WEIGHTS, PICKLE, FACTS = "autoencoder.safetensors", "autoencoder.pt", "metadata.json"
 CONVERT = (
     "import torch, safetensors.torch as s; d = torch.load('autoencoder.pt', map_location='cpu', weights_only=True); "
-    "a = {'activation': d.pop('activation', 'ReLU'), **d.pop('activation_state_dict', {})}; "
+    "a = {'activation': d.pop('activation', 'ReLU' if 'latents_mean_square' in d else 'train.py'), "
+    "**d.pop('activation_state_dict', {})}; "
     "s.save_file({n: t.contiguous().clone() for n, t in d.items() if torch.is_tensor(t)}, 'autoencoder.safetensors', "
     "{n: str(v) for n, v in a.items()})"
 )
 """What the owner of an `autoencoder.pt` runs once, in its folder, with `python -c`."""
+WITH_K = (
+    "import safetensors.torch as s; f = 'autoencoder.safetensors'; "
+    "s.save_file(s.load_file(f), f, {'activation': 'train.py', 'k': 'K'})"
+)
+"""The same for a state dict of `train.py`, with its k in the place of K."""
 _COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
 
@@ -34,13 +43,20 @@ def read(folder: Path, scale: float | None) -> Weights:
     """See the package."""
     tensors = Tensors(folder / WEIGHTS)
     activation, k, after = (tensors.info.get(name, "") for name in ("activation", "k", "postact_fn"))
-    if activation not in ("TopK", "ReLU") or after not in ("", "ReLU"):
+    if activation == "ReLU" and "stats_last_nonzero" in tensors.names() and not tensors.names() & set(_COUNTERS[1:]):
+        activation = TRAINED  # their Autoencoder has all three counters, their FastAutoencoder the first
+    if activation == TRAINED and not k:
+        raise UserError(
+            f"{tensors.path} is a state dict of OpenAI's train.py, a TopK whose k it does not hold: write the k of its training "
+            f'into its header with: python -c "{WITH_K}" (K being that number)'
+        )
+    if activation not in ("TopK", TRAINED, "ReLU") or after not in ("", "ReLU"):
         unknown = after if activation == "TopK" else activation or "none"
         raise UserError(
             f"{tensors.path} names the activation {unknown!r} in its header, which this project cannot represent: it reads TopK "
             f'and ReLU; if the header is missing, convert the .pt again with: python -c "{CONVERT}"'
         )
-    if activation == "TopK" and not (k.isdecimal() and len(k) < 10):
+    if activation != "ReLU" and not (k.isdecimal() and len(k) < 10):
         raise UserError(
             f"{tensors.path} has k = {k!r:.40} in its header where a whole number belongs: convert the .pt again"
         )
@@ -51,9 +67,9 @@ def read(folder: Path, scale: float | None) -> Weights:
         b_enc=tensors.take("latent_bias", features),
         w_dec=tensors.take("decoder.weight", hidden, features).T,
         b_dec=tensors.take("pre_bias", hidden),
-        rule="token" if activation == "TopK" else "threshold",
-        k=int(k) if activation == "TopK" else 0,
-        threshold=None if activation == "TopK" else torch.zeros(features),
+        rule="threshold" if activation == "ReLU" else "token",
+        k=0 if activation == "ReLU" else int(k),
+        threshold=torch.zeros(features) if activation == "ReLU" else None,
         input_norm="layer_norm" if activation == "TopK" else "none",
     )
     tensors.drop(_COUNTERS)

@@ -144,6 +144,10 @@ def _flat_metadata(config: Facts) -> Facts:
     return Facts(where=config.where, values={name: values[name] for name in KEYS if name in values})
 
 
+_IN_TRAINING = ("batchtopk", "matryoshka_batchtopk")
+"""What SAELens trains and saves for inference as another architecture."""
+
+
 def _architecture(config: Facts, new: bool) -> tuple[str, int]:
     """`standard`, `topk` or `jumprelu`, and k for TopK (0 otherwise)."""
     architecture = config.text("architecture", "standard")
@@ -152,10 +156,12 @@ def _architecture(config: Facts, new: bool) -> tuple[str, int]:
         return "topk", config.table("activation_fn_kwargs").whole("k")
     if architecture not in ("standard", "topk", "jumprelu") or activation != "relu":
         what = architecture if activation == "relu" else f"{architecture} with {activation}"
-        raise UserError(
-            f"{config.where} holds a {what} autoencoder, which this project cannot represent: it reads standard, topk and "
-            f"jumprelu; save a training checkpoint's inference form with SAELens first"
-        )
+        reads = f"{config.where} holds a {what} autoencoder, which this project cannot represent: it reads standard, topk and"
+        if architecture in _IN_TRAINING:
+            raise UserError(
+                f"{reads} jumprelu; this is a training checkpoint, save its inference form with SAELens first"
+            )
+        raise UserError(f"{reads} jumprelu; take an autoencoder of one of these, or use this one with SAELens")
     if config.flag("finetuning_scaling_factor", False):
         raise UserError(
             f"{config.where} scales its features after training, which is not supported: fold it into W_dec"

@@ -20,7 +20,7 @@ from torch import Tensor
 from lm.anatomy import Site
 from lm.errors import UserError
 from lm.forward.hooks import Edit, patch
-from lm.model import LanguageModel
+from lm.model import LanguageModel, special_ids
 from sae.activations import Contexts, HarvestSpec, TextSource
 from sae.activations.harvesting import padded
 from sae.metrics.sums import sum_everywhere
@@ -195,7 +195,7 @@ def recovered_over(
     spec = replace(harvest.context, shuffle=False, epochs=1)
     walk = islice(Contexts(source.open(model.tokenizer), model.tokenizer, spec), contexts)
     reader = copy.deepcopy(autoencoder).to(model.device).eval()
-    special = torch.tensor(sorted({int(token) for token in model.tokenizer.all_special_ids}))
+    special = torch.tensor(special_ids(model.tokenizer))
     recovered = Recovered()
     while batch := list(islice(walk, harvest.forward_contexts)):
         ids = padded([context.ids for context in batch], int(model.tokenizer.pad_token_id or 0))

@@ -85,6 +85,12 @@ def load_newest(
     return facts
 
 
+def seconds_so_far(run: RunFolder) -> float:
+    """Seconds of training up to the newest checkpoint; 0 without one."""
+    saved = run.checkpoints()
+    return float(_facts(saved[-1][1])["seconds"]) if saved else 0.0
+
+
 def _stream(path: Path, stream: ActivationStream) -> None:
     with writable(path):
         save_state(path, stream.state_dict())

@@ -249,8 +249,9 @@ class TrainSaeConfig:
     """The language model; not loaded where activations come from files and nothing is harvested."""
     source: Source = field(default_factory=Builtin)
     """Where training activations come from."""
-    held_out: Source = field(default_factory=lambda: Builtin(part="unseen"))
-    """Where the tokens for evaluation come from; NoSource for none."""
+    held_out: Source | None = None
+    """Where the tokens for evaluation come from; NoSource for none. Null: what no built-in model saw, where a built-in model is
+    trained on the built-in world's rows; none of any other model or text, whose thresholds are then set on training tokens."""
     sites: tuple[str, ...] = ("resid.3",)
     """Sites of the model, such as resid.3, mlp.3 or attn.3."""
     harvest: HarvestSpec = field(default_factory=HarvestSpec)
@@ -279,16 +280,27 @@ class TrainSaeConfig:
     def __post_init__(self) -> None:
         if isinstance(self.source, NoSource):
             raise UserError("source is NoSource: there would be nothing to train on; name one")
-        if self.trainer.evaluate_every is not None and isinstance(self.held_out, NoSource):
+        if self.trainer.evaluate_every is not None and isinstance(self.held_out_source, NoSource):
             raise UserError("trainer.evaluate_every is set but held_out is NoSource: name held-out activations")
-        if self.trainer.recovered_contexts and not isinstance(self.held_out, TextSource):
+        if self.trainer.recovered_contexts and not isinstance(self.held_out_source, TextSource):
             raise UserError(
                 f"trainer.recovered_contexts is {self.trainer.recovered_contexts} and held_out "
-                f"{type(self.held_out).__name__}: cross-entropy needs held-out text; name some, or set it to 0"
+                f"{type(self.held_out_source).__name__}: cross-entropy needs held-out text; name some, or set it to 0"
             )
         if not self.sites or not self.autoencoders:
             raise UserError("sites and autoencoders are empty: name at least one of each")
         named(crossed(self.autoencoders, self.sweep), [parse_site(site) for site in self.sites])
+
+    @property
+    def held_out_source(self) -> Source:
+        """`held_out`, or what stands for null."""
+        if self.held_out is not None:
+            return self.held_out
+        seen = ("forget", "retain", "general", "all")
+        built_in = self.model.path.startswith("builtin") and self.model.adapter is None
+        if built_in and isinstance(self.source, Builtin) and self.source.part in seen:
+            return Builtin(part="unseen")
+        return NoSource()
 
 
 def crossed(specs: Sequence[AutoencoderSpec], sweep: dict[str, list[Any]]) -> tuple[AutoencoderSpec, ...]:

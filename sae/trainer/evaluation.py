@@ -12,9 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lm.anatomy import Site
 from lm.errors import UserError
 from sae.metrics import Moments, Reconstruction, Usage
 from sae.sharding import Mesh
+from sae.trainer.config import AutoencoderSpec, TrainerConfig
+from sae.trainer.set_thresholds import split_held_out
 from sae.trainer.training_choice import TrainingChoice, by_threshold
 from sae.trainer.training_sae import TrainingSae
 
@@ -66,15 +69,44 @@ def evaluate(
     return measures, whole[2].double() / tokens
 
 
+def check_held_out(
+    held_out: Mapping[Site, Tensor],
+    autoencoders: Mapping[str, tuple[Site, AutoencoderSpec]],
+    trainer: TrainerConfig,
+    *,
+    hidden: int,
+) -> None:
+    """Raise UserError, before anything is trained, for (tokens, `hidden`) that cannot be scored, or calibrated on."""
+    sample, _ = split_held_out(held_out, trainer, [spec for _, spec in autoencoders.values()])
+    for site, spec in autoencoders.values():
+        if held_out and site not in held_out:
+            raise UserError(f"held_out lacks {site}: give tokens for every site, or none at all")
+        values = held_out.get(site)
+        if values is not None and (values.ndim != 2 or values.shape[1] != hidden):
+            raise UserError(
+                f"held_out is {tuple(values.shape)} at {site} and what is trained on is {hidden} wide: give held-out activations "
+                "of the same model and site, or NoSource"
+            )
+        if values is not None and not bool(values.isfinite().all()):
+            raise UserError(
+                f"held_out holds NaN or infinity at {site}: leave those tokens out, or load the model in bfloat16 or float32"
+            )
+        tokens = len(sample[site]) if sample else trainer.calibrate_tokens
+        if spec.choice == "feature" and trainer.thresholds == "calibrated" and spec.k * tokens < spec.features:
+            raise UserError(
+                f"thresholds of {spec.features} features cannot be calibrated on {tokens} tokens with k {spec.k}, less than a "
+                f"firing a feature: set trainer.calibrate_tokens to at least {-(-spec.features // spec.k)}, and hold as many "
+                "tokens out, or set trainer.thresholds to running"
+            )
+
+
 def _as_in_training(member: TrainingSae, batch: int, number: int) -> TrainingChoice:
     """The selection of training for a batch, from 0; of a smaller batch than in training, with budgets scaled and rounded."""
     budgets = None
     if member.spec.choice == "feature":
         budgets = member.law.own_budgets(number)
         if batch < member.recipe.trainer.batch_tokens:
-            assert member.law.budgets is not None
-            scaled = member.law.budgets.double().mean(0) * batch / member.recipe.trainer.batch_tokens
-            budgets = scaled.round().long().clamp(1, batch)
+            budgets = member.law.own_budgets_for(batch)
     return TrainingChoice(
         mesh=member.mesh,
         choice=member.spec.choice,

@@ -24,7 +24,7 @@ from sae.kernels import Backend
 from sae.sharding import Mesh
 from sae.trainer import checkpoints
 from sae.trainer.config import AutoencoderSpec, Precision
-from sae.trainer.evaluation import evaluate
+from sae.trainer.evaluation import check_held_out, evaluate
 from sae.trainer.results import Trained, finished
 from sae.trainer.set_thresholds import needs_calibration, running_threshold, split_held_out
 from sae.trainer.step import learning_rate, train_step
@@ -70,9 +70,7 @@ def train_on_stream(
     loop.sample, loop.held_out = split_held_out(
         held_out or {}, recipe.trainer, [spec for _, spec in autoencoders.values()]
     )
-    for site, _ in autoencoders.values():
-        if held_out and site not in held_out:
-            raise UserError(f"held_out lacks {site}: give tokens for every site, or none at all")
+    check_held_out(held_out or {}, autoencoders, recipe.trainer, hidden=stream.hidden)
     with _products(recipe.trainer.precision):
         return loop.train(resume=resume, stop_at=stop_at, show=show)
 
@@ -225,11 +223,17 @@ class Loop:
             with self.clock.phase("harvest"):
                 rows = {site: self.mesh.share_rows(own, batch) for site, own in self._next_rows().items()}
         except _Ended:
-            if self.step and self.saved_at != self.step:
+            if not self.step:
+                raise UserError(
+                    f"the activations ended before the first step, after {self.trainer.start_tokens} tokens to start from: give "
+                    "more, or set trainer.start_tokens lower"
+                ) from None
+            if self.saved_at != self.step:
                 self._save()
             raise UserError(
-                f"the activations ended after {self.step} of {self.trainer.steps} steps: set trainer.steps lower, or read "
-                "them again and again (epochs: null)"
+                f"the activations ended after {self.step} of {self.trainer.steps} steps: the same with trainer.steps "
+                f"{self.step} and resume true makes autoencoders of what was trained; to train longer begin anew, and read them "
+                "again and again (epochs: null)"
             ) from None
         self.clock.move(self._in_model() - before, "harvest", "forward")
         factor = learning_rate(self.step, self.trainer.steps, warmup=self.trainer.warmup, decay=self.trainer.decay)
@@ -336,7 +340,7 @@ class _Ended(Exception):
 
 
 def _few(shown: dict[str, float], members: list[TrainingSae]) -> dict[str, float]:
-    """What stands beside the bar: of one autoencoder its error and L0, of several the errors."""
+    """What stands beside the bar: of one autoencoder its error and L0, of several the errors of the first three."""
     if len(members) == 1:
         return {name: shown[f"{members[0].name}/{name}"] for name in ("nmse", "l0", "dead")}
-    return {member.name: shown[f"{member.name}/nmse"] for member in members[:3]}
+    return {f"nmse {member.name}": shown[f"{member.name}/nmse"] for member in members[:3]}

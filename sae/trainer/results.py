@@ -27,7 +27,9 @@ class Trained:
     autoencoder: SparseAutoencoder
     """For activations as they are, in evaluation mode, on the CPU."""
     measures: dict[str, float]
-    """On held-out tokens (see `evaluate`); empty without them."""
+    """On held-out tokens (see `evaluate`); empty without them. `dead` counts there, so of few tokens it says little."""
+    dead_in_training: float
+    """The share of features that did not fire in the last `auxiliary.window` tokens of training, or in all of them."""
     densities: Tensor | None
     """(features,): the share of held-out tokens on which each feature fires by the exported rule."""
     fitted: dict[str, Any] | None
@@ -49,6 +51,7 @@ def finished(member: TrainingSae, sample: Tensor | None, held_out: Tensor | None
         spec=member.spec,
         autoencoder=exported(member, weights, threshold),
         measures=measures,
+        dead_in_training=member.dead_in_training,
         densities=densities,
         fitted=member.law.fitted,
         backend=member.backend,

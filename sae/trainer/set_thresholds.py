@@ -48,7 +48,7 @@ def calibrated_threshold(member: TrainingSae, weights: Mapping[str, Tensor], sam
     """
     if member.spec.choice == "token":
         return None
-    tokens, batch = len(sample), member.recipe.trainer.batch_tokens
+    tokens = len(sample)
     centered = sample / member.scale - weights["b_dec"]
 
     def affinities() -> Iterator[Tensor]:
@@ -63,8 +63,7 @@ def calibrated_threshold(member: TrainingSae, weights: Mapping[str, Tensor], sam
         if kth is None:
             return torch.tensor(torch.inf, dtype=torch.float64)
         return torch.nextafter(kth.value, kth.value.new_zeros(())).double()
-    assert member.law.budgets is not None
-    budgets = (member.law.budgets.double().mean(0) * tokens / batch).round().long().clamp(1, tokens)
+    budgets = member.law.own_budgets_for(tokens)
     parts, start = [], 0
     for part in affinities():
         parts.append(calibrate_features(part.T, budgets[start : start + len(part)]))

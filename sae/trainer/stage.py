@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ from lm.run_folder import RunFolder, environment, peak_memory_bytes, write_json
 from sae.activations import TextSource
 from sae.activations.provenance import settings_of_today
 from sae.model import save_autoencoder
+from sae.trainer.checkpoints import seconds_so_far
 from sae.trainer.config import TrainSaeConfig, crossed
 from sae.trainer.results import Trained
 from sae.trainer.task import Task
 from sae.trainer.training_sae import Recipe
 
 RESULTS = "results.json"
-SHOWN = ("fvu", "l0", "fvu_exported", "l0_exported", "dead", "ce_recovered")
+SHOWN = ("fvu", "l0", "fvu_exported", "l0_exported", "ce_recovered")
 """The measures that the command prints."""
-FREE = ("trainer.max_seconds", "trainer.save_every", "trainer.log_every", "trainer.feature_shards")
-"""Settings that may change when a run goes on."""
+MANY_ROUNDS = 2.0
+"""Of the same activations, from which on it is remarked."""
+FREE = ("trainer.max_seconds", "trainer.save_every", "trainer.log_every", "trainer.feature_shards", "trainer.steps")
+"""Settings that may change when a run goes on; fewer steps, where activations ended before."""
 
 
 def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
@@ -51,6 +55,7 @@ def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
         return folders
     if config.trackers:
         acc.init_trackers("sae", config={"config": str(as_dict(config))})
+    earlier = seconds_so_far(run) if config.resume and acc.is_main_process else 0.0
     log = (lambda step, values: acc.log(values, step=step)) if acc.trackers else None
     results = task.train(run=run, resume=config.resume, log=log)
     for tracker in acc.trackers:
@@ -62,14 +67,24 @@ def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
         if acc.is_main_process:
             results = [task.with_loss_recovered(result, facts) for result in results]
             _write(config, task, results, facts)
+            rounds = getattr(task.stream, "rounds", None)
             run.finish(
+                **({} if rounds is None else {"rounds": round(rounds, 2)}),
                 backends={result.name: result.backend for result in results},
-                wall_seconds=round(time.perf_counter() - started, 3),
+                wall_seconds=round(earlier + time.perf_counter() - started, 3),
                 peak_memory_bytes=peak_memory_bytes(),
                 peak_gpu_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             )
             write_json(
-                out / RESULTS, {r.name: {**r.measures, **({"zipf": r.fitted} if r.fitted else {})} for r in results}
+                out / RESULTS,
+                {
+                    r.name: {
+                        **r.measures,
+                        "dead_in_training": r.dead_in_training,
+                        **({"zipf": r.fitted} if r.fitted else {}),
+                    }
+                    for r in results
+                },
             )
             run.prune_checkpoints(keep=0)
     return folders
@@ -82,21 +97,31 @@ def describe(config: TrainSaeConfig, folders: Mapping[str, Path]) -> str:
     results = json.loads((Path(config.out) / RESULTS).read_text())
     lines = []
     for name, folder in folders.items():
-        measures = ", ".join(f"{key} {results[name][key]:.4g}" for key in SHOWN if key in results[name])
-        lines.append(f"wrote {folder}" + (f": on held-out tokens {measures}" if measures else ""))
+        found = results[name]
+        measures = ", ".join(f"{key} {found[key]:.4g}" for key in SHOWN if key in found)
+        said = [f"on held-out tokens {measures}" if measures else "not scored, since nothing is held out"]
+        if "dead_in_training" in found:  # older runs have none
+            said.append(f"{found['dead_in_training']:.1%} of its features dead in training")
+        lines.append(f"wrote {folder}: " + "; ".join(said))
+    rounds, read = RunFolder(config.out).manifest.get("rounds", 0.0), config.trainer.steps * config.trainer.batch_tokens
+    if rounds >= MANY_ROUNDS:
+        lines.append(
+            f"the activations were read {rounds:.1f} times over, about {read / rounds:,.0f} different tokens: features of what "
+            "recurs by chance are learned too; give more text, or train for fewer steps"
+        )
     return "\n".join(lines)
 
 
 def _task(config: TrainSaeConfig, acc: Accelerator) -> Task:
     """The model, if text is read, the stream, the held-out tokens and the autoencoders."""
-    reads_text = isinstance(config.source, TextSource) or isinstance(config.held_out, TextSource)
+    reads_text = isinstance(config.source, TextSource) or isinstance(config.held_out_source, TextSource)
     return Task.of(
         config.source,
         crossed(config.autoencoders, config.sweep),
         Recipe(trainer=config.trainer, auxiliary=config.auxiliary, zipf=config.zipf),
         model=load(config.model, device=str(acc.device)) if reads_text else None,
         sites=config.sites,
-        held_out=config.held_out,
+        held_out=config.held_out_source,
         harvest=config.harvest,
         buffer=config.buffer,
         reading=config.reading,
@@ -112,7 +137,7 @@ def _run_folder(config: TrainSaeConfig, acc: Accelerator, task: Task) -> RunFold
             facts = {"seed": config.harvest.seed, "data": settings, "devices": launch_facts(acc)}
             run = RunFolder.create(
                 config.out,
-                config,
+                replace(config, held_out=config.held_out_source),  # the stored config says which
                 resume=config.resume,
                 facts=facts,
                 same=("data",),

@@ -29,6 +29,7 @@ from sae.activations import (
     Source,
     TextSource,
     as_source,
+    check_alike,
     held_out_tokens,
     open_activations,
     parse_site,
@@ -38,6 +39,7 @@ from sae.formats import Provenance
 from sae.metrics import recovered_over
 from sae.sharding import Mesh
 from sae.trainer.config import AutoencoderSpec, TrainerConfig, named
+from sae.trainer.evaluation import check_held_out
 from sae.trainer.loop import Log, train_on_stream
 from sae.trainer.results import Trained
 from sae.trainer.set_thresholds import needs_calibration
@@ -94,12 +96,14 @@ class Task:
             )
         else:
             stream = source
+        _check_length(stream, trainer)
         members = named(autoencoders, chosen or stream.sites)
         if not members:
             raise UserError("autoencoders is empty: give at least one AutoencoderSpec")
         scored = None
         if held_out is not None and not isinstance(held_out, NoSource):
             scored = as_source(held_out, chosen or stream.sites, model)
+        check_alike({"source": source, "held_out": scored}, model, harvest)
         text = scored if isinstance(scored, TextSource) else None
         if trainer.recovered_contexts and (text is None or model is None):
             raise UserError(
@@ -116,6 +120,7 @@ class Task:
         tokens = held_out_tokens(
             scored, tuple(dict.fromkeys(site for site, _ in members.values())), count, model, harvest
         )
+        check_held_out(tokens, members, trainer, hidden=stream.hidden)
         return cls(
             stream=stream,
             members=members,
@@ -189,16 +194,18 @@ class Task:
         config_hash: str | None = None,
     ) -> dict[str, Any]:
         """Where a result comes from and how it did, in SAELens' names and ours; plain data."""
-        text = isinstance(self.source, TextSource)
+        read = (
+            as_dict(self.harvest) if isinstance(self.source, TextSource) else facts.get("settings", {}).get("harvest")
+        )
         trainer, measures = self.recipe.trainer, result.measures
         provenance = Provenance(
-            model_name=self.model.name if self.model is not None else None,
+            model_name=self.model.name if self.model is not None else facts.get("model"),
             dataset_path=getattr(self.source, "path", type(self.source or self.stream).__name__),
-            context_size=self.harvest.context.length if text else None,
-            prepend_bos=bool(facts.get("bos")) if text else None,
-            exclude_special_tokens=self.harvest.masks.special if text else None,
+            context_size=read["context"]["length"] if read else None,
+            prepend_bos=bool(facts.get("bos")) if read else None,
+            exclude_special_tokens=read["masks"]["special"] if read else None,
             l0=measures.get("l0_exported"),
-            num_dead_features=None if result.densities is None else int((result.densities == 0).sum()),
+            num_dead_features=round(result.dead_in_training * result.spec.features),
             training_tokens=trainer.steps * trainer.batch_tokens,
             explained_variance=1 - measures["fvu_exported"] if measures else None,
             git=git,
@@ -242,8 +249,19 @@ def _stream(
         reading=None if text else reading,
         rank=mesh.stream_rank,
         world=mesh.sizes["all"],
-        tokens=batch * (trainer.steps + -(-trainer.start_tokens // batch)) if text else None,
     )
+
+
+def _check_length(stream: ActivationStream, trainer: TrainerConfig) -> None:
+    """Raise UserError, before anything is trained, for files that end before the last step."""
+    serves, batch = getattr(stream, "serves", None), trainer.batch_tokens
+    begin = -(-trainer.start_tokens // batch)
+    if serves is not None and serves < (begin + trainer.steps) * batch:
+        raise UserError(
+            f"the activations end after {serves} tokens, and {begin * batch} to start from and {trainer.steps} steps of {batch} "
+            f"need {(begin + trainer.steps) * batch}: set reading.epochs to null, or trainer.steps to "
+            f"{max(serves // batch - begin, 0)} at most"
+        )
 
 
 def _device(model: LanguageModel | None, source: Source | ActivationStream | Mapping[Site, Tensor]) -> torch.device:

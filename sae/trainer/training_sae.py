@@ -156,6 +156,14 @@ class TrainingSae:
         use = torch.where(dead, 1.0, use)  # it generalizes aux_k: the dead are always among them
         return use > 0, use.float()
 
+    @property
+    def dead_in_training(self) -> float:
+        """The share of all features that did not fire in the last window of tokens, or in all that were trained on. One
+        collective."""
+        firings = self.firings
+        silent = firings.silent >= min(self.recipe.auxiliary.window + 1, max(firings.tokens, 1))
+        return float(self.mesh.sum_(silent.sum(), "features", "dead")) / self.spec.features
+
     def selecting(self, step: int, clock: Phases | None) -> TrainingChoice:
         """The choice of the training step number `step`, from 0."""
         aux = self.recipe.auxiliary

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm.errors import UserError
-from sae.budgets import ZipfLaw, by_density, carried_budgets, fit_zipf, zipf_budgets
+from sae.budgets import ZipfLaw, by_density, carried_budgets, fit_zipf, rescaled, zipf_budgets
 from sae.dead_features import Firings
 from sae.sharding import Mesh
 from sae.trainer.config import AutoencoderSpec, ZipfSpec
@@ -60,6 +60,12 @@ class Law:
         """(own features,) for the batch of this step, from 0."""
         assert self.budgets is not None
         return self.budgets[step % len(self.budgets)]
+
+    def own_budgets_for(self, tokens: int) -> Tensor:
+        """(own features,) for a sample of so many tokens, at the L0 of training. One collective."""
+        assert self.budgets is not None
+        whole = self.mesh.whole_features(self.budgets.T.contiguous(), self.spec.features, "budgets").T
+        return self.mesh.own_features(rescaled(whole, batch=self.batch, to=tokens)).to(self.device)
 
     def measure(self, counts: Tensor) -> None:
         """After a global batch: the (own features,) matches that mutual choice would take."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lm import UserError
 from sae import ZipfLaw, by_density, carried_budgets, feature_choice, fit_zipf, ranks_of, uniform_budgets, zipf_budgets
+from sae.budgets import rescaled
 
 laws = st.builds(
     lambda features, share, alpha, beta: ZipfLaw(
@@ -200,3 +201,15 @@ def test_the_densities_of_any_law_sum_to_k(alpha: float, features: int, k: int) 
     assert float(density.max()) <= 1
     assert float(density.min()) > 0
     assert bool((density.diff() <= 1e-15).all())
+
+
+def test_budgets_of_another_batch_keep_l0() -> None:
+    """By hand: 6 features, k 1."""
+    whole = torch.tensor([[3, 2, 1, 1, 1, 0], [4, 1, 1, 1, 0, 1]])  # of 8 tokens each, carried over two batches
+    assert rescaled(whole, batch=8, to=16).tolist() == [7, 3, 2, 2, 1, 1]
+    assert rescaled(whole, batch=8, to=6).tolist() == [1, 1, 1, 1, 1, 1]
+    assert int(rescaled(whole, batch=8, to=3).sum()) == 3, "less than one a feature: some get none, and L0 is still 1"
+    quarter = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    assert int(rescaled(quarter, batch=1, to=1).sum()) == 1, "not one for each of the four"
+    tight = torch.tensor([[97, 1, 1, 1]])
+    assert rescaled(tight, batch=100, to=10).tolist() == [7, 1, 1, 1]

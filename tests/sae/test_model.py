@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,16 @@ def test_what_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="JSON"):
         autoencoder("token").save_pretrained(tmp_path, metadata={"path": Path()})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("choice", ["token", "mutual", "feature"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_module_that_was_made_narrower_still_encodes(choice: Choice, dtype: torch.dtype) -> None:
+    """In float32, from the rounded weights: as a float32 module with these weights does."""
+    made = SparseAutoencoder(SparseAutoencoderConfig(hidden=8, features=24, k=3, choice=choice)).eval()
+    if choice != "token":
+        made.set_threshold(0.5)
+    narrow, x = copy.deepcopy(made).to(dtype), torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    rounded = copy.deepcopy(narrow).float()
+    torch.testing.assert_close(narrow(x.to(dtype)), rounded(x.to(dtype)))
+    assert narrow.encode(x).matches > 0

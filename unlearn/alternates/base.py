@@ -18,9 +18,9 @@ from lm.checks import check_ids
 from lm.data.files import Record, column, find_files, read_file, text_column
 from lm.data.rows import Row
 from lm.errors import UserError
-from lm.model import LanguageModel
+from lm.model import LanguageModel, special_ids
 from lm.prompts import Encoded, PromptSpec, encode_pair, max_positions
-from lm.row_files import canonical_id
+from lm.row_files import canonical_id, row_name
 
 REFUSALS = (
     "I don't know.",
@@ -124,7 +124,7 @@ class RandomTokens(_Drawn, Alternates):
 
     def encode(self, model: LanguageModel, rows: Sequence[Row], prompt: PromptSpec) -> list[tuple[Encoded, ...]]:
         """`per_row` draws for each row; a row is no longer than with its own answer."""
-        special = set(model.tokenizer.all_special_ids)
+        special = set(special_ids(model.tokenizer))
         usable = min(len(model.tokenizer), model.anatomy.vocabulary)
         ordinary = np.array([token for token in range(usable) if token not in special])
         found = []
@@ -176,7 +176,8 @@ def encode_texts(
         longest = max(len(one.ids) for one in encoded)
         if limit is not None and longest > limit:
             raise UserError(
-                f"an alternate of row {row.id} has {longest} tokens with its prompt and {model.name} reads {limit}: shorten it"
+                f"an alternate of row {row_name(row)} has {longest} tokens with its prompt and {model.name} reads {limit}: "
+                "shorten it"
             )
         encoded_rows.append(encoded)
     return encoded_rows

@@ -26,7 +26,7 @@ from sae.activations.sources import ActivationFiles
 
 FORMAT = "palimpsest-activations-1"
 MANIFEST, STATISTICS = "manifest.json", "statistics.safetensors"
-_INTEGERS = ("token_ids", "documents", "positions")
+INTEGERS = ("token_ids", "documents", "positions")
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class ActivationCache:
                 raise UserError(f"{shard.path} is damaged (its content is not what the manifest says): make it again")
             self._verified.add(shard.path)
         names = tensor_names(shard.path)
-        there = [name for name in _INTEGERS if name in names]
+        there = [name for name in INTEGERS if name in names]
         tensors = read_tensors(shard.path, [*(self._keys[site] for site in sites), *there])
         stored = dict(zip(there, tensors[len(sites) :], strict=True))
-        integers = [stored.get(name, torch.full((shard.rows,), -1, dtype=torch.int64)) for name in _INTEGERS]
+        integers = [stored.get(name, torch.full((shard.rows,), -1, dtype=torch.int64)) for name in INTEGERS]
         values = dict(zip(sites, tensors, strict=False))
         if {len(item) for item in (*values.values(), *integers)} != {shard.rows}:
             raise UserError(f"{shard.path} holds tensors of unlike length: each needs {shard.rows} rows")

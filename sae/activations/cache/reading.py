@@ -93,6 +93,16 @@ class CachedActivations(Iterator[ActivationBatch]):
     def _end(self) -> int:
         return 2**62 if self.spec.epochs is None else self.spec.epochs * self.cache.tokens
 
+    @property
+    def rounds(self) -> float:
+        """How often all tokens were read so far."""
+        return self.batches * self.batch_tokens / self.cache.tokens
+
+    @property
+    def serves(self) -> int | None:
+        """How many tokens it will serve in whole batches; None where it goes round for ever."""
+        return None if self.spec.epochs is None else self._end // self.batch_tokens * self.batch_tokens
+
     def _order(self, epoch: int) -> list[int]:
         shards = len(self.cache.shards)
         return permutation(shards, "shards", self.spec.seed, epoch).tolist() if self.spec.shuffle else [*range(shards)]

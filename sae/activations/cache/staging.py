@@ -5,6 +5,7 @@ Which tokens a block holds is the writer's affair (`sae.activations.cache.writin
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -24,7 +25,7 @@ from lm.errors import UserError
 from lm.model import Dtype
 from lm.run_folder import write_atomic
 from sae.activations.batch import ActivationBatch, concatenate, pack_batch, permutation, site_name, unpack_batch
-from sae.activations.cache.manifest import STATISTICS, describe, read_tensors
+from sae.activations.cache.manifest import INTEGERS, STATISTICS, describe, read_tensors
 from sae.activations.cache.moments import Moments
 
 Shuffle = Literal["auto", "global", "block"]
@@ -93,7 +94,7 @@ class Staging:
             for at in range(-(-len(rows) // size)):
                 part = mixed.select(slice(at * size, (at + 1) * size))
                 self._write(self.shard(number * self.spec.block_shards + at), pack_batch(part))
-        self._write(self._block(number), tensors, {**facts, "rows": len(rows)})
+        self._write(self._block(number), tensors, {**facts, "rows": len(rows), "of": self.spec.tokens})
 
     def staged(self, number: int) -> dict[str, Any] | None:
         """What follows a staged block; None if it is not there whole."""
@@ -107,6 +108,21 @@ class Staging:
                 return None
         state: dict[str, Any] = facts["state"]
         return state
+
+    def shortened(self, tokens: int) -> Staging:
+        """The same files for so many tokens, where the text held no more: blocks that were spread over more shards are spread
+        anew, each written whole, so that what kills it leaves one or the other."""
+        shorter = Staging(self.folder, dataclasses.replace(self.spec, tokens=tokens), self._sites, self._seed)
+        shorter.spread = self.spread
+        for number in range(shorter.blocks) if self.spread else ():
+            facts = self._facts(number)
+            if facts is not None and facts.get("of", self.spec.tokens) != tokens:
+                path, stored = self._block(number), [*map(site_name, self._sites), *INTEGERS]
+                named = dict(zip(stored, read_tensors(path, stored), strict=True))
+                start = number * self.spec.block
+                place = self._order[start : start + int(facts["rows"])].sort().indices
+                shorter.put(number, unpack_batch(named, self._sites).select(place.argsort()), facts)
+        return shorter
 
     def _facts(self, number: int) -> dict[str, Any] | None:
         try:
@@ -128,7 +144,7 @@ class Staging:
 
     def _assemble(self, shard: int, bounds: Sequence[Tensor]) -> None:
         """Put a shard together from its slice of every block, in the permutation's order."""
-        names = [*map(site_name, self._sites), "token_ids", "documents", "positions", "targets"]
+        names = [*map(site_name, self._sites), *INTEGERS, "targets"]
         parts, targets = [], []
         for number, bound in enumerate(bounds):
             begin, end = bound[shard : shard + 2].tolist()

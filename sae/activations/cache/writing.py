@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -49,9 +49,10 @@ def write_cache(
 
     A finished cache of the same settings and content is opened as it is, an unfinished one is gone on with.
 
+    A source that ends before gives a cache of what it holds, whose `tokens` say so (`epochs: null` reads it again and again).
+
     Raises:
-        UserError: the folder holds something else, or a cache of other settings; the disk is too small; or the source ends
-            before there are enough tokens (`epochs: null` would read it again).
+        UserError: the folder holds something else, or a cache of other settings; the disk is too small.
     """
     return _Writer(Harvester(model, source, sites, harvest or HarvestSpec()), Path(folder), cache).run(show=show)
 
@@ -68,7 +69,9 @@ class _Writer:
         if not manifest["finished"]:
             self.harvester.limits = {parse_site(k): float(v) for k, v in manifest["outlier_limits"].items()}
             self.files.spread = manifest["shuffle"] == "global"
-            self._harvest(show=show)
+            if "found" in manifest:  # it was stopped while the blocks of a shorter cache were spread
+                self.files = self.files.shortened(manifest["found"])
+            self._harvest(manifest, show=show)
             self._finish(manifest, show=show)
         self.files.clear()
         return open_cache(self.folder)
@@ -108,28 +111,33 @@ class _Writer:
             )
         return chosen
 
-    def _harvest(self, *, show: bool) -> None:
+    def _harvest(self, manifest: dict[str, Any], *, show: bool) -> None:
         """Stage every block that is not there yet."""
         done = 0
         state: dict[str, Any] = {"contexts": None, "skip": 0}
         while done < self.files.blocks and (kept := self.files.staged(done)) is not None:
             state, done = kept, done + 1
-        first = min(done * self.spec.block, self.spec.tokens)
-        with progress(self.spec.tokens, label="harvest", unit="tokens", done=first, enabled=show) as advance:
+        wanted = self.files.spec.tokens
+        first = min(done * self.spec.block, wanted)
+        with progress(wanted, label="harvest", unit="tokens", done=first, enabled=show) as advance:
             passes = self._passes(state)
             held: list[ActivationBatch] = []
             for number in range(done, self.files.blocks):
                 start = number * self.spec.block
-                size = min(self.spec.block, self.spec.tokens - start)
+                size = min(self.spec.block, wanted - start)
                 counts = Counter[str]()
                 while (have := sum(map(len, held))) < size:
                     made = next(passes, None)
                     if made is None:
-                        self._too_short(start + have)
+                        break
                     rows, masked, state = made
                     counts += masked
                     held.append(rows)
                     advance(len(rows))
+                if have < size:
+                    self._shorten(start + have, manifest)
+                    if not have:
+                        return
                 joined = concatenate(held)
                 rest = joined.select(slice(size, None))
                 held = [rest] if len(rest) else []
@@ -137,6 +145,8 @@ class _Writer:
                 again = {"contexts": state["before"], "skip": state["rows"] - len(rest)}
                 follows = again if held else {"contexts": state["after"], "skip": 0}
                 self.files.put(number, joined.select(slice(0, size)), {"state": follows, "masked": dict(counts)})
+                if have < size:
+                    return
 
     def _passes(self, state: dict[str, Any]) -> Iterator[tuple[ActivationBatch, Counter[str], dict[str, Any]]]:
         """One forward pass after the other from a state on: rows, what was masked, and the states round the pass."""
@@ -163,11 +173,13 @@ class _Writer:
                 raise UserError(f"{site} does not fit into float16: set dtype: bfloat16")
         return stored
 
-    def _too_short(self, found: int) -> NoReturn:
-        raise UserError(
-            f"{self.harvester.documents.name} holds only {found} of the {self.spec.tokens} tokens asked for (after masking): "
-            f"set epochs: null to read it again, or ask for {found}"
-        )
+    def _shorten(self, found: int, manifest: dict[str, Any]) -> None:
+        """Go on with as many tokens as the text holds after masking, and keep that in the manifest first."""
+        if not found:
+            raise UserError(f"the masks leave no token of {self.harvester.documents.name}: loosen them")
+        manifest["found"] = found
+        write_json(self.folder / MANIFEST, manifest)
+        self.files = self.files.shortened(found)
 
     def _finish(self, manifest: dict[str, Any], *, show: bool) -> None:
         """Put the shards together where that is left to do, and close the manifest."""
@@ -175,6 +187,11 @@ class _Writer:
             for _ in self.files.assemble():
                 advance()
         scalars = self.files.write_statistics()
-        done = {"finished": True, "tokens": self.spec.tokens, "masked": self.files.masked(), "statistics": scalars}
+        done = {
+            "finished": True,
+            "tokens": self.files.spec.tokens,
+            "masked": self.files.masked(),
+            "statistics": scalars,
+        }
         shards = [describe(self.files.shard(number)) for number in range(self.files.shards)]
         write_json(self.folder / MANIFEST, {**manifest, **done, "shards": shards})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -34,6 +35,7 @@ from sae.activations import (
     write_cache,
 )
 from sae.activations.cache import staging
+from sae.activations.cache.staging import Shuffle, Staging
 from sae.activations.config import HarvestConfig
 from sae.activations.stage import describe, run_harvest
 
@@ -213,9 +215,39 @@ def test_a_bfloat16_model_is_kept_as_it_is(tmp_path: Path) -> None:
     assert stored.facts["dtype"] == "bfloat16"
 
 
-def test_a_source_too_short_goes_round_or_says_so(model: LanguageModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds only \d+ of the 5000 tokens .* epochs: null"):
-        write(model, tmp_path / "c", tokens=5000)
+@pytest.mark.parametrize("shuffle", ["global", "block"])
+def test_a_source_too_short_gives_what_it_holds(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffle: Shuffle
+) -> None:
+    """The very rows of a cache that asks for no more, also where it was killed between the one size and the other."""
+    settings: dict[str, Any] = {"shard_tokens": 100, "block_shards": 2, "shuffle": shuffle}
+    short = write(model, tmp_path / "c", tokens=5000, **settings)
+    assert 300 < short.tokens < 5000
+    assert short.facts["tokens"] == short.tokens
+    exact = write(model, tmp_path / "exact", tokens=short.tokens, **settings)
+
+    def rows(cache: ActivationCache) -> list[torch.Tensor]:
+        return [cache.read(shard)[SITES[0]] for shard in range(len(cache.shards))]
+
+    assert all(torch.equal(one, other) for one, other in zip(rows(short), rows(exact), strict=True))
+    assert write(model, tmp_path / "c", tokens=5000, **settings).tokens == short.tokens, "it is finished"
+    usual, calls = Staging.put, [0]
+
+    def killed(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == short.tokens // 200 + 2:
+            raise KeyboardInterrupt
+        usual(*args)
+
+    monkeypatch.setattr(Staging, "put", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        write(model, tmp_path / "d", tokens=5000, **settings)
+    monkeypatch.setattr(Staging, "put", usual)
+    again = write(model, tmp_path / "d", tokens=5000, **settings)
+    assert all(torch.equal(one, other) for one, other in zip(rows(again), rows(exact), strict=True))
+
+
+def test_a_source_too_short_goes_round_where_it_may(model: LanguageModel, tmp_path: Path) -> None:
     endless = HarvestSpec(context=ContextSpec(length=16), forward_contexts=16)
     assert write(model, tmp_path / "d", harvest_spec=endless, tokens=2000, shard_tokens=500).tokens == 2000
 

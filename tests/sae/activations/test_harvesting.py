@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
 from families import byte_level, tiny
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from lm import LanguageModel, Site, UserError, capture
 from sae.activations import ActivationBatch, ContextSpec, Harvester, HarvestSpec, MaskSpec, Texts, harvest, site_name
@@ -67,6 +71,25 @@ def test_several_sites_from_one_forward_equal_separate_runs() -> None:
         for one, many in zip(alone, together, strict=True):
             assert torch.equal(one.values, many[site])
             assert torch.equal(one.positions, many.positions)
+
+
+def test_tokens_that_are_only_flagged_as_special_are_left_out_too() -> None:
+    """As `<|im_start|>` is in many chat models: none of the tokenizer's named ones."""
+    model = llama()
+    letter = model.tokenizer("q", add_special_tokens=False)["input_ids"][0]
+    raw = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    flagged = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    raw["added_tokens"].append({"id": letter, "content": "q", **flagged})
+    model = replace(model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(raw))))
+    assert letter not in model.tokenizer.all_special_ids
+    context = ContextSpec(length=24, shuffle=False, epochs=1, pack=False)
+    spec = HarvestSpec(context=context, masks=MaskSpec(outliers=None))
+    texts = ("a quick one", "quit")
+    batches = list(harvest(model, Texts(texts=texts), SITES, spec))
+    kept = [token for batch in batches for token in batch.token_ids.tolist()]
+    everything = [token for text in texts for token in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert everything.count(letter) == 2
+    assert kept == [token for token in everything if token != letter]
 
 
 @pytest.mark.parametrize("pack", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -304,3 +305,36 @@ def test_sources_are_chosen_in_a_config() -> None:
     assert completed({"source": saved}, Config)["source"]["init_args"]["forms"] == ("statement",)
     with pytest.raises(UserError, match=r"did you mean 'source\.part'"):
         parse_config(Config, ["--source", "Builtin", "--source.parts", "forget"])
+
+
+@pytest.mark.parametrize("new_document", [None, " = [^=].* = $"])
+def test_a_text_is_the_same_with_whatever_line_ends_it_is_written(tmp_path: Path, new_document: str | None) -> None:
+    text = " = One = \n\n the first \n = Two = \n the second \n"
+    texts = []
+    for name, end in (("lf", "\n"), ("crlf", "\r\n"), ("cr", "\r")):
+        (tmp_path / f"{name}.txt").write_bytes(text.replace("\n", end).encode())
+        source = TextFiles(path=str(tmp_path / f"{name}.txt"), new_document=new_document)
+        texts.append([text for _, text in source.open(TOKENS).read(epoch=0, start=0, seed=None)])
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == (1 if new_document is None else 2)
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, lambda: metaspace(normalize=False)])
+def test_a_long_text_is_tokenized_in_pieces_with_the_tokens_of_the_whole(
+    make: Callable[[], PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "The quick  brown fox\n\n was born in Gdańsk, 中文 🐢 and lives there. " * 40
+    spec = ContextSpec(length=32, epochs=1, shuffle=False, separator=False)
+
+    def ids(longest: int) -> list[int]:
+        monkeypatch.setattr("sae.activations.contexts._LONGEST", longest)
+        walk = Contexts(Texts(texts=(text, "short")).open(make()), make(), spec)
+        return [token for context in walk for token in context.ids.tolist()]
+
+    assert ids(300) == ids(1 << 16)
+    monkeypatch.setattr("sae.activations.contexts._LONGEST", 300)
+    walk = Contexts(Texts(texts=(text,)).open(make()), make(), spec)
+    assert "".join(walk._pieces(text)) == text
+    if make is byte_level:
+        assert max(map(len, walk._pieces(text))) <= 300
+    assert walk._pieces("字" * 1000) == ["字" * 1000], "without a place to cut it stays whole"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from format_definitions import DEFINITIONS, by_llamascopium, by_saelens
-from format_files import FOREIGN, F, llamascopium, own, saelens, saelens5, sample
-from safetensors.torch import load_file
+from format_files import FOREIGN, F, K, dictionaries, llamascopium, openais, own, saelens, saelens5, sample
+from safetensors.torch import load_file, save_file
 
 from lm import EMBEDDING, Site, UserError, hub
 from sae import fold_scale, load_autoencoder, save_autoencoder
-from sae.formats import Format, Provenance, hook_name, read_densities, site_of
+from sae.formats import Format, Provenance, hook_name, openai, read_densities, site_of
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -178,3 +178,38 @@ def test_an_autoencoder_is_fetched_from_the_hub_without_pickles(
             load_autoencoder(name)
     with pytest.raises(UserError, match="leave revision out"):
         load_autoencoder(tmp_path, revision="v1")
+
+
+def test_rows_of_any_length_are_made_unit_ones_as_dictionary_learning_does(tmp_path: Path) -> None:
+    """Its April trainer leaves decoder rows as they are, and its loader moves their lengths to the encoder."""
+    folder, x = dictionaries(tmp_path, "AutoEncoder"), sample()
+    w = load_file(folder / "ae.safetensors")
+    norms = w["decoder.weight"].norm(dim=0)
+    assert float((norms - 1).abs().min()) > 1e-3
+    activations = ((x - w["bias"]) @ w["encoder.weight"].T + w["encoder.bias"]).relu() * norms
+    model = load_autoencoder(folder)
+    torch.testing.assert_close(model.encode(x).to_dense(), activations, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.w_dec.norm(dim=1), torch.ones(F))
+
+
+def test_a_state_dict_of_openais_train_is_a_topk_without_normalization(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's loader takes it for a ReLU, since the activation is not among the tensors; its own forward pass has k."""
+    folder, x = openais(tmp_path, {"activation": "ReLU"}), sample()
+    w = load_file(folder / openai.WEIGHTS)
+    w = {name: tensor for name, tensor in w.items() if name not in openai._COUNTERS[1:]}
+    save_file(w, folder / openai.WEIGHTS, {"activation": "ReLU"})  # as an earlier conversion wrote it
+    with pytest.raises(UserError, match=r"state dict of OpenAI's train.py, a TopK whose k it does not hold") as caught:
+        load_autoencoder(folder)
+    assert openai.WITH_K in str(caught.value)
+    monkeypatch.chdir(folder)
+    exec(openai.WITH_K.replace("K'", f"{K}'"), {})
+    values, indices = ((x - w["pre_bias"]) @ w["encoder.weight"].T + w["latent_bias"]).topk(K)
+    acts = torch.zeros(len(x), F).scatter(1, indices, values.relu())
+    torch.testing.assert_close(load_autoencoder(folder)(x), acts @ w["decoder.weight"].T + w["pre_bias"])
+    torch.save(w, folder / openai.PICKLE)
+    (folder / openai.WEIGHTS).unlink()
+    exec(openai.CONVERT, {})
+    with pytest.raises(UserError, match="whose k it does not hold"):
+        load_autoencoder(folder)

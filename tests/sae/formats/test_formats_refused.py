@@ -196,3 +196,21 @@ def test_a_threshold_that_nothing_passes_is_written_and_read(tmp_path: Path) -> 
     for format in ("saelens", "dictionary_learning"):
         save_autoencoder(model, tmp_path / format, format=format)  # type: ignore[arg-type]
         assert load_autoencoder(tmp_path / format).encode(sample()).values.numel() == 0
+
+
+def test_the_remedy_is_one_that_helps(tmp_path: Path) -> None:
+    """A gated file is gated for inference too; the folder above dictionary_learning's is named, and not called unknown."""
+    said = {}
+    for kind in ("gated", "matching_pursuit", "batchtopk"):
+        (tmp_path / kind).mkdir()
+        with pytest.raises(UserError) as caught:
+            load_autoencoder(saelens(tmp_path / kind, architecture=kind))
+        said[kind] = str(caught.value)
+    assert "save its inference form with SAELens first" in said["batchtopk"]
+    assert all(
+        "inference form" not in said[kind] and "use this one with SAELens" in said[kind] for kind in list(said)[:2]
+    )
+    (tmp_path / "save_dir" / "trainer_0").mkdir(parents=True)
+    (tmp_path / "save_dir" / "trainer_0" / "ae.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"give one of its folders, such as trainer_0"):
+        load_autoencoder(tmp_path / "save_dir")

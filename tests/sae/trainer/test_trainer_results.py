@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from made import SITE, Made
 from small_training import ALL, BATCH, FEATURES, K, equal, recipe, spec
 
+from lm import UserError
 from sae import SparseAutoencoder
 from sae.activations import ActivationBatch
 from sae.sharding import Mesh
@@ -148,3 +150,50 @@ def test_measures_in_bfloat16_are_those_of_the_file() -> None:
     assert result.autoencoder.encode(used).matches / len(used) == pytest.approx(
         result.measures["l0_exported"], rel=1e-3
     )
+
+
+def test_uniform_budgets_below_a_token_a_feature_keep_l0() -> None:
+    """96 features with k 1, scored on 24 tokens: a quarter of a token is due to each."""
+    settings = recipe(
+        steps=6,
+        batch_tokens=96,
+        held_out_tokens=24,
+        calibrate_tokens=96,
+        calibrate_on="training",
+        zipf={"budgets": "uniform"},
+    )
+    held_out = {SITE: next(Made(batch=24, seed=0)).values}
+    one = spec("feature", features=96, k=1)
+    results = train_on_stream(Made(batch=96), named([one], [SITE]), settings, held_out=held_out, show=False)
+    assert results is not None
+    assert 0.8 < results[0].measures["l0"] <= 1.0
+
+
+def test_dead_features_are_counted_in_training_and_not_on_a_few_held_out_tokens() -> None:
+    held_out = {SITE: next(Made(batch=70, seed=0)).values}
+    settings = recipe(steps=20, calibrate_tokens=32, held_out_tokens=8, auxiliary={"window": 10**7})
+    loop = Loop(Made(batch=BATCH), named([spec("token")], [SITE]), settings, Mesh(), torch.device("cpu"))
+    loop.sample, loop.held_out = {}, {SITE: held_out[SITE][:8]}
+    (result,) = loop.train(resume=False, stop_at=None, show=False) or []
+    never = (loop.members[0].firings.silent == 20 * BATCH).double().mean()
+    assert result.dead_in_training == pytest.approx(float(never))
+    assert result.measures["dead"] > result.dead_in_training
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (torch.ones(64, 9), "held_out is (64, 9) at resid at layer 0 and what is trained on is 8 wide"),
+        (torch.full((64, 8), torch.nan), "held_out holds NaN or infinity at resid at layer 0"),
+        (torch.full((64, 8), torch.inf), "held_out holds NaN or infinity at resid at layer 0"),
+    ],
+)
+def test_held_out_tokens_are_looked_at_before_training(bad: torch.Tensor, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        train_on_stream(Made(batch=BATCH), named(ALL, [SITE]), recipe(), held_out={SITE: bad}, show=False)
+
+
+def test_a_sample_of_less_than_a_firing_a_feature_is_refused() -> None:
+    settings = recipe(calibrate_tokens=20)
+    with pytest.raises(UserError, match=r"cannot be calibrated on 20 tokens with k 1.*calibrate_tokens to at least 24"):
+        train_on_stream(Made(batch=BATCH), named([spec("feature", k=1)], [SITE]), settings, show=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,9 +21,25 @@ from lm import ModelSpec, UserError
 from lm.config import parse_config
 from lm.run_folder import RunFolder
 from sae import load_autoencoder
-from sae.activations import ActivationFiles, BufferSpec, ContextSpec, HarvestSpec, Rows, Texts
+from sae.activations import (
+    ActivationFiles,
+    BufferSpec,
+    Builtin,
+    CacheSpec,
+    ContextSpec,
+    HarvestSpec,
+    MaskSpec,
+    ReadSpec,
+    Rows,
+    Source,
+    TextFiles,
+    Texts,
+)
+from sae.activations.config import HarvestConfig
+from sae.activations.stage import run_harvest
 from sae.formats import read_densities
 from sae.trainer import AutoencoderSpec, NoSource, TrainerConfig, TrainSaeConfig, ZipfSpec, run_train_sae
+from sae.trainer.stage import describe
 from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -90,7 +107,7 @@ def test_a_folder_each_in_the_native_format(tiny: Path, unbroken: Path) -> None:
         assert facts["activations"]["masked"]["kept"] > 0
         assert facts["backend"] == "cpu"
         assert facts["thresholds"] == ("none" if "token" in name else "held_out")
-        assert facts["num_dead_features"] == int((densities == 0).sum())
+        assert facts["num_dead_features"] == round(measures["dead_in_training"] * 48)
         assert measures["ce_zero"] > 0
         assert 0 <= measures["kl"] != measures["kl_zero"]
         assert facts["held_out"]["ce_recovered"] == measures["ce_recovered"]
@@ -102,6 +119,15 @@ def test_a_folder_each_in_the_native_format(tiny: Path, unbroken: Path) -> None:
     assert [entry["step"] for entry in timed] == [2, 4, 6, 8, 10, 12]
     assert sum(entry.get("ms/forward", 0.0) for entry in timed) > 0  # not every step has to fill the buffer
     assert all(value >= 0 for entry in timed for name, value in entry.items() if name.startswith("ms/"))
+
+
+def test_rounds_over_the_same_text_are_remarked(tiny: Path, unbroken: Path) -> None:
+    settings = config(tiny, unbroken)
+    rounds = RunFolder(unbroken).manifest["rounds"]
+    assert rounds > 2
+    said = describe(settings, {name: unbroken / name for name in json.loads((unbroken / "results.json").read_text())})
+    assert f"the activations were read {rounds:.1f} times over" in said
+    assert "of its features dead in training" in said
 
 
 def test_a_finished_run_is_left_alone(tiny: Path, unbroken: Path) -> None:
@@ -241,8 +267,8 @@ def test_what_cannot_be_is_refused_before_training(tiny: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="holds no text"):
         run_train_sae(config(tiny, tmp_path / "b", source=Texts(texts=("",))))
     one = HarvestSpec(context=ContextSpec(length=24, epochs=1), forward_contexts=2)
-    with pytest.raises(UserError, match=r"holds only \d+ tokens in whole batches"):
-        run_train_sae(config(tiny, tmp_path / "c", harvest=one, trainer={"steps": 500}))
+    with pytest.raises(UserError, match="the activations ended before training began"):
+        run_train_sae(config(tiny, tmp_path / "c", harvest=one, trainer={"start_tokens": 5000}))
     assert not (tmp_path / "a").exists()
 
 
@@ -265,3 +291,96 @@ def test_the_script_on_the_builtin_model(tmp_path: Path) -> None:
     assert len(said) == 3
     assert "fvu" in said[0]
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["devices"]["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "held_out"),
+    [
+        ("builtin", Builtin(), Builtin(part="unseen")),
+        ("builtin:retain_model", Builtin(part="retain"), Builtin(part="unseen")),
+        ("builtin", Builtin(part="unseen"), NoSource()),
+        ("builtin", Texts(texts=("a",)), NoSource()),
+        ("builtin", ActivationFiles(path="somewhere"), NoSource()),
+        ("some/model", Builtin(), NoSource()),
+    ],
+)
+def test_what_is_held_out_by_default_suits_model_and_text(model: str, source: Source, held_out: Source) -> None:
+    """The built-in world's people are no held-out text of another model: thresholds and measures would be of that text."""
+    assert TrainSaeConfig(model=ModelSpec(path=model), source=source).held_out_source == held_out
+    given = Texts(texts=("mine",))
+    assert TrainSaeConfig(model=ModelSpec(path=model), source=source, held_out=given).held_out_source == given
+
+
+def test_held_out_is_given_by_words_as_before() -> None:
+    words = ["--held_out", "TextFiles", "--held_out.path", "x.txt", "--source", "TextFiles", "--source.path", "y.txt"]
+    assert parse_config(TrainSaeConfig, words).held_out == TextFiles(path="x.txt")
+    assert parse_config(TrainSaeConfig, words[4:]).held_out_source == NoSource()
+
+
+def test_a_cache_of_another_model_or_reading_is_refused_and_names_its_model(tiny: Path, tmp_path: Path) -> None:
+    settings = config(tiny, tmp_path / "run")
+    cached = HarvestConfig(
+        model=settings.model,
+        source=settings.source,
+        sites=settings.sites,
+        harvest=settings.harvest,
+        cache=CacheSpec(tokens=96, shard_tokens=64),
+        out=str(tmp_path / "cache"),
+    )
+    run_harvest(cached)
+    files = ActivationFiles(path=cached.out)
+    alike = dataclasses.replace(settings, source=files)
+    for name, other, says in (
+        ("model", ModelSpec(path="builtin", device="cpu"), "has weights .* give the model that made it"),
+        ("model", dataclasses.replace(settings.model, dtype="bfloat16"), "has (weights|dtype) .* in its type"),
+        (
+            "harvest",
+            HarvestSpec(context=ContextSpec(length=16)),
+            r"harvest\.context\.length 24 and held_out has 16: set",
+        ),
+        ("harvest", HarvestSpec(context=ContextSpec(length=24), masks=MaskSpec(first=1)), r"harvest\.masks\.first 0"),
+    ):
+        with pytest.raises(UserError, match=says):
+            run_train_sae(dataclasses.replace(alike, **{name: other}))  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+    folders = run_train_sae(
+        dataclasses.replace(
+            alike,
+            model=ModelSpec(),  # not loaded
+            held_out=files,
+            trainer=dataclasses.replace(settings.trainer, recovered_contexts=0),
+        )
+    )
+    facts = load_autoencoder(next(iter(folders.values()))).metadata
+    assert facts["model_name"].endswith("model")
+    assert (facts["context_size"], facts["exclude_special_tokens"]) == (24, True)
+
+
+def test_files_that_end_too_early_are_refused_before_training(tiny: Path, tmp_path: Path) -> None:
+    save_file({"activations": torch.randn(640, 32)}, tmp_path / "plain.safetensors")
+    settings = config(
+        tiny,
+        tmp_path / "run",
+        source=ActivationFiles(path=str(tmp_path / "plain.safetensors")),
+        held_out=NoSource(),
+        sites=("resid.0",),
+        reading=ReadSpec(epochs=1),
+        trainer={"steps": 19, "recovered_contexts": 0},
+    )
+    with pytest.raises(UserError, match=r"end after 640 tokens, .* need 672: .* or trainer.steps to 18 at most"):
+        run_train_sae(settings)
+    assert not (tmp_path / "run").exists()
+    run_train_sae(dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, steps=18)))
+
+
+def test_text_that_ended_too_early_leaves_what_was_trained(tiny: Path, tmp_path: Path) -> None:
+    """The remedy that the message names is one that is taken: fewer steps, from the checkpoint where the text ended."""
+    once = HarvestSpec(context=ContextSpec(length=24, epochs=1), forward_contexts=2)
+    few = {"steps": 500, "batch_tokens": 16, "start_tokens": 16}
+    settings = config(tiny, tmp_path / "run", harvest=once, buffer=BufferSpec(tokens=32, lanes=4), trainer=few)
+    with pytest.raises(UserError, match=r"ended after \d+ of 500 steps: the same with trainer.steps") as caught:
+        run_train_sae(settings)
+    (step,) = re.findall(r"trainer\.steps (\d+) and resume true", str(caught.value))
+    fewer = dataclasses.replace(settings.trainer, steps=int(step))
+    folders = run_train_sae(dataclasses.replace(settings, trainer=fewer, resume=True))
+    assert all((folder / "sae_weights.safetensors").is_file() for folder in folders.values())
