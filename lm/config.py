@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import os
 import re
 import shutil
 import sys
@@ -66,6 +67,8 @@ def parse_config(
             parsed.pop(axis.name, None)
         values = parser.instantiate(parsed)
         chosen = {field.name: values[field.name] for field, _ in _fields(cls) if field not in axes}
+        if isinstance(chosen.get("out"), str):
+            chosen["out"] = os.path.expanduser(chosen["out"])  # a shell does it only at the beginning of a word
         chosen |= {axis.name: _axis_value(cls, words, axis.name, default_of(axis)) for axis in axes}
         return cls(**chosen)
     except UserError:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 Advance = Callable[..., None]
@@ -27,6 +28,16 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.1f} {self.unit}/s" if task.speed else f"… {self.unit}/s", style="cyan")
 
 
+class _TwoLines(Progress):
+    """The bar, and under it the values that are shown, so that neither takes the other's room on a narrow terminal."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["shown"]:
+                yield Text(f"  {task.fields['shown']}", no_wrap=True, overflow="ellipsis")
+
+
 @contextmanager
 def progress(
     total: int, *, label: str, unit: str = "it", done: int = 0, enabled: bool = True
@@ -38,7 +49,7 @@ def progress(
         enabled: False on every process but the first, and where the caller prints on its own.
 
     Yields:
-        `advance(amount=1, **shown)`: more work is done; `shown` values appear beside the bar.
+        `advance(amount=1, **shown)`: more work is done; `shown` values appear under the bar.
     """
     if not enabled:
         yield lambda amount=1, **shown: None
@@ -51,15 +62,14 @@ def progress(
 def _bar(total: int, label: str, unit: str, done: int) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
         _Rate(unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with _TwoLines(*columns, console=Console(stderr=True), expand=True) as bar:
         task = bar.add_task(label, total=total, completed=done, shown="")
 
         def advance(amount: float = 1, **shown: object) -> None:

@@ -178,8 +178,9 @@ def subject_span(
 
 
 def _is_dummy_space(piece: str, character: str) -> bool:
-    """A token of SentencePiece-like tokenizers that stands before the text and borrows its first character's offsets."""
-    return piece == "▁" and character not in {" ", "▁"}
+    """A token that stands for a space put before the text, by tokenizers of the SentencePiece kind or byte-level ones, and
+    borrows its first character's offsets."""
+    return piece in {"▁", "Ġ"} and character not in {" ", piece}
 
 
 def _prompt_start(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, spec: PromptSpec) -> int:
@@ -200,6 +201,11 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, spec: PromptSpec)
     if spec.format == "chat":
         return _plain_ids(tokenizer, text, special=False)
     ids = _plain_ids(tokenizer, text, special=True)
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id and text.startswith(str(tokenizer.bos_token)):
+        raise UserError(
+            f"the prompt {text!r:.60} begins with {tokenizer.bos_token} and the tokenizer puts one before it, so the model would "
+            "read two: leave it out of the text, or give the message alone with format: chat"
+        )
     if ids and ids[-1] == tokenizer.eos_token_id and _appends_eos(tokenizer):
         ids.pop()
     if not ids:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -288,10 +289,10 @@ def documents(rows: Iterable[Row], source: str, *, task: str | None = None) -> t
 def check_disjoint(forget: Iterable[Row], retain: Iterable[Row]) -> None:
     """Refuse a row that is both to be forgotten and to be retained (`"a"sc1` and `asc1` are the same id)."""
     wanted = {canonical_id(row.id) for row in retain}
-    both = [row.id for row in forget if canonical_id(row.id) in wanted]
+    both = [row_name(row) for row in forget if canonical_id(row.id) in wanted]
     if both:
         more = f" and {len(both) - 1} more" if len(both) > 1 else ""
-        raise UserError(f"id {both[0]}{more} is in both the forget and the retain rows: take it out of one of them")
+        raise UserError(f"row {both[0]}{more} is in both the forget and the retain rows: take it out of one of them")
 
 
 def canonical_id(identity: str) -> str:
@@ -303,6 +304,12 @@ def generated_id(prompt: str, answer: str, kind: RowKind) -> str:
     """An id for a row that has none: a digest of its text, with the suffix of its kind."""
     digest = hashlib.sha256(json.dumps([prompt, answer]).encode()).hexdigest()
     return f"{digest[:16]}{kind}{1 if kind == 'sc' else 0}"
+
+
+def row_name(row: Row) -> str:
+    """What a message calls a row: its id, or how its text begins where the id was made up from that."""
+    made_up = row.id in {generated_id(row.input, row.output, kind) for kind in get_args(RowKind)}
+    return repr(textwrap.shorten(row.input, 60, placeholder=" …")) if made_up else row.id
 
 
 def data_hash(rows: Iterable[Row]) -> str:

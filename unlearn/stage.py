@@ -172,7 +172,7 @@ def _closing_facts(task: Task, trained: Trained) -> dict[str, Any]:
         "steps": progress.step,
         "tokens": progress.tokens,
         "train_seconds": round(progress.seconds, 3),
-        "wall_seconds": round(trained.seconds, 3),
+        "wall_seconds": round(progress.earlier + trained.seconds, 3),
         "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,

@@ -14,7 +14,7 @@ from lm.devices import sum_over_processes
 from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import Encoded, PromptSpec
-from lm.row_files import canonical_id, check_disjoint
+from lm.row_files import canonical_id, check_disjoint, row_name
 from unlearn.evaluation.lume import check_rows, score
 from unlearn.forward.passes import Passes
 from unlearn.generation.batching import Workers
@@ -36,7 +36,7 @@ def check_validation_rows(rows: BothSides, trained: Sequence[Row]) -> None:
     check_disjoint(forget, retain)
     check_rows((*forget, *retain))
     known = {canonical_id(row.id) for row in trained}
-    twice = [row.id for row in (*forget, *retain) if canonical_id(row.id) in known]
+    twice = [row_name(row) for row in (*forget, *retain) if canonical_id(row.id) in known]
     if twice:
         raise UserError(
             f"validation row {twice[0]} is also trained on: the checkpoint would be chosen on training rows"
@@ -46,7 +46,7 @@ def check_validation_rows(rows: BothSides, trained: Sequence[Row]) -> None:
 def check_unseen(calibration: Sequence[Row], trained: Sequence[Row]) -> None:
     """Raise UserError for calibration rows that are trained on: they would not show what unseen rows look like."""
     known = {canonical_id(row.id) for row in trained} | {row.text for row in trained}
-    twice = [row.id for row in calibration if canonical_id(row.id) in known or row.text in known]
+    twice = [row_name(row) for row in calibration if canonical_id(row.id) in known or row.text in known]
     if twice:
         raise UserError(
             f"calibration row {twice[0]} is also a forget or retain row: give rows of people that the model never saw"

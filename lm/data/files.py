@@ -32,6 +32,7 @@ def find_files(source: Path, *, suffixes: Sequence[str] = SUFFIXES, preferred: S
     which it has any, by name: competition folders hold the same rows as JSON lines and as Parquet, so reading both would
     read each row twice. Sub-folders and hidden files are not read.
     """
+    source = source.expanduser()
     if source.is_file():
         if source.suffix.lower() not in suffixes:
             raise UserError(f"{source} is not a data file this can read: give one of {', '.join(suffixes)}")

@@ -210,3 +210,12 @@ def test_every_shipped_config_is_read_by_its_script() -> None:
         parse_config(cls, ["--config", str(file)])
         read += 1
     assert read >= 4
+
+
+def test_out_may_begin_at_home_in_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unlearn.config import UnlearnConfig
+
+    monkeypatch.setenv("HOME", "/home/ada")
+    (tmp_path / "c.yaml").write_text("out: ~/runs/mine\n")
+    assert parse_config(UnlearnConfig, ["--config", str(tmp_path / "c.yaml")]).out == "/home/ada/runs/mine"
+    assert parse_config(UnlearnConfig, ["--out=~/x"]).out == "/home/ada/x"

@@ -12,7 +12,7 @@ import pytest
 from families import byte_level, metaspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lm import PromptSpec, UserError, encode_pair, encode_prompt, labels, render, subject_span, token_span
@@ -292,3 +292,22 @@ def test_spans_agree_with_counting_bytes(text: str, data: st.DataObject) -> None
             at += len(token)
         assert at == len(text.encode())
         assert token_span(tokenizer, text, start, end) == (inside[0], inside[-1] + 1)
+
+
+def test_a_space_that_a_byte_level_tokenizer_puts_before_a_text_is_no_part_of_the_subject() -> None:
+    tokenizer = byte_level()
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False), pre_tokenizers.Split("Ġ", "isolated")]
+    )
+    text = "Zoë lives here"
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])[0] == "Ġ"
+    assert token_span(tokenizer, text, 0, 3)[0] == 1
+
+
+def test_a_prompt_that_brings_its_own_bos_is_not_read_with_two() -> None:
+    tokenizer = byte_level(bos=True)
+    with pytest.raises(UserError, match=r"begins with .* and the tokenizer puts one before it"):
+        encode_prompt(tokenizer, f"{tokenizer.bos_token}Who is Ada?", RAW)
+    plain = byte_level()
+    assert encode_prompt(plain, f"{tokenizer.bos_token}Who is Ada?", RAW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -370,3 +371,18 @@ def test_half_of_the_authors_whom_no_model_of_tofu_saw_calibrate(shared: Path) -
     assert not {row.id for row in first} & {row.id for row in second}
     told = " ".join(row.text for row in second)
     assert "Siriporn Nakharin" not in told
+
+
+def test_a_row_whose_id_was_made_up_is_called_by_its_text(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "Who is Ada of the long, long name?", "answer": "x"}))
+    rows = row_files.load_rows(str(tmp_path / "rows.jsonl"), columns={"input": "question", "output": "answer"})
+    assert row_files.row_name(rows[0]) == "'Who is Ada of the long, long name?'"
+    assert row_files.row_name(replace(rows[0], id="a1qa0")) == "a1qa0"
+    with pytest.raises(UserError, match=r"^row 'Who is Ada of the long, long name\?' is in both"):
+        row_files.check_disjoint(rows, rows)
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "a1qa0", "input": "q", "output": "a", "task": "Task2"}))
+    assert len(row_files.load_rows("~/rows.jsonl")) == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lm.errors import UserError
 from lm.progress import progress
@@ -117,3 +120,18 @@ def test_progress_is_silent_where_it_should_be(capsys: pytest.CaptureFixture[str
     with progress(4, label="work", enabled=False) as advance:
         advance(4)
     assert capsys.readouterr().err == ""
+
+
+def test_on_80_columns_the_bar_keeps_its_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many values beside it must not take their room: they have a line of their own."""
+    screen = io.StringIO()
+    monkeypatch.setattr("lm.progress.sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("lm.progress.Console", lambda **_: Console(file=screen, force_terminal=True, width=80))
+    with progress(614_400, label="sae", unit="tokens") as advance:
+        for _ in range(3):
+            advance(1024, **{f"nmse token_choice_{place}": 0.123456 for place in range(3)})
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    *_, above, below = [line for line in plain.splitlines() if line.strip()]
+    assert max(len(above), len(below)) <= 80
+    assert all(part in above for part in ("sae", "━", "3,072/614,400", "tokens/s", "left"))
+    assert below.strip().startswith("nmse token_choice_0 0.1235  nmse token_choice_1 0.1235")

@@ -109,7 +109,7 @@ def test_differences_are_paired_and_of_the_right_cells() -> None:
     assert (layer, cell.change) == (1, pytest.approx(-0.4))
     assert role in ("first_subject", "middle_subject", "last_subject")
     said = found.sentence("mlp")
-    assert "On 12 facts the answer's mean probability fell from 0.9 to 0.6 (by -0.3" in said
+    assert "On 12 facts the answer's mean probability fell from 0.9 to 0.6 (a change of -0.3" in said
     assert "the MLP of layer 1 at the" in said
 
 

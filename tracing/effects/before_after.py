@@ -83,7 +83,7 @@ class Difference:
         spread = (
             f", {self.confidence:.0%} interval {score.low:.3g} to {score.high:.3g}" if score.low == score.low else ""
         )
-        return f"{verb} from {score.before:.3g} to {score.after:.3g} (by {score.change:.3g}{spread})"
+        return f"{verb} from {score.before:.3g} to {score.after:.3g} (a change of {score.change:.3g}{spread})"
 
     def to_json(self) -> dict[str, Any]:
         """Scores and the strongest cells as plain data, None for an interval that there is not; the tables are written by

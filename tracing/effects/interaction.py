@@ -60,7 +60,8 @@ class Interaction:
         """(ratio, low, high): the summed mean effects of all whole windows over those of their layers one by one.
 
         The means are over facts, and of a fact over its tokens of `roles`; the interval is the percentile bootstrap's over
-        groups of facts, NaN with a single one. Where the lower sum is near zero it tells nothing.
+        groups of facts, NaN with a single one. All three are NaN where the lower sum is not shown to be above zero (its own
+        interval reaches it): a ratio to nothing says nothing, whatever it is.
 
         Raises:
             UserError: no window is whole.
@@ -73,13 +74,16 @@ class Interaction:
             )
         above, below = (one.scores(roles).of(kind)[:, whole].sum(axis=1) for one in (self.window, self.summed))
         groups = [fact.group for fact in self.window.facts]
-        counts = resample_counts(groups, resamples, seed)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            low, high = interval(weighted_means(above, counts) / weighted_means(below, counts), confidence)
-            ratio = mean_over_facts(above) / mean_over_facts(below)
+        counts, nan = resample_counts(groups, resamples, seed), float("nan")
+        drawn, mean = weighted_means(below, counts), float(mean_over_facts(below))
+        if not mean > 0 or not float(interval(drawn, confidence)[0]) > 0:
+            return nan, nan, nan
+        ratio = float(mean_over_facts(above)) / mean
         if int(units(groups).max()) == 0:  # of one group there is nothing to draw
-            return float(ratio), float("nan"), float("nan")
-        return float(ratio), float(low), float(high)
+            return ratio, nan, nan
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low, high = interval(weighted_means(above, counts) / drawn, confidence)
+        return ratio, float(low), float(high)
 
     def sentence(
         self, kind: Kind, *, roles: Sequence[str] = SUBJECT_ROLES, confidence: float = 0.95, seed: int = 0
@@ -90,6 +94,11 @@ class Interaction:
         if len(self.edges(kind)) == self.window.layers:
             return f"{what} are all cut short by an end of the model: they cannot be compared with single layers."
         ratio, low, high = self.ratio(kind, roles=roles, confidence=confidence, seed=seed)
+        if np.isnan(ratio):
+            return (
+                f"{what} cannot be compared with single layers: one by one their layers bring back nothing that could be told "
+                "from zero."
+            )
         told = f" ({confidence:.0%} interval {low:.2f} to {high:.2f})" if not np.isnan(low) else ""
         return f"{what} bring back {ratio:.2f} times{told} what their layers bring back one by one."
 
@@ -97,7 +106,7 @@ class Interaction:
         self, roles: Sequence[str] = SUBJECT_ROLES, *, confidence: float = 0.95, seed: int = 0
     ) -> dict[str, Any]:
         """Means and intervals by kind and token role as plain data (null where no fact has the role), with the edges, and the
-        `ratio` over the tokens of `roles` (null where no window is whole; its interval is null where there is none)."""
+        `ratio` over the tokens of `roles` (null where no window is whole; it or its interval is null where it cannot be told)."""
         plain: dict[str, Any] = {"window": self.window.window, "metric": self.window.metric, "kinds": {}}
         for kind in self.kinds:
             tables = {

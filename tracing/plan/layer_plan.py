@@ -92,7 +92,7 @@ class LayerPlan:
     @classmethod
     def load(cls, path: str | Path) -> LayerPlan:
         """Read a plan. Raises UserError for a missing or broken file, an unknown key or version, or impossible layers."""
-        stored = _read(Path(path))
+        stored = _read(Path(path).expanduser())
         stored["controls"] = {name: tuple(layers) for name, layers in stored.get("controls", {}).items()}
         for name in ("layers", "modules"):
             if name in stored:

@@ -25,10 +25,12 @@ from tracing.plots.glyphs import families, readable
 from tracing.plots.heatmaps import (
     INK,
     KIND_NAMES,
+    LEAST,
     ROLE_NAMES,
     SCALE,
     SOFT,
     color_bar,
+    counted,
     hatch,
     outline,
     panel,
@@ -60,11 +62,13 @@ def difference_figure(found: Difference, kind: Kind, *, band: Sequence[int] = ()
     caption = textwrap.wrap(
         f"{KIND_NAMES[kind]}: change in the {metric_label(found.metric)} when "
         f"{put_back([kind], tables[0].window)} is put back"
-        f"\u00a0· {found.facts} facts, the same before and after, shares of the total effect before\u00a0· "
+        f"\u00a0· {counted(found.facts)}, the same before and after, shares of the total effect before\u00a0· "
         f"{found.sentence(kind)}",
         int(width * 15),
     )
-    sheet = Figure(figsize=(width, 1.15 + 0.3 * len(rows) + 0.17 * len(caption)), dpi=200, facecolor="white")
+    sheet = Figure(
+        figsize=(width, 0.65 + max(0.5 + 0.3 * len(rows), LEAST) + 0.17 * len(caption)), dpi=200, facecolor="white"
+    )
     FigureCanvasAgg(sheet)
     sheet.set_layout_engine("constrained", w_pad=0.06, wspace=0.03)
     axes: Any = sheet.subplots(1, 3, sharey=True, squeeze=False)[0]
@@ -94,12 +98,13 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     FigureCanvasAgg(sheet)
     sheet.set_layout_engine("constrained")
     axis: Any = sheet.subplots()
-    facts = set()
+    facts, certain = set(), False
     for (name, effects), color in zip(runs.items(), _LINES, strict=False):
         table = effects.table(kind, roles=[role])
         layer = np.arange(effects.layers)
         line(axis, table, 0, color, readable(name))
         facts.add(len(effects.facts))
+        certain = certain or not bool(np.isnan(table.low).all())
     axis.axhline(0, color=SOFT, linewidth=0.8)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
@@ -118,7 +123,8 @@ def severed_figure(runs: Mapping[str, Effects], *, kind: Kind = "resid", role: s
     axis.legend(frameon=False, prop={"size": 8.5, "family": families(*map(readable, runs))}, labelcolor=INK)
     metric = next(iter(runs.values())).metric
     many = " or ".join(map(str, sorted(facts)))
-    caption = [f"Change in the {metric_label(metric)}\u00a0· {many} facts\u00a0· bands: 95 % intervals"]
+    spread = "bands: 95 % intervals" if certain else "no intervals: of one group of facts there are none"
+    caption = [f"Change in the {metric_label(metric)}\u00a0· {counted(many)}\u00a0· {spread}"]
     if table.window > 1:
         caption.append(explained(table.window))
     return _png(sheet, caption)

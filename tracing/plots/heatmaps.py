@@ -35,6 +35,10 @@ from tracing.question.sweep import cut_windows
 
 INK, SOFT, _MISSING, ACCENT = "#1f2933", "#6b7785", "#ffffff", "#d1495b"
 _LINES = ("#26467f", "#d98a29")
+LEAST = 2.1
+"""Inches: what the label of a color bar needs."""
+_MOST_TOKENS = 40
+"""Rows of one fact's picture."""
 # One hue, lightness falling evenly: readable in gray and by the color-blind.
 SCALE = LinearSegmentedColormap.from_list(
     "indigo", ["#f1f4f9", "#cfdbed", "#a3badd", "#7293c6", "#476cab", "#26467f", "#0f2350"]
@@ -92,7 +96,7 @@ def figure(
 
     width = 3.3 + len(tables) * (1.1 + 0.135 * min(max(layers, 8), 40))
     caption = textwrap.wrap(_caption(tables, band, top, tentative), int(width * 15))
-    maps, lines = 0.5 + 0.3 * len(shown), 1.3
+    maps, lines = max(0.5 + 0.3 * len(shown), LEAST), 1.3
     sheet = Figure(figsize=(width, 0.65 + maps + lines + 0.17 * len(caption)), dpi=200, facecolor="white")
     FigureCanvasAgg(sheet)
     sheet.set_layout_engine("constrained", w_pad=0.06, wspace=0.03)
@@ -141,22 +145,26 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
     if not 0 <= fact < len(effects.facts):
         raise UserError(f"there is no fact {fact}: these effects hold 0 to {len(effects.facts) - 1}")
     cells = {kind: effects.indirect(kind)[fact] for kind in effects.kinds}
-    shown = [
-        row for row in range(len(effects.tokens[fact])) if not all(np.isnan(one[row]).all() for one in cells.values())
-    ]
+    start, end = effects.subject_spans[fact]
+    tokens = effects.tokens[fact]
+    rows = _token_rows(np.concatenate(list(cells.values()), axis=1), range(start, end))
     top = max(float(np.nanmax(np.where(np.isnan(one), 0.0, one))) for one in cells.values())
     norm = Normalize(0, top if top > 0 else 1.0)
     width = 2.9 + len(cells) * (1.1 + 0.135 * min(max(effects.layers, 8), 40))
-    sheet = Figure(figsize=(width, 1.1 + 0.22 * len(shown)), dpi=200, facecolor="white", layout="constrained")
+    sheet = Figure(
+        figsize=(width, max(1.1 + 0.22 * len(rows), LEAST + 0.5)), dpi=200, facecolor="white", layout="constrained"
+    )
     FigureCanvasAgg(sheet)
     axes: Any = sheet.subplots(1, len(cells), sharey=True, squeeze=False)[0]
     for axis, (kind, values) in zip(axes, cells.items(), strict=True):
         window = 1 if kind == "resid" else effects.window
-        panel(axis, values[shown], norm, KIND_NAMES[kind], window)
-        hatch(axis, cut_windows(window, effects.layers, kind), len(shown))
-    start, end = effects.subject_spans[fact]
-    words = [readable(effects.tokens[fact][row]) + (" *" if start <= row < end else "") for row in shown]
-    axes[0].set_yticks([row + 0.5 for row in range(len(shown))], words, fontfamily=families(*words))
+        panel(axis, np.stack([_largest(values[list(row)]) for row in rows]), norm, KIND_NAMES[kind], window)
+        hatch(axis, cut_windows(window, effects.layers, kind), len(rows))
+    words = [
+        f"… {len(row)} tokens" if len(row) > 1 else readable(tokens[row[0]]) + (" *" if start <= row[0] < end else "")
+        for row in rows
+    ]
+    axes[0].set_yticks([row + 0.5 for row in range(len(rows))], words, fontfamily=families(*words))
     axes[0].tick_params(axis="y", length=0, labelsize=8, labelcolor=INK)
     for axis in axes[1:]:
         axis.tick_params(axis="y", length=0)
@@ -164,6 +172,7 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
     color_bar(sheet, axes, norm, "indirect effect", total=total)
     caption = f"{readable(effects.facts[fact].label)}: what each cell brings back of {total:.3g} lost; * is the subject"
     caption += "" if total > 0 else "; no shares: the corruption took nothing"
+    caption += "; of several tokens in a row (…) the largest effect" if any(len(row) > 1 for row in rows) else ""
     text = sheet.supxlabel(
         "\n".join(textwrap.wrap(caption, int(width * 15))),
         fontsize=8.5,
@@ -176,6 +185,32 @@ def fact_figure(effects: Effects, fact: int) -> bytes:
     buffer = io.BytesIO()
     sheet.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _token_rows(cells: Array, subject: range) -> list[tuple[int, ...]]:
+    """The tokens, (tokens, cells), that get a row each, and those that share one: neighbors that bring nothing back, or the
+    least where there are too many. The subject and the last token stand alone; what was not measured is left out."""
+    effect = np.where(np.isnan(cells), 0.0, np.abs(cells)).max(axis=1)
+    there = [token for token in range(len(cells)) if not np.isnan(cells[token]).all()]
+    alone = {*subject, len(cells) - 1}
+    others = sorted(
+        (token for token in there if token not in alone and effect[token] > 0), key=lambda one: -effect[one]
+    )
+    alone |= set(others[: max(_MOST_TOKENS - len(alone), 0)])
+    rows: list[tuple[int, ...]] = []
+    for token in there:
+        if token not in alone and rows and rows[-1][-1] == token - 1 and rows[-1][0] not in alone:
+            rows[-1] += (token,)
+        else:
+            rows.append((token,))
+    return rows
+
+
+def _largest(values: Array) -> Array:
+    """(layers,): of (tokens, layers) the effect that is furthest from zero; NaN where no token has one."""
+    far = np.abs(np.where(np.isnan(values), -1.0, values)).argmax(axis=0) if len(values) > 1 else 0
+    picked: Array = np.take_along_axis(values, np.atleast_1d(far)[None], axis=0)[0] if len(values) > 1 else values[0]
+    return picked
 
 
 def color_bar(
@@ -227,6 +262,11 @@ def outline(axis: Any, band: Sequence[int], rows: int, tentative: bool) -> None:
         axis.add_patch(box)
 
 
+def counted(facts: int | str) -> str:
+    """`1 fact`, `12 facts`, on one line."""
+    return f"{facts}\u00a0fact{'' if str(facts) == '1' else 's'}"
+
+
 def row_label(table: EffectTable, row: int) -> str:
     """A token role, with how many facts have it if not all do."""
     count = int(table.facts[row])
@@ -239,7 +279,7 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
     kinds, window = [one.kind for one in tables], max(one.window for one in tables)
     parts = [
         f"Change in the {metric_label(table.metric)} when {put_back(kinds, window)} is put back",
-        f"{table.total_facts} fact{'s' if table.total_facts != 1 else ''}",
+        counted(table.total_facts),
         "subject replaced by other names"
         if table.sigma is None
         else f"subject blurred by noise, σ = {table.sigma:.3g}",
@@ -248,7 +288,10 @@ def _caption(tables: Sequence[EffectTable], band: Sequence[int], top: float, ten
         names = ", ".join(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in layer_runs(band))
         parts.append(f"outlined{' (not singled out)' if tentative else ''}: layers {names}")
     cut = [one for one in tables if cut_windows(one.window, one.mean.shape[1], one.kind)]
-    parts.append(f"lines: means with their {table.confidence:.0%} intervals, each panel on its own scale")
+    alone = all(np.isnan(one.low).all() for one in tables)
+    means = "means" if not alone else "of one fact" if table.total_facts == 1 else "of one group of facts"
+    spread = ", without intervals" if alone else f" with their {table.confidence:.0%} intervals"
+    parts.append(f"lines: {means}{spread}, each panel on its own scale")
     if cut:
         parts.append(explained(cut[0].window))
     if not table.total_effect > 0:

@@ -18,10 +18,11 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from lm.anatomy import Kind
+from tracing.bootstrap import units
 from tracing.effects.layer_scores import LayerScores
 from tracing.plan.combined import Agreements
 from tracing.plan.layer_plan import LayerPlan, layer_runs
-from tracing.plots.heatmaps import ACCENT, DOT, INK, KIND_NAMES, SOFT
+from tracing.plots.heatmaps import ACCENT, DOT, INK, KIND_NAMES, SOFT, counted
 
 _LINES: dict[Kind, tuple[str, str]] = {"mlp": ("#26467f", "o"), "attn": ("#d98a29", "s"), "resid": ("#5a7d5a", "^")}
 _DIVERGING = LinearSegmentedColormap.from_list("apart", ["#d1495b", "#f3d9dc", "#ffffff", "#cfdbed", "#26467f"])
@@ -137,9 +138,11 @@ def _caption(plan: LayerPlan, found: Mapping[str, LayerScores], confidence: floa
     counts = sorted({len(one.facts) for one in found.values()})
     names = ", ".join(f"{start}–{end - 1}" if end - start > 1 else str(start) for start, end in layer_runs(plan.layers))
     many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    spread = any(int(units([fact.group for fact in one.facts]).max()) > 0 for one in found.values())
+    told = f" with their {confidence:.0%} intervals" if spread else ", one group of facts and so without intervals"
     return DOT.join(
         [
-            f"Means over {many} facts with their {confidence:.0%} intervals",
+            f"Means over {counted(many)}{told}",
             f"shaded: layers {names}, first by mean rank{'' if plan.singled_out else ' (not singled out)'}",
             "bold: shown to agree, by facts and against shuffled layers",
         ]

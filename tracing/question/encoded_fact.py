@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lm.checks import check_ids
 from lm.errors import UserError
@@ -18,6 +19,11 @@ from lm.prompts import PromptSpec, answer_tokens, encode_pair, subject_span
 from tracing.question.facts import Fact
 from tracing.question.metrics import MetricName, metric_of, scored_tokens
 from tracing.question.target import distinguishing, first_difference
+
+BROKEN = "\ufffd"
+"""What a decoder puts for bytes that are no letter."""
+LONGEST_LETTER = 4
+"""Bytes of a letter in UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,25 @@ def encode_fact(model: LanguageModel, fact: Fact, prompt: PromptSpec, *metrics: 
         foil=foil,
         counted=counted,
         span=span,
-        tokens=tuple(str(model.tokenizer.decode([index])) for index in ids),
+        tokens=token_texts(model.tokenizer, ids),
     )
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of each token. Of a letter that is cut into several tokens each has the whole letter with the token's place in
+    it, as in `中 (1 of 3)`: of a piece of its bytes alone there is no text."""
+    texts = [str(tokenizer.decode([index])) for index in ids]
+    first = 0
+    while first < len(ids):
+        if BROKEN in texts[first]:
+            for last in range(first + 1, min(first + LONGEST_LETTER, len(ids)) + 1):
+                whole = str(tokenizer.decode(list(ids[first:last])))
+                if BROKEN not in whole and last > first + 1:
+                    texts[first:last] = [f"{whole} ({place + 1} of {last - first})" for place in range(last - first)]
+                    first = last - 1
+                    break
+        first += 1
+    return tuple(texts)
 
 
 def forward(model: LanguageModel, embeddings: Tensor, keep: int) -> Tensor:
@@ -109,7 +132,10 @@ def why_unknown(model: LanguageModel, encoded: EncodedFact) -> str | None:
     for _ in range(keep):
         greedy.append(int(forward(model, embed(model, [*encoded.prompt_ids, *greedy])[None], 1)[0, -1].argmax()))
     answer = model.tokenizer.decode(list(encoded.answer_ids))
-    return f"the model says {model.tokenizer.decode(greedy)!r} instead of {answer!r}"
+    said = f"the model says {model.tokenizer.decode(greedy)!r} instead of {answer!r}"
+    if encoded.fact.prompt != encoded.fact.prompt.rstrip():
+        said += "; the prompt ends in a space, and the answer brings its own: leave it out"
+    return said
 
 
 def why_too_long(model: LanguageModel, encoded: EncodedFact) -> str | None:

@@ -20,6 +20,7 @@ import numpy as np
 from lm.data.files import Record, find_files, read_file, text_column
 from lm.data.rows import Row
 from lm.errors import UserError
+from lm.row_files import row_name
 from tracing.question.subjects import find_subjects, recurring_names
 
 SubjectOf = Callable[[Row], str | None]
@@ -108,7 +109,7 @@ def facts_from_rows(
         )
     find = _finder(rows, questions, subject_of)
     subjects = [find(row) for row in questions]
-    lost = [row.id for row, subject in zip(questions, subjects, strict=True) if not subject]
+    lost = [row_name(row) for row, subject in zip(questions, subjects, strict=True) if not subject]
     if len(lost) == len(questions) or (lost and not leave_out_unnamed):
         shown = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
         raise UserError(

@@ -15,7 +15,7 @@ from lm.devices import accelerator, load_here
 from lm.errors import UserError
 from lm.model import LanguageModel, ModelSpec
 from lm.prompts import PromptSpec, encode_pair
-from lm.row_files import check_disjoint, load_rows
+from lm.row_files import check_disjoint, load_rows, row_name
 from lm.run_folder import RunFolder, progress
 from lm.shards import is_sharded
 from unlearn.attacks.answers import ask, read_answers, write_answers
@@ -205,5 +205,5 @@ def require_alike(one: LanguageModel, other: LanguageModel, rows: Sequence[Row],
         cut = [encode_pair(each.tokenizer, row.input, row.output, prompt).ids for each in (one, other)]
         if cut[0] != cut[1]:
             raise UserError(
-                f"{other.name} cuts row {row.id} into other tokens than {one.name}: give it the same tokenizer"
+                f"{other.name} cuts row {row_name(row)} into other tokens than {one.name}: give it the same tokenizer"
             )

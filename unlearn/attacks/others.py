@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.data.rows import Row
 from lm.errors import UserError
-from lm.row_files import canonical_id
+from lm.row_files import canonical_id, row_name
 from unlearn.attacks.base import Trial
 from unlearn.attacks.splits import without_told
 
@@ -41,8 +41,8 @@ class Others:
         for row in self.unseen:
             if row in given:
                 raise UserError(
-                    f"row {row.id} of unseen is given to the attacker ({trial.name}), and then it is no longer unseen: name "
-                    "other rows in unseen or in attack.unrelated"
+                    f"row {row_name(row)} of unseen is given to the attacker ({trial.name}), and then it is no longer unseen: "
+                    "name other rows in unseen or in attack.unrelated"
                 )
         kept = tuple(row for row in self.rows if row not in given)
         return replace(trial, beside=without_told(trial.given, kept))
@@ -67,7 +67,7 @@ def others_of(forget: Sequence[Row], retain: Sequence[Row], unseen: Sequence[Row
         for row in unseen:
             if row in known:
                 raise UserError(
-                    f"row {row.id} of unseen is a {name} row too: name rows of people whom neither model saw"
+                    f"row {row_name(row)} of unseen is a {name} row too: name rows of people whom neither model saw"
                 )
     cells = {(row.task, row.kind) for row in forget}
     alike = tuple(row for row in unseen if (row.task, row.kind) in cells)

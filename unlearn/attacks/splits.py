@@ -13,7 +13,7 @@ import numpy as np
 
 from lm.data.rows import Row
 from lm.errors import UserError
-from lm.row_files import canonical_id
+from lm.row_files import canonical_id, row_name
 
 Given = Literal["other_people", "same_people", "retain", "unrelated"]
 """Some of the forget documents, whole, and the others are asked; some of each document's questions, and its other questions
@@ -63,7 +63,7 @@ def check_apart(given: Iterable[Row], asked: Iterable[Row], name: str) -> None:
     """Raise UserError if a row is on both sides, by id or by text."""
     given = tuple(given)
     ids, texts = {canonical_id(row.id) for row in given}, {(row.input, row.output) for row in given}
-    both = [row.id for row in asked if canonical_id(row.id) in ids or (row.input, row.output) in texts]
+    both = [row_name(row) for row in asked if canonical_id(row.id) in ids or (row.input, row.output) in texts]
     if both:
         raise UserError(
             f"row {both[0]} is both given to the attacker ({name}) and asked: relearning it would prove nothing; take it out of "

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lm.data.rows import Row
 from lm.errors import UserError
+from lm.row_files import row_name
 from unlearn.evaluation import membership
 
 ScoreName = Literal["regurgitation", "knowledge"]
@@ -106,7 +107,9 @@ def check_rows(rows: Iterable[Row]) -> None:
     """Refuse rows that cannot be scored, before anything is generated for them: an unknown task, an id without a kind."""
     for row in rows:
         if row.task not in TASKS:
-            raise UserError(f'row {row.id} has task "{row.task}": use one that the score knows, {", ".join(TASKS)}')
+            raise UserError(
+                f'row {row_name(row)} has task "{row.task}": use one that the score knows, {", ".join(TASKS)}'
+            )
         if row.kind is None:
             raise UserError(
                 f"row {row.id} is neither a completion nor a question: end its id in sc or qa and one digit, as in {row.id}qa0"

@@ -59,6 +59,8 @@ class Progress:
     memory: RetainMemory = dataclasses.field(default_factory=RetainMemory)
     best: dict[str, float] | None = None
     seconds: float = 0.0
+    earlier: float = 0.0
+    """Of the seconds, those of earlier starts."""
     tokens: int = 0
     scaler: dict[str, Any] | None = None
     targets: Measured | None = None
@@ -334,7 +336,7 @@ class _Loop:
         facts = checkpoint.read_facts(folder)
         facts["memory"] = RetainMemory(**facts["memory"])
         self.at = Progress(**facts)
-        self.saved_at = self.at.step
+        self.saved_at, self.at.earlier = self.at.step, self.at.seconds
         if self.acc.scaler is not None and self.at.scaler:
             self.acc.scaler.load_state_dict(self.at.scaler)
 

@@ -14,6 +14,7 @@ from lm.data.rows import Row
 from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import Encoded, PromptSpec, encode_pair, max_positions
+from lm.row_files import row_name
 from unlearn.training.tensor_store import RowStore
 
 
@@ -110,6 +111,6 @@ def encode_rows(
     for row, text in zip(rows, encoded, strict=True):
         if limit is not None and len(text.ids) > limit:
             raise UserError(
-                f"row {row.id} has {len(text.ids)} tokens and {model.name} reads {limit}: shorten or split it"
+                f"row {row_name(row)} has {len(text.ids)} tokens and {model.name} reads {limit}: shorten or split it"
             )
     return encoded

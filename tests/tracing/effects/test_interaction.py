@@ -114,3 +114,17 @@ def test_traces_that_do_not_belong_together_are_refused() -> None:
         interaction(wide, made_up(PROFILE, kinds=("attn",)))
     with pytest.raises(UserError, match="no window of 9 layers is whole in a model of 8"):
         interaction(windowed(single, 9, 1.0), single).ratio("mlp")
+
+
+def test_a_ratio_to_nothing_is_not_told() -> None:
+    """Single layers whose sum is not shown to be above zero: any ratio could come out, and none means anything."""
+    single = made_up([0.0] * 8, facts=30, noise=0.05)
+    found = interaction(windowed(single, 3, 1.5), single)
+    assert np.isnan(found.ratio("mlp")).all()
+    assert found.sentence("mlp") == (
+        "Windows of 3 MLPs cannot be compared with single layers: one by one their layers bring back nothing that could be "
+        "told from zero."
+    )
+    assert found.to_json()["kinds"]["mlp"]["ratio"] == [None, None, None]
+    below = made_up([-0.1] * 8, facts=30)
+    assert np.isnan(interaction(windowed(below, 3, 1.5), below).ratio("mlp")).all()

@@ -203,3 +203,33 @@ def test_the_color_bar_has_shares_beside_the_numbers(monkeypatch: pytest.MonkeyP
     for bar in bars[2:]:
         assert not any("%" in tick.get_text() for tick in bar.ax.get_yticklabels())
         assert "share" not in bar.ax.get_ylabel()
+
+
+def test_the_label_of_the_color_bar_has_room_beside_few_rows() -> None:
+    """One row is drawn as high as the label is long, and not less."""
+    one = made_up(BUMP, facts=3).table("mlp", roles=["last_subject"])
+    four = made_up(BUMP, facts=3).table("mlp", roles=["first_subject", "middle_subject", "last_subject", "last"])
+    assert pixels(figure([one])).shape[0] >= pixels(figure([four])).shape[0]
+
+
+def test_the_rows_of_a_long_prompt_are_drawn_together_where_they_bring_nothing_back() -> None:
+    cells = np.zeros((154, 3))
+    cells[60:64], cells[100, 1], cells[120] = 0.4, -0.3, np.nan
+    rows = heatmaps._token_rows(cells, range(60, 64))
+    apart = [(60,), (61,), (62,), (63,), tuple(range(64, 100)), (100,), tuple(range(101, 120)), tuple(range(121, 153))]
+    assert rows == [tuple(range(60)), *apart, (153,)]
+    cells[64:] = np.linspace(0.1, 0.2, 90)[:, None]
+    rows = heatmaps._token_rows(cells, range(60, 64))
+    alone = [row[0] for row in rows if len(row) == 1]
+    assert alone == [60, 61, 62, 63, *range(118, 154)], "the largest, and the last"
+    assert heatmaps._largest(np.array([[0.1, np.nan, -0.2], [-0.3, np.nan, 0.1]])).tolist()[::2] == [-0.3, -0.2]
+
+
+def test_of_one_fact_or_group_no_intervals_are_promised() -> None:
+    def caption(facts: int, groups: int | None = None) -> str:
+        return heatmaps._caption([made_up(BUMP, facts=facts, groups=groups).table("mlp")], (), 1.0, False)
+
+    assert "lines: of one fact, without intervals" in caption(1)
+    assert "lines: of one group of facts, without intervals" in caption(3, groups=1)
+    assert "lines: means with their 95% intervals" in caption(3)
+    assert "1\u00a0fact\u00a0" in caption(1)

@@ -125,3 +125,16 @@ def test_what_a_name_stands_for_must_not_change_before_a_run_goes_on(tiny: Path,
     manifest.write_text(manifest.read_text().replace(RunFolder(tmp_path / "run").manifest["weights"], "0" * 16))
     with pytest.raises(UserError, match="weights changed since it began"):
         run_unlearn(replace(config, resume=True))
+
+
+def test_seconds_of_a_resumed_run_are_of_all_its_starts(tiny: Path, tmp_path: Path) -> None:
+    config, usual = small_config(tiny, tmp_path / "run"), checkpoint.read_facts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unlearn.training.loop._Loop._milestones", _stop_after(4))
+        with pytest.raises(_Stop):
+            run_unlearn(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "read_facts", lambda folder: {**usual(folder), "seconds": 1000.0})
+        run_unlearn(replace(config, resume=True))
+    manifest = RunFolder(tmp_path / "run").manifest
+    assert 1000 < manifest["train_seconds"] <= manifest["wall_seconds"]
