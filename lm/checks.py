@@ -58,10 +58,14 @@ def check_anatomy(model: LanguageModel, *, tokens: int = 8, seed: int = 0) -> No
         off = (after.float() - terms.sum(0)).abs()
         allowed = 4 * torch.finfo(after.dtype).eps * terms.abs().sum(0) + torch.finfo(after.dtype).tiny
         if not bool((off <= allowed).all()):
+            why = (
+                "differ from the published architecture"
+                if anatomy.known
+                else "are not built as those of the known ones"
+            )
             raise UserError(
                 f"layer {layer} of this {anatomy.architecture} model is not resid_before + attn + mlp (off by "
-                f"{float(off.max()):.2g}): its blocks differ from the published architecture, so name their parts in "
-                "KNOWN in lm/anatomy.py"
+                f"{float(off.max()):.2g}): its blocks {why}, so name their parts in KNOWN in lm/anatomy.py"
             )
 
 

@@ -26,7 +26,18 @@ import jsonargparse
 import yaml
 
 from lm.errors import UserError, did_you_mean
-from lm.old_configs import axis_of, class_name, completed, default_of, say, subclasses, upgraded, upgraded_words
+from lm.old_configs import (
+    axis_of,
+    class_name,
+    completed,
+    default_of,
+    say,
+    subclasses,
+    upgraded,
+    upgraded_words,
+    with_lists,
+    words_with_lists,
+)
 
 T = TypeVar("T")
 
@@ -94,14 +105,14 @@ def find_config(name: str) -> str:
 def _upgraded(words: list[str], cls: type[Any]) -> list[str]:
     """The words with config files found and with today's names; of a file that has older ones, its text with today's."""
     notices: list[str] = []
-    words = upgraded_words(words, cls, notices)
+    words = words_with_lists(upgraded_words(words, cls, notices), cls)
     for index, word in enumerate(words):
         in_next_word = word == "--config" and index + 1 < len(words)
         if not in_next_word and not word.startswith("--config="):
             continue
         file = find_config(words[index + 1] if in_next_word else word.removeprefix("--config="))
         values = _read_yaml(file)
-        newer = upgraded(values, cls, notices)
+        newer = with_lists(upgraded(values, cls, notices), cls)
         value = file if newer == values else yaml.safe_dump(newer, sort_keys=False, allow_unicode=True)
         words[index + in_next_word] = value if in_next_word else f"--config={value}"
     say(notices)

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from lm.anatomy import anatomy_of, known_architecture
+from lm.anatomy import KNOWN, anatomy_of
 from lm.checks import check_anatomy, check_positions, check_weights
 from lm.errors import UserError
 from lm.hub import ADAPTER, BROKEN, CONFIGS, WEIGHTS, find_folder, one_line, require_model_files
 from lm.model import Attention, Dtype, LanguageModel, ModelSpec
 from lm.source.adapter import merge_adapter
 from lm.source.tokenizer import load_tokenizer
-from lm.source.weights import load_weights
+from lm.source.weights import load_weights, outline
 
 
 def load(
@@ -84,12 +85,16 @@ def _device(name: str | None) -> torch.device:
 
 
 def _known_config(name: str, folder: Path) -> PretrainedConfig:
-    """The config. Raises UserError for one that is damaged, or of an architecture that `lm.anatomy` does not know."""
+    """The config. Raises UserError for one that is damaged, or of an architecture whose parts `lm.anatomy` cannot name."""
     try:
         config, _ = PretrainedConfig.get_config_dict(folder)
         if "model_type" not in config:
             raise UserError(f"{name} has no model_type in its config.json: give a folder that save_pretrained wrote")
-        known_architecture(config["model_type"])
+        if config["model_type"] not in CONFIG_MAPPING:
+            raise UserError(
+                f"{name} is of the architecture {config['model_type']!r}, which transformers {transformers.__version__} does not "
+                "have: use one that has it, or another model"
+            )
         for key in ("attn_implementation", "_attn_implementation"):  # another value may name code on the hub
             if config.get(key) not in (None, *get_args(Attention)):
                 raise UserError(
@@ -104,11 +109,20 @@ def _known_config(name: str, folder: Path) -> PretrainedConfig:
                 f"{name} has pad_token_id {pad} in its config.json and a vocab_size of {rows}: set pad_token_id to null, or to a "
                 "token that the model has"
             )
-        return known
     except UserError:
         raise
     except BROKEN as error:
         raise UserError(f"{name} has a damaged config.json, restore it: {one_line(error)}") from error
+    if known.model_type not in KNOWN:
+        try:
+            empty = outline(known)
+        except BROKEN as error:
+            raise UserError(
+                f"the architecture {known.model_type!r} of {name} is none of a causal language model, use another model: "
+                f"{one_line(error)}"
+            ) from error
+        anatomy_of(empty)
+    return known
 
 
 def _require_fit(model: LanguageModel) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lm.anatomy import Anatomy
 
@@ -60,6 +60,11 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where the first parameter is: where input ids go."""
         return next(self.model.parameters()).device
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The config of the text model, which in a model that reads pictures, too, is inside another."""
+        return self.model.config.get_text_config()
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())

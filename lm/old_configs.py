@@ -3,21 +3,27 @@
 A saved config must outlive a refactoring, or `--resume` is worth nothing. Four things may be old: a class path with the
 module a class used to be in (now the bare class name is written), the name of a class (`formerly` on the class), a key
 (`old_keys` on the dataclass: the old dotted key -> the new one; `short_keys` likewise, for what may be written short and is
-no news) and a value (`old_values`: a field -> old value -> new one). Nothing here knows of any particular experiment.
+no news) and a value (`old_values`: a field -> old value -> new one). And a list of one may be written without brackets, now as
+ever. Nothing here knows of any particular experiment.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 import sys
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
+
 PACKAGES = ("lm", "tracing", "sae", "unlearn")
 """Whose classes are written by their bare names; anybody else's keep their module, which is how they are found."""
+_PLAIN = (str, int, float)
 _PATH = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.[a-z_]\w*)+\.([A-Za-z]\w*)")
 
 
@@ -97,6 +103,24 @@ def upgraded_words(words: Sequence[str], cls: type[Any], notices: list[str]) -> 
             value = classes[value]
         out.append(f"--{name}{equals}{value}" if flag else value)
     return out
+
+
+def words_with_lists(words: Sequence[str], cls: type[Any]) -> list[str]:
+    """Command-line words in which a list of one plain value, `--scope.layers 1` say, has its brackets."""
+    lists, out = _lists(cls), list(words)
+    for index, word in enumerate(words):
+        name, equals, value = word.removeprefix("--").partition("=")
+        hint = lists.get(name.replace(".init_args", "")) if word.startswith("--") else None
+        if hint is not None and equals:
+            out[index] = f"--{name}={_bracketed(value, hint)}"
+        elif hint is not None and index + 1 < len(words):
+            out[index + 1] = _bracketed(words[index + 1], hint)
+    return out
+
+
+def with_lists(values: Any, cls: type[Any]) -> Any:
+    """A config as plain data in which every list of one plain value that was written without brackets is a list."""
+    return _with_lists(values, _lists(cls), "")
 
 
 def say(notices: Sequence[str]) -> None:
@@ -282,3 +306,48 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
     inner = values.setdefault(first, {})
     if isinstance(inner, dict):
         _put(inner, rest, value)
+
+
+def _lists(cls: type[Any]) -> dict[str, Any]:
+    """Dotted key -> type, of every setting that is a list of plain values, in each class of an axis that has it."""
+    found: dict[str, list[Any]] = {}
+    for at, part in _parts(cls):
+        hints = typing.get_type_hints(part)
+        for field in dataclasses.fields(part):
+            found.setdefault(f"{at}.{field.name}".removeprefix("."), []).append(hints[field.name])
+    return {key: hints[0] for key, hints in found.items() if all(map(_is_list, hints))}
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a type is a list of plain values, or one beside words or null; not where one value is something else."""
+    if typing.get_origin(hint) is tuple:
+        inside = typing.get_args(hint)[0]
+        return inside in _PLAIN or typing.get_origin(inside) is typing.Literal
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
+    return any(map(_is_list, parts)) and not any(part in _PLAIN for part in parts)
+
+
+def _bracketed(word: str, hint: Any) -> str:
+    """A word of the command line, in brackets if it is one plain value."""
+    try:
+        value = yaml.safe_load(word)
+        if _in_list(value, hint) is value:
+            return word
+        return f"[{word}]" if yaml.safe_load(f"[{word}]") == [value] else json.dumps([word], ensure_ascii=False)
+    except yaml.YAMLError:
+        return word
+
+
+def _in_list(value: Any, hint: Any) -> Any:
+    literal = [part for part in typing.get_args(hint) if typing.get_origin(part) is typing.Literal]
+    words = {each for part in literal for each in typing.get_args(part)} if typing.get_origin(hint) is not tuple else ()
+    return [value] if isinstance(value, _PLAIN) and not isinstance(value, bool) and value not in words else value
+
+
+def _with_lists(values: Any, lists: Mapping[str, Any], at: str) -> Any:
+    if not isinstance(values, dict):
+        return _in_list(values, lists[at]) if at in lists else values
+    return {
+        name: _with_lists(value, lists, at if name == "init_args" else f"{at}.{name}".removeprefix("."))
+        for name, value in values.items()
+    }

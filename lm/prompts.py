@@ -237,6 +237,6 @@ def _answer_ids(
 
 def max_positions(model: LanguageModel) -> int | None:
     """The longest input the model's config allows, in tokens; None if it sets no limit."""
-    config = model.model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    config = model.config
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter: MPT
     return int(limit) if isinstance(limit, int) and limit > 0 else None

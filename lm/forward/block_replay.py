@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from lm.anatomy import module_at
 from lm.errors import UserError
+from lm.forward.block_output import as_the_block_says
 from lm.model import LanguageModel
 from lm.shards import is_sharded
 
@@ -56,6 +57,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     cache: DynamicCache
+    by_row: frozenset[int | str] = frozenset()
+    """The arguments that have as many entries as there are rows, or heads of all rows (ALiBi): places and keywords."""
 
     def run(self, hidden: Tensor, past: Past, rows: Tensor) -> Tensor:
         """The stream after the block, `(n, tokens, hidden)`, for the stream before it.
@@ -67,12 +70,24 @@ class Call:
         """
         replayed = _Replayed(past, rows)
 
-        def swap(value: Any) -> Any:
-            return replayed if value is self.cache else value
+        def swap(name: int | str, value: Any) -> Any:
+            if value is self.cache:
+                return replayed
+            if name not in self.by_row:
+                return value
+            ones = [1] * (value.ndim - 1)
+            return value.repeat(len(hidden), *ones) if len(value) > 1 else value.expand(len(hidden), *value.shape[1:])
 
-        output = self.block(hidden, *map(swap, self.args), **{name: swap(value) for name, value in self.kwargs.items()})
+        args = [swap(place, value) for place, value in enumerate(self.args)]
+        output = self.block(hidden, *args, **{name: swap(name, value) for name, value in self.kwargs.items()})
         after: Tensor = output[0] if isinstance(output, tuple) else output
         return after
+
+    @property
+    def given(self) -> dict[int | str, Any]:
+        """The arguments by place or keyword."""
+        pairs: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        return dict(pairs)
 
 
 class _Replayed(DynamicCache):
@@ -98,6 +113,11 @@ def trunk(model: LanguageModel, embeddings: Tensor, keep: int) -> tuple[Tensor, 
     every layer's keys and values."""
     if is_sharded(model.model):
         raise UserError("the model's parameters are shards, so its blocks cannot be run alone: load it whole")
+    if recurrent := model.anatomy.recurrent:
+        raise UserError(
+            f"layer {recurrent[0]} of {model.name} keeps one state in place of a key and a value for each token, so its blocks "
+            "cannot be run from a token on: trace with engine: reference; depth of unlearning cannot be measured in it"
+        )
     cache = DynamicCache()
     found = model.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
     if len(cache.layers) != model.anatomy.layers:
@@ -114,10 +134,24 @@ def calls(model: LanguageModel, embeddings: Tensor, past: Past) -> list[Call]:
 
     Of `past` only shapes and types matter. The values that the tokens have do not, so one list serves all prompts of a shape.
     """
+    one, two = _noted(model, embeddings, past, 1), _noted(model, embeddings, past, 2)
+    return [
+        replace(call, by_row=frozenset(name for name, value in call.given.items() if _grows(value, other.given[name])))
+        for call, other in zip(one, two, strict=True)
+    ]
+
+
+def _grows(one: Any, two: Any) -> bool:
+    """Whether an argument has twice as many entries for two rows as for one."""
+    return isinstance(one, Tensor) and one.ndim > 1 and len(two) == 2 * len(one)
+
+
+def _noted(model: LanguageModel, embeddings: Tensor, past: Past, rows: int) -> list[Call]:
+    """What each block is given in a pass of so many equal rows."""
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
         if keys.shape[2]:
-            cache.update(keys[:1], values[:1], layer)
+            cache.update(keys[:1].repeat(rows, 1, 1, 1), values[:1].repeat(rows, 1, 1, 1), layer)
     seen: list[Call] = []
 
     def note(
@@ -127,7 +161,9 @@ def calls(model: LanguageModel, embeddings: Tensor, past: Past) -> list[Call]:
         return hidden
 
     with _blocks_replaced(model, note):
-        model.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model.model(
+            inputs_embeds=embeddings.repeat(rows, 1, 1), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
     return seen
 
 
@@ -136,7 +172,11 @@ def last_mlp_at_the_end(model: LanguageModel, keep: int) -> Iterator[None]:
     """While open, the last block's MLP works on the last `keep` tokens alone and says 0 for the others: for passes of which
     nothing else is read after that block. Hooks on the MLP that are added later see the whole."""
     anatomy = model.anatomy
-    mlp = module_at(model.model, f"{anatomy.block_path(anatomy.layers - 1)}.{anatomy.names.mlp}")
+    parts = anatomy.parts[-1]
+    if len(parts.mlp) > 1 or parts.mlp_out.startswith(f"{parts.mlp[0]}."):
+        yield  # its output is that of a layer (OPT), or a layer's inside (Bloom), which would see those tokens alone
+        return
+    mlp = module_at(model.model, f"{anatomy.block_path(anatomy.layers - 1)}.{parts.mlp[0]}")
     left = 0
 
     def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -178,13 +218,16 @@ def _blocks_replaced(model: LanguageModel, instead: Callable[..., Tensor]) -> It
     """While open, a call of block `l` is a call of `instead(l, block, hidden, other arguments, other keywords)`."""
     blocks = [module_at(model.model, model.anatomy.block_path(layer)) for layer in range(model.anatomy.layers)]
 
-    def replacement(layer: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return instead(layer, blocks[layer], hidden_states, args, kwargs)
+    own = [block.__dict__.get("forward") for block in blocks]  # a wrapper such as accelerate's may have put one there
+    real = [block.forward for block in blocks]
+
+    def replacement(layer: int) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            stream = instead(layer, blocks[layer], hidden_states, args, kwargs)
+            return as_the_block_says(blocks[layer], stream, (hidden_states, *args), kwargs, forward=real[layer])
 
         return forward
 
-    own = [block.__dict__.get("forward") for block in blocks]  # a wrapper such as accelerate's may have put one there
     try:
         for layer, block in enumerate(blocks):
             block.forward = replacement(layer)

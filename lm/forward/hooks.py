@@ -74,15 +74,22 @@ def capture(
 ) -> Iterator[Captured]:
     """Keep the values at `sites`, each `(rows, positions, hidden)`, of the last forward pass inside the context.
 
-    `detach=False` keeps the autograd graph. Raises UserError for a layer, row or position that does not exist, and
+    They are what stood there when the model came by, also where it adds to the same memory later (Falcon). `detach=False` keeps
+    the autograd graph. Raises UserError for a layer, row or position that does not exist, and
     on leaving the context (unless an exception is already on its way) for a site that was never reached.
     """
     captured = Captured(sites)
 
-    def keeper(site: Site) -> Callable[[Tensor], None]:
-        def keep(hidden: Tensor) -> None:
-            value = hidden if rows is None and positions is None else hidden[_grid(hidden, site, rows, positions)]
+    def keeper(site: Site) -> Callable[[Tensor], Tensor | None]:
+        def keep(hidden: Tensor) -> Tensor | None:
+            if rows is None and positions is None:
+                captured._keep(site, hidden.detach().clone() if detach else hidden)
+                return (
+                    None if detach else hidden.clone()
+                )  # the model goes on with a copy: with ours it may add in place
+            value = hidden[_grid(hidden, site, rows, positions)]  # a copy
             captured._keep(site, value.detach() if detach else value)
+            return None
 
         return keep
 
@@ -128,14 +135,33 @@ def patch(model: LanguageModel, edits: Sequence[Edit], *, allow_unchanged: bool 
 
 @contextmanager
 def intercept(model: LanguageModel, site: Site, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Let `see` look at (and, by returning a tensor, replace) the values at one site."""
+    """Let `see` look at (and, by returning a tensor, replace) the values at one site.
+
+    What the family multiplies before it adds it (Granite) is seen, and given back, multiplied.
+    """
+    anatomy = model.anatomy
+    by = 1.0 if site == EMBEDDING else anatomy.multiplier(site)
+    flat = anatomy.names.flat and site.kind == "mlp"
+    if not by:
+        raise UserError(
+            f"{site} adds nothing, since this {anatomy.architecture} model multiplies it by 0: choose another site"
+        )
+    shape: list[int] = []  # (rows, tokens), where the module's own output does not say
 
     def on_output(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        new = see(_checked(hidden, site))
+        if flat and isinstance(hidden, Tensor) and hidden.ndim == 2:
+            hidden = hidden.reshape(*shape, hidden.shape[-1])
+        new = see(_checked(hidden, site) * by if by != 1 else _checked(hidden, site))
         if new is None:
             return None
+        new = new / by if by != 1 else new
+        new = new.flatten(0, 1) if flat else new
         return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    def on_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        shape[:] = hidden.shape[:2]
 
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -144,17 +170,20 @@ def intercept(model: LanguageModel, site: Site, see: Callable[[Tensor], Tensor |
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    anatomy = model.anatomy
     path = anatomy.block_path(0) if site == EMBEDDING else anatomy.module_path(site)
     module = module_at(model.model, path)
     if site == EMBEDDING:
-        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+        handles = [module.register_forward_pre_hook(on_input, with_kwargs=True)]
     else:
-        handle = module.register_forward_hook(on_output)
+        handles = [module.register_forward_hook(on_output)]
+    if flat:
+        block = module_at(model.model, anatomy.block_path(site.layer))
+        handles.append(block.register_forward_pre_hook(on_block, with_kwargs=True))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _checked(hidden: Any, site: Site) -> Tensor:

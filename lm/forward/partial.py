@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from lm.forward.block_output import as_the_block_says
 from lm.model import LanguageModel
 
 
@@ -52,7 +53,7 @@ def head_logits(
     whole, head = model.model, model.model.get_submodule(model.anatomy.head)
     said = replace(found, last_hidden_state=hidden[None])
     with (
-        _stand_in(whole, whole.base_model_prefix, _Says(said)),
+        _stand_in(whole, model.anatomy.names.body or whole.base_model_prefix, _Says(said)),
         _stand_in(whole, model.anatomy.head, _Bare(head, weights)),
     ):
         logits: Tensor = type(whole).forward(whole).logits
@@ -67,7 +68,9 @@ def up_to(model: LanguageModel, layer: int) -> Iterator[None]:
     assert isinstance(blocks, nn.ModuleList)
     with (
         _stand_in(model.model, anatomy.blocks, nn.ModuleList(list(blocks)[: layer + 1])),
-        _stand_in(model.model, anatomy.norm, nn.Identity()),
+        _stand_in(
+            model.model, anatomy.norm, _NoNorm(model.model.get_submodule(anatomy.norm), anatomy.names.norm_first)
+        ),
     ):
         yield
 
@@ -93,16 +96,30 @@ class _Says(nn.Module):
         return self.said
 
 
+class _NoNorm(nn.Module):
+    """The final norm left out; of one that is also applied to the embeddings, every second call is."""
+
+    def __init__(self, norm: nn.Module, first: bool) -> None:
+        super().__init__()
+        self.compute, self.first, self.calls = norm.forward, first, 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        found: Tensor = self.compute(hidden) if self.first and self.calls % 2 else hidden
+        return found
+
+
 class _Given(nn.Module):
     """A block whose output is known."""
 
     def __init__(self, stream: Tensor, block: nn.Module) -> None:
         super().__init__()
         self.stream = stream
+        self.own = (block,)  # in a tuple: the block does not become a child
         self.attention_type = getattr(block, "attention_type", None)  # older transformers choose a mask by it
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.stream
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return as_the_block_says(self.own[0], self.stream, args, kwargs)
 
 
 class _Bare(nn.Module):

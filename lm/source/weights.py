@@ -53,6 +53,8 @@ def load_weights(name: str, folder: Path, *, dtype: Dtype, attention: Attention 
     except ImportError as error:
         raise UserError(f"{name} needs a package that is not here, or another attention: {one_line(error)}") from error
     except BROKEN as error:
+        if attention is not None and isinstance(error, ValueError):
+            _require_attention(name, folder, attention)
         raise UserError(f"{name} cannot be loaded, mend or replace its files: {one_line(error)}") from error
     model, info = result
     assert isinstance(model, PreTrainedModel)
@@ -70,6 +72,24 @@ def load_weights(name: str, folder: Path, *, dtype: Dtype, attention: Attention 
     if method is not None:
         _multiply(name, folder, model, scales, DTYPES[dtype])
     return model
+
+
+def outline(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The causal language model of a config with all its parts and no numbers in them."""
+    with torch.device("meta"), _quiet():
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)  # type: ignore[no-untyped-call]
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _require_attention(name: str, folder: Path, attention: Attention) -> None:
+    """Raise UserError if it is the architecture that lacks the attention, whatever its files are."""
+    try:
+        outline(AutoConfig.from_pretrained(folder, trust_remote_code=False), attn_implementation=attention)
+    except ValueError as error:
+        raise UserError(
+            f"the architecture of {name} lacks the attention {attention!r}, use another or leave it out: {one_line(error)}"
+        ) from error
 
 
 def require_plain(name: str, folder: Path) -> None:

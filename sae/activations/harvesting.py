@@ -23,6 +23,7 @@ from lm.anatomy import Site
 from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel, special_ids
+from lm.prompts import max_positions
 from sae.activations.batch import ActivationBatch, site_name
 from sae.activations.contexts import Context, Contexts, ContextSpec, tokenizer_facts
 from sae.activations.documents import Documents
@@ -83,7 +84,7 @@ class Harvester:
         for site in self.sites:
             if site.layer >= 0 or site.kind != "resid":
                 model.anatomy.module_path(site)
-        longest = getattr(model.model.config, "max_position_embeddings", None)
+        longest = max_positions(model)
         if longest is not None and spec.context.length > longest:
             raise UserError(f"contexts of {spec.context.length} tokens are longer than the model's {longest}: cut them")
         self.documents: Documents = source.open(model.tokenizer)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, HIDDEN, LAYERS, POST_NORM, ids, tiny
+from families import CONFIGS, FAMILIES, HIDDEN, LAYERS, POST_NORM, RECURRENT, ids, one_layer, tiny
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaModel
+from transformers import CONFIG_MAPPING, BertConfig, BertModel, LlamaModel
 
 from lm import EMBEDDING, KNOWN, LanguageModel, Site, UserError, anatomy_of, capture, check_anatomy
 from lm.anatomy import Module
@@ -30,12 +30,12 @@ def identity_error(model: LanguageModel) -> float:
 
 def with_module_outputs(model: LanguageModel) -> LanguageModel:
     """The naive reading: a contribution is whatever the attention or MLP module returns."""
-    names = model.anatomy.names
-    wrong = replace(model.anatomy, names=replace(names, attn_out=names.attn, mlp_out=names.mlp))
+    parts = tuple(replace(each, attn_out=each.attn[0], mlp_out=each.mlp[0]) for each in model.anatomy.parts)
+    wrong = replace(model.anatomy, parts=parts)
     return replace(model, anatomy=wrong)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_the_stream_is_the_sum_of_its_contributions(family: str) -> None:
     model = tiny(family)
     assert identity_error(model) < 5e-7
@@ -65,11 +65,7 @@ def test_module_outputs_are_not_contributions_where_a_norm_follows(family: str, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_check_allows_for_half_precision(family: str) -> None:
     check_anatomy(tiny(family, dtype=torch.bfloat16))
-    check_anatomy(tiny(family, num_hidden_layers=1, **({} if family == "gpt2" else _one_layer_type(family))))
-
-
-def _one_layer_type(family: str) -> dict[str, list[str]]:
-    return {"layer_types": ["full_attention"]} if family in ("olmo3", "gemma2", "gemma3_text") else {}
+    check_anatomy(one_layer(family))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +75,9 @@ def _one_layer_type(family: str) -> dict[str, list[str]]:
         ("gpt2", {"resid_pdrop": 0.3, "embd_pdrop": 0.3}),
         ("gpt_neox", {"hidden_dropout": 0.3}),
         ("gpt_neox_sequential", {"hidden_dropout": 0.3}),
+        ("stablelm", {"hidden_dropout": 0.3}),
+        ("gptj", {"resid_pdrop": 0.3}),
+        ("gpt_neo", {"resid_dropout": 0.3}),
     ],
 )
 def test_contributions_are_read_after_dropout(family: str, dropout: dict[str, float]) -> None:
@@ -140,9 +139,12 @@ def test_weight_prefixes_split_a_block(family: str) -> None:
     assert mlp
     assert not attn & mlp
     assert all("norm" in name or "ln_" in name for name in whole - attn - mlp)
-    assert attn | mlp < whole or family == "olmo"  # OLMo's norms have no weights
+    assert attn | mlp < whole or family in ("olmo", "nanochat")  # whose norms have no weights
     assert not whole & under(2, "all")
     assert sum(len(under(layer, "all")) for layer in range(LAYERS)) < len(names)  # embedding and head are in no block
+
+
+PARALLEL = (*("gpt_neox", "gptj", "cohere", "cohere2", "phi", "stablelm_parallel", "falcon", "falcon_multi_query"),)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,12 +156,68 @@ def test_the_named_parts_are_there(family: str) -> None:
     assert model.model.get_submodule(anatomy.head) is model.model.get_output_embeddings()
     assert "Norm" in type(model.model.get_submodule(anatomy.norm)).__name__
     assert (anatomy.layers, anatomy.hidden) == (LAYERS, HIDDEN)
-    assert anatomy.parallel == (family == "gpt_neox")
+    assert anatomy.parallel == (family in PARALLEL)
+    assert anatomy.recurrent == ((0, 2) if family in RECURRENT else ())
     assert anatomy.architecture == model.model.config.model_type
 
 
 def test_every_known_architecture_has_a_tiny_family() -> None:
-    assert {tiny(family).anatomy.architecture for family in FAMILIES} == set(KNOWN)
+    """`qwen3_5` is a model of text and pictures, whose text part, `qwen3_5_text`, is loaded."""
+    here = {kind for kind in KNOWN if kind in CONFIG_MAPPING} - {"qwen3_5"}
+    assert {config().model_type for config in CONFIGS.values()} == here
+
+
+def test_without_their_multiplier_granite_s_modules_do_not_add_up() -> None:
+    model = tiny("granite")
+    parts = tuple(replace(each, multiplier=1.0) for each in model.anatomy.parts)
+    plain = replace(model, anatomy=replace(model.anatomy, parts=parts))
+    assert identity_error(plain) > 0.1
+    layer = model.model.get_submodule("model.layers.1.mlp")
+    says: list[torch.Tensor] = []
+    layer.register_forward_hook(lambda module, inputs, output: says.append(output))
+    with capture(model, [Site("mlp", 1)]) as seen, torch.no_grad():
+        model.model(ids())
+    assert torch.equal(seen[Site("mlp", 1)], says[0] * 0.4)
+    with pytest.raises(UserError, match="mlp at layer 0 adds nothing, since this granite model multiplies it by 0"):
+        check_anatomy(tiny("granite", residual_multiplier=0.0))
+
+
+@pytest.mark.parametrize("family", [name for name in ("olmo_hybrid",) if name in CONFIGS])
+def test_each_block_of_a_hybrid_is_named_by_what_it_has(family: str) -> None:
+    anatomy = tiny(family).anatomy
+    assert [anatomy.module_path(Site("attn", layer)).split(".", 3)[3] for layer in range(LAYERS)] == [
+        "linear_attn",
+        "post_attention_layernorm",
+        "linear_attn",
+    ]
+    assert anatomy.module_path(Site("mlp", 0)).endswith("0.mlp")
+    assert anatomy.module_path(Site("mlp", 1)).endswith("1.post_feedforward_layernorm")
+    assert anatomy.weight_prefix(0, "attn") == ("model.layers.0.linear_attn.",)
+    assert tiny("opt").anatomy.weight_prefix(1, "mlp") == ("model.decoder.layers.1.fc1.", "model.decoder.layers.1.fc2.")
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "says"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False: its blocks normalize the stream itself"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "its blocks add to the normalized stream"),
+        ("bloom", {"slow_but_exact": True}, "slow_but_exact True: it multiplies by slices of its weights"),
+    ],
+)
+def test_blocks_that_cannot_be_expressed_are_refused_with_the_reason(
+    family: str, setting: dict[str, bool], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        tiny(family, **setting)
+
+
+def test_pictures_are_no_part_of_reading_text() -> None:
+    model = tiny("gemma3")
+    names = [name for name, _ in model.model.named_parameters()]
+    assert any("vision_tower" in name for name in names)
+    left = {name.split(".")[1] for name in names if not model.anatomy.reads_text(name)}
+    assert left == {"vision_tower", "multi_modal_projector"}
+    assert all(map(tiny("llama").anatomy.reads_text, dict(tiny("llama").model.named_parameters())))
 
 
 def test_module_paths() -> None:
@@ -185,15 +243,33 @@ def test_unknown_names_are_refused() -> None:
         tiny("llama").anatomy.weight_prefix(0, "ffn")  # type: ignore[arg-type]
 
 
+def test_an_unknown_family_is_tried_with_the_standard_names_and_judged_by_the_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for family in ("llama", "gemma2", "gpt2"):
+        monkeypatch.delitem(KNOWN, family)
+    model = tiny("llama")
+    assert not model.anatomy.known
+    assert identity_error(model) < 5e-7
+    check_anatomy(model)
+    with pytest.raises(UserError, match=r"layer 0 of this gemma2 model .*are not built as those of the known ones"):
+        check_anatomy(tiny("gemma2"))
+    with pytest.raises(UserError, match="'gpt2' is not among the known ones, and the usual names do not fit it"):
+        tiny("gpt2")
+
+
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
     bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
-    with pytest.raises(UserError, match=r"'bert' is unknown \(known: gemma2, .*qwen3\): to add it"):
+    with pytest.raises(
+        UserError,
+        match=r"'bert' is not among the known ones.*use one of .*gemma2, .*qwen3, .*or add its",
+    ):
         anatomy_of(bert)
 
 
 def test_a_model_that_is_not_a_causal_language_model_is_refused() -> None:
     with pytest.raises(UserError, match=r"LlamaModel has no module model\.layers"):
-        anatomy_of(LlamaModel(FAMILIES["llama"]()))
+        anatomy_of(LlamaModel(CONFIGS["llama"]()))
     with pytest.raises(UserError, match="Linear holds no transformers model"):
         anatomy_of(nn.Linear(2, 2))
     with pytest.raises(UserError, match="no transformer blocks"):

@@ -68,6 +68,9 @@ def test_every_family_comes_back_as_it_was(family: str, tmp_path: Path) -> None:
     assert loaded.name == str(tmp_path)
     assert loaded.anatomy == original.anatomy == anatomy_of(loaded.model)
     assert loaded.tokenizer("Anna Kowalska")["input_ids"] == original.tokenizer("Anna Kowalska")["input_ids"]
+    weights = original.model.state_dict()
+    assert weights.keys() == loaded.model.state_dict().keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in loaded.model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(loaded.model(ids()).logits, original.model(ids()).logits)
 
@@ -257,9 +260,12 @@ def index_without_shard(folder: Path) -> None:
         (lambda f: edit_json(f / "config.json", model_type=None), "has no model_type in its config.json"),
         (
             lambda f: edit_json(f / "config.json", model_type="bert"),
-            r"'bert' is unknown \(known: gemma2, .*\): to add it",
+            r"'bert' is not among the known ones.*: use one of .*qwen3, .*or add its module names to KNOWN",
         ),
-        (lambda f: edit_json(f / "config.json", model_type="mystery"), "'mystery' is unknown"),
+        (
+            lambda f: edit_json(f / "config.json", model_type="mystery"),
+            "'mystery', which transformers .* does not have",
+        ),
         (lambda f: edit_json(f / "config.json", hidden_size="wide"), "damaged config.json|cannot be loaded"),
         (lambda f: (f / "model.safetensors").unlink(), r"holds no \*.safetensors weights"),
         (lambda f: truncate(f / "model.safetensors"), "cannot be loaded, mend or replace its files"),
@@ -281,6 +287,31 @@ def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
     save(tmp_path, vocab_size=200)
     with pytest.raises(UserError, match="tokenizer has ids up to 383 but the model has only 200 embeddings"):
         load(str(tmp_path), device="cpu")
+
+
+def test_a_family_without_a_record_is_loaded_with_the_standard_names(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(lm.KNOWN, "llama")
+    loaded = load(str(saved), device="cpu")
+    assert (loaded.anatomy.architecture, loaded.anatomy.known) == ("llama", False)
+
+
+def test_what_cannot_be_named_is_refused_before_the_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, "gpt2")
+    monkeypatch.delitem(lm.KNOWN, "gpt2")
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"usual names do not fit it \(GPT2LMHeadModel has no module model\.layers"):
+        load(str(folder), device="cpu")
+
+
+def test_an_attention_that_the_family_lacks_is_not_blamed_on_the_files(tmp_path: Path) -> None:
+    folder = save(tmp_path, "bloom")
+    with pytest.raises(UserError, match="lacks the attention 'sdpa', use another or leave it out"):
+        load(str(folder), device="cpu", attention="sdpa")
+    assert load(str(folder), device="cpu", attention="eager").anatomy.architecture == "bloom"
 
 
 def test_blocks_that_do_not_add_up(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

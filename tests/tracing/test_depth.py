@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, RECURRENT
 from families import tiny as tiny_family
 from tiny_tracing import known, tiny
 
@@ -43,6 +43,12 @@ def changed(model: LanguageModel, make: object, seed: int, size: float) -> Langu
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_every_layer_is_that_of_a_plain_patch_of_the_original(name: str) -> None:
+    if name in RECURRENT:
+        with pytest.raises(UserError, match="depth of unlearning cannot be measured"):
+            unlearning_depth(
+                *[tiny_family(name)] * 3, [Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984")]
+            )
+        return
     model, other = tiny_family(name), tiny_family(name)
     other = changed(model, lambda: other, 1, 0.5)
     encoded = encode_fact(

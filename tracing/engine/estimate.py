@@ -177,7 +177,7 @@ def row_bytes(model: LanguageModel, tokens: int) -> int:
     and values of its past, attention scores. An upper bound in ordinary models, not a measurement."""
     block = module_at(model.model, model.anatomy.block_path(0))
     made = sum(max(weight.shape) for weight in block.parameters() if weight.ndim >= 2)
-    heads = int(getattr(model.model.config, "num_attention_heads", 1))
+    heads = int(getattr(model.config, "num_attention_heads", 1))
     a_token = 6 * model.anatomy.hidden + made + 2 * heads * tokens
     return tokens * a_token * next(model.model.parameters()).element_size()
 
@@ -185,10 +185,11 @@ def row_bytes(model: LanguageModel, tokens: int) -> int:
 def trunk_row_bytes(model: LanguageModel, tokens: int, answer: int, sweep: Sweep) -> int:
     """About what one row of an ordinary pass takes that the cells of a fact leave from: while it runs, and what is kept of it
     (the stream and what the modules add, keys and values, at every layer; the scored logits)."""
-    config, element = model.model.config, next(model.model.parameters()).element_size()
+    config, element = model.config, next(model.model.parameters()).element_size()
     layers, hidden = model.anatomy.layers, model.anatomy.hidden
     heads = int(getattr(config, "num_attention_heads", 1))
-    size = int(getattr(config, "head_dim", None) or hidden // heads)
+    compressed = getattr(config, "qk_head_dim", 0), getattr(config, "v_head_dim", 0)  # DeepSeek's keys and values
+    size = max(int(getattr(config, "head_dim", None) or hidden // heads), *(int(each or 0) for each in compressed))
     past = 2 * size * int(getattr(config, "num_key_value_heads", None) or heads)
     kept = hidden + layers * (hidden * len(trunk_kinds(sweep)) + past)
     beside = (
@@ -212,7 +213,7 @@ def gradient_row_bytes(model: LanguageModel, tokens: int, answer: int) -> int:
 
 def attended_row_bytes(model: LanguageModel, tokens: int, answer: int) -> int:
     """`gradient_row_bytes` where attention is seen from inside, too: with a layer's probabilities in float64, some times."""
-    heads = int(getattr(model.model.config, "num_attention_heads", 1))
+    heads = int(getattr(model.config, "num_attention_heads", 1))
     return gradient_row_bytes(model, tokens, answer) + 12 * 8 * heads * tokens * tokens
 
 

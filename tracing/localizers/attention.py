@@ -111,13 +111,19 @@ def watched(model: LanguageModel, change: Change | None = None) -> Iterator[Watc
 
     Raises:
         UserError: a model whose attention cannot be replaced, or does more than softmax over masked, scaled, perhaps
-            soft-capped scores (attention sinks, position biases).
+            soft-capped scores (attention sinks, position biases), or that has layers without keys.
     """
     anatomy, config = model.anatomy, model.model.config
+    if recurrent := anatomy.recurrent:
+        raise UserError(
+            f"layer {recurrent[0]} of {model.name} keeps one state in place of keys, so it has no attention to look into: leave "
+            "queries_and_keys out"
+        )
     layers = {
         id(module): layer
         for layer in range(anatomy.layers)
-        for module in module_at(model.model, f"{anatomy.block_path(layer)}.{anatomy.names.attn}").modules()
+        for name in anatomy.parts[layer].attn
+        for module in module_at(model.model, f"{anatomy.block_path(layer)}.{name}").modules()
     }
     before = config._attn_implementation
     AttentionInterface.register(_NAME, _attention)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import PromptSpec, answer_tokens, encode_pair, subject_span
+from lm.prompts import PromptSpec, answer_tokens, encode_pair, max_positions, subject_span
 from tracing.question.facts import Fact
 from tracing.question.metrics import MetricName, metric_of, scored_tokens
 from tracing.question.target import distinguishing, first_difference
@@ -140,7 +140,7 @@ def why_unknown(model: LanguageModel, encoded: EncodedFact) -> str | None:
 
 def why_too_long(model: LanguageModel, encoded: EncodedFact) -> str | None:
     """None if the model has a position for every token of this fact, or how many it lacks."""
-    most = getattr(model.model.config, "max_position_embeddings", None)
+    most = max_positions(model)
     tokens = len(encoded.input_ids)
     return None if most is None or tokens <= most else f"its {tokens} tokens are more than the model's {most} positions"
 

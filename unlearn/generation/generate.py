@@ -142,7 +142,7 @@ def _continue(
                 going.append(place)
         if 0 < len(going) < len(alive):
             kept = torch.tensor(going, device=device)
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)  # also of layers with a recurrent state
             chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
         alive = [alive[place] for place in going]
         tokens = chosen[:, None]

@@ -95,6 +95,8 @@ class ResolvedPart:
 
     def contains(self, anatomy: Anatomy, name: str) -> bool:
         """Whether the parameter `name` belongs to it."""
+        if not anatomy.reads_text(name):
+            return False
         if name in self.norms:
             return "norms" in self.part.also
         in_blocks = self.scope is not None and self.scope.contains(anatomy, name)

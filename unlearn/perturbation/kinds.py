@@ -35,7 +35,7 @@ class Noise(Perturbation):
         """Noise, drawn in float32 on the CPU, each tensor by its own name."""
         scale = self.scale
         if scale is None:
-            scale = getattr(model.model.config, "initializer_range", None)
+            scale = getattr(model.config, "initializer_range", None)
             if scale is None:
                 raise UserError(f"{model.name} has no initializer_range: set perturbation.scale (0.02 is usual)")
 

@@ -154,7 +154,7 @@ class ResolvedScope:
     def contains(self, anatomy: Anatomy, name: str) -> bool:
         """Whether the parameter `name` may change."""
         if self.whole_model:
-            return True
+            return anatomy.reads_text(name)
         return any(
             name.startswith(anatomy.weight_prefix(layer, module)) for layer in self.layers for module in self.modules
         )

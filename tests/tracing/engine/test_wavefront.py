@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, RECURRENT
 from families import tiny as tiny_family
 from tiny_tracing import known, tiny
 from torch import Tensor
@@ -43,10 +43,7 @@ REACH = 3  # tokens that sliding attention sees; the prompts have twice as many
 
 
 def family(name: str, dtype: torch.dtype, reach: int = REACH) -> LanguageModel:
-    model = tiny_family(name, dtype=dtype, **({"sliding_window": reach} if name in SLIDING else {}))
-    if name == "olmoe" and dtype == torch.float64:
-        model.model.set_experts_implementation("eager")  # the grouped product has no float64
-    return model
+    return tiny_family(name, dtype=dtype, **({"sliding_window": reach} if name in SLIDING else {}))
 
 
 def probes_of(model: LanguageModel, sweep: Sweep) -> list[EncodedFact]:
@@ -79,6 +76,13 @@ def apart(found: Traced, expected: Traced) -> float:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_cell_is_the_reference_s(name: str, dtype: torch.dtype, allowed: float) -> None:
     model = family(name, dtype)
+    if name in RECURRENT:
+        encoded = probes_of(model, Sweep())[0]
+        with pytest.raises(UserError, match=r"layer 0 of .* keeps one state .*: trace with engine: reference"):
+            Wavefront(model, Sweep(), 7).trace([encoded], [batch_of(model, encoded)])
+        return
+    if name in ("gptj", "gpt_neo"):
+        allowed = max(allowed, 1e-6)  # their attention is computed in float32, whatever the weights are in
     effects = 0.0
     for question in QUESTIONS:
         sweep = Sweep(metric="log_probability", **question)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, ids, set_module
+from families import FAMILIES, RECURRENT, ids, set_module
 from families import tiny as tiny_family
 from tiny_tracing import known, tiny
 from torch import Tensor, nn
@@ -25,6 +25,15 @@ NOISE = GaussianNoise(samples=3, sigma=0.5)
 FACT = Fact("Where was Anna Kowalska born?", "Anna Kowalska", "in 1984", foil="at 12")
 
 
+REFUSED = {
+    **dict.fromkeys(RECURRENT, "layer 0 of .* keeps one state in place of keys"),
+    **dict.fromkeys(
+        ("gptj", "gpt_neo", "bloom", "falcon", "falcon_multi_query", "falcon_alibi", "mpt"), "cannot be replaced"
+    ),
+    "gpt_oss": "has s_aux in its attention",
+}
+
+
 def asked(model: LanguageModel, metric: Any = "log_probability") -> tuple[EncodedFact, Tensor]:
     encoded = encode_fact(model, FACT, PromptSpec(), metric)
     return encoded, NOISE.bind(model, [encoded]).batch(encoded)
@@ -34,6 +43,13 @@ def asked(model: LanguageModel, metric: Any = "log_probability") -> tuple[Encode
 @pytest.mark.parametrize("name", FAMILIES)
 def test_watched_attention_is_the_model_s_own(name: str) -> None:
     model = tiny_family(name)
+    if reason := REFUSED.get(name):
+        before, expected = model.model.config._attn_implementation, model.model(ids()).logits
+        with pytest.raises(UserError, match=reason), watched(model):
+            model.model(ids())
+        assert model.model.config._attn_implementation == before
+        assert torch.equal(model.model(ids()).logits, expected)
+        return
     before = model.model.config._attn_implementation
     tokens = ids(2, 12)  # longer than the sliding window
     expected = model.model(tokens).logits

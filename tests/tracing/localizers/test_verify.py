@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, RECURRENT
 from families import tiny as tiny_family
 from scipy.stats import binom
 from tiny_tracing import known, tiny
@@ -43,10 +43,7 @@ ASKED: tuple[tuple[Kind, int, int], ...] = (
 
 
 def double(name: str) -> LanguageModel:
-    model = tiny_family(name, dtype=torch.float64)
-    if name == "olmoe":
-        model.model.set_experts_implementation("eager")  # the grouped product has no float64
-    return model
+    return tiny_family(name, dtype=torch.float64)
 
 
 def probe_of(model: LanguageModel, sweep: Sweep) -> EncodedFact:
@@ -59,6 +56,9 @@ def probe_of(model: LanguageModel, sweep: Sweep) -> EncodedFact:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_chosen_cells_are_the_reference_s(name: str) -> None:
     model = double(name)
+    if name in RECURRENT:
+        pytest.skip("its blocks cannot be run from a token on, which the wavefront's own test shows to be refused")
+    allowed = 1e-6 if name in ("gptj", "gpt_neo") else 1e-10  # attention in float32 whatever the weights are in
     questions: tuple[dict[str, Any], ...] = (
         {"window": 1},
         {"window": 5},
@@ -72,7 +72,7 @@ def test_chosen_cells_are_the_reference_s(name: str) -> None:
         expected = score_cells(model, encoded, batch, sweep, ASKED)
         for rows in (10**6, 3, 1):
             found = Wavefront(model, sweep, rows).score_cells(encoded, batch, ASKED)
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10, err_msg=f"{question} {rows}")
+            np.testing.assert_allclose(found, expected, rtol=0, atol=allowed, err_msg=f"{question} {rows}")
         assert np.ptp(expected) > 1e-3
 
 
