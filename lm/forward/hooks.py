@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lm.anatomy import EMBEDDING, Site, module_at
+from lm.anatomy import EMBEDDING, Kind, Site, module_at
 from lm.errors import UserError
 from lm.model import LanguageModel
 
@@ -50,6 +50,7 @@ class Captured:
         self._values: dict[Site, Tensor] = {}
 
     def __getitem__(self, site: Site) -> Tensor:
+        _require_site(site)
         if site not in self.sites:
             raise UserError(f"{site} was not captured: add it to the sites that capture() is given")
         if site not in self._values:
@@ -57,6 +58,7 @@ class Captured:
         return self._values[site]
 
     def __contains__(self, site: Site) -> bool:
+        _require_site(site)
         return site in self._values
 
     def _keep(self, site: Site, value: Tensor) -> None:
@@ -139,6 +141,7 @@ def intercept(model: LanguageModel, site: Site, see: Callable[[Tensor], Tensor |
 
     What the family multiplies before it adds it (Granite) is seen, and given back, multiplied.
     """
+    _require_site(site)
     anatomy = model.anatomy
     by = 1.0 if site == EMBEDDING else anatomy.multiplier(site)
     flat = anatomy.names.flat and site.kind == "mlp"
@@ -184,6 +187,16 @@ def intercept(model: LanguageModel, site: Site, see: Callable[[Tensor], Tensor |
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _require_site(site: object) -> None:
+    """Raise UserError for what is no site, such as a name of one."""
+    if isinstance(site, Site):
+        return
+    kind, _, layer = site.partition(".") if isinstance(site, str) else ("", "", "")
+    meant = kind in get_args(Kind) and layer.removeprefix("-").isdecimal()
+    instead = f"Site({kind!r}, {int(layer)})" if meant else 'one such as Site("resid", 4)'
+    raise UserError(f"{site!r} is a {type(site).__name__} and no site: use {instead}")
 
 
 def _checked(hidden: Any, site: Site) -> Tensor:

@@ -5,7 +5,7 @@ Text (`sources`) becomes `contexts`; the model runs as far as the deepest site (
 `ActivationStream`: the same global batches for any number of processes, and a state that resumes exactly.
 """
 
-from sae.activations.batch import ActivationBatch, ActivationStream, State, parse_site, site_name
+from sae.activations.batch import ActivationBatch, ActivationStream, State, parse_site, require_different, site_name
 from sae.activations.cache.manifest import ActivationCache, open_cache
 from sae.activations.cache.reading import CachedActivations, ReadSpec
 from sae.activations.cache.staging import CacheSpec
@@ -68,6 +68,7 @@ __all__ = [
     "open_activations",
     "open_cache",
     "parse_site",
+    "require_different",
     "read_state",
     "save_state",
     "site_name",

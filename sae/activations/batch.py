@@ -127,6 +127,12 @@ def parse_site(name: str) -> Site:
     return Site(cast(Kind, kind), int(layer))
 
 
+def require_different(sites: Sequence[Site]) -> None:
+    """Raise UserError for a site that is named twice."""
+    if twice := [site for site in sites if sites.count(site) > 1]:
+        raise UserError(f"sites has {site_name(twice[0])} {sites.count(twice[0])} times: name each site once")
+
+
 def generator(*parts: int | str) -> torch.Generator:
     """A generator for one purpose: the same parts, the same numbers, whatever was drawn elsewhere."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lm.errors import UserError
 from lm.model import ModelSpec
+from sae.activations.batch import parse_site, require_different
 from sae.activations.cache.staging import CacheSpec
 from sae.activations.harvesting import HarvestSpec
 from sae.activations.sources import Builtin, Source, TextSource
@@ -39,3 +40,4 @@ class HarvestConfig:
             raise UserError(f"source is {type(self.source).__name__}: a cache is harvested from text, name some")
         if not self.sites:
             raise UserError("sites is empty: name at least one, such as resid.3")
+        require_different([parse_site(site) for site in self.sites])

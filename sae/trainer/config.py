@@ -20,6 +20,7 @@ from sae.activations import (
     Source,
     TextSource,
     parse_site,
+    require_different,
     site_name,
 )
 from sae.model_config import Choice
@@ -320,6 +321,7 @@ def crossed(specs: Sequence[AutoencoderSpec], sweep: dict[str, list[Any]]) -> tu
 def named(specs: Sequence[AutoencoderSpec], sites: Sequence[Site]) -> dict[str, tuple[Site, AutoencoderSpec]]:
     """Folder name -> (site, autoencoder), every autoencoder at every site. Raises UserError for a name used twice."""
     members: dict[str, tuple[Site, AutoencoderSpec]] = {}
+    require_different(sites)
     for site in sites:
         for spec in specs:
             name = f"{spec.choice}-k{spec.k}-f{spec.features}-s{spec.seed}" if spec.name is None else spec.name

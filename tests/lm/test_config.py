@@ -80,6 +80,50 @@ def test_defaults_file_and_overrides_in_that_order(tmp_path: Path) -> None:
     assert read == Tea(cup=Cup(size="large"), flavor=Sweet(sugar=3.0), minutes=7, layers=(1, 2))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Picnic:
+    """A picnic."""
+
+    places: tuple[str, ...] = ("park",)
+    """Where."""
+    days: tuple[int, ...] | Literal["all"] | None = None
+    """When."""
+    cups: tuple[Literal["small", "large"], ...] | None = None
+    """Of what."""
+    price: float | tuple[float, ...] = 1.0
+    """One, or several."""
+    tea: Tea = field(default_factory=Tea)
+    """With it."""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--places", "resid.4"], Picnic(places=("resid.4",))),
+        (["--places=a, b"], Picnic(places=("a, b",))),
+        (["--places", "[a, b]"], Picnic(places=("a", "b"))),
+        (["--days", "1"], Picnic(days=(1,))),
+        (["--days", "all"], Picnic(days="all")),
+        (["--days", "null"], Picnic()),
+        (["--cups", "large"], Picnic(cups=("large",))),
+        (["--price", "2"], Picnic(price=2.0)),
+        (["--tea.layers", "3"], Picnic(tea=Tea(layers=(3,)))),
+    ],
+)
+def test_a_list_of_one_needs_no_brackets(words: list[str], expected: Picnic, tmp_path: Path) -> None:
+    assert parse_config(Picnic, words) == expected
+    file = tmp_path / "picnic.yaml"
+    name, _, value = " ".join(words).removeprefix("--").replace("=", " ", 1).partition(" ")
+    value = f'"{value}"' if value == "a, b" else value
+    file.write_text(f"tea: {{layers: {value}}}\n" if name == "tea.layers" else f"{name}: {value}\n")
+    assert parse_config(Picnic, ["--config", str(file)]) == expected
+
+
+def test_a_list_of_what_does_not_fit_is_still_refused() -> None:
+    with pytest.raises(UserError, match="days"):
+        parse_config(Picnic, ["--days", "monday"])
+
+
 def test_an_axis_is_chosen_by_name_and_its_fields_by_dots() -> None:
     assert parse_config(Tea, ["--flavor", "Sweet", "--flavor.sugar", "0.5"]).flavor == Sweet(sugar=0.5)
     assert parse_config(Tea, ["--flavor.lemons", "9"]).flavor == Sour(lemons=9)

@@ -118,6 +118,19 @@ def test_capture_is_loud(model: LanguageModel) -> None:
     assert hooks_left(model) == 0
 
 
+def test_a_name_in_the_place_of_a_site_is_answered_with_the_site(model: LanguageModel) -> None:
+    says = r"'resid.4' is a str and no site: use Site\('resid', 4\)"
+    with capture(model, [RESID]) as seen:
+        run(model)
+    for wrong in (lambda: seen["resid.4"], lambda: "resid.4" in seen):  # type: ignore[index, operator]
+        with pytest.raises(UserError, match=says):
+            wrong()
+    with pytest.raises(UserError, match=says), capture(model, ["resid.4"]):  # type: ignore[list-item]
+        run(model)
+    with pytest.raises(UserError, match=r"7 is a int and no site: use one such as"):
+        seen[7]  # type: ignore[index]
+
+
 def test_part_of_the_model_reached_is_not_enough(model: LanguageModel) -> None:
     """Only the blocks that ran were reached: here the first one, called on its own."""
     block = model.model.get_submodule("model.layers.0")
