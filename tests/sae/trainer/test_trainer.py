@@ -270,6 +270,8 @@ def test_sweeps_are_crossed_and_names_are_unique() -> None:
     assert "resid.0-mutual-k4-f24-s1" in named(specs, [SITE])
     with pytest.raises(UserError, match="two autoencoders are called"):
         named([spec("token"), spec("token")], [SITE])
+    with pytest.raises(UserError, match=r"sites has resid\.0 2 times: name each site once"):
+        named([spec("token")], [SITE, SITE])
     with pytest.raises(UserError, match=r"sweep\.kk"):
         crossed([spec("token")], {"kk": [1]})
     with pytest.raises(UserError, match="k from 1"):
