@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm.shards import is_sharded
+
 _TUPLES: dict[type[nn.Module], bool] = {}
 """Class of a block -> whether its output is a tuple, of those that were asked."""
 
@@ -32,7 +34,10 @@ def as_the_block_says(
         block.eval()
         try:
             with torch.no_grad():
-                _TUPLES[type(block)] = isinstance((forward or block.forward)(*args, **kwargs), tuple)
+                run = forward or (
+                    block if is_sharded(block) else block.forward
+                )  # shards are gathered by the block's hooks
+                _TUPLES[type(block)] = isinstance(run(*args, **kwargs), tuple)
         finally:
             for module, flag in training.items():
                 module.training = flag

@@ -86,9 +86,7 @@ def capture(
         def keep(hidden: Tensor) -> Tensor | None:
             if rows is None and positions is None:
                 captured._keep(site, hidden.detach().clone() if detach else hidden)
-                return (
-                    None if detach else hidden.clone()
-                )  # the model goes on with a copy: with ours it may add in place
+                return None if detach else hidden.clone()  # the model goes on with a copy, to which it may add
             value = hidden[_grid(hidden, site, rows, positions)]  # a copy
             captured._keep(site, value.detach() if detach else value)
             return None
