@@ -207,11 +207,11 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **mo
 
 
 def one_layer(family: str) -> LanguageModel:
-    """As `tiny`, with one layer."""
+    """As `tiny`, with as few layers as the family allows."""
     given = _GEMMA if family == "gemma3" else _CONFIGS[family][1]
-    kinds = given.get("layer_types", ())
-    kind = "linear_attention" if family == "olmo_hybrid" else "full_attention"  # it refuses to be without
-    more: dict[str, Any] = {"layer_types": [kind]} if kinds else {}
+    more: dict[str, Any] = {"layer_types": ["full_attention"]} if "layer_types" in given else {}
+    if family == "olmo_hybrid":  # it refuses to be without either kind
+        return tiny(family, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
     if family == "gpt_neo":
         return tiny(family, num_layers=1, attention_types=[[["global"], 1]])
     return tiny(family, num_hidden_layers=1, **more)

@@ -81,6 +81,14 @@ def test_defaults_file_and_overrides_in_that_order(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Basket:
+    """A basket."""
+
+    layers: tuple[int, ...] | None = None
+    """What is on what."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Picnic:
     """A picnic."""
 
@@ -92,7 +100,7 @@ class Picnic:
     """Of what."""
     price: float | tuple[float, ...] = 1.0
     """One, or several."""
-    tea: Tea = field(default_factory=Tea)
+    basket: Basket = field(default_factory=Basket)
     """With it."""
 
 
@@ -107,7 +115,7 @@ class Picnic:
         (["--days", "null"], Picnic()),
         (["--cups", "large"], Picnic(cups=("large",))),
         (["--price", "2"], Picnic(price=2.0)),
-        (["--tea.layers", "3"], Picnic(tea=Tea(layers=(3,)))),
+        (["--basket.layers", "3"], Picnic(basket=Basket(layers=(3,)))),
     ],
 )
 def test_a_list_of_one_needs_no_brackets(words: list[str], expected: Picnic, tmp_path: Path) -> None:
@@ -115,7 +123,7 @@ def test_a_list_of_one_needs_no_brackets(words: list[str], expected: Picnic, tmp
     file = tmp_path / "picnic.yaml"
     name, _, value = " ".join(words).removeprefix("--").replace("=", " ", 1).partition(" ")
     value = f'"{value}"' if value == "a, b" else value
-    file.write_text(f"tea: {{layers: {value}}}\n" if name == "tea.layers" else f"{name}: {value}\n")
+    file.write_text(f"basket: {{layers: {value}}}\n" if name == "basket.layers" else f"{name}: {value}\n")
     assert parse_config(Picnic, ["--config", str(file)]) == expected
 
 

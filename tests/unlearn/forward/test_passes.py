@@ -107,7 +107,10 @@ def compare(model: LanguageModel, *, rtol: float = 2e-4, atol: float = 2e-5) -> 
     got, wanted = gradients(model.model, number(stats)), gradients(model.model, number(dense))
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        scale = max(float(gradient.abs().max()), 1e-6)  # the bias of keys, say, has none at all
+        scale = float(gradient.abs().max())
+        if scale < 1e-5:  # rounding alone: softmax does not see a bias of the keys (OPT)
+            assert float(got[name].abs().max()) < 1e-5, name
+            continue
         torch.testing.assert_close(
             got[name] / scale, gradient / scale, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
