@@ -2,7 +2,8 @@
 
     python -m benchmarks.real_model --model FOLDER --lume FOLDER --mmlu FILE --out runs/real
 
-FOLDER is any Hugging Face decoder (docs/results.md used SmolLM2-135M-Instruct) and the public LUME splits. Every stage is
+FOLDER is any Hugging Face decoder (docs/results.md used SmolLM2-135M-Instruct) and the public LUME splits; `--tofu FOLDER
+--people 10` takes TOFU's authors in their place, each answer a completion of its question. Every stage is
 one of this project's scripts, run as its own process and printed as the command it is; a stage that is finished is not
 run again, so an interrupted benchmark goes on where it was. The unlearning runs have equal steps and batches
 (gradient ascent alone has only forget rows in them).
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import string
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ from lm.run_folder import write_atomic, write_json
 ROOT = Path(__file__).resolve().parents[1]
 HALVES: dict[str, Half] = {"calibration": "first", "held_out": "second"}
 """Of the unseen people: those that something may be calibrated on, and those that are scored (benchmarks/compare_methods.py)."""
+QUESTIONS = 20
+"""About each author of TOFU, one after the other."""
+LETTERS = string.ascii_lowercase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +39,16 @@ class Benchmark:
 
     model: str
     """A pretrained model's folder or hub id."""
-    lume: str
+    lume: str | None = None
     """The folder with LUME's forget_train, retain_train and validation files."""
+    tofu: str | None = None
+    """Or that with TOFU's forget10, retain90 and holdout10 files."""
     mmlu: str | None = None
     """MMLU questions (JSON lines) for utility."""
     out: str = "runs/real"
     """Where every stage's run folder goes."""
     people: int = 20
-    """Task2 people on each side, the first of the train splits, with all their rows."""
+    """LUME's Task2 people, or TOFU's authors, on each side: the first of the splits, with all their rows."""
     learn_epochs: int = 16
     """Epochs of memorizing."""
     learn_rate: float = 3e-4
@@ -66,6 +73,10 @@ class Benchmark:
     """MMLU questions of each subject."""
     only: tuple[str, ...] = ()
     """Run only these stages now (two calls can share the work); empty: all. The table comes when all are there."""
+
+    def __post_init__(self) -> None:
+        if (self.lume is None) == (self.tofu is None):
+            raise UserError("give --lume FOLDER or --tofu FOLDER, one of them: whose people are memorized?")
 
 
 @dataclass(frozen=True)
@@ -176,24 +187,52 @@ def scoring(asked: Benchmark, name: str, model: str, data: Path) -> Stage:
 
 def prepare(asked: Benchmark, folder: Path) -> None:
     """The chosen rows as files: both sides, the retain side in halves, questions to trace, documents never trained on."""
-    splits = {name: load_rows(Path(asked.lume) / f"{name}.jsonl") for name in ("forget_train", "retain_train")}
-    unseen = [
-        row
-        for name in ("forget_validation", "retain_validation")
-        for row in load_rows(Path(asked.lume) / f"{name}.jsonl")
-    ]
-    forget, retain = (first_people(splits[f"{side}_train"], asked.people) for side in ("forget", "retain"))
+    forget, retain, unseen = lume_people(asked) if asked.tofu is None else tofu_authors(Path(asked.tofu), asked.people)
     write_rows(folder / "forget.jsonl", forget)
     write_rows(folder / "retain.jsonl", retain)
     write_rows(folder / "retain_a.jsonl", retain[::2])
     write_rows(folder / "retain_b.jsonl", retain[1::2])
     write_rows(folder / "facts.jsonl", [*forget, *retain])
-    unseen = [row for row in unseen if row.task == "Task2"]
     write_rows(folder / "unseen.jsonl", unseen)
     for name, half in HALVES.items():
         write_rows(folder / f"{name}.jsonl", list(halved(unseen, "unseen.jsonl", half)))
     made = {"memorized": "base/model", "retain_model": "retain_only/model", "plan": "trace/plan.json"}
     write_json(folder.parent / "sources.json", {name: str(folder.parent / path) for name, path in made.items()})
+
+
+def lume_people(asked: Benchmark) -> tuple[list[Row], list[Row], list[Row]]:
+    """Forget and retain rows, and those of people who were never trained on: Task2 of both validation splits."""
+    splits = {
+        name: load_rows(str(Path(str(asked.lume)) / f"{name}.jsonl"))
+        for name in ("forget_train", "retain_train", "forget_validation", "retain_validation")
+    }
+    forget, retain = (first_people(splits[f"{side}_train"], asked.people) for side in ("forget", "retain"))
+    unseen = [*splits["forget_validation"], *splits["retain_validation"]]
+    return forget, retain, [row for row in unseen if row.task == "Task2"]
+
+
+def tofu_authors(folder: Path, count: int) -> tuple[list[Row], list[Row], list[Row]]:
+    """The same of TOFU, in LUME's schema: the questions about an author are the completions of one document, a letter each.
+
+    Raises:
+        UserError: fewer authors than asked for.
+    """
+    columns = {"input": "question", "output": "answer"}
+    sides: list[list[Row]] = []
+    for name, most in (("forget10", count), ("retain90", count), ("holdout10", None)):
+        rows = load_rows(str(folder / f"{name}.json"), columns=columns)
+        authors = [rows[first : first + QUESTIONS] for first in range(0, len(rows), QUESTIONS)][:most]
+        if most is not None and len(authors) < most:
+            raise UserError(f"{folder}/{name}.json has {len(authors)} authors: give fewer --people")
+        sides.append(
+            [
+                Row(f"{name}-{author:03d}sc{LETTERS[number]}", row.input, row.output, "Task2")
+                for author, about in enumerate(authors)
+                for number, row in enumerate(about)
+            ]
+        )
+    forget, retain, unseen = sides
+    return forget, retain, unseen
 
 
 def first_people(rows: tuple[Row, ...], count: int) -> list[Row]:
