@@ -58,12 +58,8 @@ def test_log_probabilities_known_beforehand_are_those_asked_for_live(
     every = blocks_run(monkeypatch, live)
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "live"), rel=1e-6)
     assert len(set(losses(tmp_path / "cached"))) == SMALL.steps
-    steps, forget_micros, retain_micros, check = (
-        6,
-        1,
-        1,
-        1,
-    )  # of batch 8 in micro-batches of 4; loading checks the model
+    steps, forget_micros, retain_micros = 6, 1, 1  # of batch 8 in micro-batches of 4
+    check = 2  # the model is checked when it is loaded and when what was written is read back
     assert every[2] == steps * (2 * forget_micros + retain_micros) + check
     assert once[2] == steps * (forget_micros + retain_micros) + 12 // 4 + check, "12 forget rows are drawn, once each"
     assert not (tmp_path / "cached" / STORES).exists(), "a finished run needs none"
@@ -93,8 +89,10 @@ def test_layers_below_the_scope_run_once_and_change_nothing(
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
     logprobs = 12 // 4 if isinstance(settings.get("objective"), NPO) else 0
-    assert after[2] == before[2] == 1 + logprobs + SMALL.steps * (3 if "retain_loss" in loss else 2)
-    assert after[0] == after[1] == 1 + 2 * (12 // 4), "the check on loading, then each side's rows once"
+    assert after[2] == before[2] == 2 + logprobs + SMALL.steps * (3 if "retain_loss" in loss else 2)
+    assert after[0] == after[1] == 2 + 2 * (12 // 4), (
+        "the checks on loading and reading back, and each side's rows once"
+    )
     assert before[1] > after[1], "however short the run"
 
 
