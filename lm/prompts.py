@@ -1,18 +1,18 @@
 """Prompts, spans and supervised masks: one place, so that tracing, training and evaluation see the very same tokens.
 
 Raw prompts are tokenized as the official SemEval-2025 Task 4 evaluation does it (plain `tokenizer(text)`); chat
-prompts go through the tokenizer's template. The prompt's tokens never depend on the answer: they are what
-generation is given. Spans come from the fast tokenizer's character offsets, never from decoding tokens one at a
+prompts go through the tokenizer's template, which is told the day that `PromptSpec.date` names, never that of the
+clock. The prompt's tokens never depend on the answer: they are what generation is given. Spans come from the fast tokenizer's character offsets, never from decoding tokens one at a
 time. Padding and batching are not done here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from datetime import datetime
+from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lm.errors import UserError
@@ -32,13 +32,21 @@ class PromptSpec:
     format: Format = "raw"
     """raw text, as the official evaluation asks; or chat, through the tokenizer's template."""
     append_eos: bool = True
-    """End every answer with the EOS token."""
+    """End every answer: with the EOS token, or in chat with what the template ends an answer with (`<end_of_turn>`, say)."""
     answer_prefix: str | None = None
     """What stands between prompt and answer; null means one space for raw and nothing for chat, as the authors train."""
     system: str | None = None
     """A system message, for chat."""
+    date: str = "2024-07-26"
+    """The day that a chat template is told it is, YYYY-MM-DD, whatever the clock says; only templates that print one differ by
+    it. The default is the day that Llama 3's template takes where it has no clock."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "date", str(self.date))  # YAML reads a day without quotes as a date
+        try:
+            datetime.strptime(self.date, "%Y-%m-%d")
+        except ValueError as error:
+            raise UserError(f"prompt.date is {self.date!r}: write a day as 2024-07-26") from error
         if self.format not in ("raw", "chat"):
             raise UserError(f"the prompt format {self.format!r} is unknown: use raw or chat")
         if self.system is not None and self.format == "raw":
@@ -54,27 +62,41 @@ class PromptSpec:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt and its answer as token ids; `ids[answer_start:]` is the answer, with EOS if the spec asks for it."""
+    """A prompt and its answer as token ids; `ids[answer_start:]` is the answer, with its end if the spec asks for it."""
 
     ids: list[int]
     answer_start: int
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str, spec: PromptSpec) -> str:
-    """The text whose continuation is the answer. Raises UserError for chat without a chat template."""
+    """The text whose continuation is the answer. Raises UserError for chat without a usable chat template."""
     if spec.format == "raw":
         return prompt
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: use format: raw, or a tokenizer that has one")
-    messages = [{"role": "user", "content": prompt}]
-    if spec.system is not None:
-        messages.insert(0, {"role": "system", "content": spec.system})
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses this prompt, change it or leave system out: {error}") from error
-    assert isinstance(text, str)
-    return text
+    asked = {"user": prompt} if spec.system is None else {"system": spec.system, "user": prompt}
+    return _templated(tokenizer, asked, spec.date)
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase, spec: PromptSpec) -> list[int]:
+    """The ids that end an answer: EOS; in chat what the template writes after one, up to the first special token.
+
+    Where a template writes no special token there (or takes no answers) it is EOS as well. Raises UserError without an EOS.
+    """
+    if spec.format == "chat":
+        try:
+            text = _templated(tokenizer, {"user": "?", "assistant": PLACEHOLDER}, spec.date)
+        except UserError:
+            text = ""
+        _, found, after = text.rpartition(PLACEHOLDER)
+        ids = _plain_ids(tokenizer, after, special=False) if found else []
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        for place, index in enumerate(ids):
+            if index in special:
+                return ids[: place + 1]
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token: set append_eos: false, or use a tokenizer that has one")
+    return [int(tokenizer.eos_token_id)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, spec: PromptSpec) -> list[int]:
@@ -83,7 +105,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, spec: PromptS
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, spec: PromptSpec) -> Encoded:
-    """Prompt ids exactly as `encode_prompt` gives them, then the answer's ids, then EOS if the spec asks for it.
+    """Prompt ids exactly as `encode_prompt` gives them, then the answer's ids, then `answer_end` if the spec asks for it.
 
     Where tokenizing prompt and answer together keeps the prompt's tokens, the rest of that tokenization is the
     answer. Where they would merge at the seam, the answer is tokenized alone.
@@ -92,9 +114,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, sp
     head = _prompt_ids(tokenizer, text, spec)
     tail = _answer_ids(tokenizer, text, head, spec.prefix + answer, spec)
     if spec.append_eos:
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token: set append_eos: false, or use a tokenizer that has one")
-        tail = [*tail, int(tokenizer.eos_token_id)]
+        tail = [*tail, *answer_end(tokenizer, spec)]
     if not tail:
         raise UserError(f"the answer to {prompt!r} is empty: give it at least one character")
     return Encoded([*head, *tail], len(head))
@@ -175,6 +195,69 @@ def subject_span(
     if text[start : start + len(name)] != name:
         raise UserError(f"the chat template rewrites the prompt {prompt!r}, its subject is lost: use format: raw")
     return token_span(tokenizer, text, start, start + len(name), add_special_tokens=spec.format == "raw")
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, said: Mapping[str, str], date: str) -> str:
+    """What the template makes of messages (a text each role), ready for an answer unless the last one is one.
+
+    Messages are texts, or for a template that looks for parts in them, and so shows nothing of a text, lists of one part.
+    """
+    try:
+        template = _on_the_day(tokenizer.get_chat_template(), date)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"the tokenizer's chat template cannot be used ({_first_line(error)}): give it one template, or use format: raw"
+        ) from error
+
+    def applied(texts: Mapping[str, str], parts: bool) -> str:
+        messages: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+            for role, text in texts.items()
+        ]
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt="assistant" not in texts
+            )
+        )
+
+    probes = {role: f"{PLACEHOLDER}-{role}" for role in said}
+    lost: list[str] = []
+    failure: Exception | None = None
+    for parts in (False, True):
+        try:
+            shown = applied(probes, parts).casefold()
+            lost = lost or [role for role, probe in probes.items() if probe not in shown]
+            if all(probe in shown for probe in probes.values()):
+                return applied(said, parts)
+        except Exception as error:  # a template is a program: whatever it raises is about these messages
+            failure = failure or error
+    if lost:
+        raise UserError(
+            f"the chat template leaves out the {'system message' if lost[0] == 'system' else 'prompt'}: "
+            "leave system out, use format: raw, or a tokenizer with another template"
+        )
+    raise UserError(
+        f"the chat template refuses this prompt, change it or leave system out: {_first_line(failure)}"
+    ) from failure
+
+
+def _on_the_day(template: str, date: str) -> str:
+    """The template with a clock that stands at midnight of that day: a macro hides the function that asks the real one."""
+    if not isinstance(template, str):
+        raise TypeError(f"it is of type {type(template).__name__}")
+    if "strftime_now" not in template:
+        return template
+    day = datetime.strptime(date, "%Y-%m-%d")
+    replaced = "".join(
+        f" | replace('%{mark}', {day.strftime('%' + mark)!r})"
+        for mark in ("-d", "-m", "-H", "-I", "-M", "-S", "-j", "-y", *"aAbBcdDefFGhHIjklmMnpPrRSTuUVwWxXyYzZ")
+    )
+    macro = "{% macro strftime_now(form) %}{{ form | replace('%%', '\x00')" + replaced + " | replace('\x00', '%') }}"
+    return macro + "{% endmacro %}\n" + template
+
+
+def _first_line(error: Exception | None) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _is_dummy_space(piece: str, character: str) -> bool:

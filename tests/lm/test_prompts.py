@@ -5,10 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from itertools import product
 from typing import Any
 
 import pytest
+from families import CHAT as CHAT_TEMPLATE
 from families import byte_level, metaspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lm import PromptSpec, UserError, encode_pair, encode_prompt, labels, render, subject_span, token_span
-from lm.prompts import answer_tokens
+from lm.prompts import answer_end, answer_tokens
 
 RAW, CHAT = PromptSpec(), PromptSpec(format="chat")
 KINDS: dict[str, Callable[..., PreTrainedTokenizerFast]] = {
@@ -172,6 +174,19 @@ def test_labels_hide_the_prompt_and_keep_the_eos() -> None:
             lambda: render(byte_level(chat=REFUSES), "Who?", SPECS["chat_system"]),
             "refuses this prompt.*: no system here",
         ),
+        (lambda: render(byte_level(chat=PARTS_TYPED_ILL), "Who?", CHAT), "refuses this prompt.*: can only concatenate"),
+        (lambda: render(byte_level(chat="Hello"), "Who?", CHAT), "leaves out the prompt: .*use format: raw"),
+        (
+            lambda: render(byte_level(chat="{{ messages[-1]['content'] }}"), "Who?", SPECS["chat_system"]),
+            "leaves out the system message: leave system out",
+        ),
+        (
+            lambda: render(byte_level(chat={"tool_use": "x", "rag": "y"}), "Who?", CHAT),  # type: ignore[arg-type]
+            "chat template cannot be used.*give it one template, or use format: raw",
+        ),
+        (lambda: render(byte_level(chat=["x"]), "Who?", CHAT), "chat template cannot be used"),  # type: ignore[arg-type]
+        (lambda: PromptSpec(date="today"), "prompt.date is 'today': write a day as 2024-07-26"),
+        (lambda: PromptSpec(date="2024-02-30"), "prompt.date is '2024-02-30'"),
         (lambda: subject_span(byte_level(), "Who?", "Anna", RAW), "subject 'Anna' is not in the prompt 'Who\\?'"),
         (lambda: subject_span(byte_level(), "Who?", " ", RAW), "subject ' ' is not in the prompt"),
         (lambda: subject_span(byte_level(chat=SHOUTS), "Ask Anna", "Anna", CHAT), "rewrites the prompt 'Ask Anna'"),
@@ -190,6 +205,47 @@ def test_what_cannot_be_prompted_is_refused(attempt: Callable[[], Any], says: st
 
 REFUSES = "{{ raise_exception('no system here') if messages[0]['role'] == 'system' }}"
 SHOUTS = "{{ messages[0]['content'] | upper }}"
+PARTS_TYPED_ILL = "{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}"
+PARTS = "{% for m in messages %}<{{ m['role'] }}>{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
+DATED = "Today: {{ strftime_now('%d %b %Y, %-d/%m, 100 %% of %A') }}.\n" + CHAT_TEMPLATE
+
+
+def test_a_template_is_told_the_recorded_day_and_never_that_of_the_clock() -> None:
+    """By hand: the 26th of July 2024 was a Friday, the 2nd of January 2025 a Thursday."""
+    tokenizer = byte_level(chat=DATED)
+    asked = "<|user|>\nWho?\n<|assistant|>\n"
+    assert render(tokenizer, "Who?", CHAT) == f"Today: 26 Jul 2024, 26/07, 100 % of Friday.\n{asked}"
+    other = replace(CHAT, date="2025-01-02")
+    assert render(tokenizer, "Who?", other) == f"Today: 02 Jan 2025, 2/01, 100 % of Thursday.\n{asked}"
+    template = "\n  {% if strftime_now is defined %}{% set day = strftime_now('%Y') %}{% else %}{% set day = '?' %}{% endif %}{{ day }}"
+    assert render(byte_level(chat=template + PARTS), "Who?", other) == "\n2025<user>Who?"
+    assert PromptSpec(format="chat", date=date(2025, 1, 2)) == other  # type: ignore[arg-type]
+
+
+def test_a_template_over_parts_of_a_message_gets_parts() -> None:
+    tokenizer = byte_level(chat=PARTS)
+    for prompt in ("Who?", "user"):  # a word that the template itself holds is no sign that the prompt is there
+        assert render(tokenizer, prompt, CHAT) == f"<user>{prompt}"
+        assert render(tokenizer, prompt, replace(CHAT, system="Be brief.")) == f"<system>Be brief.<user>{prompt}"
+    start, end = subject_span(tokenizer, "Ask Anna", "Anna", CHAT)
+    assert tokenizer.decode(encode_prompt(tokenizer, "Ask Anna", CHAT)[start:end]).strip() == "Anna"
+
+
+@pytest.mark.parametrize(
+    ("written", "trained"),
+    [("<end_of_turn>\n", "<end_of_turn>"), ("\n<|end|>\n</s>", "\n<|end|>"), ("</s>", "</s>"), ("\n", "</s>"), ("", "</s>")],
+)
+def test_an_answer_ends_as_the_template_ends_it(written: str, trained: str) -> None:
+    """Up to the first special token after it; where there is none, with EOS."""
+    tokenizer = byte_level(chat="{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}" + written + "{% endfor %}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>", "<|end|>"]})
+    end = tokenizer.encode(trained, add_special_tokens=False)
+    pair = encode_pair(tokenizer, "Who?", "Anna", CHAT)
+    assert pair.ids[pair.answer_start :] == [*tokenizer.encode("Anna", add_special_tokens=False), *end]
+    assert answer_end(tokenizer, CHAT) == end
+    assert answer_end(tokenizer, RAW) == [tokenizer.eos_token_id]
+    without = encode_pair(tokenizer, "Who?", "Anna", replace(CHAT, append_eos=False))
+    assert [*without.ids, *end] == pair.ids
 
 
 def without_eos() -> PreTrainedTokenizerFast:

@@ -15,6 +15,7 @@ import numpy as np
 
 from lm.anatomy import Kind
 from lm.errors import UserError
+from lm.prompts import PromptSpec
 from tracing.arrays import Array
 from tracing.bootstrap import check_confidence, interval, mean_over_facts, resample_counts, units, weighted_means
 from tracing.effects.effects import Effects
@@ -146,7 +147,10 @@ def interaction(window: Effects, single: Effects) -> Interaction:
                 f"the two traces differ in {what}: trace the same facts with the same settings but for the window"
             )
     for what in ("weights", "corruption", "prompt", "positions", "sever"):
-        if window.provenance.get(what) != single.provenance.get(what):
+        made = window.provenance.get(what), single.provenance.get(what)
+        if what == "prompt":  # one of them may be older than a setting
+            made = PromptSpec(**made[0] or {}), PromptSpec(**made[1] or {})
+        if made[0] != made[1]:
             raise UserError(f"the two traces differ in {what}: trace with the same settings but for the window")
     shared: tuple[Kind, ...] = ("mlp", "attn")
     kinds = tuple(kind for kind in shared if kind in window.kinds and kind in single.kinds)

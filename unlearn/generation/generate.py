@@ -2,8 +2,8 @@
 
 Badge: the greedy default is faithful to the official SemEval-2025 Task 4 evaluation (raw prompt, 256 new tokens, stop at
 EOS, special tokens dropped, spaces before punctuation cleaned up). Nothing of the model's own generation config but its
-EOS tokens is heeded; whoever wants other tokens than the likeliest says how to choose them. Scoring the text is
-`unlearn.evaluation.lume`.
+EOS tokens is heeded, and in chat the token that ends an answer in the template; whoever wants other tokens than the
+likeliest says how to choose them. Scoring the text is `unlearn.evaluation.lume`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import PromptSpec, encode_prompt, max_positions
+from lm.prompts import PromptSpec, answer_end, encode_prompt, max_positions
 from lm.shards import is_sharded
 from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, sorted_batches
 
@@ -77,6 +77,8 @@ def generate(
         most = -(-len(workers.with_index(0).share(len(ids))) // batch_size)
         batches += [[] for _ in range(most - len(batches))]
     stops = eos_ids(model)
+    if prompt.format == "chat":
+        stops |= {answer_end(model.tokenizer, prompt)[-1]}
     texts: dict[int, str] = {}
     with evaluating(model):
         for batch in batches:

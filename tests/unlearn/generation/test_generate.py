@@ -84,7 +84,7 @@ class Scripted(nn.Module):
     def forward(self, input_ids: torch.Tensor, **_: object) -> Any:
         token = self.script[self.calls]
         self.calls += 1
-        logits = torch.nn.functional.one_hot(torch.tensor(token), 384).float().expand(len(input_ids), 1, 384)
+        logits = torch.nn.functional.one_hot(torch.tensor(token), 385).float().expand(len(input_ids), 1, 385)
         return type("Out", (), {"logits": logits, "past_key_values": None})
 
 
@@ -100,6 +100,16 @@ def test_it_stops_at_any_eos_and_no_earlier() -> None:
         assert eos_ids(model) == {2, 7}
         assert generate(model, ["Anna"], prompt=RAW) == [" is here."]
         assert script.calls == len(script.script) - 2
+
+
+def test_in_chat_it_stops_where_the_template_ends_an_answer() -> None:
+    """`<end_of_turn>` is no EOS: a model that was taught to end with it would go on with the user's next turn."""
+    model, script = scripted(" is here.", 384, 9, 9)
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    assert model.tokenizer.convert_tokens_to_ids("<end_of_turn>") == 384
+    model.tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    assert generate(model, ["Anna"], prompt=PromptSpec(format="chat")) == [" is here."]
+    assert script.calls == len(script.script) - 2
 
 
 def test_special_tokens_are_dropped_and_spaces_before_punctuation_too() -> None:
