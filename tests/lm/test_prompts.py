@@ -233,7 +233,13 @@ def test_a_template_over_parts_of_a_message_gets_parts() -> None:
 
 @pytest.mark.parametrize(
     ("written", "trained"),
-    [("<end_of_turn>\n", "<end_of_turn>"), ("\n<|end|>\n</s>", "\n<|end|>"), ("</s>", "</s>"), ("\n", "</s>"), ("", "</s>")],
+    [
+        ("<end_of_turn>\n", "<end_of_turn>"),
+        ("\n<|end|>\n</s>", "\n<|end|>"),
+        ("</s>", "</s>"),
+        ("\n", "</s>"),
+        ("", "</s>"),
+    ],
 )
 def test_an_answer_ends_as_the_template_ends_it(written: str, trained: str) -> None:
     """Up to the first special token after it; where there is none, with EOS."""

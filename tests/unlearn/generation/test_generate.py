@@ -107,7 +107,9 @@ def test_in_chat_it_stops_where_the_template_ends_an_answer() -> None:
     model, script = scripted(" is here.", 384, 9, 9)
     model.tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     assert model.tokenizer.convert_tokens_to_ids("<end_of_turn>") == 384
-    model.tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    )
     assert generate(model, ["Anna"], prompt=PromptSpec(format="chat")) == [" is here."]
     assert script.calls == len(script.script) - 2
 
