@@ -1,9 +1,9 @@
 """Prompts, spans and supervised masks: one place, so that tracing, training and evaluation see the very same tokens.
 
-Raw prompts are tokenized as the official SemEval-2025 Task 4 evaluation does it (plain `tokenizer(text)`); chat
-prompts go through the tokenizer's template, which is told the day that `PromptSpec.date` names, never that of the
-clock. The prompt's tokens never depend on the answer: they are what generation is given. Spans come from the fast tokenizer's character offsets, never from decoding tokens one at a
-time. Padding and batching are not done here.
+Raw prompts are tokenized as the official SemEval-2025 Task 4 evaluation does it (plain `tokenizer(text)`); chat prompts go
+through the tokenizer's template, which is told the day that `PromptSpec.date` names, never that of the clock. The prompt's
+tokens never depend on the answer: they are what generation is given. Spans come from the fast tokenizer's character
+offsets, never from decoding tokens one at a time. Padding and batching are not done here.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from lm.prompts import PromptSpec, encode_pair
 from lm.run_folder import write_json
 from unlearn.evaluation.lume import row_scores
 from unlearn.evaluation.utility import log_likelihoods
+from unlearn.evaluation.word_overlap import Words, has_words
 from unlearn.generation.batching import Workers, unless_sharded
 from unlearn.generation.generate import generate
 
@@ -25,7 +26,8 @@ class Answer:
     Attributes:
         id: the row's.
         said: what was generated.
-        score: the official one of its kind, 0 to 1: exact match of a question, ROUGE-L recall of a completion.
+        score: the official one of its kind, 0 to 1: exact match of a question, ROUGE-L recall of a completion. Of a
+            completion without a word of a-z or digits, which the official one cannot see, recall of words of every script.
         log_probability: of the true answer, teacher-forced: nats a token, its end included if the prompt's spec has one.
     """
 
@@ -61,9 +63,13 @@ def ask(
     mine = [pairs[place] for place in sharers.share(len(pairs))]
     sums = sharers.gather(log_likelihoods(model, mine, batch_size=batch_size).tolist())
     return [
-        Answer(row.id, text, sum(row_scores(_scored(row, text)).values()), total / len(pair[1]))
+        Answer(row.id, text, sum(row_scores(_scored(row, text), _words(row)).values()), total / len(pair[1]))
         for row, text, total, pair in zip(rows, texts, sums, pairs, strict=True)
     ]
+
+
+def _words(row: Row) -> Words:
+    return "official" if has_words(row.output) else "every_script"
 
 
 def _scored(row: Row, text: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from lm.model import ModelSpec
 from lm.prompts import PromptSpec
 from sae.activations.sources import NoSource, Source
 from unlearn.evaluation.utility import Style
+from unlearn.evaluation.word_overlap import Words
 from unlearn.general_text import GeneralText
 
 LM_EVAL = "lm_eval:"
@@ -57,6 +58,8 @@ class EvaluateConfig:
     """At most so many pieces of general text, from the front of its source."""
     scores: tuple[str, ...] | None = None
     """Names of scores; what one is made of comes with it, and only what some score needs is asked. Null: all that can be had."""
+    words: Words = "official"
+    """What counts as a word of a completion: official (a to z and digits), or every_script, a variant for other scripts."""
     prompt: PromptSpec = field(default_factory=PromptSpec)
     """How prompts are rendered; raw is the official way."""
     max_new_tokens: int = 256

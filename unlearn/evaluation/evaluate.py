@@ -16,10 +16,12 @@ from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from lm.row_files import load_documents, load_questions, load_rows
 from unlearn.evaluation.evaluation_set import EvaluationSet
+from unlearn.evaluation.lm_eval_harness import check_tasks
 from unlearn.evaluation.measure import Measuring
 from unlearn.evaluation.result import Evaluation, finished_losses
 from unlearn.evaluation.scores.base import Losses, Score, needs_of
 from unlearn.evaluation.utility import Style
+from unlearn.evaluation.word_overlap import Words
 from unlearn.general_text import GeneralText
 from unlearn.generation.batching import ONE_PROCESS, Workers
 
@@ -43,6 +45,7 @@ def evaluate(
     retain_scores: Evaluation | Losses | str | None = None,
     untouched: LanguageModel | str | None = None,
     general: GeneralText = GeneralText(),  # noqa: B008 (frozen)
+    words: Words = "official",
     store: Path | str | None = None,
     workers: Workers = ONE_PROCESS,
     show: bool = False,
@@ -67,6 +70,7 @@ def evaluate(
         untouched: the model before unlearning, or what `lm.load` takes: it says how likely it finds the answers. Without it they
             have no perplexity.
         general: text whose perplexity is measured.
+        words: what counts as a word of a completion: official (a to z and digits alone), or every_script, a variant.
         store: a folder where each part is written as soon as it is done, and from which parts that are already there
             are read instead of computed, so that an interrupted evaluation can go on.
         workers: which process this is; all processes return the same result, and the first writes.
@@ -99,8 +103,11 @@ def evaluate(
         retain_losses=_losses(retain_scores),
         untouched=untouched is not None,
         general=general,
+        words=words,
     )
     wanted = evaluation_set.askable(scores)
+    if lm_eval is not None and not evaluation_set.questions and "choices" in {n for s in wanted for n in needs_of(s)}:
+        check_tasks([lm_eval])
     loaded = load(model) if isinstance(model, str) else model
     measuring = Measuring(
         loaded,

@@ -11,9 +11,12 @@ from lm.data.rows import Question, Row
 from lm.errors import UserError
 from lm.row_files import check_disjoint
 from sae.activations.sources import TextSource
+from unlearn.evaluation.lume import check_words
 from unlearn.evaluation.scores import chosen_scores
 from unlearn.evaluation.scores.base import Losses, Need, Score
+from unlearn.evaluation.scores.lume import LumeTerm
 from unlearn.evaluation.utility import Style
+from unlearn.evaluation.word_overlap import Words
 from unlearn.general_text import GeneralText
 
 _GIVE = {
@@ -40,6 +43,7 @@ class EvaluationSet:
         retain_losses: the losses of the same members and non-members under the retain model.
         untouched: whether an untouched model is at hand, to say how likely it finds the answers.
         general: text that has nothing to do with either side.
+        words: what counts as a word of a completion (see `unlearn.evaluation.word_overlap`).
     """
 
     forget: tuple[Row, ...]
@@ -52,6 +56,7 @@ class EvaluationSet:
     retain_losses: Losses | None = None
     untouched: bool = False
     general: GeneralText = GeneralText()  # noqa: RUF009 (frozen)
+    words: Words = "official"
 
     def __post_init__(self) -> None:
         check_disjoint(self.forget, self.retain)
@@ -110,6 +115,8 @@ class EvaluationSet:
                 )
         for check in {type(score): score for score in wanted}.values():
             check.check_rows((*self.forget, *self.retain))
+        if any(isinstance(score, LumeTerm) for score in wanted):
+            check_words((*self.forget, *self.retain), self.words)
         return wanted
 
 

@@ -51,24 +51,13 @@ def run_lm_eval(
     Raises:
         UserError: lm-eval is not installed, a task is unknown, or its data cannot be had.
     """
-    try:
+    with _importing():
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as problem:
-        missing = (problem.name or "").partition(".")[0] == "lm_eval"
-        state = "is not installed" if missing else f"cannot be imported ({problem})"
-        raise UserError(f"lm-eval {state}: pip install 'palimpsest-unlearning[eval]'") from None
     local = {path.stem for path in task_dir.glob("*.yaml")} if task_dir is not None else set()
     with evaluating(model), _own_generators(), _quiet("lm_eval", "lm-eval", "datasets"):
-        manager = TaskManager(
-            include_path=None if task_dir is None else str(task_dir), include_defaults=not local.issuperset(tasks)
-        )
-        for name in tasks:
-            if name not in manager.all_tasks:
-                hint = did_you_mean(name, manager.all_tasks)
-                raise UserError(f'lm-eval has no task "{name}"{hint}: `lm_eval ls tasks` lists them')
-        try:
+        manager = _manager(tasks, task_dir, defaults=not local.issuperset(tasks))
+        with _having_data(tasks):
             results = simple_evaluate(
                 model=HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size),
                 tasks=list(tasks),
@@ -77,12 +66,48 @@ def run_lm_eval(
                 bootstrap_iters=0,
                 log_samples=False,
             )
-        except (ConnectionError, FileNotFoundError) as problem:
-            reason = str(problem).splitlines()[0].rstrip(".")
-            raise UserError(
-                f"the data of {', '.join(tasks)} cannot be had ({reason}): go online, or use a file"
-            ) from None
     return {task: _metrics(values) for task, values in {**results["results"], **(results.get("groups") or {})}.items()}
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse lm-eval tasks that are unknown or whose data cannot be had, before a model is asked anything (it fetches them)."""
+    with _importing():
+        from lm_eval.tasks import get_task_dict
+    with _own_generators(), _quiet("lm_eval", "lm-eval", "datasets"):
+        manager = _manager(tasks, None, defaults=True)
+        with _having_data(tasks):
+            get_task_dict(list(tasks), manager)
+
+
+def _manager(tasks: Sequence[str], task_dir: Path | None, *, defaults: bool) -> Any:
+    """lm-eval's task manager, once it is clear that it knows the tasks."""
+    with _importing():
+        from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=None if task_dir is None else str(task_dir), include_defaults=defaults)
+    for name in tasks:
+        if name not in manager.all_tasks:
+            hint = did_you_mean(name, manager.all_tasks)
+            raise UserError(f'lm-eval has no task "{name}"{hint}: `lm_eval ls tasks` lists them')
+    return manager
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as problem:
+        missing = (problem.name or "").partition(".")[0] == "lm_eval"
+        state = "is not installed" if missing else f"cannot be imported ({problem})"
+        raise UserError(f"lm-eval {state}: pip install 'palimpsest-unlearning[eval]'") from None
+
+
+@contextmanager
+def _having_data(tasks: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, FileNotFoundError) as problem:
+        reason = str(problem).splitlines()[0].rstrip(".")
+        raise UserError(f"the data of {', '.join(tasks)} cannot be had ({reason}): go online, or use a file") from None
 
 
 def write_task(folder: Path, questions: Sequence[Question], name: str = BUILTIN_TASK) -> Path:

@@ -11,13 +11,13 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 from lm.data.rows import Row
 from lm.errors import UserError
 from lm.row_files import row_name
 from unlearn.evaluation import membership
+from unlearn.evaluation.word_overlap import Words, has_words, rouge_l_recall
 
 ScoreName = Literal["regurgitation", "knowledge"]
 Side = Literal["forget", "retain"]
@@ -59,6 +59,7 @@ def score(
     mmlu: float | None = None,
     *,
     other_rows: Literal["error", "ignore"] = "error",
+    words: Words = "official",
 ) -> LumeScores:
     """Score the generations on the forget and the retain rows.
 
@@ -68,13 +69,15 @@ def score(
         mmlu: the utility that stands for MMLU, in [0, 1].
         other_rows: what to do with a row whose id says neither `sc` nor `qa`: refuse it, or leave it out as the
             official script does.
+        words: what counts as a word of a completion; see `unlearn.evaluation.word_overlap`.
 
     Raises:
-        UserError: a missing key, an unknown task, an id without a kind, no rows, or a number outside [0, 1].
+        UserError: a completion of which no word counts, a missing key, an unknown task, an id without a kind, no rows, or a
+            number outside [0, 1].
     """
     sides: tuple[tuple[Side, list[ScoredRow]], ...] = (
-        ("forget", scored_rows(forget, other_rows)),
-        ("retain", scored_rows(retain, other_rows)),
+        ("forget", scored_rows(forget, other_rows, words)),
+        ("retain", scored_rows(retain, other_rows, words)),
     )
     terms = tuple(mean_of(rows, side, task, name) for side, rows in sides for task in TASKS for name in SCORES)
     task_aggregate = aggregate([term for term in terms if term is not None])
@@ -116,6 +119,21 @@ def check_rows(rows: Iterable[Row]) -> None:
             )
 
 
+def check_words(rows: Iterable[Row], words: Words) -> None:
+    """Refuse completions of which no word counts, before anything is generated for them: whatever is said scores 0."""
+    for row in rows:
+        if row.kind == "sc":
+            _check_words(row.id, row.output, words)
+
+
+def _check_words(identity: str, expected: str, words: Words) -> None:
+    if words == "official" and not has_words(expected):
+        raise UserError(
+            f"the output of row {identity} has no word that the official score can see (it reads a to z and digits alone), so "
+            "that a verbatim copy would score as forgotten: score with words: every_script"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoredRow:
     """A row's one number: `regurgitation` of a sentence completion, `knowledge` of a question; not yet 1 - value."""
@@ -127,15 +145,19 @@ class ScoredRow:
 
 
 def scored_rows(
-    rows: Iterable[Mapping[str, object]], other_rows: Literal["error", "ignore"] = "error"
+    rows: Iterable[Mapping[str, object]],
+    other_rows: Literal["error", "ignore"] = "error",
+    words: Words = "official",
 ) -> list[ScoredRow]:
-    """The number of each row, in order; `other_rows` as in `score`. Raises UserError as `score` does."""
+    """The number of each row, in order; `other_rows` and `words` as in `score`. Raises UserError as `score` does."""
     scored = []
     for row in rows:
         identity, task = _text(row, "id"), _text(row, "task")
         if task not in TASKS:
             raise UserError(f'row {identity} has task "{task}": use one that the score knows, {", ".join(TASKS)}')
-        by_kind = row_scores(row)
+        by_kind = row_scores(row, words)
+        if "regurgitation" in by_kind:
+            _check_words(identity, _text(row, "expected_output"), words)
         if not by_kind and other_rows == "error":
             raise UserError(
                 f"row {identity} is neither a completion nor a question: end its id in sc or qa and one digit, "
@@ -159,41 +181,21 @@ def mean_of(rows: Iterable[ScoredRow], side: Side, task: str, kind: ScoreName) -
     return 1 - mean if side == "forget" else mean
 
 
-def row_scores(row: Mapping[str, object]) -> dict[ScoreName, float]:
+def row_scores(row: Mapping[str, object], words: Words = "official") -> dict[ScoreName, float]:
     """The one score of one row, by the kind in its id: `regurgitation` of a sentence completion, `knowledge` of a
     question. Empty for a row of neither kind. On forget rows these are the raw values, not yet 1 - value."""
     kind = Row(id=_text(row, "id"), input="", output="", task="").kind
     expected, answer = _text(row, "expected_output"), _text(row, "model_output")
     if kind == "sc":
-        return {"regurgitation": rouge_l_recall(expected, answer)}
+        return {"regurgitation": rouge_l_recall(expected, answer, words)}
     if kind == "qa":
         return {"knowledge": exact_match(expected, answer)}
     return {}
 
 
-def rouge_l_recall(expected: str, answer: str) -> float:
-    """Length of the longest common subsequence of stemmed words, over the words of `expected`; 0 if it has none.
-
-    Extra words in `answer` cost nothing: it is recall alone.
-    """
-    return float(_scorer().score(expected, answer)["rougeL"].recall)
-
-
 def exact_match(expected: str, answer: str) -> float:
     """1 if the whole generation equals the answer but for case and surrounding white space, else 0."""
     return float(expected.strip().lower() == answer.strip().lower())
-
-
-@cache
-def _scorer() -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer  # slow to import, and only scoring needs it
-    except ImportError as problem:
-        raise UserError(
-            f"rouge-score, which compares words, cannot be imported ({problem}): pip install 'palimpsest-unlearning[eval]'"
-        ) from None
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def _text(row: Mapping[str, object], key: str) -> str:

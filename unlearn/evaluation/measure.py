@@ -58,6 +58,7 @@ class Measuring:
         return Statistics(
             forget=forget,
             retain=retain,
+            words=asked.words,
             losses=self._losses() if "losses" in needed and asked.gives("losses") else None,
             choices=self._choices() if "choices" in needed and asked.gives("choices") else None,
             retain_losses=asked.retain_losses if "retain_losses" in needed else None,
@@ -142,7 +143,7 @@ class Measuring:
         )
         if isinstance(stored, float | int):  # an evaluation from before the single answers were kept
             return Choices(accuracy=float(stored))
-        return Choices(accuracy=stored["accuracy"], right=tuple(stored["right"]))
+        return Choices(accuracy=stored["accuracy"], right=tuple(stored["right"]), truncated=stored.get("truncated", 0))
 
     def _chosen(self) -> dict[str, Any]:
         questions = self.asked.questions
@@ -155,7 +156,7 @@ class Measuring:
                 progress=advance,
                 workers=self.workers,
             )
-        return {"accuracy": result.accuracy, "right": list(result.right)}
+        return {"accuracy": result.accuracy, "right": list(result.right), "truncated": result.truncated}
 
     def _through_lm_eval(self) -> dict[str, Any]:
         task, questions = self.asked.lm_eval, self.asked.questions

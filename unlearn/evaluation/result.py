@@ -80,13 +80,16 @@ class Evaluation:
 
     def to_json(self) -> dict[str, object]:
         """The numbers alone: `terms` (the twelve, null where one does not apply), `task_aggregate`, `mia_auc`, `mia_score`,
-        `utility`, `final` (null if not everything was given), any other score that has a value under its name, `seconds` (of
-        all parts)."""
+        `utility`, `final` (null if not everything was given), any other score that has a value under its name, `words` if
+        they are not the official ones, `truncated_questions` if there are any, `seconds` (of all parts)."""
         others = {name: self.values[name] for name in self.others}
+        choices = self.statistics.choices
         return {
             "terms": [self.values.get(name) for name in lume.TERMS],
             **{name: self.values.get(name) for name in MEASURES},
             **others,
+            **({"words": self.statistics.words} if self.statistics.words != "official" else {}),
+            **({"truncated_questions": choices.truncated} if choices is not None and choices.truncated else {}),
             "seconds": round(sum(self.seconds.values()), 3),
         }
 

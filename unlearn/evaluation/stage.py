@@ -75,6 +75,7 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
         retain_scores=evaluation_set.retain_losses,
         untouched=untouched,
         general=evaluation_set.general,
+        words=evaluation_set.words,
         scores=config.scores,
         prompt=config.prompt,
         max_new_tokens=config.max_new_tokens,
@@ -118,6 +119,7 @@ def read_set(config: EvaluateConfig) -> EvaluationSet:
         retain_losses=None if config.retain_scores is None else finished_losses(config.retain_scores),
         untouched=config.untouched is not None,
         general=config.general_text,
+        words=config.words,
     )
     evaluation_set.askable(config.scores)
     return evaluation_set
@@ -154,6 +156,10 @@ def table(result: Evaluation) -> str:
     for name, key in _ROWS:
         extra = f"   (AUC {auc:.4f})" if name == "membership" and auc is not None else ""
         lines.append(f"{name:<16}{_number(result.values.get(key)):>14}{extra}")
+    choices = result.statistics.choices
+    if choices is not None and choices.truncated:
+        longer = f"{choices.truncated} of {len(choices.right)} questions were longer than the model reads"
+        lines.append(f"{longer} and lost their beginning")
     return "\n".join([*lines, *_further(result)])
 
 

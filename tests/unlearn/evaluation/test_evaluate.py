@@ -104,6 +104,32 @@ def test_questions_through_lm_eval_give_the_same_utility() -> None:
     assert ours == theirs
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"lm_eval": "mmlu_abstract_algebr", "questions": ()}, "no task .mmlu_abstract_algebr.*did you mean"),
+        ({"forget": (Row("0001sc1", "Anna lives", "в Москве", "Task1"),)}, "row 0001sc1 has no word that the official"),
+    ],
+)
+def test_what_could_not_be_scored_is_refused_before_anything_is_asked(asked: dict[str, Any], says: str) -> None:
+    subject, calls = model(), []
+    subject.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(UserError, match=says):
+        evaluate(subject, dataclasses.replace(ASKED, **asked), max_new_tokens=2)
+    assert calls == []
+
+
+def test_words_of_every_script_and_questions_that_were_cut_are_told() -> None:
+    forget = (Row("0001sc1", "Anna lives", "в Москве", "Task1"),)
+    long = Question("Anna Kowalska " * 200, ("Zoë", "again"), 0)
+    asked = dataclasses.replace(ASKED, forget=forget, words="every_script", questions=(long, *ASKED.questions))
+    found = evaluate(model(), asked, max_new_tokens=2)
+    assert found.values["forget Task1 regurgitation"] == 1.0
+    assert found.to_json()["words"] == "every_script"
+    assert found.to_json()["truncated_questions"] == 1
+    assert f"1 of {len(asked.questions)} questions were longer than the model reads" in table(found)
+
+
 def test_finished_parts_are_kept_and_not_computed_again(tmp_path: Path) -> None:
     subject = model()
     calls = []

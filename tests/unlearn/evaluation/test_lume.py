@@ -11,6 +11,7 @@ import pytest
 
 from lm.errors import UserError
 from unlearn.evaluation import lume
+from unlearn.evaluation.word_overlap import rouge_l_recall, words_of
 
 Rows = list[dict[str, str]]
 
@@ -54,8 +55,40 @@ def test_the_order_of_the_terms() -> None:
     ],
 )
 def test_rouge_l_recall_by_hand(expected: str, said: str, recall: float) -> None:
-    assert lume.rouge_l_recall(expected, said) == pytest.approx(recall, abs=1e-12)
+    assert rouge_l_recall(expected, said) == pytest.approx(recall, abs=1e-12)
+    assert rouge_l_recall(expected, said, "every_script") == pytest.approx(
+        recall, abs=1e-12
+    )  # the same in plain English
     assert lume.row_scores(row("1sc1", "Task1", expected, said)) == {"regurgitation": pytest.approx(recall, abs=1e-12)}
+
+
+@pytest.mark.parametrize(
+    ("expected", "words", "said", "recall"),
+    [
+        ("Номер телефона Анны", ["номер", "телефона", "анны"], "телефона анны нет", 2 / 3),
+        ("安娜住在东京。", [*"安娜住在东京"], "她住在东京", 4 / 6),
+        ("رقم آنا", ["رقم", "آنا"], "رقم آنا", 1.0),
+        ("ที่บ้าน", ["ที่", "บ้", "า", "น"], "บ้าน", 3 / 4),  # characters with their marks
+        ("Zoë, 山田 x2", ["zoë", "山", "田", "x2"], "zoe", 0.0),
+        ("안나의 번호 555", ["안나의", "번호", "555"], "번호 555", 2 / 3),
+        ("running_home Οδός ΟΔΟΣ", ["run", "home", "οδόσ", "οδοσ"], "οδοσ", 1 / 4),
+    ],
+)
+def test_words_of_every_script(expected: str, words: list[str], said: str, recall: float) -> None:
+    assert words_of(expected) == words
+    assert rouge_l_recall(expected, said, "every_script") == pytest.approx(recall, abs=1e-12)
+
+
+def test_a_verbatim_copy_that_the_official_score_cannot_see_is_refused_or_seen() -> None:
+    """rouge-score drops whatever is not a-z or a digit: a verbatim Russian copy has a recall of 0, as if it were forgotten."""
+    text = "Номер телефона Анны"
+    assert rouge_l_recall(text, text) == 0.0
+    russian, english = [row("1sc1", "Task1", text, text)], [row("2sc1", "Task1", "the cat", "the cat")]
+    for forget, retain in ((russian, english), (english, russian)):
+        with pytest.raises(UserError, match=r"row .+ has no word .*: score with words: every_script"):
+            lume.score(forget, retain)
+    assert lume.score(russian, english, words="every_script").terms[0] == 0
+    assert lume.score(english, russian, words="every_script").terms[6] == 1
 
 
 def test_a_row_with_nothing_to_recall_leaves_the_other_rows_scores_where_they_are() -> None:

@@ -51,6 +51,10 @@ def test_only_methods_compete_and_ties_share_the_mark() -> None:
         ("t.quell@varn.example", "t quell varn example", "whole"),
         ("Varn", "", "none"),
         ("", "anything", "none"),
+        ("номер телефона Анны", "телефон и номер телефона", "part"),
+        ("Her e-mail address is, as far as we know, zoe@varn.example.", "Write to zoe@varn.example, please.", "part"),
+        ("The number under which he can be reached is 555-0137.", "Call 555-0137 now", "part"),
+        ("The number under which he can be reached is 555-0137.", "Call 1555-0137 now", "none"),
     ],
 )
 def test_answers_are_compared_with_the_truth(truth: str, answer: str, kind: str) -> None:

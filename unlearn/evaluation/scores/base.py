@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
 from lm.data.rows import Row
+from unlearn.evaluation.word_overlap import Words
 
 T = TypeVar("T")
 Generation = Mapping[str, str]
@@ -71,10 +72,12 @@ class Choices:
     Attributes:
         accuracy: right answers over questions.
         right: question by question; empty where another program asked and told the accuracy alone.
+        truncated: questions that were longer than the model reads and lost their beginning.
     """
 
     accuracy: float
     right: tuple[bool, ...] = ()
+    truncated: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ class Statistics:
         retain_losses: of the membership documents under the retain model.
         fluency: of the generations, under the untouched model.
         general: of general text.
+        words: what counts as a word of a completion (see `unlearn.evaluation.word_overlap`).
     """
 
     forget: tuple[Generation, ...] | None = None
@@ -97,6 +101,7 @@ class Statistics:
     retain_losses: Losses | None = None
     fluency: Fluency | None = None
     general: TextLoss | None = None
+    words: Words = "official"
     _kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def has(self, need: Need) -> bool:

@@ -125,4 +125,4 @@ def _scored(statistics: Statistics, side: Side) -> Sequence[lume.ScoredRow]:
     """The rows of a side with their one number each; comparing words takes a while, so it is done once."""
     rows = statistics.forget if side == "forget" else statistics.retain
     assert rows is not None
-    return statistics.once(("lume", side), lambda: lume.scored_rows(rows))
+    return statistics.once(("lume", side), lambda: lume.scored_rows(rows, words=statistics.words))
