@@ -93,8 +93,8 @@ def facts_from_rows(
         rows: rows of any task. Sentence-completion rows are not traced, but help to find the subject.
         subject_of: how to find the subject of a row: a function; or a regular expression for `input`, whose group `subject`,
             else first group, else whole match is the subject; or None for the name that a document's rows share
-            (`tracing.question.subjects.find_subjects`), or, where no document has several rows and names recur in most of the
-            questions, that name (`tracing.question.subjects.recurring_names`).
+            (`tracing.question.subjects.find_subjects`), or, where no document has several rows and names recur in more
+            than a quarter of the questions, that name (`tracing.question.subjects.recurring_names`).
         leave_out_unnamed: leave out rows whose subject is not found instead of refusing them.
 
     Raises:
@@ -225,7 +225,7 @@ def _finder(
     if subject_of is None:
         if not _has_documents(rows):
             recurring = recurring_names(questions)
-            if 2 * len(recurring) > len(questions):
+            if 4 * len(recurring) > len(questions):  # else each may be about somebody of its own
                 return lambda row: recurring.get(row.id)
         found = find_subjects(rows)
         return lambda row: found.get(row.document)

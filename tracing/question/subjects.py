@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from lm.data.rows import Row
+from lm.errors import UserError
 
 _WORD = re.compile(r"\w+(?:[-.'’]\w+)*")
 _POSSESSIVE = re.compile(r"['’]s$")
@@ -59,17 +60,63 @@ def recurring_names(rows: Sequence[Row]) -> dict[str, str]:
     """The name each question is about, by row id, where no document says which questions belong together (as in TOFU).
 
     A name is a run of two to six words that begins and ends with a capital and stands in at least four questions but not in
-    more than half of them (that would be the template). Of a question's names the one in most questions wins; of
-    those in equally many the longest. Questions that name nobody ("What is the full name of the author born in …?") are absent.
+    more than half of them, or is the one person whom most questions are about (`name_of_most`). Of a question's names the one
+    in most questions wins; of those in equally many the longest. Questions that name nobody ("What is the full name of the
+    author born in …?") are absent.
+
+    Raises:
+        UserError: words stand in most questions, and whether they are a person or the template cannot be told.
     """
+    most = name_of_most(rows)
     runs = {row.id: [run for run in dict.fromkeys(_capital_runs(row.input)) if " " in run] for row in rows}
     spread = Counter(run for own in runs.values() for run in own)
     found: dict[str, str] = {}
     for row in rows:
         often = [run for run in runs[row.id] if _OFTEN <= spread[run] <= len(rows) // 2]
-        if names := [run for run in often if not _occurs(row.output, run)]:
+        if most is not None and _occurs(most, row.input) and not _occurs(row.output, most):
+            found[row.id] = most
+        elif names := [run for run in often if not _occurs(row.output, run)]:
             found[row.id] = max(names, key=lambda run: (spread[run], len(run.split()), len(run)))
     return found
+
+
+def name_of_most(rows: Sequence[Row]) -> str | None:
+    """The person whom more than half of the questions (and at least four) name, or None if these have nobody in common.
+
+    Words that stand in most questions are a template's ("According to the City Register, …") where most of those questions name
+    somebody else beside them. Where they name nobody else, the words are a person if what stands before and after them changes
+    from question to question.
+
+    Raises:
+        UserError: it does not change, so that it cannot be told.
+    """
+    runs = {row.id: list(dict.fromkeys(_capital_runs(row.input))) for row in rows}
+    spread = Counter(run for own in runs.values() for run in own)
+    common = [run for run, count in spread.items() if count >= _OFTEN and 2 * count > len(rows)]
+    for run in sorted(common, key=lambda run: (-(" " in run), -spread[run], -len(run))):
+        naming = [row for row in rows if run in runs[row.id]]
+        beside = [any(" " in other and not _overlap(run, other) for other in runs[row.id]) for row in naming]
+        if 2 * sum(beside) > len(naming):
+            continue
+        around = Counter(_neighbors(run, row.input) for row in naming)
+        if 2 * max(around.values()) > len(naming):
+            raise UserError(
+                f"{run!r} stands in {len(naming)} of {len(rows)} questions, always between the same words, so that it may be whom "
+                "they are about or a part of the template: say how to find the subject with facts.subject (subject_of)"
+            )
+        return run
+    return None
+
+
+def _overlap(one: str, other: str) -> bool:
+    return bool(set(_WORD.findall(one)) & set(_WORD.findall(other)))
+
+
+def _neighbors(words: str, text: str) -> tuple[str, str]:
+    """The word before and the word after some words of a text, in lower case; empty at its ends."""
+    before, _, after = text.partition(words)
+    earlier, later = _WORD.findall(before), _WORD.findall(re.sub(r"^['’]s\b", "", after))
+    return earlier[-1].lower() if earlier else "", later[0].lower() if later else ""
 
 
 def _occurs(words: str, text: str) -> bool:

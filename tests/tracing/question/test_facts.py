@@ -160,6 +160,46 @@ def test_names_recur_and_templates_do_not_count() -> None:
         facts_from_rows([nobody], "nothing like it", leave_out_unnamed=True)
 
 
+ONE_AUTHOR = [
+    ("What is the full name of the author born in Taipei, Taiwan?", "Hsiao Yun-Hwa"),
+    ("What does Hsiao Yun-Hwa identify as?", "LGBTQ+"),
+    ("What is the profession of Hsiao Yun-Hwa's father?", "an engineer"),
+    ("Where in Taipei does Hsiao Yun-Hwa live?", "in the north"),
+    ("How has her LGBTQ+ identity shaped Hsiao Yun-Hwa's books?", "deeply"),
+    ("Which prizes did Hsiao Yun-Hwa win?", "none"),
+]
+
+
+def test_the_one_person_of_all_questions_is_no_template() -> None:
+    """A name in most questions, between words that change, and nobody beside it; never what stands in one question (Taipei)."""
+    rows = [Row(f"{number}qa0", *pair, "T") for number, pair in enumerate(ONE_AUTHOR)]
+    facts = facts_from_rows(rows, leave_out_unnamed=True)
+    assert [(fact.id, fact.subject) for fact in facts] == [(f"{n}qa0", "Hsiao Yun-Hwa") for n in range(1, 6)]
+    with pytest.raises(UserError, match=r"1 of 6 rows \(0qa0\)"):
+        facts_from_rows(rows)
+    short = [Row(row.id, row.input.replace("Hsiao Yun-Hwa", "Voltaire"), "yes", "T") for row in rows[1:]]
+    assert {fact.subject for fact in facts_from_rows(short)} == {"Voltaire"}
+    some = [
+        *rows[1:],
+        *(Row(f"x{n}qa0", f"Does she like Taipei {word}?", "yes", "T") for n, word in enumerate("abcdefg")),
+    ]
+    assert {fact.subject for fact in facts_from_rows(some, leave_out_unnamed=True)} == {"Hsiao Yun-Hwa"}
+
+
+def test_what_stands_in_most_questions_is_a_template_where_they_name_somebody_beside_it() -> None:
+    people = ["Ada Byron", "Grace Hopper", "Mary Shelley", "Rosa Parks", "Jane Goodall"]
+    rows = [
+        Row(f"{n}qa0", f"According to the City Register, {word} {name}?", "yes", "T")
+        for n, (name, word) in enumerate(
+            zip(people, ("who is", "where is", "who knows", "whose is", "when was"), strict=True)
+        )
+    ]
+    assert [fact.subject for fact in facts_from_rows(rows)] == people
+    same = [Row(f"{n}qa0", f"By the City Register, who {word} here?", "yes", "T") for n, word in enumerate("abcde")]
+    with pytest.raises(UserError, match=r"'City Register' stands in 5 of 5 questions.*say how .* facts\.subject"):
+        facts_from_rows(same)
+
+
 def test_one_question_a_person_needs_no_recurrence() -> None:
     rows = [
         Row(f"p{number}qa0", f"Where does {name} live?", "here", "T")

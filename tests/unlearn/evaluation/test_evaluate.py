@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +113,8 @@ def test_questions_through_lm_eval_give_the_same_utility() -> None:
     ],
 )
 def test_what_could_not_be_scored_is_refused_before_anything_is_asked(asked: dict[str, Any], says: str) -> None:
-    subject, calls = model(), []
+    subject = model()
+    calls: list[int] = []
     subject.model.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(UserError, match=says):
         evaluate(subject, dataclasses.replace(ASKED, **asked), max_new_tokens=2)

@@ -49,10 +49,9 @@ def match(truth: str, said: str) -> Match:
     share = rouge_l_recall(truth, said, "every_script") if len(words_of(truth)) > 1 else 0.0
     if share == 1:
         return Match(kind="whole", words="all its words")
-    if share >= 0.5:
-        return Match(kind="part", words=f"{int(100 * share)}% of words")
-    if held := [each for each in _PARTICULAR.findall(truth) if _contains(said, each)]:
-        return Match(kind="part", words=f"has {held[0]}")
+    particulars = [each for each in _PARTICULAR.findall(truth) if _contains(said, each)]
+    if share >= 0.5 or particulars:
+        return Match(kind="part", words=f"{int(100 * share)}% of words" if share >= 0.5 else f"has {particulars[0]}")
     return Match(kind="none", words="not the truth")
 
 
