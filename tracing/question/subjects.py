@@ -101,8 +101,8 @@ def name_of_most(rows: Sequence[Row]) -> str | None:
         around = Counter(_neighbors(run, row.input) for row in naming)
         if 2 * max(around.values()) > len(naming):
             raise UserError(
-                f"{run!r} stands in {len(naming)} of {len(rows)} questions, always between the same words, so that it may be whom "
-                "they are about or a part of the template: say how to find the subject with facts.subject (subject_of)"
+                f"{run!r} stands in {len(naming)} of {len(rows)} questions, always between the same words, so that it may be "
+                "whom they are about or a part of the template: say how to find the subject with facts.subject (subject_of)"
             )
         return run
     return None
