@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
+from lm.data.yaml_files import read_yaml
 from lm.errors import UserError, did_you_mean
 from lm.old_configs import (
     axis_of,
@@ -111,26 +112,48 @@ def _upgraded(words: list[str], cls: type[Any]) -> list[str]:
         if not in_next_word and not word.startswith("--config="):
             continue
         file = find_config(words[index + 1] if in_next_word else word.removeprefix("--config="))
-        values = _read_yaml(file)
+        if not os.path.isfile(file):
+            continue  # the parser says that it is not there
+        text, values = read_yaml(Path(file))
+        if not isinstance(values, dict | None):
+            raise UserError(f"{file} holds no settings: write NAME: VALUE, one a line")
+        values, text = ({}, "{}") if values is None else (values, text)
         newer = with_lists(upgraded(values, cls, notices), cls)
-        value = file if newer == values else yaml.safe_dump(newer, sort_keys=False, allow_unicode=True)
+        _refuse_nulls(newer, cls, file)
+        # The text and not the file, which the parser would read in the locale's encoding.
+        value = text if newer == values else yaml.safe_dump(newer, sort_keys=False, allow_unicode=True)
         words[index + in_next_word] = value if in_next_word else f"--config={value}"
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        name, equals, joined = word.removeprefix("--").partition("=")
+        if word.startswith("--") and (joined if equals else value) == "null":
+            _refuse_nulls(_nested(name), cls, "the command line")
     say(notices)
     return words
 
 
-def _read_yaml(name: str) -> Any:
-    """What a config file holds. One that is not YAML is refused by its name and line, before anything else is said about it."""
-    try:
-        return yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{name}{where} is not YAML ({getattr(error, 'problem', error)}): mend it") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text: save it as UTF-8") from error
-    except OSError:
-        return None  # the parser says that it is not there
+def _refuse_nulls(values: Any, cls: type[Any], where: str, prefix: str = "") -> None:
+    """Refuse null for a setting that is never null: nested ones would lose their defaults in it, or fail somewhere inside."""
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items() if isinstance(values, dict) else ():
+        hint = hints.get(name, Any)
+        options = (hint, *typing.get_args(hint))
+        if value is None and hint is not Any and type(None) not in options:
+            raise UserError(
+                f"{where}: {prefix}{name} is null, and it needs a value: give one, or leave it out for the default"
+            )
+        for option in options if isinstance(value, dict) else ():
+            axis = axis_of(option)
+            if axis is not None and "class_path" in value:
+                chosen = subclasses(axis).get(str(value["class_path"]).rpartition(".")[2], axis)
+                _refuse_nulls(value.get("init_args"), chosen, where, f"{prefix}{name}.")
+            elif isinstance(option, type) and dataclasses.is_dataclass(option):
+                _refuse_nulls(value, option, where, f"{prefix}{name}.")
+
+
+def _nested(dotted: str) -> dict[str, Any]:
+    """`a.b` as `{"a": {"b": None}}`."""
+    first, _, rest = dotted.partition(".")
+    return {first: _nested(rest) if rest else None}
 
 
 def script(

@@ -50,6 +50,7 @@ def load(
         "tokenizer": tokenizer,
     }
     base = ModelSpec(path=spec) if isinstance(spec, str) else spec
+    _device(base.device)  # what a config asks for must be there, also where a stage puts the model elsewhere at first
     spec = replace(base, **{key: value for key, value in replaced.items() if value is not None})
     for what, value, choices in (("dtype", spec.dtype, Dtype), ("attention", spec.attention, Attention)):
         if value is not None and value not in get_args(choices):

@@ -264,6 +264,8 @@ def _question(record: Record) -> Question:
         raise UserError(f'{record.where}: column "choices" is {choices!r}: write a list of at least two answers')
     if not all(isinstance(choice, str) for choice in choices):  # MMLU itself has an empty one
         raise UserError(f'{record.where}: column "choices" is {choices!r}: write every choice as text')
+    for choice in choices:
+        text_column(Record(record.where, {"choices": choice}), "choices", blank=True)
     answer = column(record, "answer")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise UserError(

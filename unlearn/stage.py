@@ -18,13 +18,15 @@ from accelerate import Accelerator
 
 from lm.config import as_dict
 from lm.data.rows import Row
-from lm.devices import launch_facts, together
+from lm.devices import is_main, launch_facts, together
+from lm.errors import UserError
 from lm.loading import load
 from lm.model import DTYPES, LanguageModel, fingerprint
 from lm.row_files import check_disjoint, data_hash, load_calibration, load_rows
 from lm.run_folder import RunFolder, peak_memory_bytes
 from unlearn import export
 from unlearn.config import UnlearnConfig
+from unlearn.evaluation.lume import check_rows
 from unlearn.training.tensor_store import forget_stores
 from unlearn.unlearning import Task, Trained, devices
 from unlearn.validation import BothSides, Validation, check_unseen, check_validation_rows
@@ -37,6 +39,7 @@ def run_unlearn(config: UnlearnConfig) -> Path:
         UserError: whatever the user can mend, before the model is loaded wherever that is possible.
     """
     rows = _Rows.read(config)
+    _warn_of_unscorable(rows)
     acc = devices(config.recipe, cpu=config.model.device == "cpu", trackers=config.trackers, folder=Path(config.out))
     model = load(config.model, device="cpu")  # before the folder is made: a mistyped path must not leave one behind
     task = Task.of(
@@ -60,6 +63,15 @@ def run_unlearn(config: UnlearnConfig) -> Path:
     _save(acc, config, model, trained, run)
     _tidy(acc, run)
     return result
+
+
+def _warn_of_unscorable(rows: _Rows) -> None:
+    """Training needs no task and no kind of a row, evaluation does: said before the training, not after it."""
+    try:
+        check_rows((*rows.forget, *rows.retain))
+    except UserError as problem:
+        if is_main():
+            print(f"warning: palimpsest evaluate and attack would refuse these rows: {problem}", file=sys.stderr)
 
 
 def describe(config: UnlearnConfig, result: Path) -> str:

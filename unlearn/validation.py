@@ -15,7 +15,7 @@ from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import Encoded, PromptSpec
 from lm.row_files import canonical_id, check_disjoint, row_name
-from unlearn.evaluation.lume import check_rows, score
+from unlearn.evaluation.lume import check_rows, score, words_for
 from unlearn.forward.passes import Passes
 from unlearn.generation.batching import Workers
 from unlearn.generation.generate import generate
@@ -75,7 +75,7 @@ class Validation:
     batch_size: int
 
     def __call__(self, memory: RetainMemory) -> dict[str, float]:
-        """`task_aggregate` (not for lowest_joint_loss), and `joint_loss` with its parts.
+        """`task_aggregate` (not for lowest_joint_loss; see `unlearn.evaluation.lume.words_for`), and `joint_loss` with its parts.
 
         The joint loss is that of the mean cross-entropies, the retain side weighed as in epoch 0; with
         `trainer.weighting: micro_batch_mean` it is the published code's (`published_joint_loss`), whose weight knows `memory`.
@@ -87,7 +87,9 @@ class Validation:
             if self.trainer.checkpoint != "lowest_joint_loss":  # which needs no answers, and they are most of the time
                 workers = Workers(self.acc.process_index, self.acc.num_processes)
                 answered = [self._answers(rows, workers) for rows in self.rows]
-                answers["task_aggregate"] = score(answered[0], answered[1]).task_aggregate
+                answers["task_aggregate"] = score(
+                    answered[0], answered[1], words=words_for((*self.rows[0], *self.rows[1]))
+                ).task_aggregate
         batches = published_batches(forget, retain)
         weight = self.loss.weight.at(RetainMemory(), retain_ce, retain_ce)
         published = self.trainer.weighting == "micro_batch_mean"

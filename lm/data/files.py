@@ -115,6 +115,38 @@ def _bytes(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read ({problem.strerror}): check its permissions") from None
 
 
+def parse_json(text: str, where: str, *, remedy: str = "mend the file or write it again") -> object:
+    """The value of a JSON text; whatever keeps it from being read is a `UserError`, and so is a key that stands twice.
+
+    Args:
+        where: the file, and the place in it, for messages.
+        remedy: what to do about a text that is not JSON.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as problem:
+        line = f" line {problem.lineno}" if "\n" in text else ""
+        raise UserError(f"{where}{line} is not JSON ({problem.msg} at column {problem.colno}): {remedy}") from None
+    except _Twice as problem:
+        raise UserError(f"{where} has the key {_show(problem.args[0])} twice: leave one of them out") from None
+    except RecursionError:
+        raise UserError(f"{where} is JSON that is nested too deep to be read: {remedy}") from None
+    except ValueError:  # an integer of thousands of digits
+        raise UserError(f"{where} holds a number that is too long to be read: {remedy}") from None
+
+
+class _Twice(Exception):
+    """A key of an object that stands in it twice."""
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return values
+
+
 def _array(text: str, name: str) -> tuple[Record, ...]:
     values = _parsed(text, name)
     assert isinstance(values, list)  # it begins with a bracket
@@ -122,13 +154,7 @@ def _array(text: str, name: str) -> tuple[Record, ...]:
 
 
 def _parsed(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as problem:
-        line = f" line {problem.lineno}" if "\n" in text else ""
-        raise UserError(
-            f"{where}{line} is not JSON ({problem.msg} at column {problem.colno}): write one JSON object a line, or one array"
-        ) from None
+    return parse_json(text, where, remedy="write one JSON object a line, or one array")
 
 
 def _parquet(path: Path) -> tuple[Record, ...]:
@@ -136,12 +162,17 @@ def _parquet(path: Path) -> tuple[Record, ...]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(_bytes(path))).to_pylist()
-    except (pyarrow.ArrowException, OSError) as problem:
-        reason = str(problem).splitlines()[0].rstrip(".")
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(_bytes(path)))
+        rows = table.to_pylist()
+    except UserError:
+        raise
+    except Exception as problem:  # not Parquet, strings that are not UTF-8, dates out of range: no common base
+        reason = (str(problem) or type(problem).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"{path} is not a readable Parquet file ({reason}): write it again, or use JSON lines"
         ) from None
+    if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
+        raise UserError(f"{path} has the column {_show(twice[0])} twice: leave one of them out")
     return tuple(Record(f"{path} row {number}", values) for number, values in enumerate(rows, start=1))
 
 

@@ -118,6 +118,13 @@ def test_keywords_replace_what_the_spec_says(saved: Path) -> None:
     assert replaced.device == torch.device("cpu")
 
 
+def test_a_device_that_a_config_asks_for_must_be_there_wherever_a_stage_loads_to(saved: Path) -> None:
+    """Training loads to the CPU first: a GPU that is not there would be trained without, in silence."""
+    missing = "cuda:7" if torch.cuda.device_count() < 8 else "mps"
+    with pytest.raises(UserError, match=f"the device '{missing}' is not there"):
+        load(ModelSpec(path=str(saved), device=missing), device="cpu")
+
+
 def test_builtin_is_found_in_the_package(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(lm.builtin, "model_path", lambda variant: asked.append(variant) or saved)

@@ -12,9 +12,8 @@ from lm.errors import UserError
 from lm.model import LanguageModel
 from lm.prompts import PromptSpec, encode_pair
 from lm.run_folder import write_json
-from unlearn.evaluation.lume import row_scores
+from unlearn.evaluation.lume import row_scores, words_for
 from unlearn.evaluation.utility import log_likelihoods
-from unlearn.evaluation.word_overlap import Words, has_words
 from unlearn.generation.batching import Workers, unless_sharded
 from unlearn.generation.generate import generate
 
@@ -63,13 +62,9 @@ def ask(
     mine = [pairs[place] for place in sharers.share(len(pairs))]
     sums = sharers.gather(log_likelihoods(model, mine, batch_size=batch_size).tolist())
     return [
-        Answer(row.id, text, sum(row_scores(_scored(row, text), _words(row)).values()), total / len(pair[1]))
+        Answer(row.id, text, sum(row_scores(_scored(row, text), words_for([row])).values()), total / len(pair[1]))
         for row, text, total, pair in zip(rows, texts, sums, pairs, strict=True)
     ]
-
-
-def _words(row: Row) -> Words:
-    return "official" if has_words(row.output) else "every_script"
 
 
 def _scored(row: Row, text: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lm.errors import UserError
+from lm.row_files import is_builtin
 from tracing.stages.trace.config import TraceConfig
 from unlearn.objectives import GradientDifference, Joint
 from unlearn.training.config import TrainerConfig
@@ -55,6 +56,18 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise UserError(f"workers is {self.workers}: give at least 1, or null for as many as there are cores")
+        sources = self.trace.facts.sources
+        of_own = {
+            "trace.model.path": (self.trace.model.path,),
+            "trace.facts.sources": (sources,) if isinstance(sources, str) else sources,
+            "retain_model": (self.retain_model,),
+        }
+        for name, values in of_own.items():
+            if others := [value for value in values if not is_builtin(value)]:
+                raise UserError(
+                    f"{name} is {others[0]}, and the demo unlearns and scores the built-in rows in the built-in model: for a "
+                    "model or facts of your own use palimpsest trace, unlearn, evaluate, attack and report"
+                )
         if type(self.difference) is not GradientDifference:
             raise UserError(
                 f"difference is {type(self.difference).__name__}, and its row is called gradient difference: set its "

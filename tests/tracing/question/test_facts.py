@@ -179,10 +179,8 @@ def test_the_one_person_of_all_questions_is_no_template() -> None:
         facts_from_rows(rows)
     short = [Row(row.id, row.input.replace("Hsiao Yun-Hwa", "Voltaire"), "yes", "T") for row in rows[1:]]
     assert {fact.subject for fact in facts_from_rows(short)} == {"Voltaire"}
-    some = [
-        *rows[1:],
-        *(Row(f"x{n}qa0", f"Does she like Taipei {word}?", "yes", "T") for n, word in enumerate("abcdefg")),
-    ]
+    pronouns = [Row(f"x{n}qa0", f"Does she {word} there?", "yes", "T") for n, word in enumerate("abcdef")]
+    some = [*rows[1:], *pronouns, Row("yqa0", "Is Taipei far?", "yes", "T")]  # named in five of twelve questions
     assert {fact.subject for fact in facts_from_rows(some, leave_out_unnamed=True)} == {"Hsiao Yun-Hwa"}
 
 

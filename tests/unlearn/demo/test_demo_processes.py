@@ -7,13 +7,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from lm.errors import UserError
+from lm.model import ModelSpec
 from tests.unlearn.demo.test_demo import short
+from tracing.question.fact_source import FactSource
+from tracing.stages.trace.config import TraceConfig
 from unlearn.demo import stage
 from unlearn.demo.config import DemoConfig
 from unlearn.demo.tasks import LOG, Task, run_tasks
@@ -67,6 +71,22 @@ def test_as_many_workers_as_cores_but_one_on_a_gpu_or_under_a_launcher(monkeypat
         stage._workers(DemoConfig(workers=7), 100)
     with pytest.raises(UserError, match="workers is 0"):
         DemoConfig(workers=0)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"trace": TraceConfig(model=ModelSpec(path="runs/own"))},
+        {"trace": TraceConfig(facts=FactSource(sources=("builtin:forget", "own.jsonl")))},
+        {"trace": TraceConfig(facts=FactSource(sources="own.jsonl"))},
+        {"retain_model": "runs/own"},
+    ],
+)
+def test_a_model_or_facts_of_one_s_own_are_not_taken_for_the_built_in_ones(own: dict[str, Any]) -> None:
+    with pytest.raises(
+        UserError, match=r"is \S*own\S*, and the demo unlearns and scores the built-in rows.* use palimpsest trace"
+    ):
+        DemoConfig(**own)
 
 
 @pytest.fixture

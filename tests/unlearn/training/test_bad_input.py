@@ -63,6 +63,16 @@ def test_wrong_columns(tiny: Path, tmp_path: Path) -> None:
     refused(tiny, tmp_path, forget=put(tmp_path / "f.jsonl", rows), says=["input", "inputt", "line 1"])
 
 
+def test_rows_that_no_evaluation_takes_are_told_before_the_training(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = put(tmp_path / "rows.jsonl", [{**line, "task": "Biography"} for line in lines(tiny)])
+    with pytest.raises(UserError, match="nowhere"):
+        run_unlearn(replace(small_config(tiny, tmp_path / "run", forget=rows), model=ModelSpec(path="nowhere/model")))
+    assert "warning: palimpsest evaluate and attack would refuse these rows: row" in (said := capsys.readouterr().err)
+    assert 'has task "Biography": use one that the score knows' in said
+
+
 def test_empty_split(tiny: Path, tmp_path: Path) -> None:
     refused(tiny, tmp_path, retain=put(tmp_path / "r.jsonl", []), says=["r.jsonl", "no rows"])
 

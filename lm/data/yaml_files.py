@@ -1,0 +1,67 @@
+"""Reading YAML: a UTF-8 file as plain data, or one sentence that says what is wrong with it and where.
+
+YAML allows what no config means: a key twice (the last would win in silence), aliases that unfold into billions of values,
+a value inside itself. These are refused here. What the settings are called is not known here (`lm.config`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lm.data.files import read_text
+from lm.errors import UserError
+
+LARGEST = 100_000
+"""Values that a file may unfold into."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, Hashable) and key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> tuple[str, Any]:
+    """The text of a YAML file, and what it holds. Raises UserError for a file that cannot be read, by its name and line."""
+    text = read_text(path)
+    try:
+        values = yaml.load(text, _Loader)
+        size = _size(values, {}, frozenset())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where} is not YAML ({getattr(error, 'problem', error)}): mend it") from error
+    except RecursionError:
+        raise UserError(f"{path} is nested too deep to be read, or holds itself by an alias: mend it") from None
+    except (ValueError, OverflowError, TypeError) as error:  # a date that is none, a number of thousands of digits
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds a value that cannot be read ({reason}): mend it, or put it in quotes") from None
+    if size > LARGEST:
+        raise UserError(f"{path} unfolds by its aliases into more than {LARGEST} values: write out what it means")
+    return text, values
+
+
+def _size(value: Any, known: dict[int, int], inside: frozenset[int]) -> int:
+    """How many values a value holds, those that aliases repeat each time; each is counted once and remembered."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in inside:
+        raise RecursionError
+    if id(value) not in known:
+        children = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(child, known, inside | {id(value)}) for child in children)
+    return known[id(value)]
