@@ -72,7 +72,7 @@ class Effects(Cells):
                 "sigma": self.sigma,
                 "roles": list(roles),
                 "aggregation": aggregation,
-                "left_out": {skip.fact.label: skip.reason for skip in self.skipped},
+                "left_out": {skip.fact.label: skip.why for skip in self.skipped},
             },
             provenance=self.provenance,
         )

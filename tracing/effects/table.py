@@ -23,6 +23,11 @@ class Skipped:
     fact: Fact
     reason: str
 
+    @property
+    def why(self) -> str:
+        """The reason without what the model said and should have said: for files, which are passed on more freely than data."""
+        return "the model gives another answer" if self.reason.startswith("the model says ") else self.reason
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EffectTable:

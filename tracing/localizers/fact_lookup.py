@@ -125,7 +125,7 @@ class FactLookup(Localizer):
             details={
                 **details,
                 "curve": mean_over_facts(curves)[::2].tolist(),
-                "left_out": {skip.fact.label: skip.reason for skip in skipped},
+                "left_out": {skip.fact.label: skip.why for skip in skipped},
             },
             provenance=made_with(model, self, task.prompt),
         )

@@ -94,10 +94,10 @@ class GradientOverlap(Localizer):
                 "retain_norm": {
                     kind: [retain_norm[kind, layer] for layer in range(model.anatomy.layers)] for kind in self.kinds
                 },
-                "left_out": {skip.fact.label: skip.reason for skip in skipped},
+                "left_out": {skip.fact.label: skip.why for skip in skipped},
                 "without_gradient": silent,
                 "retain_facts": [encoded.fact.label for encoded in kept],
-                "retain_left_out": {skip.fact.label: skip.reason for skip in unkept},
+                "retain_left_out": {skip.fact.label: skip.why for skip in unkept},
             },
             provenance=made_with(model, self, task.prompt),
         )

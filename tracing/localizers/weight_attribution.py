@@ -94,7 +94,7 @@ class WeightAttribution(Localizer):
             facts=tuple(encoded.fact for encoded in known),
             values={kind: values[place, : len(known)] for place, kind in enumerate(self.kinds)},
             details={
-                "left_out": {skip.fact.label: skip.reason for skip in skipped},
+                "left_out": {skip.fact.label: skip.why for skip in skipped},
                 "without_gradient": silent,
             },
             provenance=made_with(model, self, task.prompt),

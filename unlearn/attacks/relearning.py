@@ -41,11 +41,11 @@ class Relearning(Attack):
 
     unit: ClassVar[str] = "steps"
     words: ClassVar[Mapping[Verdict, str]] = {
-        "more": "relearns faster than the retain model, so knowledge is still inside",
-        "a little more": "relearns a little faster than the retain model, so something is still inside",
-        "as much": "relearns as fast as the retain model, so this attack brings nothing back",
-        "less": "relearns more slowly than the retain model, so it was damaged rather than made ignorant",
-        "cannot tell": "may or may not relearn faster than the retain model: cannot tell",
+        "more": "says more in training than the retain model, so knowledge is still inside",
+        "a little more": "says a little more in training than the retain model, so something is still inside",
+        "as much": "says as much in training as the retain model, so this attack brings nothing back",
+        "less": "says less in training than the retain model, so it was damaged rather than made ignorant",
+        "cannot tell": "may or may not say more in training than the retain model: cannot tell",
     }
 
     given: tuple[Given, ...] = get_args(Given)

@@ -44,11 +44,16 @@ def test_a_run_writes_everything_and_goes_on_when_resumed(model_folder: Path, tm
     config = TraceConfig(model=ModelSpec(path=str(model_folder), device="cpu"), out=str(tmp_path / "run"), seed=3)
     result = run_trace(config, facts)
     folder = tmp_path / "run"
+    for name in ("effects.json", "plan.json"):  # which are passed on: ids and reasons, no text that is to be forgotten
+        written = json.loads((folder / name).read_text())
+        texts = [text for fact in facts for text in (fact.prompt, fact.answer.strip())]
+        assert not [text for text in texts if json.dumps(text)[1:-1] in json.dumps(written)]
+    assert list(result.plan.provenance["facts_left_out"].values()) == ["the model gives another answer"]
     assert LayerPlan.load(folder / "plan.json") == result.plan
     assert len(result.plan.layers) == 2  # three eighths of four layers, rounded
     assert Effects.load(folder / "effects.npz").facts == tuple(facts[:6])
     about = json.loads((folder / "effects.json").read_text())
-    assert [one["answer"] for one in about["left_out"]] == [facts[6].answer]
+    assert about["left_out"] == [{"id": facts[6].id, "reason": "the model gives another answer"}]
     assert len(about["facts"]) == 6
     assert about["tables"]["mlp"]["last_subject"]["facts"] == 6
     table = result.effects.table("mlp", seed=3)
@@ -64,10 +69,11 @@ def test_a_run_writes_everything_and_goes_on_when_resumed(model_folder: Path, tm
     with pytest.raises(UserError, match="already holds a run"):
         run_trace(config, facts)
     (folder / "plan.json").unlink()
-    again = run_trace(
-        TraceConfig(model=ModelSpec(path=str(model_folder), device="cpu"), out=str(folder), seed=3, resume=True), facts
-    )
+    again = run_trace(replace(config, resume=True, texts=True), facts)
     assert again.plan == result.plan
+    (asked,) = json.loads((folder / "effects.json").read_text())["left_out"]
+    assert asked["answer"] == facts[6].answer
+    assert "instead of" in asked["reason"]
     assert np.array_equal(again.effects.clean, result.effects.clean)
 
 

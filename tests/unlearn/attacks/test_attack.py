@@ -102,7 +102,7 @@ def test_a_model_attacked_beside_itself_is_as_the_retain_model(itself: Path) -> 
         assert one["levels"] == [0, 2, 4]
         assert one["excess"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
         assert one["verdict"] == "as much"
-        assert "relearns as fast as the retain model" in one["sentence"]
+        assert "says as much in training as the retain model" in one["sentence"]
         assert one["curves"]["unlearned"] == one["curves"]["retain_model"]
         log = one["curves"]["unlearned_log"]["all"]
         assert len({*log}) == 3, "training changes what it says"
@@ -272,7 +272,7 @@ def test_the_script_prints_curves_and_a_sentence(world: AttackConfig, tmp_path: 
     done = run_script("attack", *config_words(config, tmp_path))
     assert done.returncode == 0, done.stderr
     assert "retain: 24 rows given, 40 rows of 10 people asked" in done.stdout
-    assert "retain: the unlearned model relearns as fast as the retain model" in done.stdout
+    assert "retain: the unlearned model says as much in training as the retain model" in done.stdout
 
 
 BAD = [

@@ -128,6 +128,24 @@ def test_verdicts() -> None:
     assert "which should not know them, says 0.90" in knew.why
 
 
+def test_level_and_speed_are_told_apart() -> None:
+    """A flat curve above the retain model's is a level that no training brought: it is not "faster"."""
+    flat = comparison((0.3, 0.3), (0, 0))
+    assert flat.verdict == "more"
+    assert flat.gain == (0, 0, 0)
+    assert flat.speed.startswith("From before the attack on it gains as much as the retain model (+0.000")
+    assert "faster" not in flat.sentence(Relearning.words)
+    rising = comparison((0.25, 0.5), (0.0, 0.125))
+    assert rising.gain == (0.125, 0.125, 0.125)
+    assert rising.speed in rising.sentence(Relearning.words)
+    assert rising.speed.startswith("From before the attack on it gains more than the retain model (+0.125")
+    assert "gains less" in comparison((0.3, 0.3), (0, 0.3)).speed
+    assert rising.to_json()["gain"] == {"mean": 0.125, "low": 0.125, "high": 0.125}
+    split = np.repeat([[0.0, 1.0], [0.0, 0.0]], 40, axis=0)
+    assert comparison(split, split[::-1]).speed.startswith("Whether it gains more")
+    assert comparison((0, 1), (0, 0), documents=1).speed == ""
+
+
 def test_numbers_by_hand() -> None:
     one = comparison((0.25, 0.5), (0.0, 0.125))
     assert one.excess == (0.375, 0.375, 0.375), "the level before the attack does not count"
@@ -142,7 +160,7 @@ def test_numbers_by_hand() -> None:
     )
     assert "are 2.00 nats a token less likely" in comparison((0, 0), (4, 0)).likelihood
     assert one.sentence(Relearning.words).startswith(
-        "other_people: the unlearned model relearns faster than the retain model"
+        "other_people: the unlearned model says more in training than the retain model"
     )
     assert one.table("steps").splitlines()[-1].split()[:3] == ["10", "0.500", "0.125"]
     assert curves_picture([one, one], "steps").startswith(b"\x89PNG")

@@ -55,7 +55,7 @@ def run_depth(config: DepthConfig, facts: Sequence[Fact] | None = None) -> Depth
         changed=lost[:, 1],
         threshold=config.threshold,
     )
-    left = {skip.fact.label: skip.reason for skip in skipped}
+    left = {skip.fact.label: skip.why for skip in skipped}
     write_json(run.path / "depth.json", {**report.to_json(), "left_out": left})
     run.finish(seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes())
     return report

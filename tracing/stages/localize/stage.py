@@ -162,7 +162,7 @@ def known_of(model: LanguageModel, facts: Sequence[Fact], config: LocalizeConfig
     known, skipped = known_facts(
         model, drawn(facts, config.facts.max_facts, config.seed), config.prompt, max_facts=config.facts.max_facts
     )
-    return [encoded.fact for encoded in known], {skip.fact.label: skip.reason for skip in skipped}
+    return [encoded.fact for encoded in known], {skip.fact.label: skip.why for skip in skipped}
 
 
 def write_result(result: LocalizeResult, folder: Path, *, confidence: float = 0.95, seed: int = 0) -> None:

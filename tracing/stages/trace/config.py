@@ -117,6 +117,8 @@ class TraceConfig:
     """How questions are rendered: as they are trained."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """How layers are chosen."""
+    texts: bool = False
+    """Write the texts of the facts into effects.json (prompts, answers, what the model said instead), not their ids alone."""
     seed: int = 0
     """Of the drawn facts, the resampling and the random control (the noise has its own)."""
     out: str = "runs/trace"

@@ -71,7 +71,9 @@ def run_trace(config: TraceConfig, facts: Sequence[Fact] | None = None) -> Trace
     with together(acc):
         if acc.is_main_process:
             about = {"facts": {"count": len(facts), "sha256": facts_hash(facts)}, "devices": launch_facts(acc)}
-            RunFolder.create(config.out, config, resume=config.resume, facts=about, same=("facts",), free=("memory",))
+            RunFolder.create(
+                config.out, config, resume=config.resume, facts=about, same=("facts",), free=("memory", "texts")
+            )
     run = RunFolder(config.out, main=acc.is_main_process)
     workers = Workers(acc.process_index, acc.num_processes, acc.wait_for_everyone)
 
@@ -96,7 +98,12 @@ def run_trace(config: TraceConfig, facts: Sequence[Fact] | None = None) -> Trace
     )
     if acc.is_main_process:
         write_result(
-            result, run.path, confidence=config.plan.confidence, seed=config.seed, aggregation=config.plan.aggregation
+            result,
+            run.path,
+            confidence=config.plan.confidence,
+            seed=config.seed,
+            aggregation=config.plan.aggregation,
+            texts=config.texts,
         )
         before = run.manifest.get("seconds", 0.0)  # of earlier calls, if this one went on with their facts
         run.finish(seconds=before + result.seconds, peak_memory_bytes=peak_memory_bytes())
@@ -212,12 +219,13 @@ def write_result(
     confidence: float = 0.95,
     seed: int = 0,
     aggregation: Aggregation = "fixed",
+    texts: bool = False,
 ) -> None:
-    """Everything but the run's own records."""
+    """Everything but the run's own records; `texts`: with what the facts say, which is what is to be forgotten."""
     effects, plan = result.effects, result.plan
     tables = [effects.table(kind, confidence=confidence, seed=seed, aggregation=aggregation) for kind in effects.kinds]
     effects.save(folder / "effects.npz")
-    write_json(folder / "effects.json", readable(effects, tables, seed=seed))
+    write_json(folder / "effects.json", readable(effects, tables, seed=seed, texts=texts))
     kinds = ("mlp", "attn") if plan.evidence["kind"] == "both" else (plan.evidence["kind"],)
     tentative = not plan.singled_out
     write_atomic(folder / "effects.png", figure(tables, band=plan.layers, band_kinds=kinds, tentative=tentative))
@@ -231,7 +239,7 @@ def write_result(
     for name, other in beside.items():
         theirs = [other.table(kind, confidence=confidence, seed=seed, aggregation=aggregation) for kind in other.kinds]
         other.save(folder / f"effects-{name}.npz")
-        write_json(folder / f"effects-{name}.json", readable(other, theirs, seed=seed))
+        write_json(folder / f"effects-{name}.json", readable(other, theirs, seed=seed, texts=texts))
         drawing = figure(theirs, band=plan.layers, band_kinds=kinds, tentative=tentative)
         write_atomic(folder / f"effects-{name}.png", drawing)
     for table in tables:
@@ -254,8 +262,15 @@ def _with_interaction(plan: LayerPlan, beyond: Interaction, config: TraceConfig)
 _COLUMNS = ("mean", "low", "high", "share", "share_low", "share_high")
 
 
-def readable(effects: Effects, tables: Sequence[EffectTable], *, seed: int = 0) -> dict[str, Any]:
-    """The means as plain data: a summary in sentences, scores a fact, what was left out, and a table a kind."""
+def readable(effects: Effects, tables: Sequence[EffectTable], *, seed: int = 0, texts: bool = False) -> dict[str, Any]:
+    """The means as plain data: a summary in sentences, scores a fact, what was left out, and a table a kind.
+
+    `texts`: facts with all that they say, which is what is to be forgotten; else with their ids alone.
+    """
+
+    def shown(fact: Fact) -> dict[str, Any]:
+        return asdict(fact) if texts else {"id": fact.id}
+
     return {
         "summary": effects.summary(confidence=tables[0].confidence, seed=seed).split("\n"),
         "metric": effects.metric,
@@ -266,10 +281,10 @@ def readable(effects: Effects, tables: Sequence[EffectTable], *, seed: int = 0) 
         "corrupted_mean": float(effects.corrupted.mean()),
         "total_effect_mean": float(effects.total.mean()),
         "facts": [
-            {**asdict(fact), "clean": float(clean), "corrupted": float(corrupted)}
+            {**shown(fact), "clean": float(clean), "corrupted": float(corrupted)}
             for fact, clean, corrupted in zip(effects.facts, effects.clean, effects.corrupted, strict=True)
         ],
-        "left_out": [{**asdict(skip.fact), "reason": skip.reason} for skip in effects.skipped],
+        "left_out": [{**shown(skip.fact), "reason": skip.reason if texts else skip.why} for skip in effects.skipped],
         "tables": readable_tables(tables),
         "provenance": dict(effects.provenance),
     }

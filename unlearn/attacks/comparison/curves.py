@@ -92,6 +92,30 @@ class Comparison:
         return float(mean_over_facts(values)), float(low), float(high)
 
     @cached_property
+    def gain(self) -> tuple[float, float, float]:
+        """(mean, low, high) of how much more than the retain model it gains from level 0 on, averaged over the levels above 0.
+
+        `excess` is a level, which a flat curve may have that never relearned anything; this is what the attack brought.
+        """
+        apart = self.unlearned - self.retain_model
+        values = (apart[:, 1:] - apart[:, :1]).mean(axis=1)
+        low, high = bootstrap(values, self.documents, confidence=self.confidence, seed=self.seed)
+        return float(mean_over_facts(values)), float(low), float(high)
+
+    @property
+    def speed(self) -> str:
+        """What the attack brings back beside what was said before it, in a sentence; empty where there is no interval."""
+        mean, low, high = self.gain
+        if np.isnan(low):
+            return ""
+        measured = f"{mean:+.3f}, {self.confidence:.0%} interval {low:+.3f} to {high:+.3f}"
+        if low > 0 or high < 0:
+            return f"From before the attack on it gains {'more' if low > 0 else 'less'} than the retain model ({measured})."
+        if -self.margin < low and high < self.margin:
+            return f"From before the attack on it gains as much as the retain model ({measured})."
+        return f"Whether it gains more than the retain model from before the attack on cannot be told ({measured})."
+
+    @cached_property
     def known_before(self) -> float:
         """What the retain model says right before any attack."""
         return float(self.mean(self.retain_model)[0])
@@ -155,8 +179,9 @@ class Comparison:
         return f"Under it the true answers are {before} than under the other before the attack, and {after} at its end."
 
     def sentence(self, words: Mapping[Verdict, str]) -> str:
-        """The result in one sentence, with what a verdict means of this attack."""
-        return f"{self.title}: the unlearned model {words[self.verdict]}: {self.why} {self.likelihood}"
+        """The result in words, with what a verdict means of this attack: its level, its gain, the true answers' likelihood."""
+        parts = (self.why, self.speed, self.likelihood)
+        return f"{self.title}: the unlearned model {words[self.verdict]}: {' '.join(filter(None, parts))}"
 
     def table(self, unit: str) -> str:
         """The curves as text: a line a level."""
@@ -182,8 +207,10 @@ class Comparison:
             "learning_rate": self.learning_rate,
             "verdict": self.verdict,
             "why": self.why,
+            "speed": self.speed,
             "likelihood": self.likelihood,
             "excess": dict(zip(("mean", "low", "high"), plain(self.excess), strict=True)),
+            "gain": dict(zip(("mean", "low", "high"), plain(self.gain), strict=True)),
             "levels": list(self.levels),
             "curves": {
                 name: {kind: plain(self.mean(getattr(self, name), kind)) for kind in KINDS if kind in self.kinds}
