@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lm.anatomy import Site
@@ -34,6 +35,10 @@ HELP = """Look inside: train sparse autoencoders on the activations of a languag
 palimpsest train-sae --config builtin --out runs/sae
 accelerate launch --config_file "$(palimpsest configs accelerate/cpu2_ddp)" -m palimpsest train-sae --config builtin
 """
+
+
+_OF_RUNS = {".json", ".jsonl", ".yaml", ".txt"}
+"""What the files of a run folder end in, which stand beside the autoencoders' folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,8 @@ class AutoencoderSpec:
             raise UserError(f"autoencoders.learning_rate is {self.learning_rate}: give a positive rate, or null")
         if self.name is not None and (not self.name or set("/\\") & set(self.name) or self.name.startswith(".")):
             raise UserError(f"autoencoders.name is {self.name!r}: give a plain folder name")
+        if self.name is not None and (self.name == "checkpoints" or Path(self.name).suffix in _OF_RUNS):
+            raise UserError(f"autoencoders.name is {self.name!r}, as the run's own files are called: give another name")
 
     @property
     def loss(self) -> AuxiliaryLoss:

@@ -184,7 +184,7 @@ class Cells:
                         f"{path} has effects of version {about['version']}, this program reads {_VERSION}: trace again"
                     )
                 facts = tuple(Fact(**one) for one in about["facts"])
-                return cls(
+                read = cls(
                     facts=facts,
                     clean=stored["clean"],
                     corrupted=stored["corrupted"],
@@ -199,9 +199,31 @@ class Cells:
                     skipped=tuple(Skipped(fact=Fact(**one["fact"]), reason=one["reason"]) for one in about["skipped"]),
                     provenance=about["provenance"],
                 )
+                _check_shapes(read)
+                return read
         except FileNotFoundError as error:
             raise UserError(f"there is no effects file {path}: give the effects.npz that tracing wrote") from error
         except UserError:
             raise
         except Exception as error:  # zip, npy, JSON and key errors have no common base
             raise UserError(f"{path} is not a readable effects file ({error}): trace again") from error
+
+
+def _check_shapes(read: Cells) -> None:
+    """Raise ValueError for arrays that are not what `Cells` says of them: something else would be averaged."""
+    count = len(read.facts)
+    lengths = {"tokens": len(read.tokens), "subject_spans": len(read.subject_spans)}
+    lengths |= {name: each.shape[0] if each.ndim == 1 else -1 for name, each in _per_fact(read).items()}
+    if not count or not read.restored or set(lengths.values()) != {count}:
+        raise ValueError(f"{count} facts with {', '.join(f'{length} {name}' for name, length in lengths.items())}")
+    for kind, cells in read.restored.items():
+        for tokens, each, (start, end) in zip(read.tokens, cells, read.subject_spans, strict=True):
+            if each.shape != (len(tokens), read.layers) or not 0 <= start < end <= len(tokens):
+                raise ValueError(f"{kind} of {len(tokens)} tokens and {read.layers} layers has the shape {each.shape}")
+    numbers = [*_per_fact(read).values(), *(each for cells in read.restored.values() for each in cells)]
+    if any(each.dtype.kind != "f" for each in numbers):
+        raise ValueError("its scores are no numbers")
+
+
+def _per_fact(read: Cells) -> dict[str, Array]:
+    return {"clean": read.clean, "corrupted": read.corrupted}

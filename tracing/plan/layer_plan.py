@@ -6,7 +6,6 @@ training works best, so a plan always names its controls. How layers are chosen 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import known_or_near
+from lm.data.files import parse_json, read_text
 from lm.errors import UserError
 from lm.run_folder import write_json
 from tracing.arrays import Array
@@ -143,11 +143,12 @@ def layer_names(layers: Sequence[int]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """The plan's JSON object without its version, with every key known and of the right JSON type."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
+        text = read_text(path)
+    except UserError as error:
+        if path.is_file():
+            raise UserError(f"the layer plan {error}") from error
         raise UserError(f"there is no layer plan {path}: give the plan.json that `palimpsest trace` wrote") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"the layer plan {path} is not JSON ({error}): trace again or mend it") from error
+    stored = parse_json(text, f"the layer plan {path}", remedy="trace again or mend it")
     if not isinstance(stored, dict):
         raise UserError(f"the layer plan {path} is not a JSON object: trace again or mend it")
     version = stored.pop("version", None)
@@ -163,6 +164,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"the layer plan {path} has no layers: add a list such as [2, 3, 4]")
     for name, layers in stored.get("controls", {}).items():
         _require(isinstance(layers, list), path, f"controls.{name}", layers, list)
+    lists = {
+        "layers": stored["layers"],
+        **{f"controls.{name}": each for name, each in stored.get("controls", {}).items()},
+    }
+    for name, layers in lists.items():
+        if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+            raise UserError(f"the layer plan {path} has {name} {layers!r}: give whole numbers")
+    if not all(isinstance(module, str) for module in stored.get("modules", ())):
+        raise UserError(f"the layer plan {path} has modules {stored['modules']!r}: give names of modules")
     return stored
 
 

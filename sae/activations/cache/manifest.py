@@ -8,7 +8,6 @@ read. Writing one is `sae.activations.cache.writing`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lm.anatomy import Site
+from lm.data.files import parse_json, read_text
 from lm.errors import UserError
 from lm.hub import one_line
 from sae.activations.batch import ActivationBatch, parse_site, site_name
@@ -90,6 +90,15 @@ def open_cache(source: ActivationFiles | str | Path) -> ActivationCache:
 
 def _open_manifest(folder: Path) -> ActivationCache:
     manifest = read_manifest(folder)
+    try:
+        return _opened(folder, manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder / MANIFEST} is no manifest of a cache ({type(error).__name__}: {one_line(error)}): make the cache again"
+        ) from error
+
+
+def _opened(folder: Path, manifest: dict[str, Any]) -> ActivationCache:
     if not manifest.get("finished"):
         raise UserError(f"the cache {folder} is not finished: call write_cache with the same settings to go on with it")
     shards = [Shard(folder / entry["file"], int(entry["rows"]), entry["sha256"]) for entry in manifest["shards"]]
@@ -125,12 +134,11 @@ def _open_plain(path: Path, source: ActivationFiles) -> ActivationCache:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a cache, finished or not."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("format") != FORMAT:
+        manifest = parse_json(read_text(folder / MANIFEST), str(folder / MANIFEST), remedy="make the cache again")
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"{folder / MANIFEST} is not of the format {FORMAT}: give a folder that write_cache made")
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
+    except OSError as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {one_line(error)}; make the cache again") from error
-    assert isinstance(manifest, dict)
     return manifest
 
 
