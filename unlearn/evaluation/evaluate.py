@@ -16,7 +16,6 @@ from lm.model import LanguageModel
 from lm.prompts import PromptSpec
 from lm.row_files import load_documents, load_questions, load_rows
 from unlearn.evaluation.evaluation_set import EvaluationSet
-from unlearn.evaluation.lm_eval_harness import check_tasks
 from unlearn.evaluation.measure import Measuring
 from unlearn.evaluation.result import Evaluation, finished_losses
 from unlearn.evaluation.scores.base import Losses, Score, needs_of
@@ -106,8 +105,7 @@ def evaluate(
         words=words,
     )
     wanted = evaluation_set.askable(scores)
-    if lm_eval is not None and not evaluation_set.questions and "choices" in {n for s in wanted for n in needs_of(s)}:
-        check_tasks([lm_eval])
+    evaluation_set.check_harness(wanted)
     loaded = load(model) if isinstance(model, str) else model
     measuring = Measuring(
         loaded,

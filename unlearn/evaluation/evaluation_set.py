@@ -11,9 +11,10 @@ from lm.data.rows import Question, Row
 from lm.errors import UserError
 from lm.row_files import check_disjoint
 from sae.activations.sources import TextSource
+from unlearn.evaluation.lm_eval_harness import check_tasks
 from unlearn.evaluation.lume import check_words
 from unlearn.evaluation.scores import chosen_scores
-from unlearn.evaluation.scores.base import Losses, Need, Score
+from unlearn.evaluation.scores.base import Losses, Need, Score, needs_of
 from unlearn.evaluation.scores.lume import LumeTerm
 from unlearn.evaluation.utility import Style
 from unlearn.evaluation.word_overlap import Words
@@ -118,6 +119,11 @@ class EvaluationSet:
         if any(isinstance(score, LumeTerm) for score in wanted):
             check_words((*self.forget, *self.retain), self.words)
         return wanted
+
+    def check_harness(self, scores: Sequence[Score]) -> None:
+        """Refuse an lm-eval task that these scores need and that is unknown, or whose data cannot be had; it fetches them."""
+        if self.lm_eval is not None and not self.questions and any("choices" in needs_of(score) for score in scores):
+            check_tasks([self.lm_eval])
 
 
 def digest(values: object) -> str:

@@ -39,6 +39,7 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
         UserError: whatever the user can mend, before the model is loaded wherever that is possible.
     """
     evaluation_set = read_set(config)
+    evaluation_set.check_harness(evaluation_set.askable(config.scores))  # before there is a folder
     acc = accelerator(cpu=config.model.device == "cpu")
     model = load_here(acc, config.model)
     untouched = None
