@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
@@ -58,8 +60,8 @@ def words_of(text: str) -> list[str]:
             inside = True
         else:
             words[-1] += character
-    stem = _stemmer().stem
-    return [str(stem(word)) if len(word) > 3 and _LATIN.fullmatch(word) else word for word in words]
+    official = _official()
+    return [official.tokenize(word)[0] if _LATIN.fullmatch(word) else word for word in words]
 
 
 @cache
@@ -75,21 +77,26 @@ class _EveryScript:
 
 
 @cache
-def _stemmer() -> Any:
-    from nltk.stem.porter import PorterStemmer  # what rouge-score stems with
-
-    return PorterStemmer()
+def _official() -> Any:
+    with _importing():
+        from rouge_score.tokenizers import DefaultTokenizer
+    return DefaultTokenizer(use_stemmer=True)
 
 
 @cache
 def _scorer(words: Words) -> Any:
-    try:
+    with _importing():
         from rouge_score.rouge_scorer import RougeScorer  # slow to import, and only scoring needs it
+    if words == "every_script":
+        return RougeScorer(["rougeL"], tokenizer=_EveryScript())
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    try:
+        yield
     except ImportError as problem:
         raise UserError(
             f"rouge-score, which compares words, cannot be imported ({problem}): pip install 'palimpsest-unlearning[eval]'"
         ) from None
-
-    if words == "every_script":
-        return RougeScorer(["rougeL"], tokenizer=_EveryScript())
-    return RougeScorer(["rougeL"], use_stemmer=True)
