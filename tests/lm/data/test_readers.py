@@ -54,7 +54,7 @@ def test_a_choice_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_parquet_with_strings_that_are_no_text_dates_that_are_none_and_a_column_twice(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     broken = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
-    late = pyarrow.array([2**62], pyarrow.timestamp("s"))
+    late = pyarrow.array([2**62], pyarrow.timestamp("ms"))
     for column in (broken, late):
         pyarrow.parquet.write_table(pyarrow.table({"id": ["a1qa0"], "input": column}), path)
         with pytest.raises(UserError, match=r"rows\.parquet is not a readable Parquet file"):
