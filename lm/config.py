@@ -32,6 +32,8 @@ from lm.old_configs import (
     class_name,
     completed,
     default_of,
+    nested,
+    refuse_nulls,
     say,
     subclasses,
     upgraded,
@@ -119,41 +121,16 @@ def _upgraded(words: list[str], cls: type[Any]) -> list[str]:
             raise UserError(f"{file} holds no settings: write NAME: VALUE, one a line")
         values, text = ({}, "{}") if values is None else (values, text)
         newer = with_lists(upgraded(values, cls, notices), cls)
-        _refuse_nulls(newer, cls, file)
+        refuse_nulls(newer, cls, file)
         # The text and not the file, which the parser would read in the locale's encoding.
         value = text if newer == values else yaml.safe_dump(newer, sort_keys=False, allow_unicode=True)
         words[index + in_next_word] = value if in_next_word else f"--config={value}"
     for word, value in zip(words, [*words[1:], ""], strict=True):
         name, equals, joined = word.removeprefix("--").partition("=")
         if word.startswith("--") and (joined if equals else value) == "null":
-            _refuse_nulls(_nested(name), cls, "the command line")
+            refuse_nulls(nested(name), cls, "the command line")
     say(notices)
     return words
-
-
-def _refuse_nulls(values: Any, cls: type[Any], where: str, prefix: str = "") -> None:
-    """Refuse null for a setting that is never null: nested ones would lose their defaults in it, or fail somewhere inside."""
-    hints = typing.get_type_hints(cls)
-    for name, value in values.items() if isinstance(values, dict) else ():
-        hint = hints.get(name, Any)
-        options = (hint, *typing.get_args(hint))
-        if value is None and hint is not Any and type(None) not in options:
-            raise UserError(
-                f"{where}: {prefix}{name} is null, and it needs a value: give one, or leave it out for the default"
-            )
-        for option in options if isinstance(value, dict) else ():
-            axis = axis_of(option)
-            if axis is not None and "class_path" in value:
-                chosen = subclasses(axis).get(str(value["class_path"]).rpartition(".")[2], axis)
-                _refuse_nulls(value.get("init_args"), chosen, where, f"{prefix}{name}.")
-            elif isinstance(option, type) and dataclasses.is_dataclass(option):
-                _refuse_nulls(value, option, where, f"{prefix}{name}.")
-
-
-def _nested(dotted: str) -> dict[str, Any]:
-    """`a.b` as `{"a": {"b": None}}`."""
-    first, _, rest = dotted.partition(".")
-    return {first: _nested(rest) if rest else None}
 
 
 def script(

@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from lm.errors import UserError
+
 PACKAGES = ("lm", "tracing", "sae", "unlearn")
 """Whose classes are written by their bare names; anybody else's keep their module, which is how they are found."""
 _PLAIN = (str, int, float)
@@ -121,6 +123,31 @@ def words_with_lists(words: Sequence[str], cls: type[Any]) -> list[str]:
 def with_lists(values: Any, cls: type[Any]) -> Any:
     """A config as plain data in which every list of one plain value that was written without brackets is a list."""
     return _with_lists(values, _lists(cls), "")
+
+
+def refuse_nulls(values: Any, cls: type[Any], where: str, prefix: str = "") -> None:
+    """Refuse null for a setting that is never null: nested ones would lose their defaults in it, or fail somewhere inside."""
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items() if isinstance(values, dict) else ():
+        hint = hints.get(name, Any)
+        options = (hint, *typing.get_args(hint))
+        if value is None and hint is not Any and type(None) not in options:
+            raise UserError(
+                f"{where}: {prefix}{name} is null, and it needs a value: give one, or leave it out for the default"
+            )
+        for option in options if isinstance(value, dict) else ():
+            axis = axis_of(option)
+            if axis is not None and "class_path" in value:
+                chosen = subclasses(axis).get(str(value["class_path"]).rpartition(".")[2], axis)
+                refuse_nulls(value.get("init_args"), chosen, where, f"{prefix}{name}.")
+            elif isinstance(option, type) and dataclasses.is_dataclass(option):
+                refuse_nulls(value, option, where, f"{prefix}{name}.")
+
+
+def nested(dotted: str) -> dict[str, Any]:
+    """`a.b` as `{"a": {"b": None}}`."""
+    first, _, rest = dotted.partition(".")
+    return {first: nested(rest) if rest else None}
 
 
 def say(notices: Sequence[str]) -> None:

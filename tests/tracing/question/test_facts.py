@@ -194,7 +194,9 @@ def test_what_stands_in_most_questions_is_a_template_where_they_name_somebody_be
     ]
     assert [fact.subject for fact in facts_from_rows(rows)] == people
     same = [Row(f"{n}qa0", f"By the City Register, who {word} here?", "yes", "T") for n, word in enumerate("abcde")]
-    with pytest.raises(UserError, match=r"'By the City Register' stands in 5 of 5 questions.*say how .* facts\.subject"):
+    with pytest.raises(
+        UserError, match=r"'By the City Register' stands in 5 of 5 questions.*say how .* facts\.subject"
+    ):
         facts_from_rows(same)
 
 
