@@ -125,7 +125,7 @@ def _upgraded(words: list[str], cls: type[Any]) -> list[str]:
         # The text and not the file, which the parser would read in the locale's encoding.
         value = text if newer == values else yaml.safe_dump(newer, sort_keys=False, allow_unicode=True)
         words[index + in_next_word] = value if in_next_word else f"--config={value}"
-    for word, value in zip(words, [*words[1:], ""], strict=True):
+    for word, value in zip(words, [*words[1:], ""], strict=False):
         name, equals, joined = word.removeprefix("--").partition("=")
         if word.startswith("--") and (joined if equals else value) == "null":
             refuse_nulls(nested(name), cls, "the command line")

@@ -162,17 +162,16 @@ def _parquet(path: Path) -> tuple[Record, ...]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(_bytes(path)))
-        rows = table.to_pylist()
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(_bytes(path))).to_pylist()
     except UserError:
         raise
-    except Exception as problem:  # not Parquet, strings that are not UTF-8, dates out of range: no common base
+    except (
+        Exception
+    ) as problem:  # not Parquet, a column twice, strings that are not UTF-8, dates out of range: no common base
         reason = (str(problem) or type(problem).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"{path} is not a readable Parquet file ({reason}): write it again, or use JSON lines"
         ) from None
-    if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
-        raise UserError(f"{path} has the column {_show(twice[0])} twice: leave one of them out")
     return tuple(Record(f"{path} row {number}", values) for number, values in enumerate(rows, start=1))
 
 

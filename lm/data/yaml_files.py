@@ -44,7 +44,8 @@ def read_yaml(path: Path) -> tuple[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where} is not YAML ({getattr(error, 'problem', error)}): mend it") from error
+        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise UserError(f"{path}{where} is not YAML ({reason}): mend it") from error
     except RecursionError:
         raise UserError(f"{path} is nested too deep to be read, or holds itself by an alias: mend it") from None
     except (ValueError, OverflowError, TypeError) as error:  # a date that is none, a number of thousands of digits

@@ -211,7 +211,10 @@ def _known_fact(record: Record) -> Fact:
     answer = text_column(record, "attribute" if "attribute" in record.values else "answer")
     name = str(record.values.get("known_id", record.values.get("id", record.where)))
     group, foil = (text_column(record, key, blank=True) if key in record.values else "" for key in ("group", "foil"))
-    return Fact(prompt, subject, answer.strip(), id=name, group=group or subject, foil=foil.strip())
+    try:
+        return Fact(prompt, subject, answer.strip(), id=name, group=group or subject, foil=foil.strip())
+    except UserError as error:
+        raise UserError(f"{record.where}: {error}") from error
 
 
 def _has_documents(rows: Sequence[Row]) -> bool:
