@@ -288,7 +288,7 @@ def test_a_damaged_missing_or_cut_shard_is_refused(cache: ActivationCache, tmp_p
         open_cache(gone.parent)
     manifest = broken("manifest").with_name("manifest.json")
     manifest.write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not JSON"):
         open_cache(manifest.parent)
     with pytest.raises(UserError, match=r"holds no \.safetensors"):
         open_cache(tmp_path / "none")

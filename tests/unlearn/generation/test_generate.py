@@ -84,7 +84,7 @@ class Scripted(nn.Module):
     def forward(self, input_ids: torch.Tensor, **_: object) -> Any:
         token = self.script[self.calls]
         self.calls += 1
-        logits = torch.nn.functional.one_hot(torch.tensor(token), 385).float().expand(len(input_ids), 1, 385)
+        logits = torch.nn.functional.one_hot(torch.tensor(token), 384).float().expand(len(input_ids), 1, 384)
         return type("Out", (), {"logits": logits, "past_key_values": None})
 
 
@@ -103,13 +103,10 @@ def test_it_stops_at_any_eos_and_no_earlier() -> None:
 
 
 def test_in_chat_it_stops_where_the_template_ends_an_answer() -> None:
-    """`<end_of_turn>` is no EOS: a model that was taught to end with it would go on with the user's next turn."""
-    model, script = scripted(" is here.", 384, 9, 9)
-    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
-    assert model.tokenizer.convert_tokens_to_ids("<end_of_turn>") == 384
-    model.tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end_of_turn>\n{% endfor %}"
-    )
+    """What ends a turn is no EOS here: a model that was taught to end with it would go on with the user's next turn."""
+    model, script = scripted(" is here.", 1, 9, 9)
+    assert model.tokenizer.convert_tokens_to_ids("<s>") == 1
+    model.tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<s>\n{% endfor %}"
     assert generate(model, ["Anna"], prompt=PromptSpec(format="chat")) == [" is here."]
     assert script.calls == len(script.script) - 2
 
