@@ -18,7 +18,14 @@ from sae.trainer import (
     named,
     train_on_stream,
 )
+from sae.trainer.config import AutoencoderSpec
 from sae.trainer.loop import Loop
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.yaml", "metrics.jsonl", "checkpoints"])
+def test_an_autoencoder_is_not_called_like_a_file_of_the_run(name: str) -> None:
+    with pytest.raises(UserError, match="as the run's own files are called: give another name"):
+        AutoencoderSpec(name=name, choice="token", features=FEATURES, k=K)
 
 
 def test_the_exported_model_is_the_trained_one(tmp_path: Path) -> None:
