@@ -26,7 +26,7 @@ import jsonargparse
 import yaml
 
 from lm.data.yaml_files import read_yaml
-from lm.errors import UserError, did_you_mean
+from lm.errors import UserError, did_you_mean, more_memory, out_of_memory, printable
 from lm.old_configs import (
     axis_of,
     class_name,
@@ -41,6 +41,7 @@ from lm.old_configs import (
     with_lists,
     words_with_lists,
 )
+from lm.signals import Terminated, asked_to_end
 
 T = TypeVar("T")
 
@@ -142,7 +143,8 @@ def script(
     program: str | None = None,
 ) -> None:
     """Run `main` on the parsed config (see `parse_config`), ending as `ending_in_one_line` says."""
-    with ending_in_one_line(resumes=any(field.name == "resume" for field, _ in _fields(cls))):
+    known = _known(cls)
+    with ending_in_one_line(resumes="resume" in known, settings=known):
         config = parse_config(cls, argv, description=description, program=program)
         _quiet()
         from lm.devices import reporting
@@ -151,21 +153,32 @@ def script(
 
 
 @contextmanager
-def ending_in_one_line(*, resumes: bool = True) -> Iterator[None]:
-    """What a command does: a `UserError` prints one line on stderr and exits with status 2, Ctrl-C with status 130.
+def ending_in_one_line(*, resumes: bool = True, settings: Sequence[str] = ()) -> Iterator[None]:
+    """What a command does: a `UserError`, or too little memory, prints one line on stderr and exits with status 2, Ctrl-C with
+    status 130, a request to end (SIGTERM) with status 143.
 
-    The process group, if one was opened, is left in the end. `resumes`: whether the command goes on with finished work when it is
-    told to (`--resume true`) rather than by itself.
+    The process group, if one was opened, is left in the end.
+
+    Args:
+        resumes: whether the command goes on with finished work when it is told to (`--resume true`) rather than by itself.
+        settings: the command's, of which some say how much memory is needed.
     """
     try:
-        yield
+        with asked_to_end():
+            yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         how = " with --resume true" if resumes else ""
         print(f"stopped: finished work is kept; the same command{how} goes on", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(143 if isinstance(error, Terminated) else 130) from None
+    except (MemoryError, RuntimeError) as error:
+        said = out_of_memory(error)
+        if said is None:
+            raise
+        print(f"error: out of memory ({said}): {more_memory(settings)}", file=sys.stderr)
+        raise SystemExit(2) from None
     finally:
         from lm.devices import leave_process_group
 
@@ -368,6 +381,14 @@ def _known(cls: type[Any], prefix: str = "") -> list[str]:
 
 def _explain(error: Exception, cls: type[Any]) -> str:
     text = " ".join(str(error).split())
+    if wrong := re.match(r'Parser key "([\w.]+)":', text):
+        key = wrong.group(1)
+        axis = axis_of({field.name: hint for field, hint in _fields(cls)}.get(key))
+        if axis is not None and (word := re.search(r"Expected a dot import path string: (\S+)", text)):
+            names = sorted(subclasses(axis))
+            return f"{key} is {word.group(1)!r}{did_you_mean(word.group(1), names)}: choose one of {', '.join(names)}"
+        if (given := re.search(r"Given value: (.+)$", text)) and "dict[" in text:
+            return f'{key} is {given.group(1)!r} and takes names with values: write --{key} \'{{"name": "value"}}\''
     for pattern in _UNKNOWN:
         if unknown := re.search(pattern, text):
             hint = known_or_near(unknown.group(1).removeprefix("init_args."), _known(cls))

@@ -32,6 +32,7 @@ from lm.errors import UserError
 from lm.loading import load
 from lm.model import LanguageModel, ModelSpec
 from lm.shards import is_sharded
+from lm.signals import end_with_launcher
 
 T = TypeVar("T")
 MixedPrecision = Literal["no", "bf16", "fp16"]
@@ -53,8 +54,11 @@ def accelerator(
         folder: where trackers write.
 
     Raises:
-        UserError: fp16 without a GPU (there is no loss scaling on the CPU), or an unknown tracker.
+        UserError: fp16 without a GPU (there is no loss scaling on the CPU), an unknown tracker, or a launch that asks for what
+            is not done here.
     """
+    end_with_launcher()
+    _refuse_launch(mixed_precision)
     cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
     if mixed_precision == "fp16" and cpu:
         raise UserError("fp16 autocast needs a GPU: on a CPU choose bf16, or none")
@@ -84,6 +88,41 @@ def accelerator(
         if name not in [str(getattr(kind, "value", kind)) for kind in acc.log_with]:
             raise UserError(f"the tracker {name!r} is not installed: pip install {name}, or leave it out of trackers")
     return acc
+
+
+_NOT_HERE = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or pipeline parallelism",
+}
+
+
+def _refuse_launch(mixed_precision: MixedPrecision) -> None:
+    """Refuse what accelerate would take from the environment, although no step here is made for it.
+
+    Raises:
+        UserError: it would change gradients in silence, or fail in the midst of training.
+    """
+    told = os.environ.get
+    remedy = "launch with a file of configs/accelerate (palimpsest configs lists them)"
+    for variable, name in _NOT_HERE.items():
+        if told(variable, "").lower() in ("1", "true"):
+            raise UserError(f"the launch asks for {name} ({variable}), which does not run here: {remedy}")
+    if (backend := told("ACCELERATE_DYNAMO_BACKEND", "no")).lower() not in ("no", ""):
+        raise UserError(
+            f"the launch asks for torch.compile (dynamo_backend {backend}), which is not used here: {remedy}"
+        )
+    if (steps := told("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) not in ("1", ""):
+        raise UserError(
+            f"the launch asks for gradient_accumulation_steps {steps}, by which accelerate would divide each gradient: leave it "
+            "out, a batch is always whole and trainer.micro_batch says how much of it is computed at once"
+        )
+    if (launched := told("ACCELERATE_MIXED_PRECISION", "no")).lower() not in ("no", "", mixed_precision) and is_main():
+        print(
+            f"warning: the launch's mixed_precision {launched} is not heeded, the command computes in its own "
+            f"({mixed_precision}): set it there, as trainer.autocast or model.dtype",
+            file=sys.stderr,
+        )
 
 
 def load_here(acc: Accelerator, spec: ModelSpec) -> LanguageModel:

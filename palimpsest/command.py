@@ -81,11 +81,12 @@ def _run(stage: Stage, words: Sequence[str]) -> None:
     arguments = arguments_of(stage, words)
     from lm.config import ending_in_one_line, script
     from lm.devices import is_main
+    from lm.errors import printable
 
     def run(config: Any) -> None:
         result = stage.run()(config)
         if is_main():
-            print(stage.describe()(config, result))
+            print(printable(stage.describe()(config, result)))
 
     with ending_in_one_line():  # a stage may need a package that is not installed
         program = f"palimpsest {stage.name}" + (" RUN..." if stage.operands else "")

@@ -170,7 +170,7 @@ def streams_for(
     if (mine.layers, mine.hidden) != (its.layers, its.hidden):
         raise UserError(
             f"{source.name} has {its.layers} layers of width {its.hidden} and {original.name} {mine.layers} of {mine.hidden}: "
-            "give models of one shape"
+            "let model, retain_model and original name models of one shape"
         )
     streams = []
     with evaluating(source):

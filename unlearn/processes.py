@@ -20,9 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lm.errors import UserError
+from lm.errors import UserError, out_of_memory
 
 HEAVY = ["torch", "transformers.modeling_utils", "accelerate", "peft", "scipy.stats", "jsonargparse", "optuna"]
 HEAVY += ["matplotlib.backends.backend_agg"]
@@ -178,9 +176,12 @@ def _run(log: Path, target: Callable[..., object], arguments: tuple[Any, ...], t
     except UserError as error:  # one that stands for a system's error would meet the next job too
         print(f"error: {error}", file=sys.stderr)
         teller.send(("everything" if error.__cause__ is not None else "this", str(error)))
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        said = out_of_memory(error)
+        if said is None:
+            raise
         print(f"error: {error}", file=sys.stderr)
-        teller.send(("this", f"out of memory: {str(error).splitlines()[0]}"))
+        teller.send(("this", f"out of memory: {said}"))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
 

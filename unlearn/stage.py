@@ -23,7 +23,7 @@ from lm.errors import UserError
 from lm.loading import load
 from lm.model import DTYPES, LanguageModel, fingerprint
 from lm.row_files import check_disjoint, data_hash, load_calibration, load_rows
-from lm.run_folder import RunFolder, peak_memory_bytes
+from lm.run_folder import RunFolder, damage, peak_memory_bytes, stage
 from unlearn import export
 from unlearn.config import UnlearnConfig
 from unlearn.evaluation.lume import check_rows
@@ -32,6 +32,7 @@ from unlearn.unlearning import Task, Trained, devices
 from unlearn.validation import BothSides, Validation, check_unseen, check_validation_rows
 
 
+@stage
 def run_unlearn(config: UnlearnConfig) -> Path:
     """Unlearn as the config says; returns the folder of the resulting checkpoint (`<out>/model`).
 
@@ -48,6 +49,9 @@ def run_unlearn(config: UnlearnConfig) -> Path:
     run = _begin(acc, config, rows, task)
     result = run.path / export.MODEL
     if result.exists():
+        with together(acc):
+            if run.main and (problem := damage(result)) is not None:
+                raise UserError(f"{result} is damaged ({problem}): restore it, or unlearn again in another folder")
         acc.print(f"already finished: {result}")
         return result
     if config.trackers:

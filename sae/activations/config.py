@@ -33,7 +33,9 @@ class HarvestConfig:
     cache: CacheSpec = field(default_factory=lambda: CacheSpec(tokens=1_000_000))
     """How many tokens, and how they are kept."""
     out: str = "runs/activations"
-    """The cache's folder; an interrupted harvest goes on there."""
+    """The cache's folder."""
+    resume: bool = False
+    """Go on with the harvest in `out`; a finished one is opened as it is."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, TextSource):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lm.errors import UserError
-from lm.run_folder import RunFolder, writable, write_json
+from lm.run_folder import RunFolder, damage, writable, write_json
 from sae.activations import ActivationStream, merge_states, read_state, save_state
 from sae.sharding import Mesh
 from sae.trainer import training_state
@@ -64,10 +64,13 @@ def load_newest(
     run: RunFolder, mesh: Mesh, members: Sequence[TrainingSae], stream: ActivationStream
 ) -> dict[str, Any] | None:
     """Set members and stream from the newest checkpoint and return its facts; None if there is none."""
-    saved = run.checkpoints()
-    if not saved:
+    found: list[Path | None] = []
+    problem = _problem(lambda: found.append(run.newest_checkpoint(_flaw))) if mesh.is_main else None
+    mesh.agree(problem)
+    (name, *_) = mesh.problems(found[0].name if found and found[0] is not None else None)  # the main process's word
+    if name is None:
         return None
-    folder = saved[-1][1]
+    folder = run.path / "checkpoints" / name
     facts: dict[str, Any] = {}
 
     def read() -> None:
@@ -94,6 +97,13 @@ def seconds_so_far(run: RunFolder) -> float:
 def _stream(path: Path, stream: ActivationStream) -> None:
     with writable(path):
         save_state(path, stream.state_dict())
+
+
+def _flaw(folder: Path) -> str | None:
+    """Why nothing can go on from a checkpoint, in a few words; None if it can, as far as its files tell."""
+    if not (folder / FACTS).is_file():
+        return f"{FACTS} is missing"
+    return damage(folder)
 
 
 def _facts(folder: Path) -> dict[str, Any]:

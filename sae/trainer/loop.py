@@ -133,7 +133,7 @@ class Loop:
                     "give more activations, or set it lower"
                 ) from None
         if self.run is not None:
-            self.run.forget_after(self.step)
+            self.run.forget_after(self.step, but="/result/")
         end = steps if stop_at is None else min(stop_at, steps)
         show = show and self.mesh.is_main
         self.began = self.seconds

@@ -18,8 +18,9 @@ from accelerate import Accelerator
 
 from lm.config import as_dict, dump_yaml
 from lm.devices import accelerator, launch_facts, together
+from lm.errors import UserError
 from lm.loading import load
-from lm.run_folder import RunFolder, environment, peak_memory_bytes, write_json
+from lm.run_folder import RunFolder, damage, environment, peak_memory_bytes, stage, write_json
 from sae.activations import TextSource
 from sae.activations.provenance import settings_of_today
 from sae.model import save_autoencoder
@@ -38,6 +39,7 @@ FREE = ("trainer.max_seconds", "trainer.save_every", "trainer.log_every", "train
 """Settings that may change when a run goes on; fewer steps, where activations ended before."""
 
 
+@stage
 def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
     """Train as the config says; returns name -> the folder of each autoencoder (`<out>/<name>`); empty if it was stopped.
 
@@ -51,6 +53,10 @@ def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
     run = _run_folder(config, acc, task)
     folders = {name: out / name for name in task.members}
     if (out / RESULTS).exists():
+        with together(acc):
+            for folder in folders.values() if acc.is_main_process else ():
+                if (problem := damage(folder)) is not None:
+                    raise UserError(f"{folder} is damaged ({problem}): restore it, or train again in another folder")
         acc.print(f"already finished: {out}")
         return folders
     if config.trackers:
@@ -66,7 +72,7 @@ def run_train_sae(config: TrainSaeConfig) -> dict[str, Path]:
     with together(acc):
         if acc.is_main_process:
             results = [task.with_loss_recovered(result, facts) for result in results]
-            _write(config, task, results, facts)
+            _write(run, config, task, results, facts)
             rounds = getattr(task.stream, "rounds", None)
             run.finish(
                 **({} if rounds is None else {"rounds": round(rounds, 2)}),
@@ -147,11 +153,12 @@ def _run_folder(config: TrainSaeConfig, acc: Accelerator, task: Task) -> RunFold
     return run
 
 
-def _write(config: TrainSaeConfig, task: Task, results: Sequence[Trained], facts: Mapping[str, Any]) -> None:
+def _write(
+    run: RunFolder, config: TrainSaeConfig, task: Task, results: Sequence[Trained], facts: Mapping[str, Any]
+) -> None:
     """A folder an autoencoder, with what made it."""
     git, config_hash = environment()["git"], hashlib.sha256(dump_yaml(config).encode()).hexdigest()[:16]
     for result in results:
         metadata = task.metadata(result, facts, git=git, config_hash=config_hash)
-        save_autoencoder(
-            result.autoencoder, Path(config.out) / result.name, metadata=metadata, densities=result.densities
-        )
+        with run.writing(result.name) as folder:
+            save_autoencoder(result.autoencoder, folder, metadata=metadata, densities=result.densities)

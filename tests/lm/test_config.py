@@ -271,3 +271,14 @@ def test_out_may_begin_at_home_in_a_file_too(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "c.yaml").write_text("out: ~/runs/mine\n")
     assert parse_config(UnlearnConfig, ["--config", str(tmp_path / "c.yaml")]).out == "/home/ada/runs/mine"
     assert parse_config(UnlearnConfig, ["--out=~/x"]).out == "/home/ada/x"
+
+
+def test_a_word_for_an_axis_or_a_mapping_gets_the_setting_and_the_remedy() -> None:
+    from unlearn.config import UnlearnConfig
+
+    with pytest.raises(
+        UserError, match=r"^objective is 'Jiont' \(did you mean 'Joint'\?\): choose one of .*Joint, .*NPO"
+    ):
+        parse_config(UnlearnConfig, ["--objective", "Jiont"])
+    with pytest.raises(UserError, match=r"^columns is 'question' and takes names with values: write --columns '\{"):
+        parse_config(UnlearnConfig, ["--columns", "question"])

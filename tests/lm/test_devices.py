@@ -158,3 +158,35 @@ def test_the_slurm_job_starts_a_launcher_on_each_machine(tmp_path: Path) -> None
         assert (found.main_process_ip, found.main_process_port) == ("node7", 30123)
         assert found.training_script == "scripts/unlearn.py"
         assert found.training_script_args == ["--out", "runs/a name", "--resume", "true"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "asks for Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend INDUCTOR"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 4.*trainer.micro_batch"),
+    ],
+)
+def test_what_the_launch_asks_for_and_no_step_is_made_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, says: str
+) -> None:
+    """Gradient accumulation from there divided every gradient, and torch.compile failed after minutes."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=says):
+        accelerator(cpu=True)
+    for harmless in ("no", "NO") if "DYNAMO" in variable else ("1",) if "STEPS" in variable else ("false",):
+        monkeypatch.setenv(variable, harmless)
+        accelerator(cpu=True)
+
+
+def test_a_precision_of_the_launch_that_is_not_heeded_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    accelerator(cpu=True, mixed_precision="bf16")
+    assert capsys.readouterr().err == ""
+    accelerator(cpu=True)
+    assert "the launch's mixed_precision bf16 is not heeded" in capsys.readouterr().err

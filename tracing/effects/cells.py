@@ -171,7 +171,7 @@ class Cells:
         for kind in self.kinds:
             arrays |= {f"{kind}_{index}": cells for index, cells in enumerate(self.restored[kind])}
         arrays["about"] = np.array(json.dumps(about, ensure_ascii=False))
-        write_atomic(Path(path), pack(arrays))
+        write_atomic(Path(path), pack(arrays), private=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

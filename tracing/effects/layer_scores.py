@@ -121,7 +121,7 @@ class LayerScores:
             arrays[kind] = self.values[kind]
         if self.total is not None:
             arrays["total"] = self.total
-        write_atomic(Path(path), pack(arrays))
+        write_atomic(Path(path), pack(arrays), private=True)
 
     @classmethod
     def load(cls, path: str | Path) -> LayerScores:

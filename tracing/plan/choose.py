@@ -71,7 +71,7 @@ def choose_layers(
 
     Args:
         measured: what tracing or another localizer gave.
-        size: how many layers; for `band` and `top` only.
+        size: how many layers; for `band` and `top` only, where None is three eighths of them.
         rule: how layers are picked from their scores.
         share: how much of all positive effect `mass` must hold.
         kind: `mlp`, `attn`, `both` (then `modules` keeps those of the two whose effect in these layers is above zero at the

@@ -124,11 +124,16 @@ class Elbow(Rule):
         return _first(order, 1 + under[..., 1:].argmax(axis=-1))
 
 
+def usual_size(model_layers: int) -> int:
+    """Three eighths of the layers, as the authors of the joint method take (6 of 16)."""
+    return max(1, round(model_layers * 3 / 8))
+
+
 def make_rule(name: str, *, size: int | None, share: float, layers: int) -> Rule | None:
     """The rule of that name for a model of so many layers; None for `permutation`, which picks by a test.
 
     Raises:
-        UserError: an unknown name, a size that is missing, does not fit or is not wanted, a share that is none.
+        UserError: an unknown name, a size that does not fit or is not wanted, a share that is none.
     """
     if name not in get_args(RuleName):
         known = get_args(RuleName)
@@ -139,8 +144,7 @@ def make_rule(name: str, *, size: int | None, share: float, layers: int) -> Rule
     if size is not None and size > layers:
         raise UserError(f"the plan's size is {size} but the model has {layers} layers: give 1 to {layers}")
     if name in ("band", "top"):
-        if size is None:
-            raise UserError(f"the plan's rule {name} has no size: say how many layers, 1 to {layers}")
+        size = usual_size(layers) if size is None else size
         return Band(size) if name == "band" else Top(size)
     return {"mass": Mass(share), "elbow": Elbow(), "permutation": None}[name]
 

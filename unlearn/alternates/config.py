@@ -59,6 +59,8 @@ class AlternatesConfig:
     """Of the sampling."""
     out: str = "runs/alternates"
     """The run folder; the result is its alternates.jsonl."""
+    resume: bool = False
+    """Go on with the run in `out`: what was drawn is not drawn again."""
 
     def __post_init__(self) -> None:
         for name in ("per_row", "attempts", "max_new_tokens", "batch_size"):

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from lm.devices import accelerator, launch_facts, load_here, together
 from lm.errors import UserError
 from lm.model import fingerprint
 from lm.row_files import data_hash, load_rows
-from lm.run_folder import RunFolder, write_atomic
+from lm.run_folder import RunFolder, stage, write_atomic
 from unlearn.alternates.config import AlternatesConfig
 from unlearn.alternates.invent import invent
 from unlearn.generation.batching import Workers
 
 ALTERNATES = "alternates.jsonl"
+_DRAFTS = "drafts"
 
 
+@stage
 def run_alternates(config: AlternatesConfig) -> Path:
     """Write `alternates.jsonl`, an object a row with `id` and `alternates`, into `config.out`; returns its path.
 
@@ -30,14 +33,19 @@ def run_alternates(config: AlternatesConfig) -> Path:
     with together(acc):
         if acc.is_main_process:
             facts = {"rows": data_hash(rows), "weights": fingerprint(model), "devices": launch_facts(acc)}
-            RunFolder.create(config.out, config, facts=facts)
+            RunFolder.create(config.out, config, resume=config.resume, facts=facts, same=("rows", "weights"))
     run = RunFolder(config.out, main=acc.is_main_process)
-    invented = invent(model, rows, config, workers=Workers(acc.process_index, acc.num_processes))
-    path = run.path / ALTERNATES
+    path, drafts = run.path / ALTERNATES, run.path / _DRAFTS
+    if path.exists() and not drafts.exists():
+        acc.print(f"already finished: {path}")
+        return path
+    invented = invent(model, rows, config, workers=Workers(acc.process_index, acc.num_processes), drafts=drafts)
     if acc.is_main_process:
         lines = [{"id": row.id, "alternates": texts} for row, texts in zip(rows, invented, strict=True) if texts]
-        write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), private=True)
         run.finish(alternates=sum(map(len, invented)), rows_without=len(rows) - len(lines))
+        if len(lines) == len(rows):  # else the run is not what was asked for, and says so again when it goes on
+            shutil.rmtree(drafts, ignore_errors=True)
     acc.wait_for_everyone()
     without = [row.id for row, texts in zip(rows, invented, strict=True) if not texts]
     if without:

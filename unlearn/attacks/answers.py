@@ -73,7 +73,7 @@ def _scored(row: Row, text: str) -> dict[str, str]:
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
     """Keep answers, atomically."""
-    write_json(path, [asdict(answer) for answer in answers])
+    write_json(path, [asdict(answer) for answer in answers], private=True)
 
 
 def read_answers(path: Path) -> list[Answer]:

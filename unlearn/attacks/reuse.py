@@ -58,7 +58,7 @@ def copy_retain_answers(config: AttackConfig, run: RunFolder, trials: Sequence[T
     folder = Path(str(config.retain_answers))
     for name in (f"before-{RETAIN}.json", f"before-{RETAIN}-others.json"):
         if (folder / name).exists() and not (run.path / name).exists():
-            write_atomic(run.path / name, (folder / name).read_bytes())
+            write_atomic(run.path / name, (folder / name).read_bytes(), private=True)
     for trial in trials:
         name = f"{trial.folder}/{RETAIN}"
         if not config.attack.finished(run.path / name):

@@ -16,7 +16,7 @@ from lm.errors import UserError
 from lm.loading import load
 from lm.model import fingerprint
 from lm.row_files import check_disjoint, data_hash, load_rows
-from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
+from lm.run_folder import RunFolder, peak_memory_bytes, stage, write_atomic, write_json
 from unlearn.attacks.attacking import ask_before, attack_all, require_alike
 from unlearn.attacks.base import Attacked
 from unlearn.attacks.comparing import RETAIN, UNLEARNED
@@ -32,6 +32,7 @@ _RETAIN_BEFORE = "never"
 """What folders and files of the retain model were called; an attack that was begun with them goes on."""
 
 
+@stage
 def run_attack(config: AttackConfig) -> AttackResult:
     """Attack as the config says; writes `attack.json`, `attack.png` and every answer into `config.out`.
 

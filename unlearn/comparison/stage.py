@@ -40,7 +40,7 @@ def run_compare(config: CompareConfig) -> Comparison:
     write_json(out / "comparison.json", result.to_json())
     write_atomic(out / "comparison.md", result.markdown)
     if page is not None and config.page is not None:
-        write_atomic(Path(config.page), page)
+        write_atomic(Path(config.page), page, private=True)
     return result
 
 

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from lm.config import dump_yaml
-from lm.devices import accelerator
+from lm.devices import accelerator, is_main
 from lm.errors import UserError
-from lm.run_folder import write_atomic
+from lm.run_folder import hold, stage, write_atomic
 from unlearn.demo.collect import demo_report
 from unlearn.demo.config import DemoConfig
 from unlearn.demo.entries import Entry, entries
@@ -24,6 +24,7 @@ from unlearn.processes import cores
 from unlearn.report import write_report
 
 
+@stage
 def run_demo(config: DemoConfig) -> Path:
     """Run every stage that is not finished; returns the report's path. `results.json` lies beside it.
 
@@ -33,6 +34,8 @@ def run_demo(config: DemoConfig) -> Path:
     out = Path(config.out)
     compared = _entries(config)
     tasks = _tasks(config, compared, out)  # refused before anything runs
+    if is_main():
+        hold(out)
     write_atomic(out / "demo.yaml", dump_yaml(config))
     started = time.monotonic()
     run_tasks(tasks, workers=_workers(config, len(tasks)), ended=lambda: write_results(compared, out))

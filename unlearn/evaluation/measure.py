@@ -195,9 +195,11 @@ class _Parts:
         if self.store is not None and self.writes:
             if name in lume.SIDES:
                 assert isinstance(value, list)
-                write_atomic(self._path(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in value))
+                write_atomic(
+                    self._path(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in value), private=True
+                )
             else:
-                write_json(self._path(name), value)
+                write_json(self._path(name), value, private=True)
             write_json(self.store / "seconds.json", self.seconds)
         return value
 

@@ -13,7 +13,7 @@ from lm.data.rows import Question
 from lm.devices import accelerator, launch_facts, load_here, together
 from lm.model import fingerprint
 from lm.row_files import data_hash, load_calibration, load_documents, load_questions, load_rows
-from lm.run_folder import RunFolder, peak_memory_bytes, write_json
+from lm.run_folder import RunFolder, peak_memory_bytes, stage, write_json
 from unlearn.evaluation.config import LM_EVAL, EvaluateConfig
 from unlearn.evaluation.evaluate import evaluate
 from unlearn.evaluation.evaluation_set import EvaluationSet, digest
@@ -31,6 +31,7 @@ _ROWS = (
 )
 
 
+@stage
 def run_evaluate(config: EvaluateConfig) -> Evaluation:
     """Evaluate as the config says; writes `scores.json`, `examples.json` (the scores example by example),
     `forget.jsonl`, `retain.jsonl` and other parts into `config.out`.

@@ -31,6 +31,8 @@ class MergeConfig:
     """Type of the saved weights; null keeps the base's."""
     out: str = "runs/merge"
     """The run folder; the result is in its sub-folder `model`."""
+    resume: bool = False
+    """Go on with the run in `out`: what was counted over whole models is not counted again."""
 
     def __post_init__(self) -> None:
         if not self.models:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lm.errors import UserError
 from lm.model import DTYPES
-from lm.run_folder import RunFolder
+from lm.run_folder import RunFolder, damage, stage
 from unlearn import model_files
 from unlearn.export import MODEL
 from unlearn.merging import weight_files
@@ -14,6 +15,7 @@ from unlearn.merging.merge import merged
 from unlearn.merging.weight_files import Checkpoint
 
 
+@stage
 def run_merge(config: MergeConfig) -> Path:
     """Merge as the config says; returns the folder of the resulting checkpoint (`<out>/model`).
 
@@ -25,9 +27,17 @@ def run_merge(config: MergeConfig) -> Path:
     for model in models:
         weight_files.require_alike(base, model)
     weights = {"base": base.digest(), "models": [model.digest() for model in models]}
-    thresholds = config.method.thresholds(base, models)
     dtype = DTYPES[config.save_dtype] if config.save_dtype else None
-    run = RunFolder.create(config.out, config, facts={"weights": weights, "thresholds": list(thresholds)})
+    run = RunFolder.create(config.out, config, resume=config.resume, facts={"weights": weights}, same=("weights",))
+    result = run.path / MODEL
+    if result.exists():
+        if (problem := damage(result)) is not None:
+            raise UserError(f"{result} is damaged ({problem}): restore it, or merge again in another folder")
+        print(f"already finished: {result}")
+        return result
+    if "thresholds" not in run.manifest:
+        run.note(thresholds=list(config.method.thresholds(base, models)))
+    thresholds = tuple(run.manifest["thresholds"])
     with run.writing(MODEL) as folder:
         weight_files.write(folder, base, lambda name: merged(base, models, name, config.method, thresholds, dtype))
         model_files.copy_config(base.folder, folder)
@@ -36,7 +46,7 @@ def run_merge(config: MergeConfig) -> Path:
         model_files.for_every_version(folder)
         weight_files.read_back(folder, base)
     run.finish()
-    return run.path / MODEL
+    return result
 
 
 def describe(config: MergeConfig, result: Path) -> str:

@@ -77,7 +77,7 @@ def write_report(path: Path, report: Report) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    write_atomic(Path(path), render(report))
+    write_atomic(Path(path), render(report), private=True)
 
 
 def render(report: Report) -> str:

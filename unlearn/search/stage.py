@@ -21,7 +21,7 @@ from lm.config import as_dict, as_of_today
 from lm.errors import UserError
 from lm.model import ModelSpec
 from lm.progress import Advance
-from lm.run_folder import RunFolder, progress, write_atomic, write_json
+from lm.run_folder import RunFolder, progress, stage, write_atomic, write_json
 from unlearn import export
 from unlearn.config import UnlearnConfig
 from unlearn.evaluation.config import EvaluateConfig
@@ -44,6 +44,7 @@ _REFERENCE_BEFORE = {"retain_model": "twin"}
 _WEIGHTS = (export.MODEL, "best", "checkpoints")
 
 
+@stage
 def run_search(config: SearchConfig) -> SearchResult:
     """Search as the config says; writes `search.json`, `table.md` and `pareto.png` into `config.out`.
 

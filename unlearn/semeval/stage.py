@@ -13,6 +13,7 @@ from pathlib import Path
 from lm.devices import is_main
 from lm.errors import UserError
 from lm.model import ModelSpec
+from lm.run_folder import hold, stage
 from unlearn.config import UnlearnConfig
 from unlearn.scope.scope import Scope
 from unlearn.semeval.config import SemevalConfig
@@ -38,6 +39,7 @@ def describe(config: SemevalConfig, result: Path) -> str:
     return f"wrote {result}"
 
 
+@stage
 def unlearn(
     input_model_path: str,
     output_path: str,
@@ -64,6 +66,8 @@ def unlearn(
     output = Path(output_path)
     if (output / "config.json").exists():
         raise UserError(f"{output} already holds a model: give an empty folder")
+    if is_main():
+        hold(output)
     recipe = trainer or replace(TrainerConfig(), max_seconds=HOUR * 5 / 6)
     work = output / "run"
     config = UnlearnConfig(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from lm.devices import together
 from lm.errors import UserError
-from lm.run_folder import RunFolder, writable, write_json
+from lm.run_folder import RunFolder, damage, writable, write_json
 from lm.shards import first_row, is_sharded, local_part, reshard
 
 WEIGHTS = "weights"
@@ -74,8 +75,45 @@ def save(
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """The numbers of a state."""
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return facts
+
+
+def flaw(folder: Path, *, moments: bool = True) -> str | None:
+    """Why a state cannot be restored, in a few words; None if it can, as far as its own files tell."""
+    problem = damage(folder)
+    if problem is not None:
+        return problem
+    if not isinstance(facts := read_facts(folder) if (folder / FACTS).is_file() else None, dict) or "step" not in facts:
+        return f"{FACTS} is missing, or says no step"
+    for kinds in ((WEIGHTS,), (MOMENTS, _MOMENTS_BEFORE))[: 1 + moments]:
+        parts = [path for kind in kinds for path in folder.glob(f"{kind}-*-of-*.safetensors")]
+        whole = int(parts[0].stem.rpartition("-of-")[2]) if parts else 1
+        if len(parts) != whole:
+            return f"{len(parts)} of {whole} files of its {kinds[0]} are there"
+    return None
+
+
+def newest(acc: Accelerator, run: RunFolder) -> Path | None:
+    """The newest state of a run that is whole, the same on every process; None if it has none. Every process must call it.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    found = None
+    with together(acc):
+        if run.main:
+            found = run.newest_checkpoint(flaw)
+    (name,) = broadcast_object_list([None if found is None else found.name])
+    return None if name is None else run.path / "checkpoints" / name
+
+
+def restore_best(acc: Accelerator, folder: Path, model: nn.Module) -> None:
+    """Set the weights that were kept as the best, on every process, in place. Raises UserError if they are damaged."""
+    with together(acc):
+        if acc.is_main_process and (problem := flaw(folder, moments=False)) is not None:
+            raise UserError(f"{folder} is damaged ({problem}): restore it, or train again in another folder")
+    restore(folder, model, None)
 
 
 def restore(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -259,7 +258,7 @@ class _Loop:
         if self.keep_checkpoints and self.saved_at != self.at.step:  # no look at the disk: all processes decide alike
             self._save(self.run.checkpoint_name(self.at.step), with_moments=True)  # the export may meet a full disk
         if self.config.checkpoint != "last" and self.at.best is not None:
-            checkpoint.restore(self.run.path / "best", self.plain, None)
+            checkpoint.restore_best(self.acc, self.run.path / "best", self.plain)
         return self.at
 
     def _step(self) -> tuple[StepResult, float]:
@@ -328,14 +327,17 @@ class _Loop:
         checkpoint.save(self.acc, self.run, name, self.plain, optimizer, dataclasses.asdict(self.at))
 
     def _load_newest(self) -> None:
-        saved = self.run.checkpoints()
-        if not saved:
+        folder = checkpoint.newest(self.acc, self.run)
+        if folder is None:
             return
-        folder: Path = saved[-1][1]
-        checkpoint.restore(folder, self.plain, self._inner_optimizer())
         facts = checkpoint.read_facts(folder)
-        facts["memory"] = RetainMemory(**facts["memory"])
-        self.at = Progress(**facts)
+        try:
+            self.at = Progress(**{**facts, "memory": RetainMemory(**facts["memory"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder / checkpoint.FACTS} is not of this run ({error}): delete that checkpoint"
+            ) from error
+        checkpoint.restore(folder, self.plain, self._inner_optimizer())
         self.saved_at, self.at.earlier = self.at.step, self.at.seconds
         if self.acc.scaler is not None and self.at.scaler:
             self.acc.scaler.load_state_dict(self.at.scaler)

@@ -6,16 +6,19 @@ bits, under weight decay too. Whole layers and modules are chosen by `unlearn.sc
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from lm.run_folder import RunFolder, writable
+from lm.devices import together
+from lm.errors import UserError
+from lm.run_folder import RunFolder, write_atomic
 from lm.shards import gather, local_part, reshard, scatter_into
 from unlearn.forward.passes import Passes
 from unlearn.objectives import Fixed, Learn, Loss, NoRetain, RetainMemory
@@ -68,11 +71,14 @@ def make_masks(
         forget_scores, retain_scores = (_attribution(passes, side, mask.rows, micro_batch) for side in (forget, retain))
         if run.main:
             chosen = top_share(relative(forget_scores, retain_scores), mask.share)
-            temporary = path.with_name(f".{FILE}.tmp")
-            with writable(path):
-                save_file({name: scores.to(torch.uint8) for name, scores in chosen.items()}, temporary)
-                temporary.replace(path)
-    passes.acc.wait_for_everyone()
+            content = save({name: scores.to(torch.uint8) for name, scores in chosen.items()})
+            run.note(mask=hashlib.sha256(content).hexdigest())
+            write_atomic(path, content)
+    with together(passes.acc):
+        if run.main:
+            known = run.manifest.get("mask")  # a run from before it was noted has none
+            if known is not None and hashlib.sha256(path.read_bytes()).hexdigest() != known:
+                raise UserError(f"{path} is not as it was written: restore it, or begin in another folder")
     return Masks(model, path)
 
 

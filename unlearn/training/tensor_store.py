@@ -7,7 +7,6 @@ from, so another one is never taken for it; the system's page cache keeps in mem
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lm.devices import together
 from lm.prompts import Encoded
-from lm.run_folder import RunFolder, writable
+from lm.run_folder import RunFolder, damage, move, seal, writable
 from unlearn.training.batches import micro_batches
 
 STORES = "stores"
@@ -68,6 +68,9 @@ def stored(
     for index in used:
         content.update(f"{index} {texts[index].answer_start} {texts[index].ids}".encode())
     folder = run.path / STORES / f"{name}-{content.hexdigest()[:16]}"
+    with together(acc):
+        if run.main and folder.exists() and damage(folder) is not None:
+            shutil.rmtree(folder)
     if not folder.exists():
         temporary = folder.with_name(f".{folder.name}.tmp")
         with writable(temporary):
@@ -79,7 +82,8 @@ def stored(
             _write(temporary, acc.process_index, by_length, compute, size, acc.num_processes)
             acc.wait_for_everyone()
             if acc.is_main_process:
-                os.replace(temporary, folder)
+                seal(temporary)
+                move(temporary, folder)
     acc.wait_for_everyone()
     return RowStore(folder)
 

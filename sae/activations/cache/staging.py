@@ -44,7 +44,7 @@ class CacheSpec:
     dtype: Dtype | None = None
     """float32, bfloat16 or float16; null: the model's own, which loses nothing."""
     shuffle: Shuffle = "auto"
-    """global (a true permutation, with the room twice while it is made), block, or auto: global if the disk has room."""
+    """global (a true permutation, with the room twice while it is made) or block (within what is in memory); auto is global."""
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.shard_tokens, self.block_shards) < 1:

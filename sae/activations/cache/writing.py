@@ -25,7 +25,7 @@ from lm.anatomy import Site
 from lm.config import as_of_today
 from lm.errors import UserError
 from lm.model import DTYPES, LanguageModel
-from lm.run_folder import environment, progress, write_json
+from lm.run_folder import LOCK, environment, hold, is_leftover, progress, stage, sweep, write_json
 from sae.activations.batch import ActivationBatch, concatenate, parse_site
 from sae.activations.cache.manifest import FORMAT, MANIFEST, ActivationCache, describe, open_cache, read_manifest
 from sae.activations.cache.staging import CacheSpec, Staging
@@ -35,6 +35,7 @@ from sae.activations.sources import TextSource
 from sae.activations.stream_state import require_same
 
 
+@stage
 def write_cache(
     model: LanguageModel,
     source: TextSource,
@@ -77,14 +78,17 @@ class _Writer:
         return open_cache(self.folder)
 
     def _begin(self, asked: dict[str, Any]) -> dict[str, Any]:
+        hold(self.folder)
         if (self.folder / MANIFEST).is_file():
+            sweep(self.folder)
             manifest = read_manifest(self.folder)
             stored = settings_of_today(manifest["settings"])
             stored["cache"] = as_of_today(stored.get("cache"), CacheSpec)
             require_same(stored, asked, f"the cache {self.folder}")
             return manifest
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if any(path.name != LOCK and not is_leftover(path.name) for path in self.folder.iterdir()):
             raise UserError(f"{self.folder} holds something that is no cache: give a new or empty folder")
+        sweep(self.folder)
         manifest = {
             "format": FORMAT,
             "finished": False,
@@ -102,12 +106,14 @@ class _Writer:
         there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
         needed, free = row * self.spec.tokens, shutil.disk_usage(there).free
         wanted = self.spec.shuffle
-        chosen = wanted if wanted != "auto" else "global" if free > 2.1 * needed else "block"
-        room = needed * (2.05 if chosen == "global" else 1.02)
+        chosen = "global" if wanted == "auto" else wanted
+        block = needed * 1.02
+        room = needed * 2.05 if chosen == "global" else block
         if free < room:
+            less = f"set shuffle: block, which needs {block / 1e9:.1f} GB, " if block <= free else ""
             raise UserError(
                 f"{self.spec.tokens} tokens, shuffle: {chosen}, need {room / 1e9:.1f} GB while they are written and {there} has "
-                f"{free / 1e9:.1f} GB free: ask for fewer, or another folder"
+                f"{free / 1e9:.1f} GB free: {less}ask for fewer, or give another folder"
             )
         return chosen
 

@@ -267,6 +267,25 @@ def test_what_stands_in_the_way_is_left_alone(model: LanguageModel, tmp_path: Pa
         write(model, tmp_path / "huge", tokens=10**14)
 
 
+def test_auto_is_a_whole_permutation_however_full_the_disk_is(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert write(model, tmp_path / "roomy", shuffle="auto").facts["shuffle"] == "global"
+    free = int(1.5 * TOKENS * (2 * model.anatomy.hidden * 4 + 24))
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr("sae.activations.cache.writing.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="set shuffle: block, which needs"):
+        write(model, tmp_path / "full", shuffle="auto")
+    assert write(model, tmp_path / "full", shuffle="block").facts["shuffle"] == "block"
+
+
+def test_a_harvest_killed_at_its_first_rename_goes_on(model: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / ".manifest.json.4711.tmp").write_text("{")
+    assert write(model, tmp_path / "c").tokens == TOKENS
+    assert not list((tmp_path / "c").glob(".*"))
+
+
 def test_a_damaged_missing_or_cut_shard_is_refused(cache: ActivationCache, tmp_path: Path) -> None:
     def broken(name: str) -> Path:
         return Path(shutil.copytree(cache.folder, tmp_path / name)) / "shard-00001.safetensors"
@@ -380,6 +399,9 @@ def test_the_harvesting_stage_writes_a_cache_that_opens(tiny: Path, tmp_path: Pa
     assert cache.tokens == 60
     assert set(cache.sites) == {Site("resid", 0), Site("mlp", 1)}
     assert said == f"wrote {tmp_path / 'cache'}: 60 tokens at resid.0, mlp.1"
+    with pytest.raises(UserError, match=r"already holds a cache.*--resume true"):
+        run_harvest(asked)
+    assert run_harvest(replace(asked, resume=True)).tokens == 60
     for wrong, says in (
         ({"sites": ()}, "sites is empty"),
         ({"source": ActivationFiles(path="x")}, "harvested from text"),

@@ -239,8 +239,35 @@ def test_a_checkpoint_of_other_autoencoders_or_a_damaged_one_is_refused(tmp_path
     with pytest.raises(UserError, match="another autoencoder"):
         train_on_stream(Made(batch=BATCH), wider, recipe(), run=run, resume=True, show=False)
     (folder / f"{name}.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="delete that checkpoint"):
+    with pytest.raises(UserError, match=rf"no checkpoint is whole.*{name}\.safetensors is not as it was written"):
         train_on_stream(Made(batch=BATCH), named(ALL[:1], [SITE]), recipe(), run=run, resume=True, show=False)
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_results_stand_in_the_log_once(
+    tmp_path: Path,
+) -> None:
+    """As after a kill during the export, and a bit that flipped since."""
+    run, held_out = RunFolder(tmp_path), {SITE: next(Made(batch=BATCH))[SITE]}
+    settings = recipe(save_every=2)
+
+    def train(*, resume: bool) -> list[Any] | None:
+        return train_on_stream(
+            Made(batch=BATCH), named(ALL[:1], [SITE]), settings, run=run, held_out=held_out, resume=resume, show=False
+        )
+
+    whole, log = train(resume=False), run.metrics()
+    newest = run.checkpoints()[-1][1]
+    path = next(newest.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\0\0")
+    again = train(resume=True)
+    assert whole is not None
+    assert again is not None
+    assert torch.equal(whole[0].autoencoder.w_enc, again[0].autoencoder.w_enc)
+    names = [tuple(line) for line in run.metrics()]
+    assert names == [tuple(line) for line in log]
+    assert [line for line in run.metrics() if any("/result/" in name for name in line)] == [
+        line for line in log if any("/result/" in name for name in line)
+    ]
 
 
 @pytest.mark.parametrize("choice", ["token", "mutual", "feature"])

@@ -130,6 +130,7 @@ def test_a_plan_states_its_rule_and_what_was_asked() -> None:
     assert [layer for layer, p in enumerate(chance.evidence["p_values"]) if p <= 0.01] == list(chance.layers)
     assert "of 8 layers those before the elbow" in choose_layers(effects, rule="elbow").rule
     assert "the 3 of 8 layers with the highest" in choose_layers(effects, rule="top", size=3).rule
+    assert len(choose_layers(effects).layers) == 3, "as the command: three eighths"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,6 @@ def test_a_plan_states_its_rule_and_what_was_asked() -> None:
     [
         ({"rule": "bend", "size": 2}, r"rule 'bend' is unknown \(did you mean 'band'\?\)"),
         ({"rule": "elbow", "size": 2}, "rule elbow finds how many layers there are: leave size"),
-        ({"rule": "top"}, "rule top has no size"),
         ({"rule": "top", "size": 9}, "size is 9 but the model has 8 layers"),
         ({"rule": "mass", "share": 0}, "share is 0"),
         ({"rule": "mass", "share": 1.5}, "share is 1.5"),

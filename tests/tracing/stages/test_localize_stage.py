@@ -359,7 +359,8 @@ def test_a_full_disk_is_no_refusal(config: LocalizeConfig, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(
-        "tracing.engine.fact_cache.pack", lambda arrays: monkeypatch.setattr("lm.run_folder.os.fsync", full) or b"cells"
+        "tracing.engine.fact_cache.pack",
+        lambda arrays: monkeypatch.setattr("lm.run_folder.files.os.fsync", full) or b"cells",
     )
     with pytest.raises(UserError, match="the disk is full"):
         run_localize(config, known(tiny("olmo"), how_many=3), known(tiny("olmo"), how_many=3))

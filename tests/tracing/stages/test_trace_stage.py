@@ -65,6 +65,7 @@ def test_a_run_writes_everything_and_goes_on_when_resumed(model_folder: Path, tm
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["facts"]["count"] == 7
+    assert {(folder / name).stat().st_mode & 0o777 for name in ("effects.json", "effects.npz")} == {0o600}
     assert manifest["seconds"] > 0
     with pytest.raises(UserError, match="already holds a run"):
         run_trace(config, facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,51 @@ def test_from_a_model_to_a_file_that_is_read_back(tiny: Path, tmp_path: Path) ->
     assert RunFolder(tmp_path / "run").manifest["alternates"] == sum(len(several) for several in found)
     again = run_alternates(AlternatesConfig(**{**vars(config), "batch_size": 5, "out": str(tmp_path / "again")}))
     assert again.read_text() == path.read_text()
+
+
+def test_a_run_that_was_killed_draws_only_what_is_left_and_the_same(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AlternatesConfig(
+        model=ModelSpec(path=str(tiny / "model"), device="cpu"),
+        rows=str(tiny / "forget.jsonl"),
+        template="{question} {answer}",
+        per_row=2,
+        attempts=2,
+        max_new_tokens=3,
+        batch_size=1,
+        out=str(tmp_path / "whole"),
+    )
+    calls: list[int] = []
+
+    def counted(model: Any, prompts: Sequence[str], **more: Any) -> list[str]:
+        calls.append(len(prompts))
+        return generate(model, prompts, **more)
+
+    monkeypatch.setattr("unlearn.alternates.invent.generate", counted)
+    whole = run_alternates(config).read_text()
+    drawn = [*calls]
+    assert drawn[:2] == [16, 8], "12 rows twice, in parts of 16 batches"
+
+    def killed(model: Any, prompts: Sequence[str], **more: Any) -> list[str]:
+        if len(calls) == len(drawn) + 1:
+            raise KeyboardInterrupt
+        return counted(model, prompts, **more)
+
+    monkeypatch.setattr("unlearn.alternates.invent.generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_alternates(replace(config, out=str(tmp_path / "killed")))
+    monkeypatch.setattr("unlearn.alternates.invent.generate", counted)
+    with pytest.raises(UserError, match="already holds a run"):
+        run_alternates(replace(config, out=str(tmp_path / "killed")))
+    calls.clear()
+    path = run_alternates(replace(config, out=str(tmp_path / "killed"), resume=True))
+    assert path.read_text() == whole
+    assert calls == drawn[1:]
+    assert path.stat().st_mode & 0o777 == 0o600
+    calls.clear()
+    assert run_alternates(replace(config, out=str(tmp_path / "killed"), resume=True)) == path
+    assert not calls
 
 
 def test_rows_without_an_alternate_are_named_once_the_others_are_written(

@@ -144,6 +144,7 @@ def test_finished_parts_are_kept_and_not_computed_again(tmp_path: Path) -> None:
     (tmp_path / "utility.json").unlink()
     assert evaluate(subject, ASKED, max_new_tokens=4, store=tmp_path).scores == first.scores
     assert len(calls) > count
+    assert (tmp_path / "forget.jsonl").stat().st_mode & 0o777 == 0o600, "what was said may name people"
     lines = (tmp_path / "forget.jsonl").read_text(encoding="utf-8").splitlines()
     assert list(json.loads(lines[0])) == ["id", "task", "input", "expected_output", "model_output"]
     with pytest.raises(UserError, match="answers to other rows"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,43 @@ def test_weight_0_gives_the_base_bit_for_bit_with_its_types_and_files(tmp_path: 
     assert all(
         torch.equal(result[name], tensor) and result[name].dtype == torch.bfloat16 for name, tensor in base.items()
     )
-    assert sorted(file.name for file in path.iterdir()) == sorted(file.name for file in Path(names[0]).iterdir())
+    assert {file.name for file in path.iterdir()} - {"SHA256SUMS"} == {file.name for file in Path(names[0]).iterdir()}
     manifest = RunFolder(tmp_path / "run").manifest
     assert manifest["weights"] == {
         "base": Checkpoint.find(names[0]).digest(),
         "models": [Checkpoint.find(names[1]).digest()],
     }
     assert "finished" in manifest
+
+
+def test_a_merge_that_was_interrupted_goes_on_and_a_damaged_one_is_not_called_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, _ = saved("llama", tmp_path, 3)
+    config = MergeConfig(base=names[0], models=(names[1], names[2]), method=Ties(), out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+
+        def stop(*_: object, **__: object) -> None:
+            raise UserError("the disk is full")
+
+        patch.setattr(weight_files, "write", stop)
+        with pytest.raises(UserError, match="disk is full"):
+            run_merge(config)
+    assert not (tmp_path / "run").exists(), "nothing was merged yet"
+    whole = load_file(run_merge(config) / "model.safetensors")
+    thresholds = RunFolder(tmp_path / "run").manifest["thresholds"]
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(UserError, match="already holds a run"):
+        run_merge(config)
+    monkeypatch.setattr(Ties, "thresholds", None)  # what was counted is not counted again
+    path = run_merge(replace(config, resume=True))
+    again = load_file(path / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    assert RunFolder(tmp_path / "run").manifest["thresholds"] == thresholds
+    assert run_merge(replace(config, resume=True)) == path
+    (path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is damaged \(config\.json is not as it was written\)"):
+        run_merge(replace(config, resume=True))
 
 
 def test_bf16_models_are_merged_in_float32_and_rounded_once(tmp_path: Path) -> None:

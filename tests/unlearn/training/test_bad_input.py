@@ -207,7 +207,7 @@ def test_write_errors_are_sentences_and_leave_the_old_file(
     def fail(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("lm.run_folder.os.fsync", fail)
+    monkeypatch.setattr("lm.run_folder.files.os.fsync", fail)
     with pytest.raises(UserError, match=says):
         write_atomic(path, "new")
     assert path.read_text() == "old"

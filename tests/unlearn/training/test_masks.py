@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,9 +54,8 @@ def test_the_choice_is_gradient_times_weight_of_whole_sides(tiny: Path, tmp_path
     Scope(layers=(1,)).resolve(model.anatomy).apply(model.model, model.anatomy)
     sides = [encode_rows(model, load_rows(str(tiny / f"{side}.jsonl")), PromptSpec()) for side in ("forget", "retain")]
     passes = Passes(Accelerator(cpu=True), model.model, model)
-    make_masks(
-        passes, Side(sides[0]), Side(sides[1]), WeightMask(share=0.1, rows=6), RunFolder(tmp_path), micro_batch=4
-    )
+    run = RunFolder.create(tmp_path, SMALL)
+    make_masks(passes, Side(sides[0]), Side(sides[1]), WeightMask(share=0.1, rows=6), run, micro_batch=4)
     assert all(p.grad is None for p in model.model.parameters())
     named = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     scores = []
@@ -70,6 +70,16 @@ def test_the_choice_is_gradient_times_weight_of_whole_sides(tiny: Path, tmp_path
     mask = torch.cat([found[name].flatten().bool() for name in named])
     assert int(mask.sum()) == round(0.1 * len(mask))
     assert float(ratio[mask].min()) >= float(ratio[~mask].max()) * (1 - 1e-4)
+
+
+def test_a_mask_in_which_a_bit_flipped_is_not_taken(tiny: Path, tmp_path: Path) -> None:
+    config = small_config(tiny, tmp_path / "run", scope=MASKED, trainer=DECAYING)
+    result = run_unlearn(config)
+    shutil.rmtree(result)  # as if it had been killed before the export
+    mask = tmp_path / "run" / FILE
+    mask.write_bytes(mask.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(UserError, match=r"mask\.safetensors is not as it was written"):
+        run_unlearn(replace(config, resume=True))
 
 
 @pytest.mark.parametrize("autocast", ["no", "bf16"])

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from lm.loading import load
-from lm.run_folder import RunFolder, peak_memory_bytes, write_json
+from lm.run_folder import RunFolder, peak_memory_bytes, stage, write_json
 from tracing.depth import DepthReport, lost_with, streams_for
 from tracing.known import evaluating, known_facts
 from tracing.question.facts import Fact, drawn, facts_hash
 from tracing.stages.depth.config import DepthConfig
 
 
+@stage
 def run_depth(config: DepthConfig, facts: Sequence[Fact] | None = None) -> DepthReport:
     """Measure as the config says, with two models in memory at a time; writes `depth.json` into `config.out`.
 
@@ -56,7 +57,7 @@ def run_depth(config: DepthConfig, facts: Sequence[Fact] | None = None) -> Depth
         threshold=config.threshold,
     )
     left = {skip.fact.label: skip.why for skip in skipped}
-    write_json(run.path / "depth.json", {**report.to_json(), "left_out": left})
+    write_json(run.path / "depth.json", {**report.to_json(), "left_out": left}, private=True)
     run.finish(seconds=time.monotonic() - started, peak_memory_bytes=peak_memory_bytes())
     return report
 

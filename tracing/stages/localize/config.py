@@ -18,8 +18,8 @@ from tracing.localizers.fact_lookup import FactLookup
 from tracing.localizers.gradient_overlap import GradientOverlap
 from tracing.localizers.weight_attribution import WeightAttribution
 from tracing.plan.choose import PlanKind
+from tracing.plan.rules import usual_size
 from tracing.question.fact_source import OLD_KEYS, SHORT_KEYS, FactSource
-from tracing.stages.trace.config import usual_size
 
 HELP = """Where is it stored, by several localizers? Run them on the same facts, compare them, and choose layers if they agree.
 

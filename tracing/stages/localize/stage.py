@@ -11,7 +11,7 @@ from pathlib import Path
 from lm.devices import accelerator, launch_facts, load_here, together
 from lm.errors import NotWritten, UserError
 from lm.model import LanguageModel
-from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
+from lm.run_folder import RunFolder, peak_memory_bytes, stage, write_atomic, write_json
 from tracing.effects.layer_scores import LayerScores
 from tracing.known import known_facts
 from tracing.localizers.base import Localization
@@ -35,6 +35,7 @@ class LocalizeResult:
     """The localizers that gave no scores, which the others were compared without, and why."""
 
 
+@stage
 def run_localize(
     config: LocalizeConfig, facts: Sequence[Fact] | None = None, retain: Sequence[Fact] = ()
 ) -> LocalizeResult:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from lm.devices import accelerator, launch_facts, load_here, together
-from lm.run_folder import RunFolder, peak_memory_bytes, write_json
+from lm.run_folder import RunFolder, peak_memory_bytes, stage, write_json
 from tracing.effects.before_after import Difference, difference
 from tracing.effects.effects import Effects
 from tracing.plots.pictures import plot_difference
@@ -16,6 +16,7 @@ from tracing.stages.retrace.config import RetraceConfig
 from tracing.stages.trace.stage import readable_tables
 
 
+@stage
 def run_retrace(config: RetraceConfig) -> Difference:
     """Trace again as the config says.
 
@@ -51,7 +52,7 @@ def run_retrace(config: RetraceConfig) -> Difference:
             plot_difference(change, kind).save(run.path / f"{kind}.png")
         parts = {"before": change.before, "after": change.after, "change": change.change}
         tables = {name: readable_tables(list(of_part.values())) for name, of_part in parts.items()}
-        write_json(run.path / "difference.json", {**change.to_json(), "tables": tables})
+        write_json(run.path / "difference.json", {**change.to_json(), "tables": tables}, private=True)
         run.finish(peak_memory_bytes=peak_memory_bytes())
     acc.wait_for_everyone()
     return change

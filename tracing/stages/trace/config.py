@@ -14,7 +14,7 @@ from tracing.corruption.noise import Corruption, GaussianNoise
 from tracing.effects.roles import SUBJECT_ROLES, Aggregation, check_reached, check_roles
 from tracing.engine.engines import EngineName
 from tracing.plan.choose import PlanKind
-from tracing.plan.rules import RuleName, check_rule
+from tracing.plan.rules import RuleName, check_rule, usual_size
 from tracing.question.fact_source import OLD_KEYS, SHORT_KEYS, FactSource
 from tracing.question.metrics import MetricName
 from tracing.question.sweep import Positions, Severed, Sweep
@@ -24,11 +24,6 @@ HELP = """Where is it stored? Trace facts through a model, and choose the layers
 palimpsest trace --config builtin --out runs/trace
 accelerate launch --config_file "$(palimpsest configs accelerate/gpu8_ddp)" -m palimpsest trace --config lume
 """
-
-
-def usual_size(model_layers: int) -> int:
-    """Three eighths of the layers, as the authors of the joint method take (6 of 16)."""
-    return max(1, round(model_layers * 3 / 8))
 
 
 @dataclass(frozen=True, kw_only=True)

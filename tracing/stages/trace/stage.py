@@ -14,7 +14,7 @@ from lm.anatomy import Kind
 from lm.devices import accelerator, launch_facts, load_here, together
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.run_folder import RunFolder, peak_memory_bytes, write_atomic, write_json
+from lm.run_folder import RunFolder, peak_memory_bytes, stage, write_atomic, write_json
 from tracing.causal_tracing import trace
 from tracing.corruption.noise import Corruption
 from tracing.effects.agreement import Agreement
@@ -46,6 +46,7 @@ class TraceResult:
     """Of windows: what they bring back beyond their layers one by one."""
 
 
+@stage
 def run_trace(config: TraceConfig, facts: Sequence[Fact] | None = None) -> TraceResult:
     """Trace as the config says.
 
@@ -225,7 +226,7 @@ def write_result(
     effects, plan = result.effects, result.plan
     tables = [effects.table(kind, confidence=confidence, seed=seed, aggregation=aggregation) for kind in effects.kinds]
     effects.save(folder / "effects.npz")
-    write_json(folder / "effects.json", readable(effects, tables, seed=seed, texts=texts))
+    write_json(folder / "effects.json", readable(effects, tables, seed=seed, texts=texts), private=True)
     kinds = ("mlp", "attn") if plan.evidence["kind"] == "both" else (plan.evidence["kind"],)
     tentative = not plan.singled_out
     write_atomic(folder / "effects.png", figure(tables, band=plan.layers, band_kinds=kinds, tentative=tentative))
@@ -239,7 +240,7 @@ def write_result(
     for name, other in beside.items():
         theirs = [other.table(kind, confidence=confidence, seed=seed, aggregation=aggregation) for kind in other.kinds]
         other.save(folder / f"effects-{name}.npz")
-        write_json(folder / f"effects-{name}.json", readable(other, theirs, seed=seed, texts=texts))
+        write_json(folder / f"effects-{name}.json", readable(other, theirs, seed=seed, texts=texts), private=True)
         drawing = figure(theirs, band=plan.layers, band_kinds=kinds, tentative=tentative)
         write_atomic(folder / f"effects-{name}.png", drawing)
     for table in tables:
