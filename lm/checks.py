@@ -1,12 +1,11 @@
-"""Checks of a loaded model, each ending in one sentence: are its weights numbers, do its named parts add up, are positions
-turned as the family's are, and does it have the tokens that it is asked about?
+"""Checks of a loaded model, each ending in one sentence: are its weights numbers, do its named parts add up, and are
+positions turned as the family's are?
 
 All are cheap beside loading. They say nothing about whether the model is any good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -66,18 +65,6 @@ def check_anatomy(model: LanguageModel, *, tokens: int = 8, seed: int = 0) -> No
             raise UserError(
                 f"layer {layer} of this {anatomy.architecture} model is not resid_before + attn + mlp (off by "
                 f"{float(off.max()):.2g}): its blocks {why}, so name their parts in KNOWN in lm/anatomy.py"
-            )
-
-
-def check_ids(model: LanguageModel, texts: Iterable[Iterable[int]]) -> None:
-    """Raise UserError, naming the token, if token ids that the model is to read have no row among its embeddings."""
-    rows = model.anatomy.vocabulary
-    for ids in texts:
-        beyond = max(ids, default=0)
-        if beyond >= rows:
-            raise UserError(
-                f"the token {model.tokenizer.convert_ids_to_tokens(beyond)!r} has the id {beyond} and {model.name} only {rows} "
-                "embeddings: take it out of the texts or the chat template (prompt.format: raw), or pass the model's tokenizer"
             )
 
 

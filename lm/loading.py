@@ -130,7 +130,7 @@ def _require_fit(model: LanguageModel) -> None:
     """Raise UserError for a tokenizer that is larger than the model's embedding matrix.
 
     Added tokens may lie beyond it (Gemma-3's image token does); those in use may not, nor may one that a text holds
-    (`lm.checks.check_ids`).
+    (`lm.prompts.check_ids`).
     """
     tokens = model.tokenizer
     if tokens.pad_token_id is not None and tokens.pad_token_id >= model.anatomy.vocabulary:

@@ -8,7 +8,7 @@ offsets, never from decoding tokens one at a time. Padding and batching are not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -320,6 +320,18 @@ def _answer_ids(
 
 def max_positions(model: LanguageModel) -> int | None:
     """The longest input the model's config allows, in tokens; None if it sets no limit."""
-    config = model.config
+    config = model.model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # the latter: MPT
     return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def check_ids(model: LanguageModel, texts: Iterable[Iterable[int]]) -> None:
+    """Raise UserError, naming the token, if token ids that the model is to read have no row among its embeddings."""
+    rows = model.anatomy.vocabulary
+    for ids in texts:
+        beyond = max(ids, default=0)
+        if beyond >= rows:
+            raise UserError(
+                f"the token {model.tokenizer.convert_ids_to_tokens(beyond)!r} has the id {beyond} and {model.name} only {rows} "
+                "embeddings: take it out of the texts or the chat template (prompt.format: raw), or pass the model's tokenizer"
+            )

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import Encoded, max_positions
+from lm.prompts import Encoded, check_ids, max_positions
 from sae.activations.sources import NoSource, Source, TextSource
 
 

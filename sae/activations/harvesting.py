@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lm.anatomy import Site
-from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel, special_ids
-from lm.prompts import max_positions
+from lm.prompts import check_ids, max_positions
 from sae.activations.batch import ActivationBatch, site_name
 from sae.activations.contexts import Context, Contexts, ContextSpec, tokenizer_facts
 from sae.activations.documents import Documents

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import PromptSpec, answer_tokens, encode_pair, max_positions, subject_span
+from lm.prompts import PromptSpec, answer_tokens, check_ids, encode_pair, max_positions, subject_span
 from tracing.question.facts import Fact
 from tracing.question.metrics import MetricName, metric_of, scored_tokens
 from tracing.question.target import distinguishing, first_difference

@@ -14,12 +14,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from lm.checks import check_ids
 from lm.data.files import Record, column, find_files, read_file, text_column
 from lm.data.rows import Row
 from lm.errors import UserError
 from lm.model import LanguageModel, special_ids
-from lm.prompts import Encoded, PromptSpec, encode_pair, max_positions
+from lm.prompts import Encoded, PromptSpec, check_ids, encode_pair, max_positions
 from lm.row_files import canonical_id, row_name
 
 REFUSALS = (

@@ -15,10 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import ks_2samp, rankdata
 from torch.nn.utils.rnn import pad_sequence
 
-from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import max_positions
+from lm.prompts import check_ids, max_positions
 from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, sorted_batches, unless_sharded
 
 

@@ -16,11 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
-from lm.checks import check_ids
 from lm.data.rows import Question
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import PromptSpec, encode_prompt, max_positions
+from lm.prompts import PromptSpec, check_ids, encode_prompt, max_positions
 from unlearn.evaluation.lm_eval_harness import run_lm_eval
 from unlearn.evaluation.questions import LETTERS, letter_prompt, sentence_prompt
 from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, sorted_batches, unless_sharded

@@ -81,7 +81,7 @@ class Passes:
         self, acc: Accelerator, wrapped: nn.Module, model: LanguageModel, *, reference: Reference | None = None
     ) -> None:
         self.acc, self.wrapped, self.model, self.reference = acc, wrapped, model, reference
-        self.start = first_block(model)
+        self.start, self._sharded = first_block(model), is_sharded(wrapped)
         self.pad, self._brief = int(model.tokenizer.pad_token_id), False
         self._head: nn.Module = model.model.get_submodule(model.anatomy.head)
         self._head_learns = any(p.requires_grad for p in self._head.parameters())
@@ -153,7 +153,7 @@ class Passes:
     def same_weights(self) -> Iterator[None]:
         """While open, no weight changes: what autocast makes of them is made once and not at every pass. Shards come anew at
         every pass."""
-        if is_sharded(self.wrapped):
+        if self._sharded:
             yield
             return
         with torch.autocast(

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lm.checks import check_ids
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import PromptSpec, answer_end, encode_prompt, max_positions
+from lm.prompts import PromptSpec, answer_end, check_ids, encode_prompt, max_positions
 from lm.shards import is_sharded
 from unlearn.generation.batching import ONE_PROCESS, Workers, evaluating, sorted_batches
 

@@ -9,11 +9,10 @@ from functools import cached_property
 
 from torch import Tensor
 
-from lm.checks import check_ids
 from lm.data.rows import Row
 from lm.errors import UserError
 from lm.model import LanguageModel
-from lm.prompts import Encoded, PromptSpec, encode_pair, max_positions
+from lm.prompts import Encoded, PromptSpec, check_ids, encode_pair, max_positions
 from lm.row_files import row_name
 from unlearn.training.tensor_store import RowStore
 
