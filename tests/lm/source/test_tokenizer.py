@@ -12,6 +12,7 @@ from families import VOCABULARY, tiny
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lm import UserError, load
+from lm.prompts import check_ids
 
 TEXT = "<think>\nOkay, 2023 and 650841823 (x)\n\nWhat's THIS?"
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
