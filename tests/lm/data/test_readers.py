@@ -65,6 +65,15 @@ def test_parquet_with_strings_that_are_no_text_dates_that_are_none_and_a_column_
         load_rows(path)
 
 
+def test_what_is_merged_into_a_mapping_may_be_set_anew(tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("a: {x: &x {<<: &base {k: 1, l: 2}, k: 3}}\nb: {<<: *x, k: 4}\nc: {<<: *base}\n")
+    assert read_yaml(path)[1] == {"a": {"x": {"k": 3, "l": 2}}, "b": {"k": 4, "l": 2}, "c": {"k": 1, "l": 2}}
+    path.write_text("b: {<<: {k: 1}, <<: {l: 2}}\n")
+    with pytest.raises(UserError, match="'<<' stands twice"):
+        read_yaml(path)
+
+
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
 
 

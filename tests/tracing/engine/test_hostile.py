@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up_in_mid_sweep_is_one_sentence_and_a_resume(
 
     def filling(file: int) -> None:
         written.append(file)
-        if len(written) > 5:  # config, manifest and three facts
+        if len(written) > 10:  # config, manifest and three facts, each with its folder
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file)
 

@@ -16,7 +16,7 @@ from unlearn.scope.scope import Scope
     ("config", "kind", "says"),
     [
         ("cpu2_ddp", "bug", "RuntimeError: a bug of the second process"),
-        ("cpu2_fsdp", "disk", "the disk is full: free some room and run again with --resume true"),
+        ("cpu2_fsdp", "disk", "the disk is full: free some room and give the same command again, with --resume true"),
     ],
 )
 def test_an_error_of_one_process_ends_all(tiny: Path, tmp_path: Path, config: str, kind: str, says: str) -> None:

@@ -88,7 +88,7 @@ def test_the_best_checkpoint_by_validation_is_the_one_kept(
     validation = reworded(tiny, tmp_path)
     trainer = replace(SMALL, steps=6, evaluate_every=2, checkpoint="best_task_aggregate", schedule="constant")
     given = iter([0.1, 0.7, 0.3])
-    monkeypatch.setattr("unlearn.validation.score", lambda *_: type("S", (), {"task_aggregate": next(given)}))
+    monkeypatch.setattr("unlearn.validation.score", lambda *_, **__: type("S", (), {"task_aggregate": next(given)}))
     best = run_unlearn(small_config(tiny, tmp_path / "best", trainer=trainer, validation=validation))
     assert RunFolder(tmp_path / "best").manifest["best"] == {"value": 0.7, "step": 4.0}
     four = replace(SMALL, steps=4, schedule="constant")
