@@ -81,8 +81,8 @@ def test_every_cell_is_the_reference_s(name: str, dtype: torch.dtype, allowed: f
         with pytest.raises(UserError, match=r"layer 0 of .* keeps one state .*: trace with engine: reference"):
             Wavefront(model, Sweep(), 7).trace([encoded], [batch_of(model, encoded)])
         return
-    if name in ("gptj", "gpt_neo"):
-        allowed = max(allowed, 1e-6)  # their attention is computed in float32, whatever the weights are in
+    if name in ("gptj", "gpt_neo", "deepseek_v3"):
+        allowed = max(allowed, 1e-6)  # attention, or the router, is computed in float32, whatever the weights are in
     effects = 0.0
     for question in QUESTIONS:
         sweep = Sweep(metric="log_probability", **question)

@@ -46,9 +46,8 @@ def test_the_lens_on_the_last_stream_is_the_model_itself(name: str) -> None:
     assert alone.shape == (7, 1, 32)
     assert not torch.allclose(alone[1], alone[0])
     logits = model.model.get_output_embeddings()(model.model.get_submodule(model.anatomy.norm)(alone[4, 0]))
-    logits = (
-        logits * getattr(model.model.config, "logit_scale", 1.0) / getattr(model.model.config, "logits_scaling", 1.0)
-    )
+    config = model.model.config
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / getattr(config, "logits_scaling", 1.0)
     if cap := getattr(model.model.config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
     expected = float(logits.float().log_softmax(-1)[list(encoded.answer_ids)].sum())
