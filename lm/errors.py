@@ -28,6 +28,12 @@ def printable(text: str) -> str:
     return _COMMANDS.sub(lambda char: f"\\u{ord(char[0]):04x}", text)
 
 
+def one_line(error: BaseException, longest: int = 200) -> str:
+    """What a library said, on one line and cut to `longest` characters, to stand at the end of a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= longest else f"{text[:longest]}…").rstrip(".")
+
+
 def did_you_mean(word: str, known: Collection[str]) -> str:
     """`" (did you mean 'x'?)"` for the closest known word, or nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from lm.errors import UserError
+from lm.errors import UserError, one_line
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CONFIGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -72,12 +72,6 @@ def require_model_files(name: str, folder: Path) -> None:
             "convert it with save_pretrained(..., safe_serialization=True)"
         )
     raise UserError(f"{name} holds no *.safetensors weights: give a folder or hub id that does")
-
-
-def one_line(error: BaseException, longest: int = 200) -> str:
-    """What a library said, on one line and cut to `longest` characters, to stand at the end of a sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= longest else f"{text[:longest]}…").rstrip(".")
 
 
 def _here(path: str) -> Path | None:

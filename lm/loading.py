@@ -18,8 +18,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from lm.anatomy import KNOWN, anatomy_of
 from lm.checks import check_anatomy, check_positions, check_weights
-from lm.errors import UserError
-from lm.hub import ADAPTER, BROKEN, CONFIGS, WEIGHTS, find_folder, one_line, require_model_files
+from lm.errors import UserError, one_line
+from lm.hub import ADAPTER, BROKEN, CONFIGS, WEIGHTS, find_folder, require_model_files
 from lm.model import Attention, Dtype, LanguageModel, ModelSpec
 from lm.source.adapter import merge_adapter
 from lm.source.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lm.errors import UserError
+from lm.errors import UserError, one_line
 from lm.model import LanguageModel
 
 Format = Literal["raw", "chat"]
@@ -206,7 +206,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, said: Mapping[str, str], date
         template = _on_the_day(tokenizer.get_chat_template(), date)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"the tokenizer's chat template cannot be used ({_first_line(error)}): give it one template, or use format: raw"
+            f"the tokenizer's chat template cannot be used ({one_line(error)}): give it one template, or use format: raw"
         ) from error
 
     def applied(texts: Mapping[str, str], parts: bool) -> str:
@@ -236,8 +236,9 @@ def _templated(tokenizer: PreTrainedTokenizerBase, said: Mapping[str, str], date
             f"the chat template leaves out the {'system message' if lost[0] == 'system' else 'prompt'}: "
             "leave system out, use format: raw, or a tokenizer with another template"
         )
+    assert failure is not None  # nothing was shown whole, and nothing was left out
     raise UserError(
-        f"the chat template refuses this prompt, change it or leave system out: {_first_line(failure)}"
+        f"the chat template refuses this prompt, change it or leave system out: {one_line(failure)}"
     ) from failure
 
 
@@ -254,10 +255,6 @@ def _on_the_day(template: str, date: str) -> str:
     )
     macro = "{% macro strftime_now(form) %}{{ form | replace('%%', '\x00')" + replaced + " | replace('\x00', '%') }}"
     return macro + "{% endmacro %}\n" + template
-
-
-def _first_line(error: Exception | None) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _is_dummy_space(piece: str, character: str) -> bool:

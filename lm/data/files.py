@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm.errors import UserError, did_you_mean
+from lm.errors import UserError, did_you_mean, one_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 PREFERRED = (".jsonl", ".parquet")
@@ -165,12 +165,9 @@ def _parquet(path: Path) -> tuple[Record, ...]:
         rows = pyarrow.parquet.read_table(pyarrow.BufferReader(_bytes(path))).to_pylist()
     except UserError:
         raise
-    except (
-        Exception
-    ) as problem:  # not Parquet, a column twice, strings that are not UTF-8, dates out of range: no common base
-        reason = (str(problem) or type(problem).__name__).splitlines()[0].rstrip(".")
+    except Exception as problem:  # not Parquet, a column twice, strings that are not UTF-8, odd dates: no common base
         raise UserError(
-            f"{path} is not a readable Parquet file ({reason}): write it again, or use JSON lines"
+            f"{path} is not a readable Parquet file ({one_line(problem)}): write it again, or use JSON lines"
         ) from None
     return tuple(Record(f"{path} row {number}", values) for number, values in enumerate(rows, start=1))
 

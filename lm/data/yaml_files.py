@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lm.data.files import read_text
-from lm.errors import UserError
+from lm.errors import UserError, one_line
 
 LARGEST = 100_000
 """Values that a file may unfold into."""
@@ -43,13 +43,14 @@ def read_yaml(path: Path) -> tuple[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
+        reason = getattr(error, "problem", None) or one_line(error)
         raise UserError(f"{path}{where} is not YAML ({reason}): mend it") from error
     except RecursionError:
         raise UserError(f"{path} is nested too deep to be read, or holds itself by an alias: mend it") from None
     except (ValueError, OverflowError, TypeError) as error:  # a date that is none, a number of thousands of digits
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} holds a value that cannot be read ({reason}): mend it, or put it in quotes") from None
+        raise UserError(
+            f"{path} holds a value that cannot be read ({one_line(error)}): mend it, or put it in quotes"
+        ) from None
     if size > LARGEST:
         raise UserError(f"{path} unfolds by its aliases into more than {LARGEST} values: write out what it means")
     return text, values

@@ -19,8 +19,7 @@ from typing import Any
 import yaml
 
 from lm.config import as_dict, as_of_today, dump_yaml
-from lm.errors import UserError
-from lm.hub import one_line
+from lm.errors import UserError, one_line
 from lm.run_folder.files import damage, move, seal, sweep, writable, write_atomic, write_json
 from lm.run_folder.machine import environment
 from lm.run_folder.stages import hold

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm.errors import UserError
-from lm.hub import BROKEN, one_line
+from lm.errors import UserError, one_line
+from lm.hub import BROKEN
 
 _PROBE = 8
 """Tokens on which the merged model is held against the two parts."""

@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from lm.errors import UserError
-from lm.hub import TOKENIZER_FILES, one_line
+from lm.errors import UserError, one_line
+from lm.hub import TOKENIZER_FILES
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _IN_THE_MODEL = ("type", "vocab", "merges", "byte_fallback", "ignore_merges")

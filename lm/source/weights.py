@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from lm.errors import UserError
-from lm.hub import BROKEN, one_line
+from lm.errors import UserError, one_line
+from lm.hub import BROKEN
 from lm.model import DTYPES, Attention, Dtype
 
 _SCALE = ".weight_scale_inv"

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lm.errors import UserError
-from lm.hub import one_line
+from lm.errors import UserError, one_line
 from sae.activations.documents import Documents
 
 Bos = Literal["tokenizer", "always", "never"]

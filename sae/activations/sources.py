@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lm.anatomy import Site
 from lm.builtin.knowledge import LABELED, GeneralFact
 from lm.data.files import find_files, read_file, read_text, text_column
-from lm.errors import UserError
-from lm.hub import one_line
+from lm.errors import UserError, one_line
 from lm.prompts import PromptSpec, render
 from sae.activations.batch import ActivationStream
 from sae.activations.documents import Documents, Listed, Streamed

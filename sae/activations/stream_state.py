@@ -10,8 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save
 
-from lm.errors import UserError
-from lm.hub import one_line
+from lm.errors import UserError, one_line
 from lm.run_folder import write_atomic
 from sae.activations.batch import State
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from lm.data.rows import Question
-from lm.errors import UserError, did_you_mean
+from lm.errors import UserError, did_you_mean, one_line
 from lm.model import LanguageModel
 from lm.run_folder import write_atomic
 from unlearn.evaluation.questions import SENTENCE_PROMPT
@@ -106,8 +106,9 @@ def _having_data(tasks: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, FileNotFoundError) as problem:
-        reason = str(problem).splitlines()[0].rstrip(".")
-        raise UserError(f"the data of {', '.join(tasks)} cannot be had ({reason}): go online, or use a file") from None
+        raise UserError(
+            f"the data of {', '.join(tasks)} cannot be had ({one_line(problem)}): go online, or use a file"
+        ) from None
 
 
 def write_task(folder: Path, questions: Sequence[Question], name: str = BUILTIN_TASK) -> Path:

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from lm.errors import UserError
-from lm.hub import BROKEN, CONFIGS, WEIGHTS, find_folder, one_line, require_model_files
+from lm.errors import UserError, one_line
+from lm.hub import BROKEN, CONFIGS, WEIGHTS, find_folder, require_model_files
 from lm.run_folder import write_json
 from lm.source.tokenizer import load_tokenizer
 from lm.source.weights import require_plain

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from lm.anatomy import Site
 from lm.data.files import parse_json, read_text
-from lm.errors import UserError
-from lm.hub import one_line
+from lm.errors import UserError, one_line
 from sae.activations.batch import ActivationBatch, parse_site, site_name
 from sae.activations.sources import ActivationFiles
 
